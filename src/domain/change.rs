@@ -1,0 +1,291 @@
+//! The one shape of a change: what the write scripts append to the outbox and what the ledger stores.
+//!
+//! A stream entry is one batch of accepted operations, under the explicit id `<epoch>-<n of its last operation>`, with the fields
+//! `first` (n of its first operation), `prev` (the op of the entry before, `-` for the very first), `op`
+//! (`<instance>:<lane>:<counter>`), `at` (Redis's clock, Unix ms) and `changes`: one line an operation,
+//!
+//! ```text
+//! <k> <kind> [name=value ...] | [<product> <delta> <available after> ...]
+//! 0 decr request=r-1 digest=9f86d081884c7d65 | sku-1 -3 97 sku-2 -1 4
+//! 1 set low=5 | sku-9 100 100
+//! 2 delete | sku-7 -12 0
+//! 3 coupon.issue coupon=c-1 user=u-7 serial=12 remaining=988 |
+//! ```
+//!
+//! k is the operation's place in its batch; the refused ones leave gaps. The sidecar writes each line up to what only the
+//! script can know (k stands first, so that a line is found by it), and the script completes it.
+
+use super::Position;
+
+/// What a change of stock is called, in the outbox and in the ledger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum StockKind {
+    /// STOCK.SET: creates the product or overwrites its available units; carried as a difference.
+    Set,
+    /// STOCK.DEL.
+    Delete,
+    /// STOCK.INCR.
+    Incr,
+    /// STOCK.DECR.
+    Decr,
+    /// Redis was given what Postgres already has: Postgres itself does not move.
+    Init,
+}
+
+impl StockKind {
+    pub const ALL: [Self; 5] = [Self::Set, Self::Delete, Self::Incr, Self::Decr, Self::Init];
+
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Set => "set",
+            Self::Delete => "delete",
+            Self::Incr => "incr",
+            Self::Decr => "decr",
+            Self::Init => "init",
+        }
+    }
+
+    /// Whether Postgres's stock moves with Redis's, or had the change already.
+    pub const fn moves_postgres(self) -> bool {
+        !matches!(self, Self::Init)
+    }
+}
+
+/// One product's part of an operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item {
+    pub product: String,
+    /// By how much Redis's available units moved.
+    pub delta: i64,
+    /// Redis's available units after it.
+    pub available: i64,
+}
+
+/// The terms of a coupon as COUPON.CREATE set them. Times in Unix ms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CouponTerms {
+    pub total: i64,
+    pub per_user: i64,
+    pub start_ms: Option<i64>,
+    pub end_ms: Option<i64>,
+}
+
+/// What an accepted operation did.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    Stock { kind: StockKind, items: Vec<Item>, low: Option<i64> },
+    CouponCreate { coupon: String, terms: CouponTerms },
+    CouponIssue { coupon: String, user: String, serial: i64, remaining: i64 },
+}
+
+/// The client's idempotency key with the fingerprint of what it asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remembered {
+    /// In its escaped form, see [`RequestId::escaped`](super::RequestId::escaped).
+    pub request: String,
+    pub digest: String,
+}
+
+/// One accepted operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operation {
+    /// Its place in the batch that carried it.
+    pub k: u32,
+    pub remembered: Option<Remembered>,
+    pub effect: Effect,
+}
+
+/// One entry of the outbox: the accepted operations of one batch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its id in the stream: the position of its last operation.
+    pub last: Position,
+    /// n of its first operation.
+    pub first_n: u64,
+    /// The op of the entry before it.
+    pub prev: String,
+    /// `<instance>:<lane>:<counter>` of the batch that wrote it.
+    pub op: String,
+    /// When, by Redis's clock, in Unix ms.
+    pub at_ms: i64,
+    pub operations: Vec<Operation>,
+}
+
+/// Why an entry could not be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Malformed(pub String);
+
+impl std::fmt::Display for Malformed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "malformed outbox entry: {}", self.0)
+    }
+}
+
+impl std::error::Error for Malformed {}
+
+fn malformed<T>(what: impl Into<String>) -> Result<T, Malformed> {
+    Err(Malformed(what.into()))
+}
+
+impl Entry {
+    /// Reads an entry of the stream from its id and its field-value pairs.
+    pub fn decode<'a>(id: &[u8], fields: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Result<Self, Malformed> {
+        let Some(last) = Position::parse(id) else {
+            return malformed(format!("id {:?}", String::from_utf8_lossy(id)));
+        };
+        let (mut first, mut prev, mut op, mut at, mut changes) = (None, None, None, None, None);
+        for (name, value) in fields {
+            let Ok(value) = std::str::from_utf8(value) else {
+                return malformed(format!("{last}: not UTF-8"));
+            };
+            match name {
+                b"first" => first = value.parse::<u64>().ok(),
+                b"prev" => prev = Some(value),
+                b"op" => op = Some(value),
+                b"at" => at = value.parse::<i64>().ok(),
+                b"changes" => changes = Some(value),
+                _ => {}
+            }
+        }
+        let (Some(first_n), Some(prev), Some(op), Some(at_ms), Some(changes)) = (first, prev, op, at, changes) else {
+            return malformed(format!("{last}: a field is missing"));
+        };
+        let operations = changes.split('\n').map(Operation::decode).collect::<Result<Vec<_>, _>>()?;
+        if first_n == 0 || first_n.checked_add(operations.len() as u64) != last.n.checked_add(1) {
+            return malformed(format!("{last}: {} operations from {first_n}", operations.len()));
+        }
+        Ok(Self { last, first_n, prev: prev.into(), op: op.into(), at_ms, operations })
+    }
+}
+
+impl Operation {
+    /// Reads one line of an entry's `changes`.
+    pub fn decode(line: &str) -> Result<Self, Malformed> {
+        let decoded = Self::decode_words(line);
+        decoded.map_or_else(|| malformed(format!("line {line:?}")), Ok)
+    }
+
+    fn decode_words(line: &str) -> Option<Self> {
+        let mut words = line.split(' ');
+        let k = words.next()?.parse().ok()?;
+        let kind = words.next()?;
+        let mut named = Named::default();
+        for word in words.by_ref().take_while(|word| *word != "|") {
+            let (name, value) = word.split_once('=')?;
+            named.0.push((name, value));
+        }
+        let effect = match kind {
+            "coupon.create" => Effect::CouponCreate {
+                coupon: named.text("coupon")?,
+                terms: CouponTerms {
+                    total: named.number("total")?,
+                    per_user: named.number("peruser")?,
+                    start_ms: named.number("start"),
+                    end_ms: named.number("end"),
+                },
+            },
+            "coupon.issue" => Effect::CouponIssue {
+                coupon: named.text("coupon")?,
+                user: named.text("user")?,
+                serial: named.number("serial")?,
+                remaining: named.number("remaining")?,
+            },
+            _ => {
+                let kind = StockKind::ALL.into_iter().find(|known| known.as_str() == kind)?;
+                let mut items = Vec::with_capacity(1);
+                while let Some(product) = words.next() {
+                    let (delta, available) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+                    items.push(Item { product: product.into(), delta, available });
+                }
+                if items.is_empty() {
+                    return None;
+                }
+                Effect::Stock { kind, items, low: named.number("low") }
+            }
+        };
+        let remembered = match (named.text("request"), named.text("digest")) {
+            (Some(request), Some(digest)) => Some(Remembered { request, digest }),
+            (None, None) => None,
+            _ => return None,
+        };
+        Some(Self { k, remembered, effect })
+    }
+}
+
+#[derive(Default)]
+struct Named<'a>(Vec<(&'a str, &'a str)>);
+
+impl Named<'_> {
+    fn find(&self, name: &str) -> Option<&str> {
+        self.0.iter().find(|(known, _)| *known == name).map(|(_, value)| *value)
+    }
+
+    fn text(&self, name: &str) -> Option<String> {
+        self.find(name).map(String::from)
+    }
+
+    fn number(&self, name: &str) -> Option<i64> {
+        self.find(name).and_then(|value| value.parse().ok())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(id: &str, first: &str, changes: &str) -> Result<Entry, Malformed> {
+        let fields = [("first", first), ("prev", "-"), ("op", "i:stock:1"), ("at", "1700000000000"), ("changes", changes)];
+        Entry::decode(id.as_bytes(), fields.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes())))
+    }
+
+    #[test]
+    fn every_kind_of_line_is_read() {
+        let text = "0 decr request=r-1 digest=9f86 | sku-1 -3 97 sku-2 -1 4\n1 set low=5 | sku-9 100 100\n4 delete | sku-7 -12 0\n\
+                    5 coupon.issue coupon=c-1 user=u=7 serial=12 remaining=988 |\n6 coupon.create coupon=c total=10 peruser=1 end=7 |";
+        let entry = entry("3-14", "10", text).unwrap();
+        assert_eq!((entry.last, entry.first_n, entry.operations.len()), (Position::new(3, 14), 10, 5));
+        let item = |product: &str, delta, available| Item { product: product.into(), delta, available };
+        assert_eq!(
+            entry.operations[0],
+            Operation {
+                k: 0,
+                remembered: Some(Remembered { request: "r-1".into(), digest: "9f86".into() }),
+                effect: Effect::Stock { kind: StockKind::Decr, items: vec![item("sku-1", -3, 97), item("sku-2", -1, 4)], low: None },
+            }
+        );
+        assert_eq!(entry.operations[1].effect, Effect::Stock { kind: StockKind::Set, items: vec![item("sku-9", 100, 100)], low: Some(5) });
+        assert_eq!(
+            entry.operations[3].effect,
+            Effect::CouponIssue { coupon: "c-1".into(), user: "u=7".into(), serial: 12, remaining: 988 }
+        );
+        let Effect::CouponCreate { terms, .. } = &entry.operations[4].effect else { panic!() };
+        assert_eq!(*terms, CouponTerms { total: 10, per_user: 1, start_ms: None, end_ms: Some(7) });
+    }
+
+    #[test]
+    fn a_product_may_be_called_like_the_separator() {
+        let operation = Operation::decode("0 decr | | -1 4").unwrap();
+        let Effect::Stock { items, .. } = operation.effect else { panic!() };
+        assert_eq!(items[0].product, "|");
+    }
+
+    #[test]
+    fn what_is_not_an_entry_is_refused() {
+        for bad in [
+            "",
+            "x decr | a 1 1",
+            "0 frob | a 1 1",
+            "0 decr |",
+            "0 decr | a 1",
+            "0 decr | a x 1",
+            "0 decr request=1 | a 1 1",
+            "0 coupon.issue coupon=c |",
+        ] {
+            assert!(Operation::decode(bad).is_err(), "{bad:?}");
+        }
+        assert!(entry("1-2", "1", "0 incr | a 1 1").is_err(), "two positions, one operation");
+        assert!(entry("1-0", "0", "0 incr | a 1 1").is_err(), "n starts at 1");
+        assert!(entry("x", "1", "0 incr | a 1 1").is_err());
+        assert!(entry("1-1", "1", "0 incr | a 1 1").is_ok());
+    }
+}

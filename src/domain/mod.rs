@@ -1,0 +1,11 @@
+//! What is sold and how it is written down: ids, quantities, positions, changes. Pure: no IO, no async, no clock.
+
+pub mod change;
+pub mod id;
+pub mod position;
+pub mod quantity;
+pub mod request;
+
+pub use id::Id;
+pub use position::Position;
+pub use request::RequestId;

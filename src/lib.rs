@@ -1,0 +1,30 @@
+//! Holdfast: a sidecar that speaks RESP and hands out what must not be handed out twice.
+//!
+//! A code map, in reading order; ARCHITECTURE.md walks one request through it.
+//!
+//! - [`domain`]: ids, quantities, positions, changes. Pure.
+//! - [`resp`]: bytes to requests and replies to bytes. Knows no command.
+//! - [`server`]: listener, connections, sessions. Knows no command's meaning.
+//! - [`command`]: the table of commands, argument matching, dispatch, the handlers.
+//! - [`store`]: everything on Redis: connections, keys, scripts, the combiner.
+//! - [`outbox`]: carries what the scripts appended from Redis to Postgres.
+//! - [`ledger`]: everything on Postgres.
+//! - [`telemetry`]: metrics, logs, the HTTP endpoints.
+//! - [`app`]: builds all of it, and drains it in reverse.
+
+pub mod domain;
+
+pub mod config;
+pub mod limits;
+pub mod resp;
+pub mod telemetry;
+
+pub mod command;
+pub mod ledger;
+pub mod outbox;
+pub mod server;
+pub mod store;
+
+pub mod app;
+pub mod cli;
+pub mod dev;

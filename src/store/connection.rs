@@ -1,0 +1,126 @@
+//! One TCP connection to the backing Redis, and which Redis process is at its other end.
+//!
+//! A connection never reconnects by itself: the run id that a script is guarded with is that of the process this very
+//! connection reaches. Whoever owns one replaces it when it breaks and shakes hands again.
+
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo, ServerErrorKind, Value};
+
+/// How long a TCP connection and its handshake may take. Below it a slow network would be cut off, above it a dead address holds
+/// back the next try.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Why something on Redis did not work.
+#[derive(Debug)]
+pub enum Error {
+    /// The connection broke, or never came about: whether a command that was under way ran is not known.
+    Connection(redis::RedisError),
+    /// Redis answered with an error: the command did not run.
+    Refused(redis::RedisError),
+    /// Redis answered something that the command cannot answer.
+    Unexpected(String),
+    /// The address or the server cannot be used; says what to change.
+    Unfit(String),
+}
+
+impl std::fmt::Display for Error {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Connection(error) => write!(f, "connection to Redis: {error}"),
+            Self::Refused(error) => write!(f, "Redis refused: {error}"),
+            Self::Unexpected(what) => write!(f, "unexpected answer of Redis: {what}"),
+            Self::Unfit(what) => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<redis::RedisError> for Error {
+    fn from(error: redis::RedisError) -> Self {
+        match error.kind() {
+            redis::ErrorKind::Server(_) | redis::ErrorKind::Extension => Self::Refused(error),
+            redis::ErrorKind::UnexpectedReturnType | redis::ErrorKind::Parse => Self::Unexpected(error.to_string()),
+            redis::ErrorKind::InvalidClientConfig => Self::Unfit(error.to_string()),
+            _ => Self::Connection(error),
+        }
+    }
+}
+
+impl Error {
+    /// Whether Redis says that it does not know the script: then it surely did not run.
+    pub fn is_no_script(&self) -> bool {
+        matches!(self, Self::Refused(error) if error.kind() == redis::ErrorKind::Server(ServerErrorKind::NoScript))
+    }
+}
+
+/// A connection and the run id of the Redis process behind it.
+#[derive(Clone)]
+pub struct Connection {
+    inner: MultiplexedConnection,
+    run_id: String,
+}
+
+impl Connection {
+    /// Connects and shakes hands: learns the run id and checks that this Redis can be trusted with stock. Errors with
+    /// [`Error::Unfit`] and what to change where it cannot.
+    pub async fn open(url: &str) -> Result<Self, Error> {
+        let info = url.into_connection_info()?;
+        let tcp = info.tcp_settings().clone().set_nodelay(true);
+        let client = Client::open(info.set_tcp_settings(tcp))?;
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            // A time-out never closes a connection: each caller has its own deadline, and a reply that comes late is still read.
+            .set_response_timeout(None);
+        let opening = async {
+            let inner = client.get_multiplexed_async_connection_with_config(&config).await?;
+            let mut connection = Self { inner, run_id: String::new() };
+            connection.shake_hands().await?;
+            Ok(connection)
+        };
+        match tokio::time::timeout(CONNECT_TIMEOUT, opening).await {
+            Ok(opened) => opened,
+            Err(_) => Err(Error::Connection(std::io::Error::from(std::io::ErrorKind::TimedOut).into())),
+        }
+    }
+
+    /// The run id of the process at the other end.
+    pub fn run_id(&self) -> &str {
+        &self.run_id
+    }
+
+    /// Sends one command and returns its answer.
+    pub async fn send(&mut self, command: &redis::Cmd) -> Result<Value, Error> {
+        Ok(self.inner.send_packed_command(command).await?)
+    }
+
+    async fn shake_hands(&mut self) -> Result<(), Error> {
+        let text = |value: Value| -> Result<String, Error> { Ok(redis::from_redis_value::<String>(value).map_err(redis::RedisError::from)?) };
+        let info = text(self.send(redis::cmd("INFO").arg("server").arg("replication")).await?)?;
+        let field = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
+        if field("role").is_some_and(|role| role != "master") {
+            return Err(Error::Unfit("this Redis is a replica: give redis.url the address of the master".into()));
+        }
+        let version = field("redis_version").unwrap_or("0");
+        let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok()).unwrap_or(0);
+        if major < 7 {
+            return Err(Error::Unfit(format!("Redis {version} is too old: Holdfast needs Redis 7.0 or later, or Valkey")));
+        }
+        self.run_id = field("run_id").ok_or_else(|| Error::Unexpected("INFO server has no run_id".into()))?.to_owned();
+        for (setting, bad, advice) in [
+            ("maxmemory-policy", None, "set maxmemory-policy noeviction: every other policy throws away locks and request ids to make room"),
+            ("no-appendfsync-on-rewrite", Some("yes"), "set no-appendfsync-on-rewrite no: with yes nothing is synced while the AOF is rewritten"),
+        ] {
+            // Managed services may hide CONFIG; what cannot be read cannot be refused.
+            let Ok(reply) = self.send(redis::cmd("CONFIG").arg("GET").arg(setting)).await else { continue };
+            let Ok(pairs) = redis::from_redis_value::<Vec<String>>(reply) else { continue };
+            let Some(value) = pairs.get(1) else { continue };
+            if bad.map_or(value != "noeviction", |bad| value == bad) {
+                return Err(Error::Unfit(format!("this Redis has {setting} {value}: {advice}")));
+            }
+        }
+        Ok(())
+    }
+}

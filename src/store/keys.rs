@@ -1,0 +1,43 @@
+//! Every key's name, once (design: one partition on standalone Redis and Sentinel, so no hash tags yet).
+
+use crate::domain::Id;
+
+/// Hash: epoch, verified run id, n, last op, state, and `<instance>:<lane>` → counter of each lane.
+pub const META: &str = "holdfast:meta";
+/// Stream: the changes that Postgres may not have yet, and some that it has.
+pub const OUTBOX: &str = "holdfast:outbox";
+/// Hash: product → units held by orders.
+pub const HELD: &str = "stock:held";
+/// Hash: product → why a person has to look at it.
+pub const FROZEN: &str = "stock:frozen";
+/// Hash: product → threshold of the low-stock event.
+pub const LOW: &str = "stock:low";
+/// What stands before a product's id.
+pub const PRODUCT_PREFIX: &str = "stock:product:";
+/// What stands before a coupon's id in the key of its terms.
+pub const COUPON_INFO_PREFIX: &str = "coupon:info:";
+
+/// String: a product's available units in decimal.
+pub fn product(product: &Id) -> String {
+    format!("{PRODUCT_PREFIX}{product}")
+}
+
+/// Hash: a coupon's lock, in Redisson's layout.
+pub fn coupon_lock(coupon: &Id) -> String {
+    format!("coupon:issue:{coupon}")
+}
+
+/// Hash: total, issued, used, window, per-user limit, state.
+pub fn coupon_info(coupon: &Id) -> String {
+    format!("{COUPON_INFO_PREFIX}{coupon}")
+}
+
+/// Hash: user → serials and their states.
+pub fn coupon_users(coupon: &Id) -> String {
+    format!("coupon:users:{coupon}")
+}
+
+/// Hash: request id → digest and reply. The bucket says which stretch of time and which of 64 parts.
+pub fn request(bucket: impl std::fmt::Display, part: u16) -> String {
+    format!("holdfast:request:{bucket}.{part}")
+}
