@@ -1,1 +1,95 @@
-fn main() {}
+//! Turns lua/*.lua into `scripts.rs`: names for KEYS and ARGV from each header, includes resolved (each once, dependencies first,
+//! cycles and unknown names are build errors), and a constant with the number of fixed keys and arguments.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::path::Path;
+use std::{env, fs};
+
+struct Header {
+    keys: Vec<String>,
+    args: Vec<String>,
+    include: Vec<String>,
+}
+
+fn main() {
+    println!("cargo:rerun-if-changed=lua");
+    println!("cargo:rerun-if-changed=migrations");
+    let mut files: Vec<_> = fs::read_dir("lua").expect("lua/").map(|entry| entry.expect("lua/").path()).collect();
+    files.retain(|path| path.extension().is_some_and(|extension| extension == "lua"));
+    files.sort();
+    let mut out = String::new();
+    for path in files {
+        let name = path.file_stem().and_then(|stem| stem.to_str()).expect("a script's name").to_owned();
+        let text = fs::read_to_string(&path).expect("a script");
+        let header = header(&name, &text);
+        let constant = name.to_uppercase();
+        let mut source = String::from(if header_flag(&text, "readonly") { "#!lua flags=no-writes\n" } else { "#!lua\n" });
+        locals(&mut source, &header.keys, "KEYS");
+        locals(&mut source, &header.args, "ARGV");
+        let mut done = BTreeSet::new();
+        for include in &header.include {
+            resolve(include, &mut Vec::new(), &mut done, &mut source);
+        }
+        source.push_str(&body(&text));
+        let summary = text.lines().next().unwrap_or_default().trim_start_matches("-- ");
+        let fixed = header.keys.iter().filter(|key| !key.ends_with("...")).count();
+        writeln!(
+            out,
+            "/// {summary}\npub static {constant}: Script = Script::new({name:?}, {source:?}, {fixed}, {});\n",
+            header.args.len()
+        )
+        .expect("a string");
+    }
+    let target = Path::new(&env::var("OUT_DIR").expect("OUT_DIR")).join("scripts.rs");
+    fs::write(target, out).expect("scripts.rs");
+}
+
+fn header_line<'a>(text: &'a str, field: &str) -> Option<&'a str> {
+    text.lines().take_while(|line| line.starts_with("--")).find_map(|line| line.strip_prefix("-- ")?.strip_prefix(field)?.strip_prefix(':'))
+}
+
+fn header_flag(text: &str, flag: &str) -> bool {
+    header_line(text, "flags").is_some_and(|flags| flags.split(',').any(|known| known.trim() == flag))
+}
+
+fn header(name: &str, text: &str) -> Header {
+    let list = |field: &str| -> Vec<String> {
+        let line = header_line(text, field).unwrap_or_default();
+        line.split(',').map(str::trim).filter(|word| !word.is_empty()).map(String::from).collect()
+    };
+    assert!(header_line(text, "returns").is_some(), "lua/{name}.lua: its header says nothing of what it returns");
+    Header { keys: list("keys"), args: list("args"), include: list("include") }
+}
+
+/// `local meta, outbox = KEYS[1], KEYS[2]`; a name that ends in `...` stands for all the rest and gets no local.
+fn locals(source: &mut String, names: &[String], table: &str) {
+    let fixed: Vec<_> = names.iter().filter(|name| !name.ends_with("...")).collect();
+    if fixed.is_empty() {
+        return;
+    }
+    let left = fixed.iter().map(|name| name.as_str()).collect::<Vec<_>>().join(", ");
+    let right = (1..=fixed.len()).map(|i| format!("{table}[{i}]")).collect::<Vec<_>>().join(", ");
+    writeln!(source, "local {left} = {right}").expect("a string");
+}
+
+fn resolve(name: &str, above: &mut Vec<String>, done: &mut BTreeSet<String>, source: &mut String) {
+    assert!(!above.iter().any(|seen| seen == name), "lua includes go round in a circle: {above:?} {name}");
+    if !done.insert(name.to_owned()) {
+        return;
+    }
+    let path = format!("lua/include/{name}.lua");
+    let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    above.push(name.to_owned());
+    for include in header_line(&text, "include").unwrap_or_default().split(',').map(str::trim).filter(|word| !word.is_empty()) {
+        resolve(include, above, done, source);
+    }
+    above.pop();
+    source.push_str(&body(&text));
+}
+
+/// The text without its comments: Redis keeps every script's source in memory and EVAL sends it.
+fn body(text: &str) -> String {
+    let lines = text.lines().filter(|line| !line.trim_start().starts_with("--") && !line.trim().is_empty());
+    lines.fold(String::new(), |all, line| all + line + "\n")
+}

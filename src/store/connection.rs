@@ -50,6 +50,26 @@ impl From<redis::RedisError> for Error {
 }
 
 impl Error {
+    /// The error's first word, for people.
+    pub fn code(&self) -> &str {
+        match self {
+            Self::Refused(error) => error.code().unwrap_or("ERR"),
+            _ => "ERR",
+        }
+    }
+
+    /// Whether Redis refused before a script's first write, so that nothing was changed: it checks all of these before it starts a script
+    /// (Redis 7.0.15, script.c). Any other error may have come in the middle of one.
+    pub fn is_before_any_write(&self) -> bool {
+        let before = ["OOM", "READONLY", "MISCONF", "NOREPLICAS", "LOADING", "MASTERDOWN", "BUSY", "NOAUTH", "NOSCRIPT", "NOPERM"];
+        matches!(self, Self::Refused(_)) && before.contains(&self.code())
+    }
+
+    /// Whether this server is not the one to write to (any more).
+    pub fn is_of_the_role(&self) -> bool {
+        matches!(self.code(), "READONLY" | "MASTERDOWN")
+    }
+
     /// Whether Redis says that it does not know the script: then it surely did not run.
     pub fn is_no_script(&self) -> bool {
         matches!(self, Self::Refused(error) if error.kind() == redis::ErrorKind::Server(ServerErrorKind::NoScript))
@@ -94,6 +114,12 @@ impl Connection {
     /// Sends one command and returns its answer.
     pub async fn send(&mut self, command: &redis::Cmd) -> Result<Value, Error> {
         Ok(self.inner.send_packed_command(command).await?)
+    }
+
+    /// Redis's clock in Unix ms.
+    pub async fn time_ms(&mut self) -> Result<i64, Error> {
+        let (seconds, micros): (i64, i64) = redis::from_redis_value(self.send(&redis::cmd("TIME")).await?).map_err(redis::RedisError::from)?;
+        Ok(seconds * 1000 + micros / 1000)
     }
 
     async fn shake_hands(&mut self) -> Result<(), Error> {

@@ -1,10 +1,20 @@
 //! Everything on Redis: connections with the run id of the process behind them, keys, scripts, the combiner. The only place
 //! that uses the `redis` crate.
 
+mod clock;
 pub mod connection;
+pub mod coupon;
 pub mod keys;
+pub mod lane;
+mod pack;
+pub mod meta;
 pub mod partition;
+pub mod reads;
+pub mod requests;
+pub mod script;
+pub mod stock;
 pub mod stream;
+mod words;
 
 pub use connection::{Connection, Error};
 pub use partition::Partition;

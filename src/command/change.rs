@@ -1,0 +1,89 @@
+//! What every changing command shares: its REQUEST, its ACK, and how its failures read.
+
+use std::time::Duration;
+
+use super::ack::AckQueue;
+use super::args::{Ack, Args};
+use crate::domain::Position;
+use crate::limits;
+use crate::resp::{Reply, Ticket};
+use crate::store::Partition;
+use crate::store::lane::Failure;
+use crate::store::requests::{KnownReply, Remembered, Request};
+
+/// The default of a command that answers once Redis has the change.
+pub const ACK_REDIS: Ack = Ack::Redis;
+/// The default of a command that answers once Postgres has it, too.
+pub const ACK_POSTGRES: Ack = Ack::Postgres;
+
+/// What a change's reply waits for, and how long.
+#[derive(Clone, Copy, Debug)]
+pub struct Confirmation {
+    postgres: bool,
+    timeout: Duration,
+}
+
+impl Confirmation {
+    /// From ACK and TIMEOUT, else the command's default. Errors with the reply where it is known beforehand that it cannot be had.
+    pub fn of(args: &Args, default: Ack, partition: &Partition) -> Result<Self, Reply> {
+        let postgres = args.ack().unwrap_or(default) == Ack::Postgres;
+        let otherwise = if default == Ack::Postgres { limits::ACK_POSTGRES_WITHIN } else { limits::ACK_WITHIN };
+        let asked = args.maybe_integer("timeout").and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
+        if postgres && !partition.ledger_up() && partition.live_epoch().is_some() {
+            return Err(Reply::error("TRYAGAIN Postgres cannot be reached, so ACK postgres cannot be given; nothing was changed"));
+        }
+        Ok(Self { postgres, timeout: asked.unwrap_or(otherwise) })
+    }
+
+    /// Sends the reply of a change that Redis has at `position`, as soon as it is confirmed as asked.
+    pub fn confirm(self, acks: &AckQueue, position: Position, ticket: Ticket, reply: Reply) {
+        match self.postgres {
+            true => acks.wait(position, self.timeout, ticket, reply),
+            false => ticket.complete(reply),
+        }
+    }
+}
+
+/// The command's REQUEST, if it carries one.
+pub fn request(args: &Args) -> Option<Request> {
+    args.request().map(|id| Request { id, digest: args.digest() })
+}
+
+/// The error reply of an operation that was not decided.
+pub fn failed(failure: Failure) -> Reply {
+    Reply::error(match failure {
+        Failure::Loading(why) => format!("LOADING {why}"),
+        Failure::TryAgain(why) => format!("TRYAGAIN {why}"),
+        Failure::InDoubt(id) => format!("INDOUBT {id} Redis has not answered in time: ask again with REQUEST {id}, or read what became of it"),
+    })
+}
+
+/// What a remembered REQUEST comes to: the reply of its first execution with its position, or an error.
+pub fn replay(request: Option<&Request>, remembered: &Remembered) -> Result<(Position, Reply), Reply> {
+    match remembered {
+        Remembered::Stale => Err(Reply::error("STALE this REQUEST id is older than idempotency.window_ms: read what became of it, then use a new id")),
+        Remembered::Ahead => Err(Reply::error("ERR invalid request id: its time is more than 60 s in the future, check this client's clock")),
+        Remembered::Known(text) => {
+            let Some(reply) = request.and_then(|request| request.reply_in(text)) else {
+                return Err(Reply::error("MISMATCH this REQUEST id was used with another command or other arguments: use a new id"));
+            };
+            let Some(known) = KnownReply::parse(reply) else {
+                return Err(Reply::error("ERR what is remembered of this REQUEST id cannot be read"));
+            };
+            Ok((known.position, accepted(known.word, known.integers, known.position)))
+        }
+    }
+}
+
+/// The reply of an accepted change: the outcome word, its numbers, the position.
+pub fn accepted(word: &str, integers: impl IntoIterator<Item = i64>, position: Position) -> Reply {
+    let mut reply = vec![Reply::text(word)];
+    reply.extend(integers.into_iter().map(Reply::Integer));
+    reply.push(Reply::text(position.to_string()));
+    Reply::Array(reply)
+}
+
+/// A business outcome that changed nothing: the word, and its values.
+pub fn outcome(word: &str, values: impl IntoIterator<Item = Reply>) -> Reply {
+    Reply::Array(std::iter::once(Reply::text(word)).chain(values).collect())
+}

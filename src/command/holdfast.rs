@@ -1,0 +1,72 @@
+//! HOLDFAST: the server itself.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::spec::{self, BLOCKING, FAST, LOADING, READONLY, Spec};
+use super::{Context, Step, change, read};
+use crate::domain::Position;
+use crate::limits;
+use crate::resp::Reply;
+use crate::store::partition::State;
+
+pub static AWAIT: Spec = Spec::new("HOLDFAST.AWAIT", "Waits until Postgres has a position.")
+    .family("holdfast")
+    .args(&[spec::text("position", 64), spec::integer("timeout_ms", 1, limits::TIMEOUT_MS_MAX, "ms").optional()])
+    .flags(READONLY | BLOCKING)
+    .reply("`APPLIED, position` / `PENDING, applied` / `LOST, position`")
+    .example("HOLDFAST.AWAIT 1-1 100")
+    .run(|call| {
+        let Some(position) = Position::parse(call.args.text("position")) else {
+            return Step::Reply(Reply::error("ERR invalid position: '<epoch>-<n>', as a change's reply gives it"));
+        };
+        let asked = call.args.maybe_integer("timeout_ms").and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
+        let cx = Rc::clone(call.cx);
+        Step::Wait(Box::pin(wait(cx, position, asked.unwrap_or(limits::ACK_POSTGRES_WITHIN))))
+    });
+
+pub static STATUS: Spec = Spec::new("HOLDFAST.STATUS", "Returns how this server stands with Redis and Postgres.")
+    .family("holdfast")
+    .flags(READONLY | FAST | LOADING)
+    .reply("map `version ready redis postgres partitions`; of each partition a map `partition epoch position applied lag relay state`")
+    .run(|call| Step::Reply(status(call.cx)));
+
+async fn wait(cx: Rc<Context>, position: Position, timeout: Duration) -> Reply {
+    let mut applied = cx.partition.applied.subscribe();
+    let reached = tokio::time::timeout(timeout, applied.wait_for(|applied| *applied >= position)).await;
+    match reached {
+        Ok(Ok(_)) => change::outcome("APPLIED", [Reply::text(position.to_string())]),
+        _ => change::outcome("PENDING", [Reply::text(cx.partition.applied.borrow().to_string())]),
+    }
+}
+
+fn status(cx: &Context) -> Reply {
+    let partition = &cx.partition;
+    let (state, epoch) = match &*partition.state.borrow() {
+        State::Live { epoch, .. } => ("live".to_owned(), *epoch),
+        State::Loading(why) => (format!("loading: {why}"), 0),
+    };
+    let applied = *partition.applied.borrow();
+    let epoch = if epoch == 0 { applied.epoch } else { epoch };
+    let trouble = partition.relay_trouble.borrow().clone();
+    let up = |up: bool| Reply::text(if up { "up" } else { "down" });
+    let integer = |number: u64| Reply::Integer(i64::try_from(number).unwrap_or(i64::MAX));
+    read::map([
+        ("version", Reply::text(env!("CARGO_PKG_VERSION"))),
+        ("ready", Reply::Integer(i64::from(partition.live_epoch().is_some() && partition.redis_up()))),
+        ("redis", up(partition.redis_up())),
+        ("postgres", up(partition.ledger_up())),
+        (
+            "partitions",
+            Reply::Array(vec![read::map([
+                ("partition", integer(u64::from(partition.id))),
+                ("epoch", integer(epoch)),
+                ("position", Reply::text(Position::new(epoch, partition.head_n()).to_string())),
+                ("applied", Reply::text(applied.to_string())),
+                ("lag", integer(partition.lag())),
+                ("relay", Reply::text(if trouble.is_empty() { "this sidecar".to_owned() } else { trouble })),
+                ("state", Reply::text(state)),
+            ])]),
+        ),
+    ])
+}

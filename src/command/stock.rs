@@ -1,0 +1,232 @@
+//! STOCK: products and their units.
+
+use std::rc::Rc;
+
+use super::args::Ack;
+use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
+use super::spec::{self, ACK, FAST, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
+use super::{Call, Context, Step, read};
+use crate::domain::Id;
+use crate::domain::change::StockKind;
+use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
+use crate::limits;
+use crate::resp::{Reply, Ticket};
+use crate::store::lane::{Failure, Waiter};
+use crate::store::stock::{Action, Stock, StockOp, StockOutcome};
+
+pub static SET: Spec = Spec::new("STOCK.SET", "Creates a product, or overwrites its available units.")
+    .family("stock")
+    .args(&[PRODUCT, spec::integer("quantity", 0, QUANTITY_MAX, ""), spec::integer("low", 0, QUANTITY_MAX, "").token("LOW"), REQUEST, ACK, TIMEOUT])
+    .flags(WRITE | FAST)
+    .reply("`OK, quantity, position`")
+    .example("STOCK.SET sku-1 100")
+    .run(|call| change(call, StockKind::Set, ACK_POSTGRES));
+
+pub static DEL: Spec = Spec::new("STOCK.DEL", "Deletes a product.")
+    .family("stock")
+    .args(&[PRODUCT, REQUEST, ACK, TIMEOUT])
+    .flags(WRITE | FAST)
+    .reply("`OK, position` / `NOTFOUND`")
+    .example("STOCK.DEL sku-1")
+    .run(|call| change(call, StockKind::Delete, ACK_POSTGRES));
+
+pub static GET: Spec = Spec::new("STOCK.GET", "Returns the available units of a product.")
+    .family("stock")
+    .args(&[PRODUCT])
+    .flags(READONLY | FAST)
+    .reply("integer, or nil")
+    .example("STOCK.GET sku-1")
+    .run(|call| {
+        let product = call.args.id("product");
+        look(call, vec![(product, 0)], Shape::One)
+    });
+
+pub static MGET: Spec = Spec::new("STOCK.MGET", "Returns the available units of several products.")
+    .family("stock")
+    .args(&[PRODUCT.repeated()])
+    .flags(READONLY | FAST)
+    .complexity("O(N) in the number of products")
+    .reply("array of integer or nil")
+    .example("STOCK.MGET sku-1 sku-2")
+    .run(|call| {
+        let products: Vec<_> = call.args.ids("product").map(|product| (product, 0)).collect();
+        match products.len() > limits::PRODUCTS_MAX {
+            true => Step::Reply(too_many_products()),
+            false => look(call, products, Shape::Many),
+        }
+    });
+
+pub static INFO: Spec = Spec::new("STOCK.INFO", "Returns what is known of a product.")
+    .family("stock")
+    .args(&[PRODUCT])
+    .flags(READONLY | FAST)
+    .reply("map `product available held low position applied lag_ms frozen`, or nil")
+    .example("STOCK.INFO sku-1")
+    .run(|call| {
+        let (cx, product) = (Rc::clone(call.cx), call.args.id("product"));
+        Step::Wait(Box::pin(info(cx, product)))
+    });
+
+pub static INCR: Spec = Spec::new("STOCK.INCR", "Adds units to a product: restocks it, or gives units back.")
+    .family("stock")
+    .args(&[PRODUCT, QUANTITY, REQUEST, ACK, TIMEOUT])
+    .flags(WRITE | FAST)
+    .reply("`OK, available, position`")
+    .example("STOCK.INCR sku-1 5")
+    .run(|call| change(call, StockKind::Incr, ACK_REDIS));
+
+pub static DECR: Spec = Spec::new("STOCK.DECR", "Takes units off one or more products, all or nothing, never below zero.")
+    .family("stock")
+    .args(&[PRODUCT.repeated(), QUANTITY.repeated(), REQUEST, ACK, TIMEOUT])
+    .flags(WRITE | FAST)
+    .complexity("O(N) in the number of products")
+    .reply("`OK, available..., position` / `INSUFFICIENT, product, available`")
+    .example("STOCK.DECR sku-1 1")
+    .run(decr);
+
+pub static SCAN: Spec = Spec::new("STOCK.SCAN", "Iterates over the products.")
+    .family("stock")
+    .args(&[spec::cursor("cursor"), spec::pattern("pattern").token("MATCH"), spec::integer("count", 1, limits::SCAN_COUNT_MAX, "").token("COUNT")])
+    .flags(READONLY)
+    .complexity("O(1) a call, O(N) for a whole iteration")
+    .reply("`cursor, [product, available, ...]`")
+    .example("STOCK.SCAN 0 MATCH sku-* COUNT 100")
+    .run(|call| {
+        let cursor = String::from_utf8_lossy(call.args.text("cursor")).into_owned();
+        let pattern = call.args.maybe_text("pattern").map_or_else(|| "*".to_owned(), |pattern| String::from_utf8_lossy(pattern).into_owned());
+        let (cx, count) = (Rc::clone(call.cx), call.args.maybe_integer("count").unwrap_or(10));
+        Step::Wait(Box::pin(async move {
+            match cx.reads.scan_products(&cursor, &pattern, count).await {
+                Ok(scanned) => read::scanned(scanned),
+                Err(error) => read::failed(&error),
+            }
+        }))
+    });
+
+fn too_many_products() -> Reply {
+    Reply::error(format!("ERR too many products: at most {} in one command", limits::PRODUCTS_MAX))
+}
+
+fn change(call: &mut Call<'_>, kind: StockKind, default: Ack) -> Step {
+    let quantity = if kind == StockKind::Delete { 0 } else { call.args.integer("quantity") };
+    let low = if kind == StockKind::Set { call.args.maybe_integer("low") } else { None };
+    let items = vec![(call.args.id("product"), quantity)];
+    submit_change(call, StockOp { action: Action::Change(kind), items, low, request: None }, default)
+}
+
+fn decr(call: &mut Call<'_>) -> Step {
+    let mut items: Vec<(Id, i64)> = Vec::with_capacity(1);
+    for (product, quantity) in call.args.pairs() {
+        match items.iter_mut().find(|(known, _)| *known == product) {
+            // Each quantity is at most 10^12 and there are at most PRODUCTS_MAX of them: the sum stays in range.
+            Some((_, sum)) => *sum += quantity,
+            None => items.push((product, quantity)),
+        }
+        if items.len() > limits::PRODUCTS_MAX {
+            return Step::Reply(too_many_products());
+        }
+    }
+    submit_change(call, StockOp { action: Action::Change(StockKind::Decr), items, low: None, request: None }, ACK_REDIS)
+}
+
+fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
+    let confirmation = match Confirmation::of(&call.args, default, &call.cx.partition) {
+        Ok(confirmation) => confirmation,
+        Err(reply) => return Step::Reply(reply),
+    };
+    op.request = change::request(&call.args);
+    let waiter = StockWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), shape: Shape::Change(confirmation) };
+    call.cx.stock.submit(op, call.arrived, waiter);
+    Step::Later
+}
+
+fn look(call: &mut Call<'_>, items: Vec<(Id, i64)>, shape: Shape) -> Step {
+    let op = StockOp { action: Action::Read, items, low: None, request: None };
+    let waiter = StockWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), shape };
+    call.cx.stock.submit(op, call.arrived, waiter);
+    Step::Later
+}
+
+enum Shape {
+    One,
+    Many,
+    Change(Confirmation),
+}
+
+/// A client that waits for a STOCK operation.
+pub struct StockWaiter {
+    cx: Rc<Context>,
+    ticket: Ticket,
+    shape: Shape,
+}
+
+impl Waiter<Stock> for StockWaiter {
+    fn done(self, op: &StockOp, result: Result<StockOutcome, Failure>) {
+        let accepted_at = |position, reply| match self.shape {
+            Shape::Change(confirmation) => Ok((confirmation, position, reply)),
+            Shape::One | Shape::Many => Err(reply),
+        };
+        let outcome = match result {
+            Err(failure) => Err(failed(failure)),
+            Ok(StockOutcome::Done { available, position }) => {
+                let shown = if op.action == Action::Change(StockKind::Delete) { Vec::new() } else { available };
+                accepted_at(position, accepted("OK", shown, position))
+            }
+            Ok(StockOutcome::Remembered(remembered)) => {
+                change::replay(op.request.as_ref(), &remembered).and_then(|(position, reply)| accepted_at(position, reply))
+            }
+            Ok(StockOutcome::Values(values)) => {
+                let mut values = values.into_iter().map(|value| value.map_or(Reply::Nil, Reply::Integer));
+                Err(match self.shape {
+                    Shape::One => values.next().unwrap_or(Reply::Nil),
+                    _ => Reply::Array(values.collect()),
+                })
+            }
+            Ok(refusal) => Err(refused(op, &refusal)),
+        };
+        match outcome {
+            Ok((confirmation, position, reply)) => confirmation.confirm(&self.cx.acks, position, self.ticket, reply),
+            Err(reply) => self.ticket.complete(reply),
+        }
+    }
+}
+
+fn refused(op: &StockOp, refusal: &StockOutcome) -> Reply {
+    let product = |item: usize| op.items.get(item).map(|(product, _)| product.clone()).unwrap_or_else(|| Id::from(""));
+    match refusal {
+        StockOutcome::Short { item, available } => {
+            outcome("INSUFFICIENT", [Reply::bulk(product(*item).bytes().clone()), Reply::Integer(*available)])
+        }
+        StockOutcome::Absent { .. } if op.action == Action::Change(StockKind::Delete) => outcome("NOTFOUND", []),
+        StockOutcome::Absent { item } => Reply::error(format!("NOTFOUND no product '{}'", product(*item))),
+        StockOutcome::Frozen { reason, .. } => Reply::error(format!("FROZEN {reason}")),
+        StockOutcome::Corrupt { item } => Reply::error(format!(
+            "FROZEN the key of product '{}' holds something that is not a number of units: repair it in Redis",
+            product(*item)
+        )),
+        StockOutcome::Over { item, available } => Reply::error(format!(
+            "ERR invalid quantity: product '{}' has {available} units, and may not pass {TOTAL_MAX}",
+            product(*item)
+        )),
+        StockOutcome::Values(_) | StockOutcome::Done { .. } | StockOutcome::Remembered(_) => Reply::error("ERR internal error"),
+    }
+}
+
+async fn info(cx: Rc<Context>, product: Id) -> Reply {
+    let applied = *cx.partition.applied.borrow();
+    let info = match cx.reads.stock_info(&product, applied).await {
+        Ok(info) => info,
+        Err(error) => return read::failed(&error),
+    };
+    let Some(available) = info.available else { return Reply::Nil };
+    read::map([
+        ("product", Reply::bulk(product.bytes().clone())),
+        ("available", Reply::Integer(available)),
+        ("held", Reply::Integer(info.held)),
+        ("low", info.low.map_or(Reply::Nil, Reply::Integer)),
+        ("position", Reply::text(info.position.to_string())),
+        ("applied", Reply::text(applied.to_string())),
+        ("lag_ms", Reply::Integer(info.lag_ms)),
+        ("frozen", info.frozen.map_or(Reply::Nil, Reply::text)),
+    ])
+}

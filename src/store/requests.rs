@@ -1,0 +1,166 @@
+//! Where a REQUEST id is remembered.
+//!
+//! A canonical UUIDv7 carries its time, so all its retries meet in the bucket of that minute whatever the clocks of the sidecars
+//! say. Every other id goes into the bucket of the generation (one window long) it first comes in, and is looked for in that one
+//! and the one before. Each bucket is split in 64 parts, so that none grows into a key that stalls Redis when it goes.
+
+use std::fmt::Write as _;
+
+use super::lane::Verdict;
+use super::pack::Pack;
+use super::words::Words;
+use super::{Error, keys};
+use crate::domain::{Position, RequestId};
+
+/// Into how many parts a bucket is split.
+const PARTS: u16 = 64;
+
+/// A REQUEST id with the fingerprint of what it asks for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub id: RequestId,
+    pub digest: String,
+}
+
+impl Request {
+    /// The id's own time in Unix ms; 0 where it has none.
+    pub fn stamp_ms(&self) -> u64 {
+        self.id.uuid_v7_ms().unwrap_or(0)
+    }
+
+    /// The keys of the buckets that may know the id: one for a UUIDv7; else those of the generations before, at and after `generation`.
+    pub fn buckets(&self, generation: i64) -> Vec<String> {
+        let part = crate::resp::keyslot(self.id.as_bytes()) % PARTS;
+        match self.id.uuid_v7_ms() {
+            Some(ms) => vec![keys::request(format_args!("m{}", ms / 60_000), part)],
+            None => (generation - 1..=generation + 1).map(|generation| keys::request(generation, part)).collect(),
+        }
+    }
+
+    /// How many keys and about how many bytes it adds to a batch.
+    pub fn weight(&self) -> (usize, usize) {
+        (3, 64 + 4 * self.id.as_bytes().len())
+    }
+
+    /// Appends ` request=<id> digest=<digest>`, as an outbox line carries it.
+    pub fn write_to(&self, line: &mut String) {
+        let _ = write!(line, " request={} digest={}", self.id.escaped(), self.digest);
+    }
+
+    /// Whether a remembered text was written by the same command with the same arguments; its reply if so.
+    pub fn reply_in<'a>(&self, remembered: &'a str) -> Option<&'a str> {
+        let (digest, reply) = remembered.split_once(' ')?;
+        (digest == self.digest).then_some(reply)
+    }
+}
+
+/// What the memory of REQUEST ids says of one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remembered {
+    /// `<digest> <reply>` of its first execution.
+    Known(String),
+    /// A UUIDv7 older than the window.
+    Stale,
+    /// A UUIDv7 more than a minute in the future.
+    Ahead,
+}
+
+/// The reply of a first execution, as lua/include/requests.lua was given it: an outcome word, `:` before each integer, the position.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnownReply<'a> {
+    pub word: &'a str,
+    pub integers: Vec<i64>,
+    pub position: Position,
+}
+
+impl<'a> KnownReply<'a> {
+    /// Reads `OK :97 1-5`; `None` if it is not a reply of ours.
+    pub fn parse(reply: &'a str) -> Option<Self> {
+        let mut words = reply.split(' ');
+        let word = words.next()?;
+        let (mut integers, mut position) = (Vec::new(), None);
+        for word in words {
+            match word.strip_prefix(':') {
+                Some(integer) => integers.push(integer.parse().ok()?),
+                None => position = Some(Position::parse(word.as_bytes())?),
+            }
+        }
+        Some(Self { word, integers, position: position? })
+    }
+}
+
+/// Reads what the write scripts say of a REQUEST id.
+pub(super) fn verdict<O>(word: &str, words: &mut Words, outcome: fn(Remembered) -> O) -> Result<Verdict<O>, Error> {
+    Ok(match word {
+        "known" => Verdict::Decided(outcome(Remembered::Known(words.text()?))),
+        "stale" => Verdict::Decided(outcome(Remembered::Stale)),
+        "ahead" => Verdict::Decided(outcome(Remembered::Ahead)),
+        "full" => Verdict::Again("overloaded: the memory of REQUEST ids is full for now; nothing was changed".into()),
+        other => return Err(Error::Unexpected(format!("word {other:?}"))),
+    })
+}
+
+/// Gathers the buckets of a batch's requests, which stand in KEYS behind all else.
+pub(super) struct RequestKeys {
+    before: usize,
+    keys: Vec<String>,
+}
+
+impl RequestKeys {
+    /// `before`: how many KEYS stand in front.
+    pub(super) fn after(before: usize) -> Self {
+        Self { before, keys: Vec::new() }
+    }
+
+    /// Writes a request as lua/include/requests.lua reads it, `false` for none.
+    pub(super) fn write(&mut self, batch: &mut Pack, request: Option<&Request>, generation: i64) {
+        let Some(request) = request else {
+            batch.no();
+            return;
+        };
+        let buckets = request.buckets(generation);
+        let place = self.keys.windows(buckets.len()).position(|keys| keys == buckets).unwrap_or(self.keys.len());
+        if place == self.keys.len() {
+            self.keys.extend(buckets);
+        }
+        let stamp_ms = i64::try_from(request.stamp_ms()).unwrap_or(0);
+        batch.array(4).text(&request.id.escaped()).text(&request.digest).integer(stamp_ms).count(self.before + place + 1);
+    }
+
+    pub(super) fn into_keys(self) -> Vec<String> {
+        self.keys
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytes::Bytes;
+
+    fn request(id: &'static str) -> Request {
+        Request { id: RequestId::parse(&Bytes::from_static(id.as_bytes())).unwrap(), digest: "d".into() }
+    }
+
+    #[test]
+    fn a_uuid_v7_has_one_bucket_and_other_ids_three() {
+        let v7 = request("017f22e2-79b0-7cc3-98c4-dc0c0c07398f");
+        assert_eq!(v7.buckets(5), v7.buckets(900));
+        assert_eq!(v7.buckets(5).len(), 1);
+        let plain = request("r-1");
+        assert_eq!(plain.buckets(5).len(), 3);
+        assert_eq!(plain.buckets(5)[2], plain.buckets(6)[1]);
+    }
+
+    #[test]
+    fn a_known_reply_is_read_back() {
+        let reply = KnownReply::parse("OK :97 :4 1-5").unwrap();
+        assert_eq!((reply.word, reply.integers, reply.position), ("OK", vec![97, 4], Position::new(1, 5)));
+        assert_eq!(KnownReply::parse("OK :97"), None);
+    }
+
+    #[test]
+    fn a_reply_is_given_only_to_the_same_command() {
+        assert_eq!(request("r").reply_in("d OK :97 1-5"), Some("OK :97 1-5"));
+        assert_eq!(request("r").reply_in("e OK :97 1-5"), None);
+    }
+}

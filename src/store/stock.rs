@@ -1,0 +1,183 @@
+//! The STOCK family: its operations as lua/stock_write.lua takes them, and what it answers.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+
+use super::lane::{Encoded, Family, Positions, Verdict};
+use super::pack::Pack;
+use super::requests::{self, Remembered, Request, RequestKeys};
+use super::script::{self, Script};
+use super::words::Words;
+use super::{Error, keys};
+use crate::domain::change::{Effect, Operation, StockKind};
+use crate::domain::{Id, Position};
+
+/// The keys of lua/stock_write.lua before the products: meta, outbox, frozen, low.
+const FIXED_KEYS: usize = 4;
+
+/// What a STOCK operation does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Reads the available units; changes nothing.
+    Read,
+    Change(StockKind),
+}
+
+impl Action {
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "get",
+            Self::Change(kind) => kind.as_str(),
+        }
+    }
+}
+
+/// One STOCK operation over one or more products, all or nothing.
+#[derive(Clone, Debug)]
+pub struct StockOp {
+    pub action: Action,
+    /// Each product once, with its quantity (0 where there is none to give).
+    pub items: Vec<(Id, i64)>,
+    /// The new threshold of the low-stock event; only with [`StockKind::Set`].
+    pub low: Option<i64>,
+    pub request: Option<Request>,
+}
+
+/// What became of a STOCK operation. `item` counts from 0.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StockOutcome {
+    /// Read: the available units of each item, `None` where there is no such product.
+    Values(Vec<Option<i64>>),
+    /// Accepted: the available units of each item after it.
+    Done { available: Vec<i64>, position: Position },
+    /// Too little is available.
+    Short { item: usize, available: i64 },
+    /// Redis has no such product.
+    Absent { item: usize },
+    /// The product waits for a person.
+    Frozen { item: usize, reason: String },
+    /// The key holds something that is not a number of units.
+    Corrupt { item: usize },
+    /// It would pass the largest total there may be.
+    Over { item: usize, available: i64 },
+    Remembered(Remembered),
+}
+
+/// See [`Family`].
+pub struct Stock;
+
+impl Family for Stock {
+    const LANE: &'static str = "stock";
+    const SCRIPT: &'static Script = &script::STOCK_WRITE;
+    type Op = StockOp;
+    type Outcome = StockOutcome;
+
+    fn request(op: &StockOp) -> Option<&Request> {
+        op.request.as_ref()
+    }
+
+    fn weight(op: &StockOp) -> (usize, usize) {
+        let ids: usize = op.items.iter().map(|(product, _)| product.as_bytes().len()).sum();
+        let (keys, bytes) = op.request.as_ref().map_or((0, 0), Request::weight);
+        (op.items.len() + keys, 32 + 2 * ids + 48 * op.items.len() + bytes)
+    }
+
+    fn encode<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone, generation: i64) -> Encoded {
+        let mut places: HashMap<&Id, usize> = HashMap::new();
+        let mut products: Vec<&Id> = Vec::new();
+        for (product, _) in ops.clone().flat_map(|op| &op.items) {
+            places.entry(product).or_insert_with(|| {
+                products.push(product);
+                products.len()
+            });
+        }
+        let mut requests = RequestKeys::after(FIXED_KEYS + products.len());
+        let mut batch = Pack::default();
+        batch.array(2).array(products.len());
+        for product in &products {
+            batch.text(product.as_str());
+        }
+        batch.array(ops.clone().count());
+        for (k, op) in ops.enumerate() {
+            batch.array(5).text(op.action.as_str()).text(&line(k, op)).array(op.items.len() * 2);
+            for (product, quantity) in &op.items {
+                batch.count(places.get(product).copied().unwrap_or_default()).integer(*quantity);
+            }
+            requests.write(&mut batch, op.request.as_ref(), generation);
+            match op.low {
+                Some(low) => batch.integer(low),
+                None => batch.no(),
+            };
+        }
+        let mut keys = vec![keys::FROZEN.to_owned(), keys::LOW.to_owned()];
+        keys.extend(products.into_iter().map(keys::product));
+        keys.extend(requests.into_keys());
+        Encoded { keys, batch: batch.into_bytes() }
+    }
+
+    fn decode(op: &StockOp, words: &mut Words, positions: &mut Positions) -> Result<Verdict<StockOutcome>, Error> {
+        let word = words.text()?;
+        let mut item = || words.integer().map(|item| usize::try_from(item - 1).unwrap_or(0));
+        let outcome = match word.as_str() {
+            "ok" if op.action == Action::Read => {
+                StockOutcome::Values(op.items.iter().map(|_| words.maybe_integer()).collect::<Result<_, _>>()?)
+            }
+            "ok" => {
+                let available = op.items.iter().map(|_| words.integer()).collect::<Result<_, _>>()?;
+                StockOutcome::Done { available, position: positions.next() }
+            }
+            "short" => StockOutcome::Short { item: item()?, available: words.integer()? },
+            "absent" => StockOutcome::Absent { item: item()? },
+            "frozen" => StockOutcome::Frozen { item: item()?, reason: words.text()? },
+            "corrupt" => StockOutcome::Corrupt { item: item()? },
+            "over" => StockOutcome::Over { item: item()?, available: words.integer()? },
+            other => return requests::verdict(other, words, StockOutcome::Remembered),
+        };
+        Ok(Verdict::Decided(outcome))
+    }
+
+    fn replayed(op: &StockOp, line: &Operation, position: Position) -> Option<StockOutcome> {
+        match &line.effect {
+            Effect::Stock { items, .. } if items.len() == op.items.len() => {
+                Some(StockOutcome::Done { available: items.iter().map(|item| item.available).collect(), position })
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What the operation's line in the outbox begins with, up to what only the script knows.
+fn line(k: usize, op: &StockOp) -> String {
+    let mut line = format!("{k} {}", op.action.as_str());
+    if let Some(request) = &op.request {
+        request.write_to(&mut line);
+    }
+    if let Some(low) = op.low {
+        let _ = write!(line, " low={low}");
+    }
+    line.push_str(" |");
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::RequestId;
+    use bytes::Bytes;
+
+    #[test]
+    fn a_line_begins_with_all_that_the_sidecar_knows() {
+        let request = Request { id: RequestId::parse(&Bytes::from_static(b"r 1")).unwrap(), digest: "9f86".into() };
+        let op = StockOp { action: Action::Change(StockKind::Set), items: vec![(Id::from("a"), 5)], low: Some(2), request: Some(request) };
+        let line = line(3, &op) + " a 5 5";
+        assert_eq!(line, "3 set request=r%201 digest=9f86 low=2 | a 5 5");
+        assert!(Operation::decode(&line).is_ok());
+    }
+
+    #[test]
+    fn a_product_named_by_several_operations_is_one_key() {
+        let op = |product| StockOp { action: Action::Change(StockKind::Decr), items: vec![(Id::from(product), 1)], low: None, request: None };
+        let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0);
+        assert_eq!(encoded.keys, ["stock:frozen", "stock:low", "stock:product:a", "stock:product:b"]);
+    }
+}
