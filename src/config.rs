@@ -32,7 +32,6 @@ const VARIABLE_PREFIX: &str = "HOLDFAST_";
 /// Every setting's value, checked. [`SETTINGS`] says what each one means.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "the table of settings documents them")]
 pub struct Config {
     pub listen: SocketAddr,
     pub insecure: bool,
@@ -50,7 +49,6 @@ pub struct Config {
 /// The section `[http]`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "the table of settings documents them")]
 pub struct Http {
     pub listen: SocketAddr,
 }
@@ -58,7 +56,6 @@ pub struct Http {
 /// The section `[redis]`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "the table of settings documents them")]
 pub struct Redis {
     pub url: SecretUrl,
 }
@@ -66,7 +63,6 @@ pub struct Redis {
 /// The section `[postgres]`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "the table of settings documents them")]
 pub struct Postgres {
     pub url: SecretUrl,
 }
@@ -74,7 +70,6 @@ pub struct Postgres {
 /// The section `[idempotency]`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "the table of settings documents them")]
 pub struct Idempotency {
     #[serde(rename = "window_ms", deserialize_with = "milliseconds")]
     pub window: Duration,
@@ -83,7 +78,6 @@ pub struct Idempotency {
 /// The section `[coupon]`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "the table of settings documents them")]
 pub struct Coupon {
     pub lock: CouponLock,
 }
@@ -99,7 +93,6 @@ pub enum CouponLock {
 /// The section `[log]`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(missing_docs, reason = "the table of settings documents them")]
 pub struct Log {
     pub format: LogFormat,
     pub level: String,
@@ -240,9 +233,14 @@ fn file(sources: &Sources) -> Option<(PathBuf, String)> {
 /// Reads the TOML file, adding a problem for each key that is no setting.
 fn read_toml(path: &Path, named_by: &str, problems: &mut Vec<String>) -> Result<Layer, String> {
     let origin = path.display().to_string();
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| format!("cannot read {origin}, which the {named_by} names: {error}; correct the path or the file's permissions"))?;
-    let values: Dict = Toml::from_str(&text).map_err(|error| format!("{origin} is not TOML: {error}"))?;
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        format!("cannot read {origin}, which the {named_by} names: {error}; correct the path or the file's permissions")
+    })?;
+    // Not the whole error: it quotes the line, which may hold a password.
+    let values: Dict = Toml::from_str(&text).map_err(|error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        format!("{origin}, line {}, is not TOML: {}", before.matches('\n').count() + 1, error.message())
+    })?;
     let mut keys = Vec::new();
     flatten("", &values, &mut keys);
     for key in keys {
@@ -274,7 +272,8 @@ fn variable(setting: &'static Setting, variables: &BTreeMap<String, String>) -> 
 /// Warns of variables that are nearly ours. Others that begin like ours are left alone: Kubernetes makes such ones for a
 /// service that is called holdfast.
 fn misspelt_variables(variables: &BTreeMap<String, String>) -> Vec<String> {
-    let mut known: Vec<String> = SETTINGS.iter().flat_map(|setting| [Some(setting.variable()), setting.file_variable()]).flatten().collect();
+    let mut known: Vec<String> =
+        SETTINGS.iter().flat_map(|setting| [Some(setting.variable()), setting.file_variable()]).flatten().collect();
     known.push(FILE_VARIABLE.into());
     let strangers = variables.keys().filter(|name| !known.contains(name));
     strangers
@@ -434,7 +433,8 @@ mod tests {
 
     #[test]
     fn what_print_config_shows_is_a_file_that_gives_the_same() {
-        let first = load(&Sources { flags: vec![("log.format", "json".into()), ("insecure", "true".into())], ..Sources::default() }).unwrap();
+        let first =
+            load(&Sources { flags: vec![("log.format", "json".into()), ("insecure", "true".into())], ..Sources::default() }).unwrap();
         let file = TempFile::new(&first.to_toml());
         let second = load(&Sources { file: Some(file.0.clone()), ..Sources::default() }).unwrap();
         assert_eq!(first.config, second.config);
@@ -442,11 +442,12 @@ mod tests {
 
     #[test]
     fn the_example_shows_the_defaults() {
-        let uncommented: String = example().lines().filter(|line| !line.starts_with("# ") && *line != "#").fold(String::new(), |mut all, line| {
-            all.push_str(line.strip_prefix('#').unwrap_or(line));
-            all.push('\n');
-            all
-        });
+        let uncommented: String =
+            example().lines().filter(|line| !line.starts_with("# ") && *line != "#").fold(String::new(), |mut all, line| {
+                all.push_str(line.strip_prefix('#').unwrap_or(line));
+                all.push('\n');
+                all
+            });
         let file = TempFile::new(&uncommented);
         let resolved = load(&Sources { file: Some(file.0.clone()), ..Sources::default() }).unwrap();
         assert_eq!(resolved.config, load(&Sources::default()).unwrap().config);
@@ -478,7 +479,8 @@ mod tests {
              log.format = yaml, from flag --log-format, must be text or json"
         );
         assert!(problems("listen = [1]").contains("listen = a list, from the file, must be an IP address"));
-        assert!(problems("listen = ").starts_with("the file is not TOML: "));
+        assert!(problems("insecure = true\n[redis]\nurl = redis://:s3cret@host").starts_with("the file, line 3, is not TOML: "));
+        assert!(!problems("[redis]\nurl = redis://:s3cret@host").contains("s3cret"));
     }
 
     #[test]
