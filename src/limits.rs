@@ -32,3 +32,33 @@ pub const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
 /// The pauses between tries to connect: short enough not to be noticed, long enough not to be a load.
 pub const RECONNECT_MIN: Duration = Duration::from_millis(20);
 pub const RECONNECT_MAX: Duration = Duration::from_secs(1);
+
+/// The most clients that `max_clients` may permit. Each takes a file descriptor and some ten KiB: a million is what one machine carries.
+pub const MAX_CLIENTS_MAX: u64 = 1_000_000;
+
+/// The longest `shutdown_timeout_ms`: five minutes. What takes longer is killed by whoever supervises us anyway.
+pub const SHUTDOWN_TIMEOUT_MAX_MS: u64 = 300_000;
+
+/// The shortest `idempotency.window_ms`: a minute, below which an ordinary client's retries would outlive it.
+pub const IDEMPOTENCY_WINDOW_MIN_MS: u64 = 60_000;
+
+/// The longest `idempotency.window_ms`: a day, since every REQUEST id of a window is in Redis's memory.
+pub const IDEMPOTENCY_WINDOW_MAX_MS: u64 = 86_400_000;
+
+/// Products in one command: an order rarely has more lines, and each adds to what one script call does.
+pub const PRODUCTS_MAX: usize = 256;
+
+/// Coupons of one kind that a user may have: they all stand in one hash field, which every issue reads and writes.
+pub const PER_USER_MAX: i64 = 1_000;
+
+/// What COUNT of a SCAN may ask for: it is done in one go, while every sale waits.
+pub const SCAN_COUNT_MAX: i64 = 1_000;
+
+/// How long a reply waits for a confirmation by default: that of a command whose default is ACK postgres, and of others.
+pub const ACK_POSTGRES_WITHIN: Duration = Duration::from_secs(5);
+pub const ACK_WITHIN: Duration = Duration::from_millis(100);
+
+/// How often Redis and Postgres are compared anyway; how soon again where it could not be done; how long one comparison may take.
+pub const VERIFY_EVERY: Duration = Duration::from_secs(5);
+pub const VERIFY_AGAIN_AFTER: Duration = Duration::from_millis(200);
+pub const VERIFY_WITHIN: Duration = Duration::from_secs(5);

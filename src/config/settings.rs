@@ -1,0 +1,285 @@
+//! The settings: each declared once, in [`SETTINGS`]. Flags, environment variables, the example file, the README's table and
+//! every check of a value come from a row here.
+
+use std::net::SocketAddr;
+
+use figment::value::Value;
+use tracing_subscriber::EnvFilter;
+use url::Url;
+
+use crate::limits;
+
+/// One setting.
+#[derive(Debug)]
+pub struct Setting {
+    /// Its key in TOML, with its section in front: `redis.url`.
+    pub key: &'static str,
+    /// What its value may be.
+    pub kind: Kind,
+    /// Its value where nobody sets it, as text.
+    pub default: &'static str,
+    /// What it does, in one sentence.
+    pub doc: &'static str,
+}
+
+/// What a setting's value may be.
+#[derive(Debug)]
+pub enum Kind {
+    /// An IP address and a port.
+    Address,
+    /// A URL with one of these schemes. It may hold a password, so it is a secret, and may come from a file.
+    Url(&'static [&'static str]),
+    /// A whole number within a range.
+    Integer(u64, u64),
+    /// A duration in milliseconds within a range.
+    Milliseconds(u64, u64),
+    /// `true` or `false`.
+    Switch,
+    /// One of these words.
+    Choice(&'static [&'static str]),
+    /// A level, or levels by module, as `tracing` writes them.
+    LogFilter,
+}
+
+/// Every setting, those without a section first, as TOML wants them.
+pub const SETTINGS: &[Setting] = &[
+    Setting { key: "listen", kind: Kind::Address, default: "127.0.0.1:6380", doc: "Where Redis clients connect." },
+    Setting {
+        key: "insecure",
+        kind: Kind::Switch,
+        default: "false",
+        doc: "Permits `listen` to be reachable from other machines although anyone who reaches it may sell.",
+    },
+    Setting {
+        key: "max_clients",
+        kind: Kind::Integer(1, limits::MAX_CLIENTS_MAX),
+        default: "10000",
+        doc: "How many clients may be connected at a time; one more is told so and closed.",
+    },
+    Setting {
+        key: "shutdown_timeout_ms",
+        kind: Kind::Milliseconds(0, limits::SHUTDOWN_TIMEOUT_MAX_MS),
+        default: "10000",
+        doc: "How long a shutdown may take to finish what has begun and to bring it to Postgres.",
+    },
+    Setting {
+        key: "http.listen",
+        kind: Kind::Address,
+        default: "127.0.0.1:9380",
+        doc: "Where `/livez`, `/readyz` and `/metrics` are served.",
+    },
+    Setting {
+        key: "redis.url",
+        kind: Kind::Url(&["redis", "rediss"]),
+        default: "redis://127.0.0.1:6379",
+        doc: "The backing Redis: `redis://user:password@host:port/database`, `rediss://` for TLS.",
+    },
+    Setting {
+        key: "postgres.url",
+        kind: Kind::Url(&["postgres", "postgresql"]),
+        default: "postgres://holdfast@127.0.0.1:5432/holdfast",
+        doc: "The Postgres that every change is written to: `postgres://user:password@host:port/database`.",
+    },
+    Setting {
+        key: "idempotency.window_ms",
+        kind: Kind::Milliseconds(limits::IDEMPOTENCY_WINDOW_MIN_MS, limits::IDEMPOTENCY_WINDOW_MAX_MS),
+        default: "600000",
+        doc: "How long a REQUEST id and its reply are remembered.",
+    },
+    Setting {
+        key: "coupon.lock",
+        kind: Kind::Choice(&["elide"]),
+        default: "elide",
+        doc: "How a coupon is locked while it is issued; `elide`: the script goes ahead only while nobody holds the lock.",
+    },
+    Setting { key: "log.format", kind: Kind::Choice(&["text", "json"]), default: "text", doc: "How log lines are written to stderr." },
+    Setting {
+        key: "log.level",
+        kind: Kind::LogFilter,
+        default: "info",
+        doc: "What is logged: `error`, `warn`, `info`, `debug`, `trace`, `off`, or by module, as in `info,holdfast::outbox=debug`.",
+    },
+];
+
+/// The words that stand for a level of logging.
+const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+
+impl Setting {
+    /// The setting with this key.
+    pub fn find(key: &str) -> Option<&'static Self> {
+        SETTINGS.iter().find(|setting| setting.key == key)
+    }
+
+    /// Its section in TOML and its name there. The section is empty for those outside of one.
+    pub fn section_and_name(&self) -> (&'static str, &'static str) {
+        self.key.split_once('.').unwrap_or(("", self.key))
+    }
+
+    /// Its flag, without the dashes in front.
+    pub fn flag(&self) -> String {
+        self.key.replace(['.', '_'], "-")
+    }
+
+    /// Its environment variable.
+    pub fn variable(&self) -> String {
+        format!("HOLDFAST_{}", self.key.replace('.', "_").to_uppercase())
+    }
+
+    /// The environment variable that names a file with its value, for secrets.
+    pub fn file_variable(&self) -> Option<String> {
+        self.is_secret().then(|| format!("{}_FILE", self.variable()))
+    }
+
+    /// Whether its value may hold a password.
+    pub fn is_secret(&self) -> bool {
+        matches!(self.kind, Kind::Url(_))
+    }
+
+    /// The word for its value in a usage line.
+    pub fn placeholder(&self) -> &'static str {
+        match self.kind {
+            Kind::Address => "ADDRESS",
+            Kind::Url(_) => "URL",
+            Kind::Integer(..) => "NUMBER",
+            Kind::Milliseconds(..) => "MS",
+            Kind::Switch => "BOOL",
+            Kind::Choice(_) => "WORD",
+            Kind::LogFilter => "FILTER",
+        }
+    }
+
+    /// What its value may be, in words that follow "must be".
+    pub fn permitted(&self) -> String {
+        match self.kind {
+            Kind::Address => "an IP address and a port, such as 127.0.0.1:6380".into(),
+            Kind::Url(schemes) => format!("a URL that begins with {}", schemes.map_join(|scheme| format!("{scheme}://"))),
+            Kind::Integer(min, max) => format!("a whole number from {min} to {max}"),
+            Kind::Milliseconds(min, max) => format!("milliseconds, from {min} to {max}"),
+            Kind::Switch => "true or false".into(),
+            Kind::Choice(words) => words.map_join(|word| (*word).to_string()),
+            Kind::LogFilter => format!("{}, or levels by module, such as info,holdfast::outbox=debug", LEVELS.join(", ")),
+        }
+    }
+
+    /// Its value as TOML writes it.
+    pub fn toml_value(&self, text: &str) -> String {
+        match self.kind {
+            Kind::Integer(..) | Kind::Milliseconds(..) | Kind::Switch => text.into(),
+            // TOML's basic strings escape as Rust does, in what can occur here.
+            _ => format!("{text:?}"),
+        }
+    }
+
+    /// Its value in the type it has, checked. Errors with [`Setting::permitted`].
+    pub(super) fn check(&self, value: &Value) -> Result<Value, String> {
+        self.checked(value).ok_or_else(|| self.permitted())
+    }
+
+    fn checked(&self, value: &Value) -> Option<Value> {
+        match self.kind {
+            Kind::Integer(min, max) | Kind::Milliseconds(min, max) => {
+                let number = match value.as_str() {
+                    Some(text) => text.parse().ok()?,
+                    None => u64::try_from(whole_number(value)?).ok()?,
+                };
+                (min..=max).contains(&number).then(|| Value::from(number))
+            }
+            Kind::Switch => match value.as_str() {
+                Some(text) => text.parse().ok(),
+                None => value.to_bool(),
+            }
+            .map(Value::from),
+            Kind::Address => value.as_str()?.parse::<SocketAddr>().ok().map(|address| Value::from(address.to_string())),
+            Kind::Url(schemes) => {
+                let url = Url::parse(value.as_str()?).ok()?;
+                (schemes.contains(&url.scheme()) && url.has_authority()).then(|| value.clone())
+            }
+            Kind::Choice(words) => words.contains(&value.as_str()?).then(|| value.clone()),
+            Kind::LogFilter => is_log_filter(value.as_str()?).then(|| value.clone()),
+        }
+    }
+}
+
+/// The whole number that a value is, signed or not.
+pub(super) fn whole_number(value: &Value) -> Option<i128> {
+    value.to_i128().or_else(|| i128::try_from(value.to_u128()?).ok())
+}
+
+/// Whether this is a filter for logs. A lone word must be a level: `tracing` would take a misspelt one for the name of a module.
+fn is_log_filter(text: &str) -> bool {
+    let lone_words_are_levels =
+        text.split(',').all(|part| part.contains(['=', '[']) || LEVELS.iter().any(|level| level.eq_ignore_ascii_case(part.trim())));
+    lone_words_are_levels && EnvFilter::builder().parse(text).is_ok()
+}
+
+/// Joins what may be chosen into a phrase: `a`, `a or b`, `a, b or c`.
+trait MapJoin<T> {
+    fn map_join(&self, word: impl Fn(&T) -> String) -> String;
+}
+
+impl<T> MapJoin<T> for [T] {
+    fn map_join(&self, word: impl Fn(&T) -> String) -> String {
+        let words: Vec<String> = self.iter().map(word).collect();
+        match words.split_last() {
+            Some((last, [])) => last.clone(),
+            Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
+            None => String::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_is_whole() {
+        for setting in SETTINGS {
+            assert!(setting.check(&Value::from(setting.default)).is_ok(), "the default of {}", setting.key);
+            assert!(setting.doc.ends_with('.'), "{} is documented in a sentence", setting.key);
+            assert!(setting.key.bytes().all(|b| b.is_ascii_lowercase() || b == b'_' || b == b'.'), "{}", setting.key);
+        }
+    }
+
+    #[test]
+    fn names_are_not_ambiguous() {
+        let mut variables: Vec<String> = SETTINGS.iter().flat_map(|s| [Some(s.variable()), s.file_variable()]).flatten().collect();
+        let count = variables.len();
+        variables.sort();
+        variables.dedup();
+        assert_eq!(variables.len(), count);
+    }
+
+    #[test]
+    fn sections_come_after_the_settings_outside_of_one_and_each_only_once() {
+        let mut sections: Vec<&str> = SETTINGS.iter().map(|s| s.section_and_name().0).collect();
+        assert_eq!(sections[0], "");
+        sections.dedup();
+        let count = sections.len();
+        sections.sort_unstable();
+        sections.dedup();
+        assert_eq!(sections.len(), count);
+    }
+
+    #[test]
+    fn a_misspelt_level_is_no_filter() {
+        for good in ["info", "WARN", "off", "info,holdfast::outbox=debug", "warn,sqlx=error"] {
+            assert!(is_log_filter(good), "{good}");
+        }
+        for bad in ["inof", "", "info,debgu", "holdfast=loud"] {
+            assert!(!is_log_filter(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_with_what_is_permitted() {
+        let refused = |key: &str, value: Value| Setting::find(key).unwrap().check(&value).unwrap_err();
+        assert_eq!(refused("idempotency.window_ms", Value::from(59_999)), "milliseconds, from 60000 to 86400000");
+        assert_eq!(refused("max_clients", Value::from(-1)), "a whole number from 1 to 1000000");
+        assert_eq!(refused("max_clients", Value::from("1e3")), "a whole number from 1 to 1000000");
+        assert_eq!(refused("redis.url", Value::from("localhost:6379")), "a URL that begins with redis:// or rediss://");
+        assert_eq!(refused("insecure", Value::from("yes")), "true or false");
+        assert_eq!(refused("listen", Value::from(":6380")), "an IP address and a port, such as 127.0.0.1:6380");
+        assert_eq!(refused("coupon.lock", Value::from("held")), "elide");
+    }
+}

@@ -1,0 +1,187 @@
+//! The HTTP endpoints: `/livez`, `/readyz`, `/metrics`. They only read, and show no secrets and nothing that clients sent.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::{RawQuery, State};
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// How long answers that are being written may go on after a shutdown began. A scraper that reads slowly is no reason to stay.
+const DRAIN_MAX: Duration = Duration::from_secs(1);
+
+/// How long a server may take to say that it is ready. Below the second that orchestrators commonly grant a probe.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
+
+/// The longest answer of `/readyz` that a probe reads.
+const PROBE_BYTES_MAX: u64 = 64 * 1024;
+
+/// One thing that readiness depends on.
+#[derive(Clone, Debug)]
+pub struct Check {
+    /// What is checked: `redis`, `postgres`.
+    pub name: &'static str,
+    /// Whether it is as it should be.
+    pub ok: bool,
+    /// Whether the server can do its work without: then it is ready although this is not ok.
+    pub optional: bool,
+    /// What was found, in a line.
+    pub detail: String,
+}
+
+/// Whether clients should be sent here.
+#[derive(Clone, Debug, Default)]
+pub struct Readiness {
+    /// Everything it depends on.
+    pub checks: Vec<Check>,
+}
+
+impl Readiness {
+    /// Whether everything that is needed is ok.
+    pub fn is_ready(&self) -> bool {
+        self.checks.iter().all(|check| check.ok || check.optional)
+    }
+
+    /// In lines: whether it is ready, then each check, only those that are not ok unless `verbose`.
+    fn describe(&self, verbose: bool) -> String {
+        let mut text = String::from(if self.is_ready() { "ready\n" } else { "not ready\n" });
+        for Check { name, ok, optional, detail } in &self.checks {
+            let word = match (ok, optional) {
+                (true, _) if !verbose => continue,
+                (true, _) => "ok",
+                (false, true) => "degraded",
+                (false, false) => "failed",
+            };
+            text.push_str(&format!("{name} {word}: {detail}\n"));
+        }
+        text
+    }
+}
+
+/// Tells how ready the server is at this moment. Asked with every `/readyz`, so it looks at what is known and waits for nothing.
+pub type ReadinessSource = Arc<dyn Fn() -> Readiness + Send + Sync>;
+
+/// Listens, or says what to do about it.
+pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let advice = "stop what listens there, or choose another address with --http-listen (HOLDFAST_HTTP_LISTEN)";
+        io::Error::new(error.kind(), format!("cannot serve HTTP on {address}: {error}; {advice}"))
+    })
+}
+
+/// Serves until `shutdown` is cancelled.
+pub async fn serve(
+    listener: TcpListener,
+    metrics: PrometheusHandle,
+    readiness: ReadinessSource,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
+    let router = router(metrics, readiness);
+    let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+    tokio::select! {
+        result = serving => result,
+        () = async { shutdown.cancelled().await; tokio::time::sleep(DRAIN_MAX).await } => Ok(()),
+    }
+}
+
+fn router(metrics: PrometheusHandle, readiness: ReadinessSource) -> Router {
+    let text = |content_type: &'static str, body: String| ([(header::CONTENT_TYPE, content_type)], body);
+    Router::new()
+        .route("/livez", get(|| async { "alive\n" }))
+        .route(
+            "/readyz",
+            get(|State(readiness): State<ReadinessSource>, RawQuery(query): RawQuery| async move {
+                let verbose = query.is_some_and(|query| query.split('&').any(|part| part == "verbose" || part.starts_with("verbose=")));
+                let readiness = readiness();
+                let status = if readiness.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+                (status, readiness.describe(verbose)).into_response()
+            }),
+        )
+        .route("/metrics", get(move || async move { text("text/plain; version=0.0.4; charset=utf-8", metrics.render()) }))
+        .with_state(readiness)
+}
+
+/// Asks the server that listens there whether it is ready. Errors with what it lacks, or with why it does not say.
+pub fn probe(listen: SocketAddr) -> io::Result<String> {
+    let mut address = listen;
+    if address.ip().is_unspecified() {
+        address.set_ip(if address.is_ipv4() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { IpAddr::V6(Ipv6Addr::LOCALHOST) });
+    }
+    let unanswered = |error: io::Error| io::Error::new(error.kind(), format!("no answer from http://{address}/readyz: {error}"));
+    let answer = ask(address).map_err(unanswered)?;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    if head.split(' ').nth(1) == Some("200") { Ok(body.trim_end().into()) } else { Err(io::Error::other(body.trim_end().to_owned())) }
+}
+
+fn ask(address: SocketAddr) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, PROBE_TIMEOUT)?;
+    stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
+    stream.set_write_timeout(Some(PROBE_TIMEOUT))?;
+    write!(stream, "GET /readyz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.take(PROBE_BYTES_MAX).read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    async fn get(address: SocketAddr, path: &str) -> String {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn the_endpoints_tell_how_the_server_is() {
+        let redis = Arc::new(AtomicBool::new(true));
+        let source: ReadinessSource = {
+            let redis = Arc::clone(&redis);
+            Arc::new(move || Readiness {
+                checks: vec![
+                    Check { name: "redis", ok: redis.load(Ordering::Relaxed), optional: false, detail: "redis.url".into() },
+                    Check { name: "postgres", ok: false, optional: true, detail: "3 s behind".into() },
+                ],
+            })
+        };
+        let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
+        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let server = tokio::spawn(serve(listener, metrics, source, shutdown.clone()));
+
+        assert!(get(address, "/livez").await.starts_with("HTTP/1.1 200"));
+        assert!(get(address, "/readyz").await.ends_with("ready\npostgres degraded: 3 s behind\n"));
+        assert!(get(address, "/readyz?verbose").await.ends_with("ready\nredis ok: redis.url\npostgres degraded: 3 s behind\n"));
+        assert!(get(address, "/metrics").await.contains("text/plain; version=0.0.4"));
+        assert!(get(address, "/nowhere").await.starts_with("HTTP/1.1 404"));
+        let probed = tokio::task::spawn_blocking(move || probe(address)).await.unwrap();
+        assert_eq!(probed.unwrap(), "ready\npostgres degraded: 3 s behind");
+
+        redis.store(false, Ordering::Relaxed);
+        let answer = get(address, "/readyz").await;
+        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("not ready\nredis failed: redis.url"), "{answer}");
+        let probed = tokio::task::spawn_blocking(move || probe(address)).await.unwrap();
+        assert!(probed.unwrap_err().to_string().starts_with("not ready"));
+
+        // An idle client must not hold up the end.
+        let _idle = tokio::net::TcpStream::connect(address).await.unwrap();
+        shutdown.cancel();
+        server.await.unwrap().unwrap();
+        let probed = tokio::task::spawn_blocking(move || probe(address)).await.unwrap();
+        assert!(probed.unwrap_err().to_string().starts_with("no answer from http://127.0.0.1:"));
+    }
+}

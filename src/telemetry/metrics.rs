@@ -1,0 +1,138 @@
+//! The metrics: each declared once, in [`METRICS`], with what it means. Whoever measures uses the macros of the crate `metrics` with
+//! a name from here. Labels take their values from tables, never from what clients send.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use metrics::{Unit, describe_counter, describe_gauge, describe_histogram, gauge};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use tokio_util::sync::CancellationToken;
+
+/// How often histograms are tidied up. Without that, what is measured while nobody scrapes would gather in memory.
+const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+
+/// Upper bounds of the buckets for everything that ends in `_seconds`: from a tenth of a millisecond, which a local Redis takes, past
+/// the promise of 0.1 s, to the 10 s after which a person has given up.
+const SECONDS: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+/// One metric.
+#[derive(Debug)]
+pub struct Metric {
+    /// Its name, as Prometheus shows it.
+    pub name: &'static str,
+    /// How it moves.
+    pub kind: Kind,
+    /// What it is measured in.
+    pub unit: Unit,
+    /// The names of its labels.
+    pub labels: &'static [&'static str],
+    /// What it means, in one sentence.
+    pub doc: &'static str,
+}
+
+/// How a metric moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Only up.
+    Counter,
+    /// Up and down.
+    Gauge,
+    /// Counts how often values fell into each bucket.
+    Histogram,
+}
+
+/// Every metric, in the order of the documentation.
+pub const METRICS: &[Metric] = &[
+    Metric { name: "holdfast_up", kind: Kind::Gauge, unit: Unit::Count, labels: &[], doc: "1 while the process answers." },
+    Metric {
+        name: "holdfast_build_info",
+        kind: Kind::Gauge,
+        unit: Unit::Count,
+        labels: &["version"],
+        doc: "1, with the version that runs as its label.",
+    },
+];
+
+/// Collects metrics from now on, and returns what renders them. Called again, returns the same.
+pub fn install() -> Result<PrometheusHandle, BuildError> {
+    static INSTALLED: Mutex<Option<PrometheusHandle>> = Mutex::new(None);
+    let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(handle) = &*installed {
+        return Ok(handle.clone());
+    }
+    let handle = builder()?.install_recorder()?;
+    describe();
+    *installed = Some(handle.clone());
+    Ok(handle)
+}
+
+/// Tidies up until `shutdown` is cancelled.
+pub async fn upkeep(handle: PrometheusHandle, shutdown: CancellationToken) {
+    while shutdown.run_until_cancelled(tokio::time::sleep(UPKEEP_EVERY)).await.is_some() {
+        handle.run_upkeep();
+    }
+}
+
+/// The metrics as a table in Markdown, for the README.
+pub fn markdown_table() -> String {
+    let mut table = String::from("| metric | kind | labels | |\n|---|---|---|---|\n");
+    for metric in METRICS {
+        let labels: Vec<String> = metric.labels.iter().map(|label| format!("`{label}`")).collect();
+        let kind = format!("{:?}", metric.kind).to_lowercase();
+        table.push_str(&format!("| `{}` | {kind} | {} | {} |\n", metric.name, labels.join(", "), metric.doc));
+    }
+    table
+}
+
+fn builder() -> Result<PrometheusBuilder, BuildError> {
+    PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
+}
+
+fn describe() {
+    for metric in METRICS {
+        match metric.kind {
+            Kind::Counter => describe_counter!(metric.name, metric.unit, metric.doc),
+            Kind::Gauge => describe_gauge!(metric.name, metric.unit, metric.doc),
+            Kind::Histogram => describe_histogram!(metric.name, metric.unit, metric.doc),
+        }
+    }
+    gauge!("holdfast_up").set(1.0);
+    gauge!("holdfast_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_follow_prometheus() {
+        for metric in METRICS {
+            let Metric { name, kind, unit, doc, .. } = metric;
+            assert!(name.starts_with("holdfast_") && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{name}");
+            assert_eq!(name.ends_with("_total"), *kind == Kind::Counter, "{name}: counters end in _total");
+            assert_eq!(name.ends_with("_seconds"), *unit == Unit::Seconds, "{name}: the unit is in the name");
+            assert!(doc.ends_with('.'), "{name} is documented in a sentence");
+        }
+        assert!(SECONDS.is_sorted());
+    }
+
+    #[test]
+    fn what_is_described_is_rendered_and_seconds_have_buckets() {
+        let recorder = builder().unwrap().build_recorder();
+        let handle = recorder.handle();
+        metrics::with_local_recorder(&recorder, || {
+            describe();
+            metrics::histogram!("holdfast_test_seconds").record(0.03);
+        });
+        let text = handle.render();
+        assert!(text.contains("# HELP holdfast_up 1 while the process answers."), "{text}");
+        assert!(text.contains(&format!("holdfast_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION"))), "{text}");
+        assert!(text.contains("holdfast_test_seconds_bucket{le=\"0.05\"} 1"), "{text}");
+    }
+
+    #[test]
+    fn installing_twice_is_harmless() {
+        install().unwrap();
+        install().unwrap();
+    }
+}
