@@ -1,1 +1,35 @@
-//! (being written)
+//! Everything on Postgres: the connection, migrations, applying what the outbox carries, and the queries. The only place that
+//! uses the `sqlx` crate.
+//!
+//! [`apply`] is the heart: one transaction takes a run of outbox entries, and the row in `holdfast.partition` that it locks says
+//! which of them Postgres has already.
+
+pub mod apply;
+mod changes;
+pub mod connection;
+pub mod coupon;
+pub mod error;
+pub mod migrate;
+pub mod partition;
+pub mod stock;
+mod write;
+
+#[cfg(test)]
+pub mod testing;
+
+pub use apply::{Applied, apply};
+pub use connection::{blockers, connect, ping};
+pub use error::Error;
+pub use migrate::migrate;
+pub use partition::PartitionRow;
+pub use sqlx::PgConnection;
+
+/// A position's number as Postgres stores it. Both halves of a position stay below 2^53.
+fn to_bigint(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// A number that a CHECK keeps from being negative.
+fn from_bigint(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or_default()
+}

@@ -1,0 +1,228 @@
+//! What a run of outbox entries means for Postgres: the rows of the ledgers, and by how much each product and coupon moves. Pure.
+
+use std::collections::BTreeMap;
+
+use super::Error;
+use crate::domain::change::{CouponTerms, Effect, Entry, Item, Operation, StockKind};
+
+/// What an operation's ledger rows have in common.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub epoch: u64,
+    pub n: u64,
+    pub op: &'a str,
+    pub k: u32,
+    pub request: Option<&'a str>,
+    pub digest: Option<&'a str>,
+    pub at_ms: i64,
+}
+
+/// One row of `stock_ledger`.
+pub(super) struct StockLine<'a> {
+    pub place: Place<'a>,
+    pub i: usize,
+    pub kind: StockKind,
+    pub item: &'a Item,
+}
+
+impl StockLine<'_> {
+    /// By how much Postgres's available units move.
+    pub fn pg_delta(&self) -> i64 {
+        if self.kind.moves_postgres() { self.item.delta } else { 0 }
+    }
+}
+
+/// One row of `coupon_ledger`.
+pub(super) struct CouponLine<'a> {
+    pub place: Place<'a>,
+    pub coupon: &'a str,
+    pub kind: &'static str,
+    pub user: Option<&'a str>,
+    pub serial: Option<i64>,
+    pub remaining: i64,
+}
+
+/// What became of a product's existence within the run: the last of them counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lifecycle {
+    Set,
+    /// When, in Unix ms.
+    Deleted(i64),
+}
+
+/// By how much one product moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct StockMove {
+    pub delta: i64,
+    /// Whether some operation may have created it.
+    pub created: bool,
+    pub lifecycle: Option<Lifecycle>,
+    /// The threshold afterwards; the outer `None` leaves it as it is.
+    pub low: Option<Option<i64>>,
+}
+
+/// By how much one coupon moves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct CouponMove {
+    pub issued: i64,
+    pub last_serial: i64,
+}
+
+/// One row of `coupon_issue`.
+pub(super) struct Issue<'a> {
+    pub coupon: &'a str,
+    pub user: &'a str,
+    pub serial: i64,
+    pub at_ms: i64,
+}
+
+/// All that a run of entries changes. The maps are sorted, so that every transaction locks in the same order.
+#[derive(Default)]
+pub(super) struct Changes<'a> {
+    pub stock_lines: Vec<StockLine<'a>>,
+    pub stock: BTreeMap<&'a str, StockMove>,
+    pub coupon_lines: Vec<CouponLine<'a>>,
+    pub created: Vec<(&'a str, CouponTerms)>,
+    pub issues: Vec<Issue<'a>>,
+    pub coupons: BTreeMap<&'a str, CouponMove>,
+}
+
+impl<'a> Changes<'a> {
+    /// Gathers what the entries change, in their order. Errors with [`Error::Data`] where the sum of a product's changes passes what a
+    /// 64-bit integer holds.
+    pub fn gather(entries: impl IntoIterator<Item = &'a Entry>) -> Result<Self, Error> {
+        let mut changes = Self::default();
+        for entry in entries {
+            for (n, operation) in (entry.first_n..).zip(&entry.operations) {
+                let remembered = operation.remembered.as_ref();
+                let place = Place {
+                    epoch: entry.last.epoch,
+                    n,
+                    op: &entry.op,
+                    k: operation.k,
+                    request: remembered.map(|remembered| remembered.request.as_str()),
+                    digest: remembered.map(|remembered| remembered.digest.as_str()),
+                    at_ms: entry.at_ms,
+                };
+                changes.add(place, operation)?;
+            }
+        }
+        Ok(changes)
+    }
+
+    fn add(&mut self, place: Place<'a>, operation: &'a Operation) -> Result<(), Error> {
+        match &operation.effect {
+            Effect::Stock { kind, items, low } => {
+                for (i, item) in items.iter().enumerate() {
+                    let line = StockLine { place, i, kind: *kind, item };
+                    self.move_stock(&line, *low)?;
+                    self.stock_lines.push(line);
+                }
+            }
+            Effect::CouponCreate { coupon, terms } => {
+                self.created.push((coupon, terms.clone()));
+                self.coupon_lines.push(CouponLine {
+                    place,
+                    coupon,
+                    kind: "create",
+                    user: None,
+                    serial: None,
+                    remaining: terms.total,
+                });
+            }
+            Effect::CouponIssue { coupon, user, serial, remaining } => {
+                let moved = self.coupons.entry(coupon).or_default();
+                moved.issued += 1;
+                moved.last_serial = moved.last_serial.max(*serial);
+                self.issues.push(Issue { coupon, user, serial: *serial, at_ms: place.at_ms });
+                self.coupon_lines.push(CouponLine {
+                    place,
+                    coupon,
+                    kind: "issue",
+                    user: Some(user),
+                    serial: Some(*serial),
+                    remaining: *remaining,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn move_stock(&mut self, line: &StockLine<'a>, low: Option<i64>) -> Result<(), Error> {
+        if !line.kind.moves_postgres() {
+            return Ok(());
+        }
+        let moved = self.stock.entry(&line.item.product).or_default();
+        moved.delta = moved.delta.checked_add(line.pg_delta()).ok_or_else(|| {
+            Error::Data(format!("the changes of product '{}' up to {}-{} add up to more than 2^63", line.item.product, line.place.epoch, line.place.n))
+        })?;
+        match line.kind {
+            StockKind::Set => {
+                moved.created = true;
+                moved.lifecycle = Some(Lifecycle::Set);
+                moved.low = low.map(Some).or(moved.low);
+            }
+            StockKind::Delete => {
+                moved.lifecycle = Some(Lifecycle::Deleted(line.place.at_ms));
+                moved.low = Some(None);
+            }
+            StockKind::Incr | StockKind::Decr | StockKind::Init => {}
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Position;
+
+    fn entry(lines: &[&str]) -> Entry {
+        let operations: Vec<_> = lines.iter().map(|line| Operation::decode(line).unwrap()).collect();
+        let last = Position::new(1, operations.len() as u64);
+        Entry { last, first_n: 1, prev: "-".into(), op: "i:stock:1".into(), at_ms: 1_700_000_000_000, operations }
+    }
+
+    #[test]
+    fn a_product_moves_by_the_sum_and_lives_or_not_by_the_last_word() {
+        let entry = entry(&[
+            "0 set low=5 | a 10 10",
+            "1 decr | a -3 7 b -1 4",
+            "2 delete | a -7 0",
+            "3 set | a 2 2",
+            "4 delete | b -4 0",
+            "5 init | c 9 9",
+            "6 set low=1 | d 1 1",
+            "7 set | d 1 2",
+        ]);
+        let changes = Changes::gather([&entry]).unwrap();
+        let deleted = Some(Lifecycle::Deleted(1_700_000_000_000));
+        let expected = [
+            ("a", StockMove { delta: 2, created: true, lifecycle: Some(Lifecycle::Set), low: Some(None) }),
+            ("b", StockMove { delta: -5, created: false, lifecycle: deleted, low: Some(None) }),
+            ("d", StockMove { delta: 2, created: true, lifecycle: Some(Lifecycle::Set), low: Some(Some(1)) }),
+        ];
+        assert_eq!(changes.stock, BTreeMap::from(expected));
+        let lines: Vec<_> = changes.stock_lines.iter().map(|line| (line.place.n, line.i, line.pg_delta())).collect();
+        assert_eq!(lines[..4], [(1, 0, 10), (2, 0, -3), (2, 1, -1), (3, 0, -7)]);
+        assert_eq!(lines[5..7], [(5, 0, -4), (6, 0, 0)], "Postgres has what it gave to Redis");
+    }
+
+    #[test]
+    fn a_coupon_moves_by_its_issues_and_keeps_the_highest_serial() {
+        let entry = entry(&[
+            "0 coupon.create coupon=c total=3 peruser=1 |",
+            "1 coupon.issue coupon=c user=u serial=7 remaining=2 |",
+            "2 coupon.issue coupon=c user=v serial=8 remaining=1 |",
+        ]);
+        let changes = Changes::gather([&entry]).unwrap();
+        assert_eq!(changes.coupons, BTreeMap::from([("c", CouponMove { issued: 2, last_serial: 8 })]));
+        assert_eq!((changes.created.len(), changes.issues.len(), changes.coupon_lines.len()), (1, 2, 3));
+    }
+
+    #[test]
+    fn a_sum_that_no_integer_holds_is_refused() {
+        let entry = entry(&["0 incr | a 9223372036854775807 1", "1 incr | a 1 2"]);
+        assert!(matches!(Changes::gather([&entry]), Err(Error::Data(_))));
+    }
+}

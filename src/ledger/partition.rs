@@ -1,0 +1,75 @@
+//! The row that says who may write to a partition and how far it has been applied.
+
+use sqlx::PgConnection;
+
+use super::{Error, from_bigint, to_bigint};
+use crate::domain::Position;
+
+/// The op that stands for "none yet", in the first entry's `prev` and in a new row.
+pub const NO_OP: &str = "-";
+
+/// A row of `holdfast.partition`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PartitionRow {
+    /// Who may write: changes under a later epoch do not exist.
+    pub epoch: u64,
+    /// Everything up to here is in Postgres.
+    pub applied: Position,
+    /// The op of the entry that was applied last; [`NO_OP`] before the first.
+    pub last_op: String,
+}
+
+impl PartitionRow {
+    fn from_columns((epoch, applied_epoch, applied_n, last_op): (i64, i64, i64, String)) -> Self {
+        Self { epoch: from_bigint(epoch), applied: Position::new(from_bigint(applied_epoch), from_bigint(applied_n)), last_op }
+    }
+}
+
+/// Reads a partition's row. A partition that was never seen gets one: epoch 0, nothing applied.
+pub async fn load(connection: &mut PgConnection, partition: u32) -> Result<PartitionRow, Error> {
+    loop {
+        let row = sqlx::query_as("SELECT epoch, applied_epoch, applied_n, last_op FROM holdfast.partition WHERE id = $1")
+            .bind(id(partition))
+            .fetch_optional(&mut *connection)
+            .await?;
+        if let Some(columns) = row {
+            return Ok(PartitionRow::from_columns(columns));
+        }
+        sqlx::query(
+            "INSERT INTO holdfast.partition (id, epoch, applied_epoch, applied_n, last_op) VALUES ($1, 0, 0, 0, $2) ON CONFLICT DO NOTHING",
+        )
+        .bind(id(partition))
+        .bind(NO_OP)
+        .execute(&mut *connection)
+        .await?;
+    }
+}
+
+/// Reads and locks a partition's row until the transaction ends. `None` where there is no such row.
+pub(super) async fn lock(connection: &mut PgConnection, partition: u32) -> Result<Option<PartitionRow>, Error> {
+    let row = sqlx::query_as("SELECT epoch, applied_epoch, applied_n, last_op FROM holdfast.partition WHERE id = $1 FOR UPDATE")
+        .bind(id(partition))
+        .fetch_optional(connection)
+        .await?;
+    Ok(row.map(PartitionRow::from_columns))
+}
+
+/// Takes the epoch after `from_epoch` for the Redis process `run_id`, and returns it; `None` where somebody else was faster and
+/// the row is no longer at `from_epoch`. Of several that try, one succeeds.
+pub async fn take_epoch(connection: &mut PgConnection, partition: u32, from_epoch: u64, run_id: &str) -> Result<Option<u64>, Error> {
+    let epoch: Option<i64> = sqlx::query_scalar(
+        "WITH taken AS (UPDATE holdfast.partition SET epoch = epoch + 1 WHERE id = $1 AND epoch = $2 RETURNING id, epoch) \
+         INSERT INTO holdfast.partition_epoch (partition, epoch, run_id) SELECT id, epoch, $3 FROM taken RETURNING epoch",
+    )
+    .bind(id(partition))
+    .bind(to_bigint(from_epoch))
+    .bind(run_id)
+    .fetch_optional(connection)
+    .await?;
+    Ok(epoch.map(from_bigint))
+}
+
+/// A partition's number as Postgres stores it: at most a few thousand.
+pub(super) fn id(partition: u32) -> i32 {
+    i32::try_from(partition).unwrap_or(i32::MAX)
+}

@@ -1,0 +1,229 @@
+//! The statements of a batch's transaction. Each is sent only where it has rows, and takes them as arrays, so that it is one prepared
+//! statement whatever their number.
+
+use sqlx::PgConnection;
+
+use super::changes::{Changes, CouponLine, Lifecycle, Place, StockLine};
+use super::{Error, partition, to_bigint};
+
+/// Writes everything; the caller holds the partition's row and commits. Errors with [`Error::Data`] where Postgres does not know a
+/// product or a coupon that moved.
+pub(super) async fn changes(connection: &mut PgConnection, partition: u32, changes: &Changes<'_>) -> Result<(), Error> {
+    if !changes.stock_lines.is_empty() {
+        stock_ledger(connection, partition, &changes.stock_lines).await?;
+        create_products(connection, changes).await?;
+        move_products(connection, changes).await?;
+        shape_products(connection, changes).await?;
+    }
+    if !changes.coupon_lines.is_empty() {
+        coupon_ledger(connection, partition, &changes.coupon_lines).await?;
+        create_coupons(connection, changes).await?;
+        issue_coupons(connection, changes).await?;
+    }
+    Ok(())
+}
+
+/// The columns that both ledgers have.
+struct Places<'a> {
+    epoch: Vec<i64>,
+    n: Vec<i64>,
+    op: Vec<&'a str>,
+    k: Vec<i32>,
+    request: Vec<Option<&'a str>>,
+    digest: Vec<Option<&'a str>>,
+    at_ms: Vec<i64>,
+}
+
+impl<'a> Places<'a> {
+    fn of(places: impl Iterator<Item = Place<'a>> + Clone) -> Self {
+        Self {
+            epoch: places.clone().map(|place| to_bigint(place.epoch)).collect(),
+            n: places.clone().map(|place| to_bigint(place.n)).collect(),
+            op: places.clone().map(|place| place.op).collect(),
+            k: places.clone().map(|place| small(place.k)).collect(),
+            request: places.clone().map(|place| place.request).collect(),
+            digest: places.clone().map(|place| place.digest).collect(),
+            at_ms: places.map(|place| place.at_ms).collect(),
+        }
+    }
+}
+
+/// A place in a batch, of which there are some hundreds.
+fn small(number: impl TryInto<i32>) -> i32 {
+    number.try_into().unwrap_or(i32::MAX)
+}
+
+async fn stock_ledger(connection: &mut PgConnection, partition: u32, lines: &[StockLine<'_>]) -> Result<(), Error> {
+    let places = Places::of(lines.iter().map(|line| line.place));
+    sqlx::query(
+        "INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after, \
+         request_id, request_digest, at) \
+         SELECT $1, l.epoch, l.n, l.i, l.op, l.k, l.product, l.kind, l.redis_delta, l.pg_delta, l.available, l.request, l.digest, \
+         timestamptz 'epoch' + l.at_ms * interval '1 millisecond' \
+         FROM unnest($2::bigint[], $3::bigint[], $4::int[], $5::text[], $6::int[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
+         $11::bigint[], $12::text[], $13::text[], $14::bigint[]) \
+         AS l (epoch, n, i, op, k, product, kind, redis_delta, pg_delta, available, request, digest, at_ms)",
+    )
+    .bind(partition::id(partition))
+    .bind(places.epoch)
+    .bind(places.n)
+    .bind(lines.iter().map(|line| small(line.i)).collect::<Vec<_>>())
+    .bind(places.op)
+    .bind(places.k)
+    .bind(lines.iter().map(|line| line.item.product.as_str()).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.kind.as_str()).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.item.delta).collect::<Vec<_>>())
+    .bind(lines.iter().map(StockLine::pg_delta).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.item.available).collect::<Vec<_>>())
+    .bind(places.request)
+    .bind(places.digest)
+    .bind(places.at_ms)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// A product that was set gets a row with nothing in it where it has none; what it holds comes as its move. (Inserting the move itself
+/// and adding on conflict would trip over CHECK: Postgres checks the row it would insert first, and a move may be negative.)
+async fn create_products(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
+    let products: Vec<_> = changes.stock.iter().filter(|(_, moved)| moved.created).map(|(product, _)| *product).collect();
+    if !products.is_empty() {
+        sqlx::query("INSERT INTO holdfast.stock (product_id, available) SELECT p, 0 FROM unnest($1::text[]) AS p ON CONFLICT DO NOTHING")
+            .bind(products)
+            .execute(connection)
+            .await?;
+    }
+    Ok(())
+}
+
+async fn move_products(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
+    let products: Vec<_> = changes.stock.keys().copied().collect();
+    if products.is_empty() {
+        return Ok(());
+    }
+    let moved = sqlx::query(
+        "UPDATE holdfast.stock AS s SET available = s.available + m.delta \
+         FROM unnest($1::text[], $2::bigint[]) AS m (product, delta) WHERE s.product_id = m.product",
+    )
+    .bind(&products)
+    .bind(changes.stock.values().map(|moved| moved.delta).collect::<Vec<_>>())
+    .execute(&mut *connection)
+    .await?
+    .rows_affected();
+    if moved == products.len() as u64 {
+        return Ok(());
+    }
+    let unknown = sqlx::query_scalar(
+        "SELECT p FROM unnest($1::text[]) AS p WHERE NOT EXISTS (SELECT 1 FROM holdfast.stock s WHERE s.product_id = p) ORDER BY p LIMIT 5",
+    );
+    let unknown: Vec<String> = unknown.bind(products).fetch_all(connection).await?;
+    Err(Error::Data(format!("Redis sold products that holdfast.stock does not have: {}", unknown.join(", "))))
+}
+
+/// Existence and threshold, of the few products that were set or deleted.
+async fn shape_products(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
+    let shaped = changes.stock.iter().filter(|(_, moved)| moved.lifecycle.is_some());
+    let products: Vec<_> = shaped.clone().map(|(product, _)| *product).collect();
+    if products.is_empty() {
+        return Ok(());
+    }
+    let deleted = |lifecycle| if let Some(Lifecycle::Deleted(at_ms)) = lifecycle { Some(at_ms) } else { None };
+    sqlx::query(
+        "UPDATE holdfast.stock AS s SET deleted_at = timestamptz 'epoch' + m.deleted_ms * interval '1 millisecond', \
+         low = CASE WHEN m.new_low THEN m.low ELSE s.low END \
+         FROM unnest($1::text[], $2::bigint[], $3::bool[], $4::bigint[]) AS m (product, deleted_ms, new_low, low) \
+         WHERE s.product_id = m.product",
+    )
+    .bind(products)
+    .bind(shaped.clone().map(|(_, moved)| deleted(moved.lifecycle)).collect::<Vec<_>>())
+    .bind(shaped.clone().map(|(_, moved)| moved.low.is_some()).collect::<Vec<_>>())
+    .bind(shaped.map(|(_, moved)| moved.low.flatten()).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn coupon_ledger(connection: &mut PgConnection, partition: u32, lines: &[CouponLine<'_>]) -> Result<(), Error> {
+    let places = Places::of(lines.iter().map(|line| line.place));
+    sqlx::query(
+        "INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, user_id, serial, remaining_after, request_id, \
+         request_digest, at) \
+         SELECT $1, l.epoch, l.n, l.op, l.k, l.coupon, l.kind, l.user_id, l.serial, l.remaining, l.request, l.digest, \
+         timestamptz 'epoch' + l.at_ms * interval '1 millisecond' \
+         FROM unnest($2::bigint[], $3::bigint[], $4::text[], $5::int[], $6::text[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
+         $11::text[], $12::text[], $13::bigint[]) \
+         AS l (epoch, n, op, k, coupon, kind, user_id, serial, remaining, request, digest, at_ms)",
+    )
+    .bind(partition::id(partition))
+    .bind(places.epoch)
+    .bind(places.n)
+    .bind(places.op)
+    .bind(places.k)
+    .bind(lines.iter().map(|line| line.coupon).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.kind).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.user).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.serial).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.remaining).collect::<Vec<_>>())
+    .bind(places.request)
+    .bind(places.digest)
+    .bind(places.at_ms)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn create_coupons(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
+    if changes.created.is_empty() {
+        return Ok(());
+    }
+    let created = &changes.created;
+    sqlx::query(
+        "INSERT INTO holdfast.coupon (coupon_id, total, per_user, start_ms, end_ms) \
+         SELECT * FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[])",
+    )
+    .bind(created.iter().map(|(coupon, _)| *coupon).collect::<Vec<_>>())
+    .bind(created.iter().map(|(_, terms)| terms.total).collect::<Vec<_>>())
+    .bind(created.iter().map(|(_, terms)| terms.per_user).collect::<Vec<_>>())
+    .bind(created.iter().map(|(_, terms)| terms.start_ms).collect::<Vec<_>>())
+    .bind(created.iter().map(|(_, terms)| terms.end_ms).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+async fn issue_coupons(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
+    if changes.issues.is_empty() {
+        return Ok(());
+    }
+    let issues = &changes.issues;
+    sqlx::query(
+        "INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at) \
+         SELECT i.coupon, i.serial, i.user_id, 'issued', timestamptz 'epoch' + i.at_ms * interval '1 millisecond' \
+         FROM unnest($1::text[], $2::bigint[], $3::text[], $4::bigint[]) AS i (coupon, serial, user_id, at_ms)",
+    )
+    .bind(issues.iter().map(|issue| issue.coupon).collect::<Vec<_>>())
+    .bind(issues.iter().map(|issue| issue.serial).collect::<Vec<_>>())
+    .bind(issues.iter().map(|issue| issue.user).collect::<Vec<_>>())
+    .bind(issues.iter().map(|issue| issue.at_ms).collect::<Vec<_>>())
+    .execute(&mut *connection)
+    .await?;
+    let coupons: Vec<_> = changes.coupons.keys().copied().collect();
+    let moved = sqlx::query(
+        "UPDATE holdfast.coupon AS c SET issued = c.issued + m.issued, last_serial = greatest(c.last_serial, m.last_serial) \
+         FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS m (coupon, issued, last_serial) WHERE c.coupon_id = m.coupon",
+    )
+    .bind(&coupons)
+    .bind(changes.coupons.values().map(|moved| moved.issued).collect::<Vec<_>>())
+    .bind(changes.coupons.values().map(|moved| moved.last_serial).collect::<Vec<_>>())
+    .execute(&mut *connection)
+    .await?
+    .rows_affected();
+    if moved == coupons.len() as u64 {
+        return Ok(());
+    }
+    let unknown = sqlx::query_scalar(
+        "SELECT c FROM unnest($1::text[]) AS c WHERE NOT EXISTS (SELECT 1 FROM holdfast.coupon k WHERE k.coupon_id = c) ORDER BY c LIMIT 5",
+    );
+    let unknown: Vec<String> = unknown.bind(coupons).fetch_all(connection).await?;
+    Err(Error::Data(format!("Redis issued coupons that holdfast.coupon does not have: {}", unknown.join(", "))))
+}
