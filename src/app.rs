@@ -1,12 +1,34 @@
-//! (being written)
+//! Builds all the parts, and drains them in reverse order. The only place that knows them all.
+//!
+//! Two threads: the front serves clients and writes to Redis, and nothing else may delay it; the caller's runtime carries the outbox to
+//! Postgres, verifies, and answers HTTP.
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
+use tokio::net::TcpListener;
 use tokio::sync::oneshot;
+use tokio::task::LocalSet;
 use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+use uuid::Uuid;
 
+use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::Config;
+use crate::ledger;
+use crate::limits;
+use crate::outbox::relay::Relay;
+use crate::outbox::verify::Verifier;
+use crate::server::listener;
+use crate::server::registry::Registry;
+use crate::store::Partition;
+use crate::store::partition::State;
+use crate::telemetry::http::{self, Check, Readiness};
+use crate::telemetry::metrics;
 
 /// Where a server that is ready listens: the ports it was given, where the configuration says 0.
 #[derive(Clone, Copy, Debug)]
@@ -29,16 +51,151 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-/// Serves until `shutdown` is cancelled; says through `ready` when clients are served.
+fn error(why: impl fmt::Display) -> Error {
+    Error(why.to_string())
+}
+
+/// Serves until `shutdown` is cancelled; says through `ready` when it sells for the first time.
 pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<oneshot::Sender<Ready>>) -> Result<(), Error> {
+    let metrics = metrics::install().map_err(error)?;
+    let http_listener = http::bind(config.http.listen).await.map_err(error)?;
+    let listener = listen(config.listen).await?;
+    let listens =
+        Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
+    info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
+
+    let partition = Arc::new(Partition::new(0));
+    let back = CancellationToken::new();
+    let readiness = readiness(Arc::clone(&partition), shutdown.clone());
+    let web = tokio::spawn(http::serve(http_listener, metrics.clone(), readiness, back.clone()));
+    let upkeep = tokio::spawn(metrics::upkeep(metrics, back.clone()));
+    let front = Front::start(&config, listener, Arc::clone(&partition), shutdown.clone())?;
+
+    let postgres_url = config.postgres.url.expose().to_owned();
+    let relay = Relay::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
+    let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
+    let working = {
+        let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
+        tokio::spawn(async move {
+            if prepare(&partition, &postgres_url, &shutdown).await {
+                tokio::join!(relay.run(back.clone()), verifier.run(back));
+            }
+        })
+    };
     if let Some(ready) = ready {
-        _ = ready.send(Ready { listen: config.listen, http: config.http.listen });
+        let mut state = partition.state.subscribe();
+        tokio::select! {
+            live = state.wait_for(|state| matches!(state, State::Live { .. })) => if live.is_ok() { _ = ready.send(listens) },
+            () = shutdown.cancelled() => {}
+        }
     }
     shutdown.cancelled().await;
+    info!("draining: no new connections, what was started is finished");
+    let deadline = tokio::time::Instant::now() + config.shutdown_timeout;
+    if tokio::time::timeout_at(deadline, front.stopped()).await.is_err() {
+        warn!("some clients did not finish in time");
+    }
+    back.cancel();
+    if tokio::time::timeout_at(deadline + limits::RELAY_DRAIN_WITHIN, working).await.is_err() {
+        warn!(changes = partition.lag(), "not everything could be carried to postgres in time; it stays in redis and goes on at the next start");
+    }
+    _ = web.await;
+    _ = upkeep.await;
+    info!("stopped");
     Ok(())
 }
 
 /// Brings Postgres to this version's tables.
 pub async fn migrate(config: &Config) -> Result<(), Error> {
-    Err(Error(format!("not written yet: migrate {}", config.postgres.url)))
+    ledger::migrate(config.postgres.url.expose()).await.map_err(error)?;
+    info!("postgres has this version's tables");
+    Ok(())
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
+    let bound = TcpListener::bind(address).await;
+    bound.map_err(|why| Error(format!("cannot listen on {address}: {why}; stop what listens there, or choose another address with --listen (HOLDFAST_LISTEN)")))
+}
+
+/// Waits for Postgres and brings it to this version's tables. `false` if told to stop before.
+async fn prepare(partition: &Partition, postgres_url: &str, shutdown: &CancellationToken) -> bool {
+    let mut said = String::new();
+    loop {
+        let why = match ledger::migrate(postgres_url).await {
+            Ok(_) => return true,
+            Err(why) => why.to_string(),
+        };
+        if why != said {
+            warn!(error = why, "cannot prepare postgres yet, trying on");
+            partition.state.send_replace(State::Loading(format!("waiting for Postgres: {why}")));
+            said = why;
+        }
+        if shutdown.run_until_cancelled(tokio::time::sleep(Duration::from_millis(300))).await.is_none() {
+            return false;
+        }
+    }
+}
+
+/// The thread that serves clients.
+struct Front {
+    stopped: oneshot::Receiver<()>,
+}
+
+impl Front {
+    fn start(config: &Config, listener: TcpListener, partition: Arc<Partition>, shutdown: CancellationToken) -> Result<Self, Error> {
+        let listener = listener.into_std().map_err(error)?;
+        let registry = Registry::new(config.max_clients);
+        let config = config.clone();
+        let (stopping, stopped) = oneshot::channel();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(error)?;
+        let serve = move || {
+            let local = LocalSet::new();
+            local.block_on(&runtime, async {
+                let Ok(listener) = TcpListener::from_std(listener) else { return };
+                let instance = Uuid::new_v4().simple().to_string();
+                let lanes = CancellationToken::new();
+                let backend = Backend::new(partition, config.redis.url.expose(), &instance, config.idempotency.window);
+                let driving = backend.drive(&lanes);
+                let commands = Rc::new(Commands::new());
+                let stats = Arc::new(Stats::new(&commands));
+                let cx = Rc::new(Context::new(commands, registry, stats, backend));
+                listener::serve(listener, Rc::clone(&cx), shutdown).await;
+                lanes.cancel();
+                driving.await;
+            });
+            _ = stopping.send(());
+        };
+        thread::Builder::new().name("front".into()).spawn(serve).map_err(error)?;
+        Ok(Self { stopped })
+    }
+
+    async fn stopped(self) {
+        // An error means that the thread is gone, which is the same.
+        _ = self.stopped.await;
+    }
+}
+
+fn readiness(partition: Arc<Partition>, shutdown: CancellationToken) -> http::ReadinessSource {
+    Arc::new(move || {
+        let (live, state) = match &*partition.state.borrow() {
+            State::Live { epoch, run_id } => (true, format!("live under epoch {epoch} on redis {run_id}")),
+            State::Loading(why) => (false, why.clone()),
+        };
+        let reachable = |up: bool| if up { "answers" } else { "cannot be reached" }.to_owned();
+        let trouble = partition.relay_trouble.borrow().clone();
+        let relay = match trouble.is_empty() {
+            true => format!("{} changes behind", partition.lag()),
+            false => trouble.clone(),
+        };
+        let draining = shutdown.is_cancelled();
+        Readiness {
+            checks: vec![
+                Check { name: "server", ok: !draining, optional: false, detail: if draining { "draining" } else { "serving" }.into() },
+                Check { name: "partition", ok: live, optional: false, detail: state },
+                Check { name: "redis", ok: partition.redis_up(), optional: false, detail: reachable(partition.redis_up()) },
+                Check { name: "postgres", ok: partition.ledger_up(), optional: true, detail: reachable(partition.ledger_up()) },
+                Check { name: "relay", ok: trouble.is_empty(), optional: true, detail: relay },
+            ],
+        }
+    })
 }

@@ -1,0 +1,57 @@
+//! What the handlers of one thread sell with: the lanes to Redis, the reads, the replies that wait for Postgres.
+
+use std::future::Future;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::{JoinHandle, spawn_local};
+use tokio_util::sync::CancellationToken;
+
+use super::ack::AckQueue;
+use super::coupon::CouponWaiter;
+use super::stock::StockWaiter;
+use crate::limits;
+use crate::store::Partition;
+use crate::store::coupon::Coupon;
+use crate::store::lane::Lane;
+use crate::store::reads::Reads;
+use crate::store::stock::Stock;
+
+/// See the module.
+pub struct Backend {
+    pub partition: Arc<Partition>,
+    pub stock: Rc<Lane<Stock, StockWaiter>>,
+    pub coupon: Rc<Lane<Coupon, CouponWaiter>>,
+    pub acks: Rc<AckQueue>,
+    pub reads: Reads,
+}
+
+impl Backend {
+    /// Connects to nothing yet; `instance` is this process's own name, `window` how long a REQUEST id is remembered.
+    pub fn new(partition: Arc<Partition>, redis_url: &str, instance: &str, window: Duration) -> Self {
+        let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
+        Self {
+            stock: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms),
+            coupon: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms),
+            acks: AckQueue::new(Arc::clone(&partition)),
+            reads: Reads::new(redis_url, limits::OPERATION_WITHIN),
+            partition,
+        }
+    }
+
+    /// Starts the lanes on this thread. After `cancel` they finish what waits; the future ends when they have.
+    pub fn drive(&self, cancel: &CancellationToken) -> impl Future<Output = ()> + use<> {
+        let tasks: Vec<JoinHandle<()>> = vec![
+            spawn_local(Rc::clone(&self.stock).drive(cancel.clone())),
+            spawn_local(Rc::clone(&self.coupon).drive(cancel.clone())),
+            spawn_local(Rc::clone(&self.acks).drive(cancel.clone())),
+        ];
+        async {
+            for task in tasks {
+                // A panic has been reported where it happened.
+                _ = task.await;
+            }
+        }
+    }
+}
