@@ -4,7 +4,7 @@ use sqlx::{Connection, PgConnection};
 
 use super::changes::Changes;
 use super::partition::{self, PartitionRow};
-use super::{Error, from_bigint, to_bigint, write};
+use super::{Error, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::Entry;
 
@@ -119,14 +119,4 @@ fn check_next(row: &PartitionRow, at: Position, op: &str, entry: &Entry) -> Resu
         return Err(format!("fork: entry {last} follows batch {}, but batch {op} stands at {at}", entry.prev));
     }
     Ok(())
-}
-
-/// The columns of `partition_epoch`: epoch, its Redis process, and the n it ended at; oldest first.
-pub async fn epochs(connection: &mut PgConnection, partition: u32) -> Result<Vec<(u64, String, Option<u64>)>, Error> {
-    let rows: Vec<(i64, String, Option<i64>)> =
-        sqlx::query_as("SELECT epoch, run_id, last_n FROM holdfast.partition_epoch WHERE partition = $1 ORDER BY epoch")
-            .bind(partition::id(partition))
-            .fetch_all(connection)
-            .await?;
-    Ok(rows.into_iter().map(|(epoch, run_id, last_n)| (from_bigint(epoch), run_id, last_n.map(from_bigint))).collect())
 }

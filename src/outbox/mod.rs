@@ -1,1 +1,8 @@
-//! (being written)
+//! Carries what the scripts appended to the outbox to Postgres.
+
+pub mod relay;
+mod retry;
+mod slice;
+mod trim;
+
+pub use relay::Relay;
