@@ -100,7 +100,7 @@ impl Carrier {
             marks: Marks::default(),
             trimmed: Instant::now(),
             postgres: Trouble::new("postgres"),
-            redis: Trouble::new("redis, for the outbox"),
+            redis: Trouble::new("reading the outbox"),
             transaction: Trouble::new("a transaction of the relay"),
             stuck: Trouble::new("the relay"),
         }
@@ -108,18 +108,22 @@ impl Carrier {
 
     /// Does what is due next.
     async fn step(&mut self) -> Next {
+        gauge!("holdfast_relay_lag_changes", "partition" => self.label.clone()).set(self.relay.partition.lag() as f64);
         if let Err(wait) = self.reach_ledger().await {
             return Next::After(wait);
         }
-        let State::Live { run_id, .. } = self.relay.partition.state.borrow().clone() else {
+        let live = self.live_run_id();
+        if live.is_none() {
             self.start_over();
-            return Next::After(LEDGER_PING_EVERY);
-        };
-        if let Err(wait) = self.reach_outbox(&run_id).await {
+            if self.relay.partition.relay_trouble.borrow().is_empty() {
+                return Next::After(LEDGER_PING_EVERY);
+            }
+        }
+        if let Err(wait) = self.reach_outbox(live.as_deref()).await {
             return Next::After(wait);
         }
         let Some(cursor) = self.cursor else {
-            return self.prove().await;
+            return self.prove(live.is_some()).await;
         };
         self.trim().await;
         if self.batch.is_empty() {
@@ -132,24 +136,37 @@ impl Carrier {
     async fn drain(mut self) {
         let deadline = Instant::now() + self.relay.drain;
         loop {
+            let reading = self.batch.is_empty();
             let Some(cursor) = self.cursor.filter(|_| self.ledger.is_some() && self.reader.is_some()) else {
                 tracing::info!(partition = self.id, "relay stopped; what the outbox still holds is carried after the next start");
                 return;
             };
             if Instant::now() >= deadline {
                 let left = self.relay.partition.lag();
-                tracing::info!(partition = self.id, left, "relay stopped before the outbox was empty; the rest is carried after the next start");
+                tracing::info!(
+                    partition = self.id,
+                    left,
+                    "relay stopped before the outbox was empty; the rest is carried after the next start"
+                );
                 return;
             }
-            let next = if self.batch.is_empty() { self.read(cursor, Duration::ZERO).await } else { self.carry().await };
+            let next = if reading { self.read(cursor, Duration::ZERO).await } else { self.carry().await };
             match next {
-                Next::Now if self.batch.is_empty() && self.cursor == Some(cursor) => {
+                Next::Now if reading && self.batch.is_empty() => {
                     tracing::info!(partition = self.id, applied = %cursor, "relay stopped; postgres has everything the outbox held");
                     return;
                 }
                 Next::Now => {}
                 Next::After(wait) => tokio::time::sleep(wait.min(deadline.saturating_duration_since(Instant::now()))).await,
             }
+        }
+    }
+
+    /// The Redis process that was verified; `None` while the partition is not live.
+    fn live_run_id(&self) -> Option<String> {
+        match &*self.relay.partition.state.borrow() {
+            State::Live { run_id, .. } => Some(run_id.clone()),
+            State::Loading(_) => None,
         }
     }
 
@@ -180,7 +197,12 @@ impl Carrier {
                 self.ledger_answered();
                 Ok(())
             }
-            Err(error) => Err(self.lose_ledger(&error)),
+            Err(error) => {
+                if matches!(error, ledger::Error::Unfit(_)) {
+                    self.say(error.to_string());
+                }
+                Err(self.lose_ledger(&error))
+            }
         }
     }
 
@@ -197,8 +219,8 @@ impl Carrier {
         self.postgres.failed(self.id, error)
     }
 
-    /// Makes sure that the outbox is read from the Redis process that was verified. Errors with how long to wait.
-    async fn reach_outbox(&mut self, run_id: &str) -> Result<(), Duration> {
+    /// Makes sure that the outbox can be read, while live from the Redis process that was verified. Errors with how long to wait.
+    async fn reach_outbox(&mut self, live: Option<&str>) -> Result<(), Duration> {
         if self.reader.is_none() {
             match OutboxReader::open(&self.relay.redis_url).await {
                 Ok(reader) => self.reader = Some(reader),
@@ -206,10 +228,10 @@ impl Carrier {
             }
         }
         match &self.reader {
-            Some(reader) if reader.run_id() == run_id => Ok(()),
+            Some(reader) if live.is_none_or(|run_id| reader.run_id() == run_id) => Ok(()),
             _ => {
                 self.relay.partition.verify.notify_one();
-                Err(self.lose_outbox(&"redis was restarted since it was verified"))
+                Err(self.lose_outbox(&"this is another redis process than the one that was verified"))
             }
         }
     }
@@ -228,11 +250,13 @@ impl Carrier {
         }
     }
 
-    /// Says what is in the way, asks the verifier to look, and begins again after a while.
+    /// Says what is in the way, asks the verifier to look if it does not already, and begins again after a while.
     fn stop_for(&mut self, found: String, wait: Duration) -> Next {
         self.stuck.failed(self.id, &found);
         self.say(found);
-        self.relay.partition.verify.notify_one();
+        if self.live_run_id().is_some() {
+            self.relay.partition.verify.notify_one();
+        }
         self.start_over();
         Next::After(wait)
     }
@@ -245,8 +269,9 @@ impl Carrier {
         });
     }
 
-    /// Shows that the outbox continues what Postgres has, and takes up the reading there.
-    async fn prove(&mut self) -> Next {
+    /// Shows that the outbox continues what Postgres has, and takes up the reading there. While the partition is not live it only finds out
+    /// whether what was in the way still is.
+    async fn prove(&mut self, live: bool) -> Next {
         let (Some(connection), Some(reader)) = (&mut self.ledger, &mut self.reader) else { return Next::Now };
         let row = match ledger::partition::load(connection, self.id).await {
             Ok(row) => row,
@@ -267,6 +292,12 @@ impl Carrier {
         if let Err(broken) = continues(&row, there, after.clone(), last) {
             return self.stop_for(broken, RELAY_BROKEN_RETRY);
         }
+        if !live || after.is_none() {
+            self.unstuck();
+        }
+        if !live {
+            return Next::After(RELAY_BROKEN_RETRY);
+        }
         tracing::info!(partition = self.id, applied = %row.applied, "relay carries on");
         self.marks.retain_applied(row.applied);
         if self.marks.is_empty() {
@@ -274,9 +305,6 @@ impl Carrier {
         }
         self.cursor = Some(row.applied);
         self.relay.partition.set_applied(row.applied);
-        if after.is_none() {
-            self.unstuck();
-        }
         Next::Now
     }
 
@@ -312,7 +340,6 @@ impl Carrier {
         if after > cursor {
             self.relay.partition.saw(after.n);
         }
-        gauge!("holdfast_relay_lag_changes", "partition" => self.label.clone()).set(self.relay.partition.lag() as f64);
         self.cursor = Some(after);
         self.batch = Batch::new(entries, bytes);
         Next::Now
@@ -344,7 +371,6 @@ impl Carrier {
         counter!("holdfast_relay_applied_changes_total", "partition" => self.label.clone()).increment(applied.operations);
         histogram!("holdfast_relay_batch_changes", "partition" => self.label.clone()).record(applied.operations as f64);
         histogram!("holdfast_relay_transaction_seconds", "partition" => self.label.clone()).record(seconds);
-        gauge!("holdfast_relay_lag_changes", "partition" => self.label.clone()).set(partition.lag() as f64);
         self.changes_max = (self.changes_max * 2).min(RELAY_CHANGES_MAX);
         if let Some((position, bytes)) = self.batch.advance() {
             self.marks.push(position, bytes as u64, Instant::now());
@@ -354,7 +380,11 @@ impl Carrier {
     /// What to do about an error of Postgres.
     fn ledger_failed(&mut self, error: ledger::Error) -> Next {
         use ledger::Error;
-        counter!("holdfast_relay_retries_total", "partition" => self.label.clone()).increment(1);
+        match error {
+            // Half of the slice may be all right: what stands before the cause is applied, until the cause stands alone.
+            Error::Broken(_) | Error::Data(_) if self.batch.narrow() => return Next::Now,
+            _ => counter!("holdfast_relay_retries_total", "partition" => self.label.clone()).increment(1),
+        }
         match error {
             Error::Connection(_) => Next::After(self.lose_ledger(&error)),
             Error::Transient { .. } => {
@@ -368,8 +398,6 @@ impl Carrier {
                 }
                 Next::After(wait)
             }
-            // Half of the slice may be all right: what stands before the cause is applied, until the cause stands alone.
-            Error::Broken(_) | Error::Data(_) if self.batch.narrow() => Next::Now,
             Error::Broken(found) => self.stop_for(found, RELAY_BROKEN_RETRY),
             Error::Data(_) | Error::Unfit(_) => {
                 self.ledger_answered();
@@ -397,7 +425,11 @@ impl Carrier {
 
 /// Applies a slice. The connection comes back unless it can no longer be used: a transaction that is given up is given up together with
 /// its connection.
-async fn transact(mut connection: PgConnection, partition: &Partition, slice: &[Entry]) -> (Option<PgConnection>, Result<Applied, ledger::Error>) {
+async fn transact(
+    mut connection: PgConnection,
+    partition: &Partition,
+    slice: &[Entry],
+) -> (Option<PgConnection>, Result<Applied, ledger::Error>) {
     let result = {
         let mut applying = std::pin::pin!(ledger::apply(&mut connection, partition.id, slice));
         match tokio::time::timeout(LEDGER_SILENCE_MAX, &mut applying).await {

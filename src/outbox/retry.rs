@@ -63,7 +63,9 @@ mod tests {
     #[test]
     fn waits_double_up_to_the_longest_and_are_never_all_of_it_off() {
         for _ in 0..100 {
-            for (failures, whole) in [(1, RELAY_BACKOFF_MIN), (2, RELAY_BACKOFF_MIN * 2), (30, RELAY_BACKOFF_MAX), (u32::MAX, RELAY_BACKOFF_MAX)] {
+            for (failures, whole) in
+                [(1, RELAY_BACKOFF_MIN), (2, RELAY_BACKOFF_MIN * 2), (30, RELAY_BACKOFF_MAX), (u32::MAX, RELAY_BACKOFF_MAX)]
+            {
                 let wait = backoff(failures);
                 assert!(wait >= whole / 2 && wait <= whole, "{failures}: {wait:?}");
             }

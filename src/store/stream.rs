@@ -44,7 +44,8 @@ impl OutboxReader {
     }
 
     /// The entries after `position`, at most `entries_max`. Waits up to `block` for the first of them, which is returned as soon as it is
-    /// there; zero does not wait. Cancelling it loses nothing. An entry that cannot be read is an [`Error::Unexpected`] that names it.
+    /// there; zero does not wait. Cancelling it loses nothing. Stops before an entry that cannot be
+    /// read; if that is the first, it is an [`Error::Unexpected`] that names it.
     pub async fn read_after(&mut self, position: Position, entries_max: usize, block: Duration) -> Result<Read, Error> {
         let mut command = redis::cmd("XREAD");
         command.arg("COUNT").arg(entries_max);
@@ -55,7 +56,9 @@ impl OutboxReader {
         match self.ask(&command, block).await? {
             Value::Nil => Ok(Read::default()),
             // One stream was asked for: a map of one pair, in RESP2 an array of one pair.
-            Value::Map(mut streams) if streams.len() == 1 => streams.pop().map_or_else(|| Ok(Read::default()), |(_, entries)| read(entries)),
+            Value::Map(mut streams) if streams.len() == 1 => {
+                streams.pop().map_or_else(|| Ok(Read::default()), |(_, entries)| read(entries))
+            }
             Value::Array(mut streams) if streams.len() == 1 => match streams.pop() {
                 Some(Value::Array(mut pair)) if pair.len() == 2 => read(pair.pop().unwrap_or(Value::Nil)),
                 other => unexpected(format!("XREAD: {other:?}")),
@@ -116,13 +119,20 @@ fn read(reply: Value) -> Result<Read, Error> {
         let [Value::BulkString(id), Value::Array(fields)] = entry.as_slice() else {
             return unexpected(format!("an entry of the outbox: {entry:?}"));
         };
-        let fields: Vec<&[u8]> = fields.iter().filter_map(|field| if let Value::BulkString(bytes) = field { Some(bytes.as_slice()) } else { None }).collect();
+        let fields: Vec<&[u8]> =
+            fields.iter().filter_map(|field| if let Value::BulkString(bytes) = field { Some(bytes.as_slice()) } else { None }).collect();
         found.bytes += id.len() + fields.iter().map(|field| field.len()).sum::<usize>();
         let pairs = fields.chunks_exact(2).map(|pair| (pair[0], pair[1]));
         match Entry::decode(id, pairs) {
             Ok(entry) => found.entries.push(entry),
+            // What stands before it is returned; the next read begins with it.
+            Err(_) if !found.entries.is_empty() => break,
             Err(error) => {
-                return unexpected(format!("entry {} of {}: {error}; the entries after it wait", String::from_utf8_lossy(id), keys::OUTBOX));
+                return unexpected(format!(
+                    "entry {} of {}: {error}; the entries after it wait",
+                    String::from_utf8_lossy(id),
+                    keys::OUTBOX
+                ));
             }
         }
     }
