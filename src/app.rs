@@ -72,7 +72,9 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let front = Front::start(&config, listener, Arc::clone(&partition), shutdown.clone())?;
 
     let postgres_url = config.postgres.url.expose().to_owned();
-    let relay = Relay::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
+    let redis_url = config.redis.url.expose().to_owned();
+    let relay =
+        Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: limits::RELAY_DRAIN_WITHIN };
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
@@ -96,7 +98,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         warn!("some clients did not finish in time");
     }
     back.cancel();
-    if tokio::time::timeout_at(deadline + limits::RELAY_DRAIN_WITHIN, working).await.is_err() {
+    if tokio::time::timeout_at(deadline + 2 * limits::RELAY_DRAIN_WITHIN, working).await.is_err() {
         warn!(changes = partition.lag(), "not everything could be carried to postgres in time; it stays in redis and goes on at the next start");
     }
     _ = web.await;

@@ -147,3 +147,6 @@ pub const OUTBOX_TRIM_EVERY: Duration = Duration::from_secs(5);
 
 /// How many places the relay remembers at which the outbox may be cut; when full, every second one is forgotten.
 pub const OUTBOX_MARKS_MAX: usize = 4_096;
+
+/// For how long the relay goes on with what the outbox still holds when the sidecar stops. What does not fit stays in Redis.
+pub const RELAY_DRAIN_WITHIN: Duration = Duration::from_secs(5);

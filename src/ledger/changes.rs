@@ -121,14 +121,7 @@ impl<'a> Changes<'a> {
             }
             Effect::CouponCreate { coupon, terms } => {
                 self.created.push((coupon, terms.clone()));
-                self.coupon_lines.push(CouponLine {
-                    place,
-                    coupon,
-                    kind: "create",
-                    user: None,
-                    serial: None,
-                    remaining: terms.total,
-                });
+                self.coupon_lines.push(CouponLine { place, coupon, kind: "create", user: None, serial: None, remaining: terms.total });
             }
             Effect::CouponIssue { coupon, user, serial, remaining } => {
                 let moved = self.coupons.entry(coupon).or_default();
@@ -154,7 +147,10 @@ impl<'a> Changes<'a> {
         }
         let moved = self.stock.entry(&line.item.product).or_default();
         moved.delta = moved.delta.checked_add(line.pg_delta()).ok_or_else(|| {
-            Error::Data(format!("the changes of product '{}' up to {}-{} add up to more than 2^63", line.item.product, line.place.epoch, line.place.n))
+            Error::Data(format!(
+                "the changes of product '{}' up to {}-{} add up to more than 2^63",
+                line.item.product, line.place.epoch, line.place.n
+            ))
         })?;
         match line.kind {
             StockKind::Set => {

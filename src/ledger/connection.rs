@@ -43,7 +43,9 @@ async fn open(url: &str, application: &str, statement_timeout: String, lock_time
         .fetch_one(&mut connection)
         .await?;
         if in_recovery {
-            return Err(Error::Unfit("this Postgres is a standby and cannot be written to: give postgres.url the address of the primary".into()));
+            return Err(Error::Unfit(
+                "this Postgres is a standby and cannot be written to: give postgres.url the address of the primary".into(),
+            ));
         }
         if synchronous_commit == "off" {
             return Err(Error::Unfit(

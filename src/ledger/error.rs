@@ -73,9 +73,9 @@ impl From<sqlx::Error> for Error {
                 Some(database) => Self::from_database(database),
                 None => Self::Unfit(error.to_string()),
             },
-            sqlx::Error::Configuration(what) => Self::Unfit(format!(
-                "postgres.url cannot be used: {what}; it looks like postgres://user:password@host:5432/database"
-            )),
+            sqlx::Error::Configuration(what) => {
+                Self::Unfit(format!("postgres.url cannot be used: {what}; it looks like postgres://user:password@host:5432/database"))
+            }
             sqlx::Error::Tls(what) => Self::Unfit(format!("TLS to Postgres: {what}; see sslmode and sslrootcert in postgres.url")),
             sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::ColumnNotFound(_) | sqlx::Error::RowNotFound => {
                 Self::Unfit(format!("unexpected answer of Postgres: {error}"))

@@ -36,9 +36,8 @@ pub async fn migrate(url: &str) -> Result<i64, Error> {
 }
 
 async fn up_to_date(migrator: &Migrator, connection: &mut PgConnection) -> Result<bool, Error> {
-    let done: Vec<(i64, Vec<u8>)> = sqlx::query_as("SELECT version, checksum FROM holdfast.migration WHERE success ORDER BY version")
-        .fetch_all(connection)
-        .await?;
+    let done: Vec<(i64, Vec<u8>)> =
+        sqlx::query_as("SELECT version, checksum FROM holdfast.migration WHERE success ORDER BY version").fetch_all(connection).await?;
     Ok(migrator.iter().map(|migration| (migration.version, migration.checksum.to_vec())).eq(done))
 }
 

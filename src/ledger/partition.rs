@@ -69,6 +69,31 @@ pub async fn take_epoch(connection: &mut PgConnection, partition: u32, from_epoc
     Ok(epoch.map(from_bigint))
 }
 
+/// A row of `holdfast.partition_epoch`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EpochRow {
+    pub epoch: u64,
+    /// The Redis process it was taken for.
+    pub run_id: String,
+    /// n of the last change applied under it; `None` while it goes on.
+    pub last_n: Option<u64>,
+}
+
+/// Reads every epoch of a partition, oldest first.
+pub async fn epochs(connection: &mut PgConnection, partition: u32) -> Result<Vec<EpochRow>, Error> {
+    let rows: Vec<(i64, String, Option<i64>)> =
+        sqlx::query_as("SELECT epoch, run_id, last_n FROM holdfast.partition_epoch WHERE partition = $1 ORDER BY epoch")
+            .bind(id(partition))
+            .fetch_all(connection)
+            .await?;
+    let row = |(epoch, run_id, last_n): (i64, String, Option<i64>)| EpochRow {
+        epoch: from_bigint(epoch),
+        run_id,
+        last_n: last_n.map(from_bigint),
+    };
+    Ok(rows.into_iter().map(row).collect())
+}
+
 /// A partition's number as Postgres stores it: at most a few thousand.
 pub(super) fn id(partition: u32) -> i32 {
     i32::try_from(partition).unwrap_or(i32::MAX)

@@ -17,9 +17,11 @@ use crate::store::{Connection, Partition};
 
 /// See the module.
 pub struct Verifier {
-    pub partition: Arc<Partition>,
-    pub redis_url: String,
-    pub postgres_url: String,
+    partition: Arc<Partition>,
+    redis_url: String,
+    postgres_url: String,
+    /// The epoch and run id that both sides agreed on last.
+    verified: Option<(u64, String)>,
 }
 
 /// What was found, and what follows from it.
@@ -52,8 +54,12 @@ enum Look {
 }
 
 impl Verifier {
+    pub fn new(partition: Arc<Partition>, redis_url: &str, postgres_url: &str) -> Self {
+        Self { partition, redis_url: redis_url.to_owned(), postgres_url: postgres_url.to_owned(), verified: None }
+    }
+
     /// Verifies until `cancel`.
-    pub async fn run(self, cancel: CancellationToken) {
+    pub async fn run(mut self, cancel: CancellationToken) {
         let mut troubled = String::new();
         loop {
             let trouble = match tokio::time::timeout(limits::VERIFY_WITHIN, self.verify()).await {
@@ -79,7 +85,7 @@ impl Verifier {
         }
     }
 
-    async fn verify(&self) -> Result<(), String> {
+    async fn verify(&mut self) -> Result<(), String> {
         let mut redis = Connection::open(&self.redis_url).await.map_err(|error| self.starting(error.to_string()))?;
         let found = Meta::read(&mut redis).await.map_err(|error| self.starting(error.to_string()))?;
         let mut postgres = match ledger::connect(&self.postgres_url).await {
@@ -90,6 +96,7 @@ impl Verifier {
             match self.look(&mut redis, &mut postgres).await? {
                 Look::Moved => {}
                 Look::Found(Finding::Live { epoch }) => {
+                    self.verified = Some((epoch, redis.run_id().to_owned()));
                     self.set(State::Live { epoch, run_id: redis.run_id().to_owned() });
                     return Ok(());
                 }
@@ -126,18 +133,20 @@ impl Verifier {
 
     /// Postgres is away: a sidecar that was live goes on where nothing in Redis has changed.
     fn without_postgres(&self, redis: &Connection, found: Option<&Meta>, error: &str) -> Result<(), String> {
-        let known = self.partition.verified.lock().ok().and_then(|verified| verified.clone());
-        let unchanged = found.is_some_and(|meta| {
-            meta.live && meta.run_id == redis.run_id() && meta.n >= self.partition.head_n() && known.as_ref() == Some(&(meta.epoch, meta.run_id.clone()))
-        });
-        if let (true, Some((epoch, run_id))) = (unchanged, known) {
-            self.set(State::Live { epoch, run_id });
+        if let (Some(meta), Some((epoch, run_id))) = (found, &self.verified)
+            && meta.live
+            && meta.epoch == *epoch
+            && meta.run_id == *run_id
+            && run_id == redis.run_id()
+            && meta.n >= self.partition.head_n()
+        {
+            self.set(State::Live { epoch: *epoch, run_id: run_id.clone() });
             return Ok(());
         }
         Err(self.starting(error.to_owned()))
     }
 
-    async fn look(&self, redis: &mut Connection, postgres: &mut ledger::Connection) -> Result<Look, String> {
+    async fn look(&self, redis: &mut Connection, postgres: &mut ledger::PgConnection) -> Result<Look, String> {
         let text = |error: &dyn std::fmt::Display| self.starting(error.to_string());
         let row = ledger::partition::load(postgres, self.partition.id).await.map_err(|error| text(&error))?;
         let meta = Meta::read(redis).await.map_err(|error| text(&error))?;
