@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::Config;
 use crate::ledger;
@@ -146,7 +147,7 @@ struct Front {
 impl Front {
     fn start(config: &Config, listener: TcpListener, partition: Arc<Partition>, shutdown: CancellationToken) -> Result<Self, Error> {
         let listener = listener.into_std().map_err(error)?;
-        let registry = Registry::new(config.max_clients);
+        let registry = Arc::new(Registry::new(config.max_clients));
         let config = config.clone();
         let (stopping, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(error)?;
@@ -158,7 +159,7 @@ impl Front {
                 let lanes = CancellationToken::new();
                 let backend = Backend::new(partition, config.redis.url.expose(), &instance, config.idempotency.window);
                 let driving = backend.drive(&lanes);
-                let commands = Rc::new(Commands::new());
+                let commands = Rc::new(Commands::new(TABLE));
                 let stats = Arc::new(Stats::new(&commands));
                 let cx = Rc::new(Context::new(commands, registry, stats, backend));
                 listener::serve(listener, Rc::clone(&cx), shutdown).await;

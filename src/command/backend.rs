@@ -40,6 +40,12 @@ impl Backend {
         }
     }
 
+    /// One that never gets anywhere: for tests of what needs no Redis.
+    #[cfg(test)]
+    pub fn unconnected() -> Self {
+        Self::new(Arc::new(Partition::new(0)), "redis://127.0.0.1:1", "test", Duration::from_secs(600))
+    }
+
     /// Starts the lanes on this thread. After `cancel` they finish what waits; the future ends when they have.
     pub fn drive(&self, cancel: &CancellationToken) -> impl Future<Output = ()> + use<> {
         let tasks: Vec<JoinHandle<()>> = vec![

@@ -84,13 +84,13 @@ fn create(call: &mut Call<'_>) -> Step {
 }
 
 fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
-    let confirmation = match Confirmation::of(&call.args, default, &call.cx.partition) {
+    let confirmation = match Confirmation::of(&call.args, default, &call.cx.backend.partition) {
         Ok(confirmation) => confirmation,
         Err(reply) => return Step::Reply(reply),
     };
     let op = CouponOp { coupon: call.args.id("coupon"), action, request: change::request(&call.args) };
     let waiter = CouponWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), confirmation };
-    call.cx.coupon.submit(op, call.arrived, waiter);
+    call.cx.backend.coupon.submit(op, call.arrived, waiter);
     Step::Later
 }
 
@@ -120,19 +120,19 @@ impl Waiter<Coupon> for CouponWaiter {
             ))),
         };
         match outcome {
-            Ok((position, reply)) => self.confirmation.confirm(&self.cx.acks, position, self.ticket, reply),
+            Ok((position, reply)) => self.confirmation.confirm(&self.cx.backend.acks, position, self.ticket, reply),
             Err(reply) => self.ticket.complete(reply),
         }
     }
 }
 
 async fn held(cx: Rc<Context>, coupon: Id, user: Id) -> Reply {
-    match cx.reads.coupon_held(&coupon, &user).await {
+    match cx.backend.reads.coupon_held(&coupon, &user).await {
         Err(error) => read::failed(&error),
         Ok(held) => Reply::Array(
             held.into_iter()
                 .map(|held| {
-                    read::map([
+                    Reply::map([
                         ("serial", Reply::Integer(held.serial)),
                         ("state", Reply::text(held.state)),
                         ("issued_at_ms", Reply::Integer(held.issued_at_ms)),
@@ -145,13 +145,13 @@ async fn held(cx: Rc<Context>, coupon: Id, user: Id) -> Reply {
 }
 
 async fn info(cx: Rc<Context>, coupon: Id) -> Reply {
-    let info = match cx.reads.coupon_info(&coupon).await {
+    let info = match cx.backend.reads.coupon_info(&coupon).await {
         Ok(Some(info)) => info,
         Ok(None) => return Reply::Nil,
         Err(error) => return read::failed(&error),
     };
     let time = |ms: Option<i64>| ms.map_or(Reply::Nil, Reply::Integer);
-    read::map([
+    Reply::map([
         ("coupon", Reply::bulk(coupon.bytes().clone())),
         ("total", Reply::Integer(info.total)),
         ("issued", Reply::Integer(info.issued)),
@@ -163,7 +163,7 @@ async fn info(cx: Rc<Context>, coupon: Id) -> Reply {
         ("state", Reply::text(state(&info))),
         ("lock", Reply::text(keys::coupon_lock(&coupon))),
         ("position", Reply::text(info.position.to_string())),
-        ("applied", Reply::text(cx.partition.applied.borrow().to_string())),
+        ("applied", Reply::text(cx.backend.partition.applied.borrow().to_string())),
     ])
 }
 

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::spec::{self, BLOCKING, FAST, LOADING, READONLY, Spec};
-use super::{Context, Step, change, read};
+use super::{Context, Step, change};
 use crate::domain::Position;
 use crate::limits;
 use crate::resp::Reply;
@@ -32,16 +32,16 @@ pub static STATUS: Spec = Spec::new("HOLDFAST.STATUS", "Returns how this server 
     .run(|call| Step::Reply(status(call.cx)));
 
 async fn wait(cx: Rc<Context>, position: Position, timeout: Duration) -> Reply {
-    let mut applied = cx.partition.applied.subscribe();
+    let mut applied = cx.backend.partition.applied.subscribe();
     let reached = tokio::time::timeout(timeout, applied.wait_for(|applied| *applied >= position)).await;
     match reached {
         Ok(Ok(_)) => change::outcome("APPLIED", [Reply::text(position.to_string())]),
-        _ => change::outcome("PENDING", [Reply::text(cx.partition.applied.borrow().to_string())]),
+        _ => change::outcome("PENDING", [Reply::text(cx.backend.partition.applied.borrow().to_string())]),
     }
 }
 
 fn status(cx: &Context) -> Reply {
-    let partition = &cx.partition;
+    let partition = &cx.backend.partition;
     let (state, epoch) = match &*partition.state.borrow() {
         State::Live { epoch, .. } => ("live".to_owned(), *epoch),
         State::Loading(why) => (format!("loading: {why}"), 0),
@@ -51,14 +51,14 @@ fn status(cx: &Context) -> Reply {
     let trouble = partition.relay_trouble.borrow().clone();
     let up = |up: bool| Reply::text(if up { "up" } else { "down" });
     let integer = |number: u64| Reply::Integer(i64::try_from(number).unwrap_or(i64::MAX));
-    read::map([
+    Reply::map([
         ("version", Reply::text(env!("CARGO_PKG_VERSION"))),
         ("ready", Reply::Integer(i64::from(partition.live_epoch().is_some() && partition.redis_up()))),
         ("redis", up(partition.redis_up())),
         ("postgres", up(partition.ledger_up())),
         (
             "partitions",
-            Reply::Array(vec![read::map([
+            Reply::Array(vec![Reply::map([
                 ("partition", integer(u64::from(partition.id))),
                 ("epoch", integer(epoch)),
                 ("position", Reply::text(Position::new(epoch, partition.head_n()).to_string())),

@@ -1,1 +1,279 @@
-//! (being written)
+//! The table of commands, argument matching, dispatch, the handlers. Sees requests and replies, never a socket.
+//!
+//! - [`spec`]: how a command is declared; [`table`]: every command there is.
+//! - [`args`]: a request matched against its spec.
+//! - [`describe`]: COMMAND, COMMAND DOCS and the README's table, from the specs.
+//! - [`stats`]: what INFO and the metrics count; [`info`]: INFO's text; [`glob`]: patterns.
+//! - [`connection`], [`client`], [`server`]: the session's and the server's own commands.
+//! - [`stock`], [`coupon`], [`holdfast`]: what Holdfast is for; [`backend`]: what they work with; [`ack`]: replies that wait for Postgres.
+
+pub mod ack;
+pub mod args;
+pub mod backend;
+mod change;
+pub mod client;
+pub mod connection;
+pub mod coupon;
+pub mod describe;
+pub mod glob;
+pub mod holdfast;
+pub mod info;
+mod read;
+pub mod server;
+pub mod spec;
+pub mod stats;
+pub mod stock;
+pub mod table;
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+
+pub use args::{Ack, Args};
+pub use backend::Backend;
+pub use spec::Spec;
+pub use stats::Stats;
+pub use table::Commands;
+
+use crate::limits::ERROR_ECHO_MAX;
+use crate::resp::{Pipeline, Reply, Request, Stamp, Ticket};
+use crate::server::registry::Registry;
+use crate::server::session::{Replies, Session};
+
+/// A future that stays on its thread.
+pub type LocalBoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// Runs one command. Handlers of one connection are called in the order of its requests and never wait: what takes time is answered
+/// through a ticket or a future.
+pub type Handler = fn(&mut Call<'_>) -> Step;
+
+/// What a handler has done.
+pub enum Step {
+    /// The reply is known.
+    Reply(Reply),
+    /// The ticket that was taken is completed later; the commands behind run meanwhile.
+    Later,
+    /// Runs alone on its connection: starts when every earlier reply is done, and the commands behind wait for it. Dropped if the
+    /// client leaves.
+    Wait(LocalBoxFuture<'static, Reply>),
+    /// The last reply of this connection.
+    Close(Reply),
+}
+
+/// One command under way, as its handler sees it.
+pub struct Call<'a> {
+    pub cx: &'a Rc<Context>,
+    pub session: &'a mut Session,
+    pub args: Args,
+    /// When the request was read.
+    pub arrived: Instant,
+    pipeline: &'a Rc<Pipeline>,
+}
+
+impl Call<'_> {
+    /// Reserves this command's place in the replies, for [`Step::Later`].
+    pub fn ticket(&self) -> Ticket {
+        self.pipeline.ticket()
+    }
+
+    /// The connection's replies: a command that sends several pushes all but the last here, and what sends messages keeps it.
+    pub fn pipeline(&self) -> &Rc<Pipeline> {
+        self.pipeline
+    }
+}
+
+/// What the handlers of one thread share.
+pub struct Context {
+    pub commands: Rc<Commands>,
+    pub registry: Arc<Registry>,
+    pub stats: Arc<Stats>,
+    /// While set, the error that every command without the LOADING flag gets: `LOADING ...`.
+    pub refusal: Cell<Option<&'static str>>,
+    /// What CONFIG GET shows, secrets left out.
+    pub settings: RefCell<Vec<(&'static str, String)>>,
+    /// What INFO shows besides its own sections.
+    pub sections: RefCell<Vec<info::Section>>,
+    pub backend: Backend,
+}
+
+impl Context {
+    /// `stats` must have been made of the same table.
+    pub fn new(commands: Rc<Commands>, registry: Arc<Registry>, stats: Arc<Stats>, backend: Backend) -> Self {
+        let settings = server::settings(registry.clients_max());
+        Self {
+            commands,
+            registry,
+            stats,
+            refusal: Cell::new(None),
+            settings: RefCell::new(settings),
+            sections: RefCell::new(Vec::new()),
+            backend,
+        }
+    }
+}
+
+/// What the connection does after a command was dispatched.
+pub enum After {
+    /// Goes on with the next.
+    Next,
+    /// Polls the future once the ticket is first in line, completes it, then goes on.
+    Wait(Ticket, LocalBoxFuture<'static, Reply>),
+    /// Sends what is due and closes.
+    Close,
+    /// Closes at once, without a word.
+    Drop,
+}
+
+/// Runs one request, in Redis's order: look up, arity, rights, arguments, handler.
+pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>, request: Request, arrived: Instant) -> After {
+    let silent = session.mute_next();
+    let replies = session.replies;
+    let stamp = Stamp { tag: cx.commands.len(), arrived, protocol: session.protocol, silent };
+    let (index, spec) = match cx.commands.find(&request.args) {
+        Ok(found) => found,
+        Err(_) if is_http(&request.args[0]) => {
+            tracing::warn!(client = %session.client.address, "an HTTP request on the RESP port: closed, for it may come from a browser");
+            return After::Drop;
+        }
+        Err(error) => {
+            pipeline.stamp(stamp);
+            pipeline.push_ready(Reply::error(error));
+            return After::Next;
+        }
+    };
+    let stamp = Stamp { tag: index, ..stamp };
+    pipeline.stamp(stamp);
+    session.last_command = spec.name;
+    let step = match check(cx, session, spec, request) {
+        Err(error) => Step::Reply(Reply::error(error)),
+        Ok((run, args)) => run(&mut Call { cx, session, args, arrived, pipeline }),
+    };
+    // HELLO and CLIENT REPLY decide about their own reply.
+    let silent = if session.replies == replies { silent } else { session.replies != Replies::On };
+    pipeline.stamp(Stamp { protocol: session.protocol, silent, ..stamp });
+    match step {
+        Step::Reply(reply) => pipeline.push_ready(reply),
+        Step::Later => {}
+        Step::Wait(future) => return After::Wait(pipeline.ticket(), future),
+        Step::Close(reply) => {
+            pipeline.push_ready(reply);
+            return After::Close;
+        }
+    }
+    After::Next
+}
+
+/// Everything that can refuse a command before it runs.
+fn check(cx: &Context, session: &Session, spec: &'static Spec, request: Request) -> Result<(Handler, Args), String> {
+    let run = spec.run.ok_or_else(|| args::wrong_arity(spec))?;
+    if !args::arity_fits(spec, request.args.len()) {
+        return Err(args::wrong_arity(spec));
+    }
+    if !session.authenticated && !spec.is(spec::NOAUTH) {
+        return Err("NOAUTH Authentication required.".to_owned());
+    }
+    if let Some(refusal) = cx.refusal.get().filter(|_| !spec.is(spec::LOADING)) {
+        return Err(refusal.to_owned());
+    }
+    Ok((run, Args::parse(spec, request.args)?))
+}
+
+/// Whether the name is the start of an HTTP request. A web page can make a browser POST to a port on the reader's own machine; what
+/// stands in such a request must not run as commands.
+fn is_http(name: &[u8]) -> bool {
+    name.eq_ignore_ascii_case(b"POST") || name.eq_ignore_ascii_case(b"Host:")
+}
+
+/// Redis's words for a command it does not know.
+fn unknown_command(words: &[Bytes]) -> String {
+    let mut beginning = String::new();
+    for word in &words[1..] {
+        if beginning.len() >= ERROR_ECHO_MAX {
+            break;
+        }
+        beginning.push_str(&format!("'{}' ", cut(word, ERROR_ECHO_MAX - beginning.len())));
+    }
+    format!("ERR unknown command '{}', with args beginning with: {beginning}", cut(&words[0], ERROR_ECHO_MAX))
+}
+
+/// What a client sent, fit to be repeated in an error: at most `bytes_max` bytes of it, up to the first zero byte.
+pub fn cut(bytes: &[u8], bytes_max: usize) -> String {
+    let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len()).min(bytes_max);
+    String::from_utf8_lossy(&bytes[..end]).into_owned()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use bytes::BytesMut;
+
+    /// A client without a socket: sends requests, reads the bytes of their replies.
+    pub(crate) struct Wire {
+        pub(crate) cx: Rc<Context>,
+        session: Session,
+        pipeline: Rc<Pipeline>,
+    }
+
+    impl Wire {
+        pub(crate) fn new() -> Self {
+            let commands = Rc::new(Commands::new(table::TABLE));
+            let stats = Arc::new(Stats::new(&commands));
+            let cx = Rc::new(Context::new(commands, Arc::new(Registry::new(10)), stats, Backend::unconnected()));
+            Self { cx, session: crate::server::session::tests::session(), pipeline: Pipeline::new() }
+        }
+
+        /// Sends words separated by single spaces; returns what was answered at once.
+        pub(crate) fn send(&mut self, request: &str) -> String {
+            let args = request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
+            dispatch(&self.cx, &mut self.session, &self.pipeline, Request { args }, Instant::now());
+            let mut out = BytesMut::new();
+            while let Some(ready) = self.pipeline.pop_ready() {
+                self.cx.stats.replied(ready.stamp.tag, &ready.reply, ready.stamp.arrived.elapsed());
+                if !ready.stamp.silent {
+                    ready.reply.encode(&mut out, ready.stamp.protocol);
+                }
+            }
+            String::from_utf8_lossy(&out).into_owned()
+        }
+    }
+
+    /// Checks requests and their replies, each on a connection of its own.
+    pub(crate) fn answers(rows: &[(&str, &str)]) {
+        for (request, reply) in rows {
+            assert_eq!(Wire::new().send(request), *reply, "{request}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_served_now_says_so() {
+        let mut wire = Wire::new();
+        wire.cx.refusal.set(Some("LOADING Holdfast is starting"));
+        assert_eq!(wire.send("PING"), "+PONG\r\n");
+        wire.session.authenticated = false;
+        assert_eq!(wire.send("PING"), "-NOAUTH Authentication required.\r\n");
+        assert!(wire.send("HELLO 3").starts_with("-NOAUTH HELLO must be called"));
+        assert_eq!(wire.send("AUTH default x"), "+OK\r\n");
+        assert_eq!(wire.send("PING"), "+PONG\r\n");
+    }
+
+    #[test]
+    fn an_unknown_command_is_named_in_redis_words() {
+        let words = |text: &str| text.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect::<Vec<_>>();
+        assert_eq!(unknown_command(&words("foo a b")), "ERR unknown command 'foo', with args beginning with: 'a' 'b' ");
+        assert_eq!(unknown_command(&words("foo")), "ERR unknown command 'foo', with args beginning with: ");
+        let long = unknown_command(&words(&format!("{} {} {} x", "f".repeat(200), "a".repeat(100), "b".repeat(100))));
+        let expected = format!("'{}', with args beginning with: '{}' '{}' ", "f".repeat(128), "a".repeat(100), "b".repeat(25));
+        assert_eq!(long, format!("ERR unknown command {expected}"));
+    }
+
+    #[test]
+    fn a_browser_is_told_from_a_client() {
+        assert!(is_http(b"post") && is_http(b"HOST:"));
+        assert!(!is_http(b"GET"));
+    }
+}

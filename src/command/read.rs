@@ -4,11 +4,6 @@ use crate::resp::Reply;
 use crate::store;
 use crate::store::reads::Scanned;
 
-/// A map of named values.
-pub fn map<const N: usize>(pairs: [(&'static str, Reply); N]) -> Reply {
-    Reply::Map(pairs.into_iter().map(|(name, value)| (Reply::text(name), value)).collect())
-}
-
 /// `cursor, [id, number, ...]`.
 pub fn scanned(scanned: Scanned) -> Reply {
     let found = scanned.found.into_iter().flat_map(|(id, number)| [Reply::text(id), Reply::Integer(number)]);

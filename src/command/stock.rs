@@ -96,7 +96,7 @@ pub static SCAN: Spec = Spec::new("STOCK.SCAN", "Iterates over the products.")
         let pattern = call.args.maybe_text("pattern").map_or_else(|| "*".to_owned(), |pattern| String::from_utf8_lossy(pattern).into_owned());
         let (cx, count) = (Rc::clone(call.cx), call.args.maybe_integer("count").unwrap_or(10));
         Step::Wait(Box::pin(async move {
-            match cx.reads.scan_products(&cursor, &pattern, count).await {
+            match cx.backend.reads.scan_products(&cursor, &pattern, count).await {
                 Ok(scanned) => read::scanned(scanned),
                 Err(error) => read::failed(&error),
             }
@@ -130,20 +130,20 @@ fn decr(call: &mut Call<'_>) -> Step {
 }
 
 fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
-    let confirmation = match Confirmation::of(&call.args, default, &call.cx.partition) {
+    let confirmation = match Confirmation::of(&call.args, default, &call.cx.backend.partition) {
         Ok(confirmation) => confirmation,
         Err(reply) => return Step::Reply(reply),
     };
     op.request = change::request(&call.args);
     let waiter = StockWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), shape: Shape::Change(confirmation) };
-    call.cx.stock.submit(op, call.arrived, waiter);
+    call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
 }
 
 fn look(call: &mut Call<'_>, items: Vec<(Id, i64)>, shape: Shape) -> Step {
     let op = StockOp { action: Action::Read, items, low: None, request: None };
     let waiter = StockWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), shape };
-    call.cx.stock.submit(op, call.arrived, waiter);
+    call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
 }
 
@@ -185,7 +185,7 @@ impl Waiter<Stock> for StockWaiter {
             Ok(refusal) => Err(refused(op, &refusal)),
         };
         match outcome {
-            Ok((confirmation, position, reply)) => confirmation.confirm(&self.cx.acks, position, self.ticket, reply),
+            Ok((confirmation, position, reply)) => confirmation.confirm(&self.cx.backend.acks, position, self.ticket, reply),
             Err(reply) => self.ticket.complete(reply),
         }
     }
@@ -213,13 +213,13 @@ fn refused(op: &StockOp, refusal: &StockOutcome) -> Reply {
 }
 
 async fn info(cx: Rc<Context>, product: Id) -> Reply {
-    let applied = *cx.partition.applied.borrow();
-    let info = match cx.reads.stock_info(&product, applied).await {
+    let applied = *cx.backend.partition.applied.borrow();
+    let info = match cx.backend.reads.stock_info(&product, applied).await {
         Ok(info) => info,
         Err(error) => return read::failed(&error),
     };
     let Some(available) = info.available else { return Reply::Nil };
-    read::map([
+    Reply::map([
         ("product", Reply::bulk(product.bytes().clone())),
         ("available", Reply::Integer(available)),
         ("held", Reply::Integer(info.held)),

@@ -1,4 +1,28 @@
-//! (being written)
+//! Bytes to requests and replies to bytes, in RESP2 and RESP3. Knows no command.
+//!
+//! - [`reader`]: finds whole requests in what a client sent, and refuses what is too large before it is buffered.
+//! - [`inline`]: requests typed by hand (`PING\r\n`), with Redis's quoting.
+//! - [`reply`]: what a command answers, and how it is written.
+//! - [`pipeline`]: the replies of one connection, in the order of its requests.
+
+pub mod inline;
+pub mod pipeline;
+pub mod reader;
+pub mod reply;
+
+use bytes::Bytes;
+
+pub use pipeline::{Pipeline, Stamp, Ticket};
+pub use reader::{Limits, ProtocolError, Reader};
+pub use reply::{Protocol, Reply};
+
+/// A complete command. `args[0]` is its name; there is always one.
+///
+/// The arguments are slices of the read buffer: keep a copy, not a slice, of what outlives the command by long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Request {
+    pub args: Vec<Bytes>,
+}
 
 /// Redis Cluster's slot of a key: CRC16 modulo 16,384.
 pub fn keyslot(key: &[u8]) -> u16 {

@@ -1,0 +1,214 @@
+//! The commands a client greets and leaves with: HELLO AUTH PING ECHO SELECT QUIT RESET.
+
+use bytes::Bytes;
+
+use super::spec::{CONNECTION, FAST, LOADING, NOAUTH, Spec, text};
+use super::{Call, Step};
+use crate::domain::quantity;
+use crate::limits::REQUEST_BULK_MAX;
+use crate::resp::{Protocol, Reply};
+
+/// The version of Redis whose behaviour clients are promised. 7.2 has CLIENT SETINFO and COMMAND DOCS, and not the caching and
+/// maintenance features that newer clients would otherwise turn on.
+pub const REDIS_VERSION: &str = "7.2.0";
+
+/// The version of Holdfast.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+
+const ALWAYS: u32 = CONNECTION | FAST | LOADING;
+const WRONG_PASSWORD: &str = "WRONGPASS invalid username-password pair or user is disabled.";
+
+pub static HELLO: Spec = Spec::new("HELLO", "Greets the server, chooses RESP2 or RESP3, and may authenticate and name the connection.")
+    .family("connection")
+    .args(&[text("protover", 16).optional(), text("option", REQUEST_BULK_MAX).any_number()])
+    .flags(ALWAYS | NOAUTH)
+    .reply("map of `server version proto id mode role modules`")
+    .example("HELLO 3 AUTH default secret SETNAME shop")
+    .run(hello);
+
+fn hello(call: &mut Call<'_>) -> Step {
+    match greet(call) {
+        Ok(()) => Step::Reply(Reply::map([
+            ("server", Reply::word("redis")),
+            ("version", Reply::word(REDIS_VERSION)),
+            ("proto", Reply::Integer(call.session.protocol.number())),
+            ("id", Reply::Integer(i64::try_from(call.session.client.id).unwrap_or(i64::MAX))),
+            ("mode", Reply::word("standalone")),
+            ("role", Reply::word("master")),
+            ("modules", Reply::Array(vec![super::server::module()])),
+        ])),
+        Err(error) => Step::Reply(Reply::error(error)),
+    }
+}
+
+/// Does what HELLO's arguments ask for: all of it or nothing.
+fn greet(call: &mut Call<'_>) -> Result<(), String> {
+    let Some(version) = call.args.maybe_text("protover") else {
+        return if call.session.authenticated { Ok(()) } else { Err(hello_without_auth()) };
+    };
+    let version = quantity::parse(version, 0, i64::MAX).ok_or("ERR Protocol version is not an integer or out of range")?;
+    let protocol = match version {
+        2 => Protocol::Resp2,
+        3 => Protocol::Resp3,
+        _ => return Err("NOPROTO unsupported protocol version".to_owned()),
+    };
+    let mut name = None;
+    let mut user = None;
+    let mut options = call.args.list("option");
+    while let Some(option) = options.next() {
+        let syntax = || format!("ERR Syntax error in HELLO option '{}'", super::cut(option, crate::limits::ERROR_ECHO_MAX));
+        if option.eq_ignore_ascii_case(b"AUTH") {
+            user = Some((options.next().ok_or_else(syntax)?, options.next().ok_or_else(syntax)?));
+        } else if option.eq_ignore_ascii_case(b"SETNAME") {
+            name = Some(super::client::valid_name(options.next().ok_or_else(syntax)?, "Client names")?);
+        } else {
+            return Err(syntax());
+        }
+    }
+    if let Some((user, password)) = user {
+        authenticate(user, password)?;
+        call.session.authenticated = true;
+    }
+    if !call.session.authenticated {
+        return Err(hello_without_auth());
+    }
+    if let Some(name) = name {
+        call.session.client.profile().name = name;
+    }
+    call.session.protocol = protocol;
+    Ok(())
+}
+
+fn hello_without_auth() -> String {
+    "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH <user> <pass> option can be used to \
+     authenticate the client and select the RESP protocol version at the same time"
+        .to_owned()
+}
+
+/// There are no users yet, so the only one is Redis's `default`, who needs no password and is let in with any.
+fn authenticate(user: &Bytes, _password: &Bytes) -> Result<(), String> {
+    if &user[..] == b"default" { Ok(()) } else { Err(WRONG_PASSWORD.to_owned()) }
+}
+
+pub static AUTH: Spec = Spec::new("AUTH", "Authenticates the connection.")
+    .family("connection")
+    .args(&[text("username", REQUEST_BULK_MAX), text("password", REQUEST_BULK_MAX).optional()])
+    .flags(ALWAYS | NOAUTH)
+    .example("AUTH default secret")
+    .run(auth);
+
+fn auth(call: &mut Call<'_>) -> Step {
+    let Some(password) = call.args.maybe_text("password") else {
+        return Step::Reply(Reply::error(
+            "ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?",
+        ));
+    };
+    Step::Reply(match authenticate(call.args.text("username"), password) {
+        Ok(()) => {
+            call.session.authenticated = true;
+            Reply::ok()
+        }
+        Err(error) => Reply::error(error),
+    })
+}
+
+pub static PING: Spec = Spec::new("PING", "Answers PONG, or the message given, whatever the state of the backends.")
+    .family("connection")
+    .args(&[text("message", REQUEST_BULK_MAX).optional()])
+    .flags(ALWAYS)
+    .reply("`PONG`, or the message")
+    .run(ping);
+
+fn ping(call: &mut Call<'_>) -> Step {
+    let subscribed = call.session.protocol == Protocol::Resp2 && {
+        let profile = call.session.client.profile();
+        profile.channels + profile.patterns > 0
+    };
+    let message = call.args.maybe_text("message").cloned();
+    Step::Reply(match message {
+        message if subscribed => Reply::Array(vec![Reply::word("pong"), Reply::bulk(message.unwrap_or_default())]),
+        Some(message) => Reply::Bulk(message),
+        None => Reply::simple("PONG"),
+    })
+}
+
+pub static ECHO: Spec = Spec::new("ECHO", "Answers the message given.")
+    .family("connection")
+    .args(&[text("message", REQUEST_BULK_MAX)])
+    .flags(ALWAYS)
+    .reply("the message")
+    .example("ECHO hello")
+    .run(|call| Step::Reply(Reply::Bulk(call.args.text("message").clone())));
+
+pub static SELECT: Spec = Spec::new("SELECT", "Accepts database 0, the only one.")
+    .family("connection")
+    .args(&[text("index", 32)])
+    .flags(ALWAYS)
+    .example("SELECT 0")
+    .run(select);
+
+fn select(call: &mut Call<'_>) -> Step {
+    let index = std::str::from_utf8(call.args.text("index")).ok().and_then(|index| index.parse::<i32>().ok());
+    Step::Reply(match index {
+        Some(0) => Reply::ok(),
+        Some(_) => Reply::error("ERR DB index is out of range"),
+        None => Reply::error("ERR value is not an integer or out of range"),
+    })
+}
+
+pub static QUIT: Spec = Spec::new("QUIT", "Ends the connection after every earlier reply.")
+    .family("connection")
+    .args(&[text("ignored", REQUEST_BULK_MAX).any_number()])
+    .flags(ALWAYS | NOAUTH)
+    .run(|_| Step::Close(Reply::ok()));
+
+pub static RESET: Spec = Spec::new("RESET", "Puts the connection back into the state of a new one and releases what it holds.")
+    .family("connection")
+    .flags(ALWAYS | NOAUTH)
+    .reply("`RESET`")
+    .run(reset);
+
+fn reset(call: &mut Call<'_>) -> Step {
+    call.session.reset();
+    Step::Reply(Reply::simple("RESET"))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::command::tests::{Wire, answers};
+
+    #[test]
+    fn hello_switches_the_dialect_of_its_own_reply() {
+        let mut wire = Wire::new();
+        assert!(wire.send("HELLO").starts_with("*14\r\n"));
+        assert!(wire.send("hello 3 SETNAME shop").starts_with("%7\r\n$6\r\nserver\r\n$5\r\nredis\r\n$7\r\nversion\r\n$5\r\n7.2.0\r\n"));
+        assert_eq!(wire.send("CLIENT GETNAME"), "$4\r\nshop\r\n");
+        assert!(wire.send("HELLO").starts_with("%7\r\n"));
+        assert!(wire.send("HELLO 2").starts_with("*14\r\n"));
+    }
+
+    #[test]
+    fn greetings_answer_in_redis_words() {
+        answers(&[
+            ("HELLO 4", "-NOPROTO unsupported protocol version\r\n"),
+            ("HELLO x", "-ERR Protocol version is not an integer or out of range\r\n"),
+            ("HELLO 3 FOO", "-ERR Syntax error in HELLO option 'FOO'\r\n"),
+            ("HELLO 3 AUTH default", "-ERR Syntax error in HELLO option 'AUTH'\r\n"),
+            ("HELLO 3 AUTH bob x", "-WRONGPASS invalid username-password pair or user is disabled.\r\n"),
+            ("AUTH default x", "+OK\r\n"),
+            ("AUTH bob x", "-WRONGPASS invalid username-password pair or user is disabled.\r\n"),
+            (
+                "AUTH x",
+                "-ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?\r\n",
+            ),
+            ("ping", "+PONG\r\n"),
+            ("PING hi", "$2\r\nhi\r\n"),
+            ("PING a b", "-ERR wrong number of arguments for 'ping' command\r\n"),
+            ("ECHO request", "$7\r\nrequest\r\n"),
+            ("SELECT 0", "+OK\r\n"),
+            ("SELECT 1", "-ERR DB index is out of range\r\n"),
+            ("SELECT x", "-ERR value is not an integer or out of range\r\n"),
+            ("RESET", "+RESET\r\n"),
+        ]);
+    }
+}

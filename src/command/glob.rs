@@ -1,0 +1,119 @@
+//! Patterns, as Redis matches them: `* ? [abc] [^a] [a-z] \x`.
+
+/// Whether the text matches. Takes at most pattern times text steps, however many stars there are; letters match in either case
+/// where `any_case` is set.
+pub fn matches(pattern: &[u8], text: &[u8], any_case: bool) -> bool {
+    let (mut p, mut t) = (0, 0);
+    // Where to go on if what follows the last star does not fit: a star that took one byte more.
+    let mut retry = None;
+    while t < text.len() {
+        if pattern.get(p) == Some(&b'*') {
+            retry = Some((p, t));
+            p += 1;
+            continue;
+        }
+        if let Some(width) = one(&pattern[p.min(pattern.len())..], text[t], any_case) {
+            p += width;
+            t += 1;
+            continue;
+        }
+        let Some((star, taken)) = retry else { return false };
+        retry = Some((star, taken + 1));
+        p = star + 1;
+        t = taken + 1;
+    }
+    pattern[p.min(pattern.len())..].iter().all(|&b| b == b'*')
+}
+
+/// Matches one byte against the front of the pattern; returns how much of the pattern that was.
+fn one(pattern: &[u8], byte: u8, any_case: bool) -> Option<usize> {
+    let same = |a: u8| if any_case { a.eq_ignore_ascii_case(&byte) } else { a == byte };
+    match pattern {
+        [] => None,
+        [b'?', ..] => Some(1),
+        [b'\\', escaped, ..] => same(*escaped).then_some(2),
+        [b'[', rest @ ..] => {
+            let (matched, width) = class(rest, byte, any_case);
+            matched.then_some(1 + width)
+        }
+        [literal, ..] => same(*literal).then_some(1),
+    }
+}
+
+/// Matches one byte against `...]`; returns whether it fits and the length, the bracket included. An open class ends the pattern.
+fn class(rest: &[u8], byte: u8, any_case: bool) -> (bool, usize) {
+    let fold = |b: u8| if any_case { b.to_ascii_lowercase() } else { b };
+    let negated = rest.first() == Some(&b'^');
+    let mut at = usize::from(negated);
+    let mut found = false;
+    loop {
+        match &rest[at.min(rest.len())..] {
+            [] => break,
+            [b']', ..] => {
+                at += 1;
+                break;
+            }
+            [b'\\', escaped, ..] => {
+                found |= fold(*escaped) == fold(byte);
+                at += 2;
+            }
+            [low, b'-', high, ..] => {
+                let (low, high) = (fold(*low).min(fold(*high)), fold(*low).max(fold(*high)));
+                found |= (low..=high).contains(&fold(byte));
+                at += 3;
+            }
+            [literal, ..] => {
+                found |= fold(*literal) == fold(byte);
+                at += 1;
+            }
+        }
+    }
+    (found != negated, at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn patterns_match_as_in_redis() {
+        for (pattern, text, expected) in [
+            ("*", "", true),
+            ("", "", true),
+            ("", "a", false),
+            ("h?llo", "hello", true),
+            ("h?llo", "hllo", false),
+            ("h*llo", "heeeello", true),
+            ("h[ae]llo", "hallo", true),
+            ("h[ae]llo", "hillo", false),
+            ("h[^e]llo", "hallo", true),
+            ("h[^e]llo", "hello", false),
+            ("h[a-b]llo", "hbllo", true),
+            ("h[b-a]llo", "hallo", true),
+            (r"h\*llo", "h*llo", true),
+            (r"h\*llo", "hello", false),
+            ("maxmem*", "maxmemory-policy", true),
+            ("a*b*c", "aXbXbXc", true),
+            ("[a", "a", true),
+            ("a", "", false),
+        ] {
+            assert_eq!(matches(pattern.as_bytes(), text.as_bytes(), false), expected, "{pattern} {text}");
+        }
+        assert!(matches(b"MAX*", b"maxmemory", true));
+        assert!(!matches(b"MAX*", b"maxmemory", false));
+    }
+
+    #[test]
+    fn many_stars_take_no_exponential_time() {
+        assert!(!matches("a*".repeat(100).as_bytes(), "a".repeat(99).as_bytes(), false));
+        assert!(!matches(format!("{}b", "*a".repeat(100)).as_bytes(), "a".repeat(10_000).as_bytes(), false));
+    }
+
+    proptest! {
+        #[test]
+        fn no_pattern_panics(pattern: Vec<u8>, text: Vec<u8>) {
+            matches(&pattern, &text, true);
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! Finds whole requests in what a client sent.
+//!
+//! redis-protocol decodes a complete request, but knows no limits: it would buffer any announced length, descend into any nesting and
+//! start again from the first byte with each read. So this reader walks the `*n` and `$len` headers first, once, remembering where it
+//! is, and refuses what is too large by its header, before a byte of it is buffered. What reaches the decoder is one complete
+//! array of bulk strings, cut out exactly.
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use redis_protocol::resp2::decode::decode_bytes_mut;
+use redis_protocol::resp2::types::BytesFrame;
+
+use super::{Request, inline};
+use crate::limits::{
+    HEADER_MAX, INLINE_MAX, REQUEST_ARGS_MAX, REQUEST_BULK_MAX, REQUEST_BYTES_MAX, STRANGER_ARGS_MAX, STRANGER_BULK_MAX, STRANGER_BYTES_MAX,
+};
+
+/// How much one request may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    pub args_max: usize,
+    /// Bytes in one argument.
+    pub bulk_max: usize,
+    /// Bytes in the request, headers included.
+    pub bytes_max: usize,
+    stranger: bool,
+}
+
+impl Limits {
+    /// For clients that have shown who they are, or need not.
+    pub const KNOWN: Self =
+        Self { args_max: REQUEST_ARGS_MAX, bulk_max: REQUEST_BULK_MAX, bytes_max: REQUEST_BYTES_MAX, stranger: false };
+    /// For clients that have yet to AUTH.
+    pub const STRANGER: Self =
+        Self { args_max: STRANGER_ARGS_MAX, bulk_max: STRANGER_BULK_MAX, bytes_max: STRANGER_BYTES_MAX, stranger: true };
+}
+
+/// What is wrong with the bytes, in Redis's words. The connection cannot go on: where the next request starts is not known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProtocolError(String);
+
+impl ProtocolError {
+    fn new(what: impl AsRef<str>) -> Self {
+        Self(format!("ERR Protocol error: {}", what.as_ref()))
+    }
+
+    /// The error reply's text.
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Where the walk through the current request stands. `at` counts from the buffer's start.
+#[derive(Clone, Copy, Debug)]
+enum Walk {
+    /// Before the first byte.
+    Start,
+    /// In an inline line; nothing before `at` ends it.
+    Inline { at: usize },
+    /// Before a bulk's header.
+    Bulk { at: usize, left: usize },
+    /// In a bulk's bytes or its end, which lies at `end`.
+    Body { end: usize, left: usize },
+}
+
+/// The bytes of one connection that are not yet requests.
+#[derive(Debug)]
+pub struct Reader {
+    /// What was read; the connection reads into it.
+    pub buffer: BytesMut,
+    walk: Walk,
+}
+
+impl Default for Reader {
+    fn default() -> Self {
+        Self { buffer: BytesMut::new(), walk: Walk::Start }
+    }
+}
+
+impl Reader {
+    /// Takes the next complete request; `None` until more is read. After an error the reader is not to be used again.
+    pub fn next(&mut self, limits: Limits) -> Result<Option<Request>, ProtocolError> {
+        loop {
+            match self.walk {
+                Walk::Start => match self.buffer.first() {
+                    None => return Ok(None),
+                    Some(b'*') => {
+                        let Some((n, after)) = self.header(0, "mbulk")? else { return Ok(None) };
+                        let n = number(n).ok_or_else(|| ProtocolError::new("invalid multibulk length"))?;
+                        if n <= 0 {
+                            self.buffer.advance(after);
+                            continue;
+                        }
+                        let left = within(n, limits.args_max, limits, "multibulk")?;
+                        self.walk = Walk::Bulk { at: after, left };
+                    }
+                    Some(_) => self.walk = Walk::Inline { at: 0 },
+                },
+                Walk::Inline { at } => {
+                    let Some(newline) = self.buffer[at..].iter().position(|&b| b == b'\n') else {
+                        if self.buffer.len() > INLINE_MAX {
+                            return Err(ProtocolError::new("too big inline request"));
+                        }
+                        self.walk = Walk::Inline { at: self.buffer.len() };
+                        return Ok(None);
+                    };
+                    if at + newline > INLINE_MAX {
+                        return Err(ProtocolError::new("too big inline request"));
+                    }
+                    self.walk = Walk::Start;
+                    let line = self.buffer.split_to(at + newline + 1);
+                    let args = inline::split(&line).ok_or_else(|| ProtocolError::new("unbalanced quotes in request"))?;
+                    if !args.is_empty() {
+                        within(args.len() as i64, limits.args_max, limits, "multibulk")?;
+                        return Ok(Some(Request { args }));
+                    }
+                }
+                Walk::Bulk { at, left } => {
+                    match self.buffer.get(at) {
+                        None => return Ok(None),
+                        Some(b'$') => {}
+                        Some(&other) => return Err(ProtocolError::new(format!("expected '$', got '{}'", printable(other)))),
+                    }
+                    let Some((len, after)) = self.header(at, "bulk")? else { return Ok(None) };
+                    let len = number(len).filter(|&len| len >= 0).ok_or_else(|| ProtocolError::new("invalid bulk length"))?;
+                    let end = after + within(len, limits.bulk_max, limits, "bulk")? + 2;
+                    if end > limits.bytes_max {
+                        return Err(ProtocolError::new("invalid bulk length"));
+                    }
+                    self.walk = Walk::Body { end, left };
+                }
+                Walk::Body { end, left } => {
+                    if self.buffer.len() < end {
+                        return Ok(None);
+                    }
+                    if left > 1 {
+                        self.walk = Walk::Bulk { at: end, left: left - 1 };
+                        continue;
+                    }
+                    self.walk = Walk::Start;
+                    return decode(self.buffer.split_to(end)).map(Some);
+                }
+            }
+        }
+    }
+
+    /// How many more bytes the current argument is known to need.
+    pub fn wanted(&self) -> usize {
+        match self.walk {
+            Walk::Body { end, .. } => end.saturating_sub(self.buffer.len()),
+            _ => 0,
+        }
+    }
+
+    /// Gives the buffer's memory back if there is nothing in it.
+    pub fn release(&mut self) {
+        if self.buffer.is_empty() && self.buffer.capacity() > 0 {
+            self.buffer = BytesMut::new();
+        }
+    }
+
+    /// The text of the header at `at`, without its kind byte, and the place behind it; `None` where it is not complete.
+    fn header(&self, at: usize, kind: &str) -> Result<Option<(&[u8], usize)>, ProtocolError> {
+        let line = &self.buffer[at + 1..];
+        let Some(end) = line.iter().take(HEADER_MAX).position(|&b| b == b'\r') else {
+            if line.len() >= HEADER_MAX {
+                return Err(ProtocolError::new(format!("too big {kind} count string")));
+            }
+            return Ok(None);
+        };
+        match line.get(end + 1) {
+            None => Ok(None),
+            Some(b'\n') => Ok(Some((&line[..end], at + 1 + end + 2))),
+            // Redis skips whatever byte stands here; a decoder that does not would see another request than we did.
+            Some(_) => Err(ProtocolError::new(if kind == "bulk" { "invalid bulk length" } else { "invalid multibulk length" })),
+        }
+    }
+}
+
+/// The number in a header, as strict as Redis: no `+`, no leading zeros, no spaces.
+fn number(text: &[u8]) -> Option<i64> {
+    let digits = text.strip_prefix(b"-").unwrap_or(text);
+    let strict = match digits {
+        [b'0'] => text.len() == 1,
+        [b'1'..=b'9', rest @ ..] => rest.iter().all(u8::is_ascii_digit),
+        _ => false,
+    };
+    std::str::from_utf8(text).ok().filter(|_| strict)?.parse().ok()
+}
+
+/// Checks a header's number against its bound.
+fn within(n: i64, max: usize, limits: Limits, kind: &str) -> Result<usize, ProtocolError> {
+    usize::try_from(n).ok().filter(|&n| n <= max).ok_or_else(|| {
+        let stranger = limits.stranger && n >= 0;
+        ProtocolError::new(format!("{} {kind} length", if stranger { "unauthenticated" } else { "invalid" }))
+    })
+}
+
+fn printable(byte: u8) -> char {
+    if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '?' }
+}
+
+/// Decodes one complete request. The walk has checked its shape, so anything else here means that the two disagree.
+fn decode(mut whole: BytesMut) -> Result<Request, ProtocolError> {
+    let disagree = || ProtocolError::new("invalid multibulk length");
+    let length = whole.len();
+    let Ok(Some((BytesFrame::Array(frames), taken, _))) = decode_bytes_mut(&mut whole) else { return Err(disagree()) };
+    let args: Option<Vec<Bytes>> =
+        frames.into_iter().map(|frame| if let BytesFrame::BulkString(bytes) = frame { Some(bytes) } else { None }).collect();
+    match args {
+        Some(args) if taken == length && !args.is_empty() => Ok(Request { args }),
+        _ => Err(disagree()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Feeds the bytes in pieces; returns the requests and the error that ended them, if one did.
+    fn fed(pieces: &[&[u8]], limits: Limits) -> (Vec<Vec<String>>, Option<String>) {
+        let mut reader = Reader::default();
+        let mut requests = Vec::new();
+        for piece in pieces {
+            reader.buffer.extend_from_slice(piece);
+            loop {
+                match reader.next(limits) {
+                    Ok(Some(request)) => requests.push(request.args.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect()),
+                    Ok(None) => break,
+                    Err(error) => return (requests, Some(error.text().to_owned())),
+                }
+            }
+        }
+        (requests, None)
+    }
+
+    fn error(bytes: &[u8]) -> String {
+        let error = fed(&[bytes], Limits::KNOWN).1.unwrap_or_default();
+        error.strip_prefix("ERR Protocol error: ").unwrap_or_default().to_owned()
+    }
+
+    fn encoded(requests: &[Vec<Vec<u8>>]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for request in requests {
+            bytes.extend_from_slice(format!("*{}\r\n", request.len()).as_bytes());
+            for word in request {
+                bytes.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
+                bytes.extend_from_slice(word);
+                bytes.extend_from_slice(b"\r\n");
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn requests_are_found_in_a_stream_and_empty_ones_skipped() {
+        let (requests, error) = fed(&[b"*1\r\n$4\r\nPING\r\n*0\r\n*-1\r\n\r\n  \r\nECHO 'a b'\r\n*2\r\n$4\r\nECHO\r\n$0\r\n\r\n*1\r\n$4\r\nPI"], Limits::KNOWN);
+        assert_eq!(requests, [vec!["PING"], vec!["ECHO", "a b"], vec!["ECHO", ""]]);
+        assert_eq!(error, None);
+    }
+
+    #[test]
+    fn malformed_requests_get_redis_words() {
+        for (bytes, expected) in [
+            (&b"*x\r\n"[..], "invalid multibulk length"),
+            (b"*+1\r\n", "invalid multibulk length"),
+            (b"*01\r\n", "invalid multibulk length"),
+            (b"*1\rx", "invalid multibulk length"),
+            (b"*4097\r\n", "invalid multibulk length"),
+            (b"*99999999999999999999\r\n", "invalid multibulk length"),
+            (b"*1\r\n+OK\r\n", "expected '$', got '+'"),
+            (b"*1\r\n*1\r\n", "expected '$', got '*'"),
+            (b"*1\r\n\r", "expected '$', got '?'"),
+            (b"*1\r\n$-1\r\n", "invalid bulk length"),
+            (b"*1\r\n$x\r\n", "invalid bulk length"),
+            (b"*1\r\n$1048577\r\n", "invalid bulk length"),
+            (b"*1\r\n$9999999999\r\n", "invalid bulk length"),
+            (b"echo \"a\r\n", "unbalanced quotes in request"),
+            (&[b'*'; 40], "too big mbulk count string"),
+            (b"*1\r\n$11111111111111111111111111111111111", "too big bulk count string"),
+        ] {
+            assert_eq!(error(bytes), expected, "{}", String::from_utf8_lossy(bytes));
+        }
+        assert_eq!(error(&vec![b'a'; INLINE_MAX + 1]), "too big inline request");
+    }
+
+    #[test]
+    fn strangers_may_say_little() {
+        let said = |bytes: &[u8]| fed(&[bytes], Limits::STRANGER).1.unwrap_or_default();
+        assert_eq!(said(b"*11\r\n"), "ERR Protocol error: unauthenticated multibulk length");
+        assert_eq!(said(b"*1\r\n$16385\r\n"), "ERR Protocol error: unauthenticated bulk length");
+        assert_eq!(said(b"a b c d e f g h i j k\r\n"), "ERR Protocol error: unauthenticated multibulk length");
+    }
+
+    #[test]
+    fn a_request_is_bounded_as_a_whole_by_its_headers() {
+        let mut bytes = b"*5\r\n".to_vec();
+        for _ in 0..3 {
+            bytes.extend_from_slice(format!("${}\r\n", 1 << 20).as_bytes());
+            bytes.resize(bytes.len() + (1 << 20), b'x');
+            bytes.extend_from_slice(b"\r\n");
+        }
+        bytes.extend_from_slice(b"$1048576\r\n");
+        assert_eq!(error(&bytes), "invalid bulk length");
+    }
+
+    #[test]
+    fn one_byte_at_a_time_finds_the_same() {
+        let bytes = b"*2\r\n$4\r\nECHO\r\n$3\r\na\r\n\r\nPING x\r\n*1\r\n$4\r\nPING\r\n";
+        let pieces: Vec<&[u8]> = bytes.chunks(1).collect();
+        assert_eq!(fed(&pieces, Limits::KNOWN), fed(&[bytes], Limits::KNOWN));
+    }
+
+    #[test]
+    fn a_long_argument_says_what_it_still_needs() {
+        let mut reader = Reader::default();
+        reader.buffer.extend_from_slice(b"*1\r\n$100\r\nabc");
+        assert_eq!(reader.next(Limits::KNOWN), Ok(None));
+        assert_eq!(reader.wanted(), 99);
+    }
+
+    proptest! {
+        #[test]
+        fn a_split_at_any_byte_gives_the_same_requests(
+            requests in proptest::collection::vec(proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..20), 1..5), 1..5),
+            at in any::<proptest::sample::Index>(),
+        ) {
+            let bytes = encoded(&requests);
+            let at = at.index(bytes.len());
+            let whole = fed(&[&bytes], Limits::KNOWN);
+            prop_assert_eq!(whole.0.len(), requests.len());
+            prop_assert_eq!(fed(&[&bytes[..at], &bytes[at..]], Limits::KNOWN), whole);
+        }
+
+        #[test]
+        fn no_bytes_panic_and_pieces_never_matter(bytes: Vec<u8>, kind in 0..3_u8) {
+            let mut bytes = bytes;
+            match kind {
+                0 => {}
+                1 => bytes.splice(0..0, *b"*2\r\n$1\r\n").for_each(drop),
+                _ => bytes.splice(0..0, *b"*1\r\n$").for_each(drop),
+            }
+            let pieces: Vec<&[u8]> = bytes.chunks(1).collect();
+            prop_assert_eq!(fed(&pieces, Limits::KNOWN), fed(&[&bytes], Limits::KNOWN));
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! Every connected client, on whatever thread it is served.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use dashmap::DashMap;
+use tokio_util::sync::CancellationToken;
+
+use super::session::Client;
+
+/// The clients by id, and how many there have been.
+pub struct Registry {
+    clients: DashMap<u64, Arc<Client>>,
+    clients_max: usize,
+    next_id: AtomicU64,
+    connected: AtomicUsize,
+    received_total: AtomicU64,
+    rejected_total: AtomicU64,
+}
+
+impl Registry {
+    /// Admits at most `clients_max` clients at once.
+    pub fn new(clients_max: usize) -> Self {
+        Self {
+            clients: DashMap::new(),
+            clients_max,
+            next_id: AtomicU64::new(1),
+            connected: AtomicUsize::new(0),
+            received_total: AtomicU64::new(0),
+            rejected_total: AtomicU64::new(0),
+        }
+    }
+
+    /// Takes a client in; `None` where there are too many.
+    pub fn admit(self: &Arc<Self>, address: SocketAddr, local: SocketAddr, fd: i32, stop: CancellationToken) -> Option<Admission> {
+        self.received_total.fetch_add(1, Ordering::Relaxed);
+        if self.connected.fetch_add(1, Ordering::Relaxed) >= self.clients_max {
+            self.connected.fetch_sub(1, Ordering::Relaxed);
+            self.rejected_total.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let client = Arc::new(Client::new(id, address, local, fd, stop));
+        self.clients.insert(id, Arc::clone(&client));
+        Some(Admission { registry: Arc::clone(self), client })
+    }
+
+    /// The clients, oldest first.
+    pub fn clients(&self) -> Vec<Arc<Client>> {
+        let mut clients: Vec<Arc<Client>> = self.clients.iter().map(|entry| Arc::clone(entry.value())).collect();
+        clients.sort_by_key(|client| client.id);
+        clients
+    }
+
+    /// How many are connected.
+    pub fn connected(&self) -> usize {
+        self.connected.load(Ordering::Relaxed)
+    }
+
+    pub fn clients_max(&self) -> usize {
+        self.clients_max
+    }
+
+    /// Connections accepted since the start.
+    pub fn received_total(&self) -> u64 {
+        self.received_total.load(Ordering::Relaxed)
+    }
+
+    /// Of these, those turned away because there were too many.
+    pub fn rejected_total(&self) -> u64 {
+        self.rejected_total.load(Ordering::Relaxed)
+    }
+}
+
+/// A client's place, given back when dropped.
+pub struct Admission {
+    registry: Arc<Registry>,
+    pub client: Arc<Client>,
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.registry.clients.remove(&self.client.id);
+        self.registry.connected.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_bounded_and_given_back() {
+        let registry = Arc::new(Registry::new(1));
+        let address = SocketAddr::from(([127, 0, 0, 1], 1));
+        let admit = || registry.admit(address, address, 3, CancellationToken::new());
+        let first = admit().unwrap();
+        assert!(admit().is_none());
+        assert_eq!((registry.connected(), registry.clients()[0].id), (1, first.client.id));
+        drop(first);
+        assert_eq!(registry.clients().len(), 0);
+        assert!(admit().unwrap().client.id > 1);
+        assert_eq!((registry.received_total(), registry.rejected_total()), (3, 1));
+    }
+}

@@ -1,0 +1,236 @@
+//! What is known of one client while it is connected.
+
+use std::any::Any;
+use std::fmt::Write as _;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::resp::Protocol;
+
+/// What a client said about itself and did last, for others to see.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    pub name: String,
+    pub lib_name: String,
+    pub lib_ver: String,
+    pub protocol: Protocol,
+    pub last_command: &'static str,
+    pub last_seen: Instant,
+    /// Requests that wait for their reply.
+    pub in_flight: usize,
+    /// Bytes read but not yet dispatched, and bytes not yet sent.
+    pub input_bytes: usize,
+    pub output_bytes: usize,
+    /// Channels and patterns subscribed to.
+    pub channels: usize,
+    pub patterns: usize,
+}
+
+/// One connected client, as every thread may see it.
+#[derive(Debug)]
+pub struct Client {
+    pub id: u64,
+    pub address: SocketAddr,
+    pub local: SocketAddr,
+    /// The socket's descriptor, for CLIENT LIST.
+    pub fd: i32,
+    pub created: Instant,
+    /// Ends the connection after what is in flight: by a shutdown or a kill.
+    pub stop: CancellationToken,
+    killed: AtomicBool,
+    profile: Mutex<Profile>,
+}
+
+impl Client {
+    pub fn new(id: u64, address: SocketAddr, local: SocketAddr, fd: i32, stop: CancellationToken) -> Self {
+        let now = Instant::now();
+        let profile = Profile {
+            name: String::new(),
+            lib_name: String::new(),
+            lib_ver: String::new(),
+            protocol: Protocol::Resp2,
+            last_command: "NULL",
+            last_seen: now,
+            in_flight: 0,
+            input_bytes: 0,
+            output_bytes: 0,
+            channels: 0,
+            patterns: 0,
+        };
+        Self { id, address, local, fd, created: now, stop, killed: AtomicBool::new(false), profile: Mutex::new(profile) }
+    }
+
+    /// What it said and did; held only for a moment, never across an await.
+    pub fn profile(&self) -> MutexGuard<'_, Profile> {
+        self.profile.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the connection without waiting for what is in flight.
+    pub fn kill(&self) {
+        self.killed.store(true, Ordering::Relaxed);
+        self.stop.cancel();
+    }
+
+    /// Whether it was killed.
+    pub fn is_killed(&self) -> bool {
+        self.killed.load(Ordering::Relaxed)
+    }
+
+    /// The client's line in CLIENT LIST, in Redis 7.2's format, without a line end.
+    pub fn line(&self) -> String {
+        let profile = self.profile();
+        let mut line = String::with_capacity(320);
+        let flags = if profile.channels + profile.patterns > 0 { "P" } else { "N" };
+        let _ = write!(
+            line,
+            "id={} addr={} laddr={} fd={} name={} age={} idle={} flags={flags} db=0 sub={} psub={} ssub=0 multi=-1 qbuf={} qbuf-free=0 \
+             argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl={} oll={} omem={} tot-mem={} events=r cmd={} user=default redir=-1 resp={} lib-name={} lib-ver={}",
+            self.id,
+            self.address,
+            self.local,
+            self.fd,
+            profile.name,
+            self.created.elapsed().as_secs(),
+            profile.last_seen.elapsed().as_secs(),
+            profile.channels,
+            profile.patterns,
+            profile.input_bytes,
+            profile.output_bytes,
+            profile.in_flight,
+            profile.output_bytes,
+            profile.input_bytes + profile.output_bytes,
+            profile.last_command.to_ascii_lowercase(),
+            profile.protocol.number(),
+            profile.lib_name,
+            profile.lib_ver,
+        );
+        line
+    }
+}
+
+/// Which replies the client wants (CLIENT REPLY).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Replies {
+    #[default]
+    On,
+    Off,
+    /// All but the next one.
+    SkipNext,
+}
+
+/// The state of one client on its own thread.
+pub struct Session {
+    pub client: Arc<Client>,
+    pub protocol: Protocol,
+    /// Whether it may run more than HELLO and AUTH.
+    pub authenticated: bool,
+    pub replies: Replies,
+    pub last_command: &'static str,
+    kept: Vec<Box<dyn Any>>,
+}
+
+impl Session {
+    pub fn new(client: Arc<Client>) -> Self {
+        Self {
+            client,
+            protocol: Protocol::Resp2,
+            authenticated: true,
+            replies: Replies::On,
+            last_command: "NULL",
+            kept: Vec::new(),
+        }
+    }
+
+    /// Keeps a guard that is dropped when the session ends, by RESET, QUIT or a lost connection.
+    pub fn keep(&mut self, guard: impl Any) {
+        self.kept.push(Box::new(guard));
+    }
+
+    /// Every kept guard of one type.
+    pub fn kept<T: Any>(&self) -> impl Iterator<Item = &T> {
+        self.kept.iter().filter_map(|guard| guard.downcast_ref())
+    }
+
+    /// Drops the kept guards of one type that `holds` says no to.
+    pub fn retain<T: Any>(&mut self, mut holds: impl FnMut(&T) -> bool) {
+        self.kept.retain(|guard| guard.downcast_ref().is_none_or(&mut holds));
+    }
+
+    /// Back to how a new connection starts (RESET).
+    pub fn reset(&mut self) {
+        self.protocol = Protocol::Resp2;
+        self.replies = Replies::On;
+        self.kept.clear();
+        let mut profile = self.client.profile();
+        profile.name.clear();
+        profile.protocol = Protocol::Resp2;
+    }
+
+    /// Whether the command that starts now goes unanswered; uses up CLIENT REPLY SKIP.
+    pub fn mute_next(&mut self) -> bool {
+        match self.replies {
+            Replies::On => false,
+            Replies::Off => true,
+            Replies::SkipNext => {
+                self.replies = Replies::On;
+                true
+            }
+        }
+    }
+
+    /// Lets others see what this client did, once a turn.
+    pub fn publish(&self, in_flight: usize, input_bytes: usize, output_bytes: usize) {
+        let mut profile = self.client.profile();
+        profile.last_command = self.last_command;
+        profile.protocol = self.protocol;
+        profile.last_seen = Instant::now();
+        profile.in_flight = in_flight;
+        profile.input_bytes = input_bytes;
+        profile.output_bytes = output_bytes;
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A session as a test needs it, connected to nothing.
+    pub(crate) fn session() -> Session {
+        let address = SocketAddr::from(([127, 0, 0, 1], 5000));
+        let local = SocketAddr::from(([127, 0, 0, 1], 6380));
+        Session::new(Arc::new(Client::new(7, address, local, 9, CancellationToken::new())))
+    }
+
+    #[test]
+    fn a_client_list_line_has_the_fields_of_redis_7_2_in_order() {
+        let line = session().client.line();
+        let names: Vec<&str> = line.split(' ').filter_map(|field| field.split_once('=')).map(|(name, _)| name).collect();
+        let expected = "id addr laddr fd name age idle flags db sub psub ssub multi qbuf qbuf-free argv-mem multi-mem rbs rbp obl oll omem \
+                        tot-mem events cmd user redir resp lib-name lib-ver";
+        assert_eq!(names.join(" "), expected);
+        assert!(line.starts_with("id=7 addr=127.0.0.1:5000 laddr=127.0.0.1:6380 fd=9 name= age=0 idle=0 flags=N db=0 "), "{line}");
+    }
+
+    #[test]
+    fn kept_guards_are_dropped_by_reset() {
+        let mut session = session();
+        let held = Arc::new(());
+        session.keep(Arc::clone(&held));
+        assert_eq!((Arc::strong_count(&held), session.kept::<Arc<()>>().count()), (2, 1));
+        session.retain(|_: &Arc<()>| true);
+        session.reset();
+        assert_eq!(Arc::strong_count(&held), 1);
+    }
+
+    #[test]
+    fn skip_mutes_exactly_one_reply() {
+        let mut session = session();
+        session.replies = Replies::SkipNext;
+        assert!(session.mute_next());
+        assert!(!session.mute_next());
+    }
+}
