@@ -1,0 +1,287 @@
+//! A whole installation for one test: its own Redis, its own database, the built program.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use redis::{Connection, Value};
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
+
+use crate::servers::{Postgres, RedisServer};
+
+/// How long a test waits for what must come, on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The built program.
+pub struct Sidecar {
+    child: Child,
+    log: PathBuf,
+    pub port: u16,
+    pub http: u16,
+}
+
+impl Sidecar {
+    /// Starts it, and waits until it listens.
+    pub fn start(redis_url: &str, postgres_url: &str) -> Self {
+        let log = std::env::temp_dir().join(format!("holdfast-it-{}-{:?}-{:?}.log", std::process::id(), std::thread::current().id(), Instant::now()));
+        let child = Command::new(env!("CARGO_BIN_EXE_holdfast"))
+            .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--redis-url", redis_url, "--postgres-url", postgres_url])
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        let mut sidecar = Self { child, log, port: 0, http: 0 };
+        let text = sidecar.wait_for_log("holdfast starts");
+        let line = text.lines().find(|line| line.contains("holdfast starts")).unwrap();
+        let port = |name: &str| {
+            let address = line.split(&format!("{name}=127.0.0.1:")).nth(1).unwrap_or_else(|| panic!("no {name} in {line}"));
+            address.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
+        };
+        (sidecar.port, sidecar.http) = (port("listen"), port("http"));
+        sidecar
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> String {
+        // Colours off: terminals' escape sequences would stand between a field's name and its value.
+        let mut text = String::new();
+        let mut bytes = Vec::new();
+        File::open(&self.log).unwrap().read_to_end(&mut bytes).unwrap();
+        let mut inside = false;
+        for c in String::from_utf8_lossy(&bytes).chars() {
+            match (inside, c) {
+                (false, '\u{1b}') => inside = true,
+                (false, c) => text.push(c),
+                (true, c) if c.is_ascii_alphabetic() => inside = false,
+                _ => {}
+            }
+        }
+        text
+    }
+
+    /// Waits until it has logged this.
+    pub fn wait_for_log(&mut self, what: &str) -> String {
+        let began = Instant::now();
+        loop {
+            let text = self.log();
+            if text.contains(what) {
+                return text;
+            }
+            let ended = self.child.try_wait().unwrap();
+            assert!(ended.is_none() && began.elapsed() < PATIENCE, "'{what}' was not logged, {ended:?}:\n{text}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// The id of its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// kill -9.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// SIGTERM, and its exit code.
+    pub fn terminate(&mut self) -> Option<i32> {
+        assert!(Command::new("kill").arg(self.child.id().to_string()).status().unwrap().success());
+        self.child.wait().unwrap().code()
+    }
+
+    /// What an HTTP path answers: the status and the body.
+    pub fn get(&self, path: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.http)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    }
+
+    /// A new client connection.
+    pub fn connect(&self) -> Client {
+        let client = redis::Client::open(format!("redis://127.0.0.1:{}/", self.port)).unwrap();
+        Client { connection: client.get_connection_with_timeout(PATIENCE).unwrap() }
+    }
+
+    /// A bare connection, for what no client sends.
+    pub fn raw(&self) -> TcpStream {
+        let stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream
+    }
+}
+
+impl Drop for Sidecar {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            eprintln!("the sidecar's log:\n{}", self.log());
+        }
+        let _ = std::fs::remove_file(&self.log);
+    }
+}
+
+/// A client, and its replies as one line of text.
+pub struct Client {
+    connection: Connection,
+}
+
+impl Client {
+    /// Sends one command, words separated by spaces, and returns the reply: `[OK, 97, 1-2]`, `97`, `nil`, `-ERR ...`.
+    pub fn ask(&mut self, command: &str) -> String {
+        self.ask_words(&command.split(' ').collect::<Vec<_>>())
+    }
+
+    /// The same, for words that have spaces in them or are empty.
+    pub fn ask_words<W: AsRef<[u8]>>(&mut self, words: &[W]) -> String {
+        let mut command = redis::Cmd::new();
+        for word in words {
+            command.arg(word.as_ref());
+        }
+        match self.connection.req_packed_command(&command.get_packed_command()) {
+            Ok(value) => show(&value),
+            Err(error) => format!("-{} {}", error.code().unwrap_or("?"), error.detail().unwrap_or_default()),
+        }
+    }
+
+    /// Asks until the reply is `expected`.
+    pub fn until(&mut self, command: &str, expected: &str) {
+        let began = Instant::now();
+        loop {
+            let reply = self.ask(command);
+            if reply == expected {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{command}: {reply}, never {expected}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// A field of a map reply.
+    pub fn field(&mut self, command: &str, name: &str) -> String {
+        let reply = self.ask(command);
+        let words: Vec<&str> = reply.trim_matches(['[', ']']).split(", ").collect();
+        let at = words.iter().position(|word| *word == name).unwrap_or_else(|| panic!("no {name} in {reply}"));
+        words[at + 1].to_owned()
+    }
+}
+
+fn show(value: &Value) -> String {
+    match value {
+        Value::Nil => "nil".to_owned(),
+        Value::Int(integer) => integer.to_string(),
+        Value::BulkString(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+        Value::SimpleString(text) => text.clone(),
+        Value::Okay => "OK".to_owned(),
+        Value::Array(values) => format!("[{}]", values.iter().map(show).collect::<Vec<_>>().join(", ")),
+        Value::Map(pairs) => format!("[{}]", pairs.iter().map(|(k, v)| format!("{}, {}", show(k), show(v))).collect::<Vec<_>>().join(", ")),
+        Value::ServerError(error) => format!("-{} {}", error.code(), error.details().unwrap_or_default()),
+        other => format!("{other:?}"),
+    }
+}
+
+/// See the module.
+pub struct Stack {
+    pub sidecar: Sidecar,
+    pub redis: RedisServer,
+    pub postgres: Database,
+}
+
+/// The Postgres of one test.
+pub struct Database {
+    pub url: String,
+    _shared: Option<Arc<Postgres>>,
+    pub own: Option<Postgres>,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Database {
+    fn new(own: bool) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (shared, own) = if own { (None, Some(Postgres::start())) } else { (Some(Postgres::shared()), None) };
+        let server = own.as_ref().or(shared.as_deref()).unwrap();
+        let url = runtime.block_on(server.database());
+        Self { url, _shared: shared, own, runtime }
+    }
+
+    /// The first column of every row of a query, as text.
+    pub fn column(&self, query: &str) -> Vec<String> {
+        self.runtime.block_on(async {
+            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            let query = format!("SELECT coalesce(c::text, 'null') FROM ({query}) AS q(c)");
+            sqlx::query_scalar(AssertSqlSafe(query)).fetch_all(&mut connection).await.unwrap()
+        })
+    }
+
+    /// The only value that a query returns.
+    pub fn value(&self, query: &str) -> String {
+        self.column(query).join(" ")
+    }
+}
+
+impl Stack {
+    /// Starts everything, and waits until it sells.
+    pub fn start() -> Self {
+        Self::with(Database::new(false))
+    }
+
+    /// The same with a Postgres of its own, to be killed.
+    pub fn with_own_postgres() -> Self {
+        Self::with(Database::new(true))
+    }
+
+    fn with(postgres: Database) -> Self {
+        let redis = RedisServer::start();
+        let sidecar = Sidecar::start(&redis.url(), &postgres.url);
+        let stack = Self { sidecar, redis, postgres };
+        stack.wait_until_ready();
+        stack
+    }
+
+    pub fn wait_until_ready(&self) {
+        wait_until("the sidecar is ready", || self.sidecar.get("/readyz").0 == 200);
+    }
+
+    pub fn connect(&self) -> Client {
+        self.sidecar.connect()
+    }
+
+    /// Starts the sidecar again after a kill.
+    pub fn restart_sidecar(&mut self) {
+        self.sidecar = Sidecar::start(&self.redis.url(), &self.postgres.url);
+        self.wait_until_ready();
+    }
+
+    /// A connection to the backing Redis.
+    pub fn backing(&self) -> Client {
+        let client = redis::Client::open(self.redis.url()).unwrap();
+        Client { connection: client.get_connection_with_timeout(PATIENCE).unwrap() }
+    }
+
+    /// Waits until Postgres has everything.
+    pub fn wait_until_applied(&self) {
+        let mut client = self.connect();
+        wait_until("everything is applied", || {
+            let position = self.backing().ask("HGET holdfast:meta n");
+            client.field("HOLDFAST.STATUS", "applied").split('-').nth(1) == Some(&position)
+        });
+    }
+}
+
+/// Waits until it is so.
+pub fn wait_until(what: &str, mut so: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !so() {
+        assert!(began.elapsed() < PATIENCE, "{what}: not within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -1,0 +1,12 @@
+//! Holdfast as its users meet it: the built program, a real Redis, a real Postgres.
+
+mod harness;
+mod servers;
+
+mod bad_input;
+mod coupons;
+mod faults;
+mod http;
+mod protocol;
+mod stock;
+mod tidy;

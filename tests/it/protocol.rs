@@ -1,0 +1,105 @@
+//! RESP on the wire: order, dialects, what clients send when they connect.
+
+use std::io::{Read as _, Write as _};
+
+use crate::harness::Stack;
+
+fn exchange(stack: &Stack, request: &str, bytes: usize) -> String {
+    let mut raw = stack.sidecar.raw();
+    raw.write_all(request.as_bytes()).unwrap();
+    let mut answer = vec![0; bytes];
+    raw.read_exact(&mut answer).unwrap();
+    String::from_utf8(answer).unwrap()
+}
+
+#[test]
+fn a_pipeline_is_answered_in_order_and_sees_its_own_changes() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ask("STOCK.SET a 10");
+    let expected = "*3\r\n$2\r\nOK\r\n:9\r\n$3\r\n1-2\r\n:9\r\n+PONG\r\n*3\r\n$2\r\nOK\r\n:12\r\n$3\r\n1-3\r\n*2\r\n:12\r\n$-1\r\n";
+    let request = "STOCK.DECR a 1\r\nSTOCK.GET a\r\nPING\r\nSTOCK.INCR a 3 ACK postgres\r\nSTOCK.MGET a b\r\n";
+    assert_eq!(exchange(&stack, request, expected.len()), expected);
+}
+
+#[test]
+fn a_deep_pipeline_is_answered_whole() {
+    let stack = Stack::start();
+    stack.connect().ask("STOCK.SET a 100000");
+    let mut raw = stack.sidecar.raw();
+    let writer = {
+        let mut raw = raw.try_clone().unwrap();
+        std::thread::spawn(move || raw.write_all(&b"*3\r\n$10\r\nSTOCK.DECR\r\n$1\r\na\r\n$1\r\n1\r\n".repeat(20_000)).unwrap())
+    };
+    let mut answer = Vec::new();
+    let mut buffer = [0; 65536];
+    while answer.iter().filter(|byte| **byte == b'*').count() < 20_000 {
+        let read = raw.read(&mut buffer).unwrap();
+        assert_ne!(read, 0);
+        answer.extend_from_slice(&buffer[..read]);
+    }
+    writer.join().unwrap();
+    assert!(!answer.contains(&b'-') || String::from_utf8_lossy(&answer).lines().all(|line| !line.starts_with('-')));
+    assert_eq!(stack.connect().ask("STOCK.GET a"), "80000");
+}
+
+#[test]
+fn hello_3_turns_maps_into_maps() {
+    let stack = Stack::start();
+    stack.connect().ask("STOCK.SET a 10");
+    let resp3 = "HELLO 3\r\nSTOCK.INFO a\r\nSTOCK.GET b\r\nHELLO 2\r\nSTOCK.GET b\r\n";
+    let mut raw = stack.sidecar.raw();
+    raw.write_all(resp3.as_bytes()).unwrap();
+    raw.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut answer = String::new();
+    raw.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("%7\r\n$6\r\nserver\r\n$5\r\nredis\r\n"), "{answer}");
+    assert!(answer.contains("%8\r\n$7\r\nproduct\r\n$1\r\na\r\n$9\r\navailable\r\n:10\r\n"), "{answer}");
+    assert!(answer.contains("\r\n_\r\n*14\r\n$6\r\nserver"), "{answer}");
+    assert!(answer.ends_with("\r\n$-1\r\n"), "{answer}");
+}
+
+#[test]
+fn what_the_common_clients_send_first_is_answered() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    for (command, reply) in [
+        ("CLIENT SETNAME app", "OK"),
+        ("CLIENT GETNAME", "app"),
+        ("CLIENT SETINFO LIB-NAME redis-py", "OK"),
+        ("CLIENT SETINFO LIB-VER 8.1.0", "OK"),
+        ("SELECT 0", "OK"),
+        ("ECHO hi", "hi"),
+        ("CLUSTER NODES", "-ERR This instance has cluster support disabled"),
+        ("CONFIG GET databases", "[databases, 1]"),
+    ] {
+        assert_eq!(client.ask(command), reply, "{command}");
+    }
+    let maintenance = client.ask("CLIENT MAINT_NOTIFICATIONS ON moving-endpoint-type internal-ip");
+    assert!(maintenance.starts_with("-ERR unknown subcommand"), "{maintenance}");
+    assert!(client.ask("SENTINEL MASTERS").starts_with("-ERR unknown command 'SENTINEL', with args beginning with: 'MASTERS' "));
+    assert!(client.ask("CLIENT INFO").contains("name=app") && client.ask("CLIENT LIST").contains("lib-name=redis-py"));
+    let info = client.ask("INFO");
+    for line in ["redis_version:7.2", "loading:0", "role:master", "cluster_enabled:0", "holdfast_version:"] {
+        assert!(info.contains(line), "{line} is not in {info}");
+    }
+    let count: usize = client.ask("COMMAND COUNT").parse().unwrap();
+    assert_eq!(client.ask("COMMAND LIST").split(", ").count(), count);
+    assert!(client.ask("COMMAND INFO stock.decr").starts_with("[[stock.decr, -3, [write"));
+    assert!(client.ask("COMMAND DOCS stock.decr").contains("Takes units off one or more products"));
+    assert_eq!(client.ask("RESET"), "RESET");
+    assert_eq!(client.ask("CLIENT GETNAME"), "nil");
+}
+
+#[test]
+fn a_client_that_leaves_in_the_middle_does_not_stop_its_command() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ask("STOCK.SET a 10");
+    for _ in 0..5 {
+        let mut raw = stack.sidecar.raw();
+        raw.write_all(b"STOCK.DECR a 1\r\n").unwrap();
+        drop(raw);
+    }
+    client.until("STOCK.GET a", "5");
+}

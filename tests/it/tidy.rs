@@ -1,0 +1,75 @@
+//! Rules about the source that no compiler holds: who imports whom, and which crate has one owner.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn sources(folder: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::from(folder)];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()) {
+            if entry.is_dir() {
+                folders.push(entry);
+            } else if entry.extension().is_some_and(|extension| extension == "rs") {
+                found.push((entry.display().to_string(), fs::read_to_string(&entry).unwrap()));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The part of a file before its tests.
+fn product(text: &str) -> &str {
+    text.split("\n#[cfg(test)]\nmod tests").next().unwrap()
+}
+
+/// What each room may import of the crate. A room that is not listed may import everything (main, app, dev, cli).
+const MAY_IMPORT: &[(&str, &[&str])] = &[
+    ("domain", &["domain"]),
+    ("limits", &["domain"]),
+    ("resp", &["resp", "limits"]),
+    ("config", &["config", "limits"]),
+    ("telemetry", &["telemetry", "config", "limits"]),
+    ("ledger", &["ledger", "domain", "limits"]),
+    ("store", &["store", "domain", "limits", "resp"]),
+    ("outbox", &["outbox", "store", "ledger", "domain", "limits"]),
+    ("command", &["command", "store", "domain", "limits", "resp", "server"]),
+    ("server", &["server", "command", "resp", "limits"]),
+];
+
+#[test]
+fn imports_run_one_way() {
+    for (path, text) in sources("src") {
+        let room = Path::new(&path).strip_prefix("src").unwrap().iter().next().unwrap().to_string_lossy().replace(".rs", "");
+        let Some((_, allowed)) = MAY_IMPORT.iter().find(|(name, _)| *name == room) else { continue };
+        for (number, line) in product(&text).lines().enumerate() {
+            for part in line.split("crate::").skip(1) {
+                let target: String = part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+                let named_once = line.trim_start().starts_with("//");
+                assert!(named_once || target.is_empty() || allowed.contains(&target.as_str()), "{path}:{}: {room} may not import {target}", number + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn each_backend_crate_has_one_owner() {
+    for (needle, owner) in [("redis::", "src/store/"), ("sqlx::", "src/ledger/"), ("redis_protocol::", "src/resp/")] {
+        for (path, text) in sources("src").iter().filter(|(path, _)| !path.starts_with(owner)) {
+            for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//")) {
+                let used = line.match_indices(needle).any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':'));
+                assert!(!used, "{path}:{}: {needle} belongs to {owner}", number + 1);
+            }
+        }
+    }
+}
+
+#[test]
+fn no_queue_is_unbounded_and_nothing_is_left_to_do() {
+    for (path, text) in sources("src") {
+        for needle in ["unbounded_channel", "todo!(", "unimplemented!(", "dbg!(", "TODO", "FIXME"] {
+            assert!(!text.contains(needle), "{path} has {needle}");
+        }
+    }
+}
