@@ -50,6 +50,8 @@ pub async fn run(config: Config, dir: PathBuf, shutdown: CancellationToken) -> R
     let _lock = lock(&dir)?;
     must_be_free(config.listen, "--listen")?;
     must_be_free(config.http.listen, "--http-listen")?;
+    // That of a dev that was killed would lead to where nothing is ready yet.
+    _ = fs::remove_file(dir.join(ENV_FILE));
     let mut servers = Servers::default();
     let result = serve(config, &dir, &mut servers, shutdown).await;
     _ = fs::remove_file(dir.join(ENV_FILE));
@@ -70,7 +72,7 @@ struct Servers {
 impl Servers {
     async fn stop(self) {
         // Redis first: it has what Postgres may not have yet, and nobody writes to it any more.
-        for server in [self.redis, self.postgres].into_iter().flatten() {
+        for mut server in [self.redis, self.postgres].into_iter().flatten() {
             server.stop().await;
         }
     }
@@ -80,6 +82,9 @@ async fn serve(mut config: Config, dir: &Path, servers: &mut Servers, shutdown: 
     let starting = async {
         let redis = redis::plan(dir)?;
         let postgres = postgres::plan(dir).await?;
+        // Both, before either is waited for: what a killed dev has left must not outlive this one, whatever happens next.
+        process::adopt(&redis, &mut servers.redis);
+        process::adopt(&postgres, &mut servers.postgres);
         process::start(&redis, &mut servers.redis).await?;
         process::start(&postgres, &mut servers.postgres).await?;
         Ok::<_, Error>((redis, postgres))

@@ -66,25 +66,26 @@ pub(super) struct Process {
     child: Option<Child>,
 }
 
-/// Brings a server up: takes over the one that runs, or starts it. In `slot` as soon as there is a process.
+/// Puts into `slot` the server that a former `dev` has left running, if there is one.
+pub(super) fn adopt(plan: &Plan, slot: &mut Option<Process>) {
+    *slot = Process::find(plan);
+}
+
+/// Brings a server up: the one in `slot`, where it runs as it should, else a new one, in `slot` as soon as there is a process.
 pub(super) async fn start(plan: &Plan, slot: &mut Option<Process>) -> Result<(), Error> {
-    *slot = None;
-    if let Some((found, argv)) = Process::find(plan) {
-        let process = slot.insert(found);
-        if argv == plan.argv && wait(TAKE_OVER_MAX, || (plan.is_ready)(plan) || !process.is_running()).await && process.is_running() {
+    if let Some(process) = slot
+        && process.is_running()
+    {
+        let is_as_planned = command_line(process.pid).as_ref() == Some(&plan.argv);
+        if is_as_planned && wait(TAKE_OVER_MAX, || (plan.is_ready)(plan) || !process.is_running()).await && process.is_running() {
             tracing::info!("{} still runs, as process {}: taking it over", plan.name, process.pid.as_raw_nonzero());
             return Ok(());
         }
         tracing::info!("{} still runs, but not as it should: starting it again", plan.name);
-        if let Some(process) = slot.take() {
-            process.stop().await;
-        }
+        process.stop().await;
     }
-    // A number that by now belongs to another process would keep Postgres from starting. One that belongs to nobody is left to
-    // Postgres, which then looks whether children of the dead process are still at its data.
-    if recorded_pid(plan).is_some_and(|pid| command_line(pid).is_some()) {
-        _ = fs::remove_file(&plan.pid_file);
-    }
+    *slot = None;
+    disown(plan);
     let process = slot.insert(Process::spawn(plan)?);
     let pid = process.pid;
     let is_ready = || recorded_pid(plan) == Some(pid) && (plan.is_ready)(plan);
@@ -97,12 +98,12 @@ pub(super) async fn start(plan: &Plan, slot: &mut Option<Process>) -> Result<(),
 }
 
 impl Process {
-    /// The process that runs on the plan's data, and its command line.
-    fn find(plan: &Plan) -> Option<(Self, Vec<String>)> {
+    /// The process that runs on the plan's data.
+    fn find(plan: &Plan) -> Option<Self> {
         let pid = recorded_pid(plan)?;
         let home = plan.home.display().to_string();
-        let argv = command_line(pid).filter(|argv| mentions(argv, &home))?;
-        Some((Self { name: plan.name, pid, home, stop_signal: plan.stop_signal, child: None }, argv))
+        command_line(pid).filter(|argv| mentions(argv, &home))?;
+        Some(Self { name: plan.name, pid, home, stop_signal: plan.stop_signal, child: None })
     }
 
     fn spawn(plan: &Plan) -> Result<Self, Error> {
@@ -131,7 +132,7 @@ impl Process {
     }
 
     /// Stops it in good order, or kills it where it takes too long.
-    pub(super) async fn stop(mut self) {
+    pub(super) async fn stop(&mut self) {
         self.send(self.stop_signal);
         if !wait(STOP_MAX, || !self.is_running()).await {
             tracing::warn!("{} did not stop within {} s: killing it", self.name, STOP_MAX.as_secs());
@@ -158,6 +159,16 @@ impl Drop for Process {
 fn recorded_pid(plan: &Plan) -> Option<Pid> {
     let text = fs::read_to_string(&plan.pid_file).ok()?;
     Pid::from_raw(text.lines().next()?.trim().parse().ok().filter(|&pid| pid > 1)?)
+}
+
+/// Makes the pid file that of nobody, since its process has ended. Postgres would not start while the number is that of any process,
+/// be it another one by now, or one that has ended but that nobody has waited for. The rest of the file stays: by it Postgres looks
+/// whether children of the dead process are still at its data.
+fn disown(plan: &Plan) {
+    let Ok(text) = fs::read_to_string(&plan.pid_file) else { return };
+    let rest = text.split_once('\n').map_or("", |(_, rest)| rest);
+    // Above what any system gives out. Where it cannot be written, the server's log will say what is wrong.
+    _ = fs::write(&plan.pid_file, format!("{}\n{rest}", i32::MAX));
 }
 
 /// Waits until something holds. Returns whether it does.
