@@ -95,14 +95,7 @@ impl Context {
     /// `stats` must have been made of the same table.
     pub fn new(commands: Rc<Commands>, registry: Arc<Registry>, stats: Arc<Stats>) -> Self {
         let settings = server::settings(registry.clients_max());
-        Self {
-            commands,
-            registry,
-            stats,
-            refusal: Cell::new(None),
-            settings: RefCell::new(settings),
-            sections: RefCell::new(Vec::new()),
-        }
+        Self { commands, registry, stats, refusal: Cell::new(None), settings: RefCell::new(settings), sections: RefCell::new(Vec::new()) }
     }
 }
 
