@@ -138,7 +138,9 @@ impl Args {
         match arg.kind {
             Kind::Id { what, .. } => {
                 if !Id::is_valid(word) || is_option_word(word) {
-                    return Err(format!("ERR invalid {what}: 1 to 128 bytes of UTF-8 without spaces, control characters, '{{' or '}}', and no option word"));
+                    return Err(format!(
+                        "ERR invalid {what}: 1 to 128 bytes of UTF-8 without spaces, control characters, '{{' or '}}', and no option word"
+                    ));
                 }
             }
             Kind::Integer { min, max, unit } => {
@@ -360,4 +362,149 @@ pub fn arity_fits(spec: &Spec, words: usize) -> bool {
 /// The error for too many or too few words.
 pub fn wrong_arity(spec: &Spec) -> String {
     format!("ERR wrong number of arguments for '{}' command", spec.lower_name())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::Step;
+    use crate::command::spec::{ACK, LOCK_NAME, ORDER, PRODUCT, QUANTITY, REQUEST, TIMEOUT, USER, cursor, flag, integer, pattern, text};
+    use crate::domain::quantity::QUANTITY_MAX;
+    use proptest::prelude::*;
+
+    const fn spec(name: &'static str, args: &'static [Arg]) -> Spec {
+        Spec::new(name, "Tests.").args(args).run(|_| Step::Later)
+    }
+
+    static DECR: Spec = spec("STOCK.DECR", &[PRODUCT.repeated(), QUANTITY.repeated(), ORDER.token("ORDER"), REQUEST, ACK, TIMEOUT]);
+    static SET: Spec = spec(
+        "STOCK.SET",
+        &[PRODUCT, integer("quantity", 0, QUANTITY_MAX, ""), integer("low", 0, QUANTITY_MAX, "").token("LOW"), REQUEST, ACK, TIMEOUT],
+    );
+    static GET: Spec = spec("STOCK.GET", &[PRODUCT]);
+    static MGET: Spec = spec("STOCK.MGET", &[PRODUCT.repeated()]);
+    static SYNC: Spec = spec("STOCK.SYNC", &[PRODUCT.any_number(), flag("dryrun", "DRYRUN")]);
+    static RESERVE: Spec = spec(
+        "STOCK.RESERVE",
+        &[ORDER, integer("ttl_ms", 1, 2_592_000_000, "ms"), PRODUCT.repeated(), QUANTITY.repeated(), REQUEST, ACK, TIMEOUT],
+    );
+    static AWAIT: Spec = spec("HOLDFAST.AWAIT", &[text("position", 64), integer("timeout_ms", 1, 600_000, "ms").optional()]);
+    static LOCK: Spec = spec(
+        "LOCK.ACQUIRE",
+        &[
+            LOCK_NAME,
+            integer("lease", 1000, 3_600_000, "ms").token("LEASE"),
+            integer("wait", 1, 600_000, "ms").token("WAIT"),
+            flag("session", "SESSION").excludes(&["lease"]),
+        ],
+    );
+    static SCAN: Spec =
+        spec("STOCK.SCAN", &[cursor("cursor"), pattern("match").token("MATCH"), integer("count", 1, 1000, "").token("COUNT")]);
+    static ISSUE: Spec = spec("COUPON.ISSUE", &[super::super::spec::COUPON, USER, REQUEST, ACK, TIMEOUT]);
+
+    fn parsed(spec: &'static Spec, request: &str) -> Result<Args, String> {
+        Args::parse(spec, request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect())
+    }
+
+    fn args(spec: &'static Spec, request: &str) -> Args {
+        parsed(spec, request).unwrap_or_else(|error| panic!("{request}: {error}"))
+    }
+
+    #[test]
+    fn a_handler_reads_what_was_declared() {
+        let args = args(&DECR, "stock.decr a 1 b 20 timeout 50 ORDER o-1 Ack Postgres REQUEST r-1");
+        let pairs: Vec<(Id, i64)> = args.pairs().collect();
+        assert_eq!(pairs, [(Id::from("a"), 1), (Id::from("b"), 20)]);
+        assert_eq!(args.ids("product").collect::<Vec<_>>(), [Id::from("a"), Id::from("b")]);
+        assert_eq!(args.maybe_id("order"), Some(Id::from("o-1")));
+        assert_eq!((args.ack(), args.maybe_integer("timeout")), (Some(Ack::Postgres), Some(50)));
+        assert_eq!(args.request().map(|id| id.escaped()), Some("r-1".to_owned()));
+        assert_eq!(args.key_positions(), [1, 3]);
+        assert_eq!(args.raw(1).map(|word| &word[..]), Some(&b"1"[..]));
+    }
+
+    #[test]
+    fn what_is_optional_may_be_left_out() {
+        let set = args(&SET, "STOCK.SET a 0");
+        assert_eq!((set.id("product"), set.integer("quantity"), set.maybe_integer("low")), (Id::from("a"), 0, None));
+        assert_eq!((set.request(), set.ack()), (None, None));
+        assert_eq!(args(&AWAIT, "HOLDFAST.AWAIT 1-2").maybe_integer("timeout_ms"), None);
+        assert_eq!(args(&AWAIT, "HOLDFAST.AWAIT 1-2 50").maybe_integer("timeout_ms"), Some(50));
+        let sync = args(&SYNC, "STOCK.SYNC dryrun");
+        assert!(sync.has("dryrun") && sync.ids("product").next().is_none());
+        assert_eq!(args(&SYNC, "STOCK.SYNC a b").ids("product").count(), 2);
+        assert!(args(&LOCK, "LOCK.ACQUIRE l WAIT 5 SESSION").has("session"));
+        assert_eq!(args(&GET, "STOCK.GET a").request(), None);
+        let reserve = args(&RESERVE, "STOCK.RESERVE o 5 a 1");
+        assert_eq!((reserve.pairs().count(), reserve.key_positions()), (1, vec![3]));
+    }
+
+    #[test]
+    fn what_does_not_match_is_refused_by_name() {
+        const QUANTITY_WORDS: &str = "ERR invalid quantity: a whole number from 1 to 1000000000000";
+        let long = format!("STOCK.GET {}", "x".repeat(129));
+        let rows: &[(&'static Spec, &str, &str)] = &[
+            (&GET, "STOCK.GET", "ERR wrong number of arguments for 'stock.get' command"),
+            (&GET, "STOCK.GET a b", "ERR wrong number of arguments for 'stock.get' command"),
+            (&GET, "STOCK.GET {a}", "ERR invalid product id"),
+            (&GET, &long, "ERR invalid product id"),
+            (&GET, "STOCK.GET Request", "ERR invalid product id"),
+            (&DECR, "STOCK.DECR a", "ERR wrong number of arguments for 'stock.decr' command"),
+            (&DECR, "STOCK.DECR a 1 b", "ERR wrong number of arguments for 'stock.decr' command"),
+            (&DECR, "STOCK.DECR a 0", QUANTITY_WORDS),
+            (&DECR, "STOCK.DECR a +1", QUANTITY_WORDS),
+            (&DECR, "STOCK.DECR a 1 b REQUEST", QUANTITY_WORDS),
+            (&DECR, "STOCK.DECR REQUEST r", "ERR invalid product id"),
+            (&DECR, "STOCK.DECR a 1 REQUEST", "ERR syntax error"),
+            (&DECR, "STOCK.DECR a 1 REQUEST r REQUEST r", "ERR syntax error"),
+            (&DECR, "STOCK.DECR a 1 LOW 5", "ERR syntax error"),
+            (&DECR, "STOCK.DECR a 1 REQUEST r b 2", "ERR syntax error"),
+            (&DECR, "STOCK.DECR a 1 REQUEST hf-1", "ERR invalid request id: 1 to 64 bytes, not beginning with 'hf-'"),
+            (&DECR, "STOCK.DECR a 1 REQUEST ", "ERR invalid request id"),
+            (&DECR, "STOCK.DECR a 1 ACK disk", "ERR invalid ack: one of redis, replica, postgres"),
+            (&DECR, "STOCK.DECR a 1 TIMEOUT 0", "ERR invalid timeout: a whole number from 1 to 600000 ms"),
+            (&DECR, "STOCK.DECR a 1 ORDER a{", "ERR invalid order id"),
+            (&SET, "STOCK.SET a 1 b 2", "ERR syntax error"),
+            (&MGET, "STOCK.MGET a REQUEST r", "ERR syntax error"),
+            (&LOCK, "LOCK.ACQUIRE {l}", "ERR invalid lock name"),
+            (&LOCK, "LOCK.ACQUIRE l SESSION LEASE 2000", "ERR syntax error"),
+            (&SCAN, "STOCK.SCAN x", "ERR invalid cursor"),
+            (&SCAN, "STOCK.SCAN 0 COUNT 1001", "ERR invalid count: a whole number from 1 to 1000"),
+            (&ISSUE, "COUPON.ISSUE c \u{a0}", "ERR invalid user id"),
+            (&AWAIT, "HOLDFAST.AWAIT 1-2 5 6", "ERR wrong number of arguments for 'holdfast.await' command"),
+        ];
+        for (spec, request, expected) in rows {
+            let error = parsed(spec, request).err().unwrap_or_default();
+            assert!(error.starts_with(expected), "{request}: {error}");
+        }
+    }
+
+    #[test]
+    fn the_digest_tells_what_was_asked_and_not_how() {
+        let of = |request: &str| args(&DECR, request).digest();
+        let one = of("STOCK.DECR a 1 ORDER o");
+        for same in ["stock.decr a 1 order o", "STOCK.DECR a 1 REQUEST r ORDER o", "STOCK.DECR a 1 ACK redis ORDER o TIMEOUT 5"] {
+            assert_eq!(of(same), one, "{same}");
+        }
+        for other in ["STOCK.DECR a 1", "STOCK.DECR a 2 ORDER o", "STOCK.DECR b 1 ORDER o", "STOCK.DECR a 1 ORDER O", "STOCK.DECR a 1 o 1"]
+        {
+            assert_ne!(of(other), one, "{other}");
+        }
+        let scan = |request: &str| args(&SCAN, request).digest();
+        assert_eq!(scan("STOCK.SCAN 0 COUNT 5 MATCH a*"), scan("STOCK.SCAN 0 MATCH a* COUNT 5"));
+        assert_ne!(args(&SYNC, "STOCK.SYNC a").digest(), args(&SYNC, "STOCK.SYNC a DRYRUN").digest());
+    }
+
+    proptest! {
+        #[test]
+        fn no_request_panics(words in proptest::collection::vec("[a-c]|[0-9]{1,3}|REQUEST|ACK|redis|TIMEOUT|ORDER|LOW|DRYRUN|\\{|", 0..10)) {
+            for spec in [&DECR, &SET, &GET, &MGET, &SYNC, &RESERVE, &AWAIT, &LOCK, &SCAN, &ISSUE] {
+                let mut request = vec![Bytes::from_static(spec.name.as_bytes())];
+                request.extend(words.iter().map(|word| Bytes::copy_from_slice(word.as_bytes())));
+                if let Ok(args) = Args::parse(spec, request) {
+                    let _ = (args.digest(), args.key_positions(), args.request(), args.ack());
+                }
+            }
+        }
+    }
 }

@@ -16,9 +16,10 @@ pub static CLIENT: Spec = Spec::new("CLIENT", "Shows and names client connection
     .example("CLIENT ID")
     .subcommands(&[&ID, &INFO, &LIST, &KILL, &SETNAME, &GETNAME, &SETINFO, &REPLY, &NO_EVICT, &NO_TOUCH, &GETREDIR, &TRACKING, &HELP]);
 
-static ID: Spec = sub("CLIENT|ID", "Answers the connection's number.").flags(ALWAYS | FAST).reply("integer").run(|call| {
-    Step::Reply(Reply::Integer(i64::try_from(call.session.client.id).unwrap_or(i64::MAX)))
-});
+static ID: Spec = sub("CLIENT|ID", "Answers the connection's number.")
+    .flags(ALWAYS | FAST)
+    .reply("integer")
+    .run(|call| Step::Reply(Reply::Integer(i64::try_from(call.session.client.id).unwrap_or(i64::MAX))));
 
 static INFO: Spec = sub("CLIENT|INFO", "Describes this connection.").reply("text").run(|call| {
     call.session.publish(call.pipeline().in_flight(), 0, 0);
@@ -43,7 +44,8 @@ fn list(call: &mut Call<'_>) -> Step {
             }
             let subscribed = |client: &Client| client.profile().patterns + client.profile().channels > 0;
             let wanted = |client: &Client| {
-                (which.eq_ignore_ascii_case(b"normal") && !subscribed(client)) || (which.eq_ignore_ascii_case(b"pubsub") && subscribed(client))
+                (which.eq_ignore_ascii_case(b"normal") && !subscribed(client))
+                    || (which.eq_ignore_ascii_case(b"pubsub") && subscribed(client))
             };
             Some(call.cx.registry.clients().iter().filter(|client| wanted(client)).map(|client| client.id).collect())
         }
@@ -58,13 +60,14 @@ fn list(call: &mut Call<'_>) -> Step {
     Step::Reply(Reply::Verbatim(shown.map(|client| client.line() + "\n").collect()))
 }
 
-static KILL: Spec = sub("CLIENT|KILL", "Closes connections: `KILL address`, or `KILL ID id`, `ADDR`, `LADDR`, `SKIPME yes|no` in any order.")
-    .args(&[text("filter", CLIENT_NAME_MAX).repeated()])
-    .flags(ALWAYS | ADMIN)
-    .complexity("O(N) where N is the number of connections")
-    .reply("`OK`, or how many were closed")
-    .example("CLIENT KILL ID 7")
-    .run(kill);
+static KILL: Spec =
+    sub("CLIENT|KILL", "Closes connections: `KILL address`, or `KILL ID id`, `ADDR`, `LADDR`, `SKIPME yes|no` in any order.")
+        .args(&[text("filter", CLIENT_NAME_MAX).repeated()])
+        .flags(ALWAYS | ADMIN)
+        .complexity("O(N) where N is the number of connections")
+        .reply("`OK`, or how many were closed")
+        .example("CLIENT KILL ID 7")
+        .run(kill);
 
 fn kill(call: &mut Call<'_>) -> Step {
     let filters: Vec<&Bytes> = call.args.list("filter").collect();
@@ -172,7 +175,8 @@ static NO_TOUCH: Spec = sub("CLIENT|NO-TOUCH", "Accepted: reads do not touch an 
     .example("CLIENT NO-TOUCH ON")
     .run(|_| Step::Reply(Reply::ok()));
 
-static GETREDIR: Spec = sub("CLIENT|GETREDIR", "Answers -1: there is no tracking to redirect.").reply("integer").run(|_| Step::Reply(Reply::Integer(-1)));
+static GETREDIR: Spec =
+    sub("CLIENT|GETREDIR", "Answers -1: there is no tracking to redirect.").reply("integer").run(|_| Step::Reply(Reply::Integer(-1)));
 
 static TRACKING: Spec = sub("CLIENT|TRACKING", "Refused: what a client caches of stock is wrong at once.")
     .args(&[text("option", CLIENT_NAME_MAX).repeated()])

@@ -4,9 +4,7 @@ use std::fmt::Write as _;
 
 use bytes::Bytes;
 
-use super::spec::{
-    ADMIN, Arg, BLOCKING, CONNECTION, FAST, Kind, LOADING, NOAUTH, PUBSUB, Presence, READONLY, Spec, WRITE, text,
-};
+use super::spec::{ADMIN, Arg, BLOCKING, CONNECTION, FAST, Kind, LOADING, NOAUTH, PUBSUB, Presence, READONLY, Spec, WRITE, text};
 use super::{Args, Call, Step, args, glob};
 use crate::limits::{CLIENT_NAME_MAX, REQUEST_BULK_MAX};
 use crate::resp::Reply;
@@ -18,9 +16,9 @@ pub static COMMAND: Spec = Spec::new("COMMAND", "Describes every command in Redi
     .run(|call| Step::Reply(Reply::Array(call.cx.commands.top().map(entry).collect())))
     .subcommands(&[&COUNT, &INFO, &DOCS, &LIST, &GETKEYS, &GETKEYSANDFLAGS, &HELP]);
 
-static COUNT: Spec = sub("COMMAND|COUNT", "Counts the commands.").reply("integer").run(|call| {
-    Step::Reply(Reply::Integer(i64::try_from(call.cx.commands.top().count()).unwrap_or(i64::MAX)))
-});
+static COUNT: Spec = sub("COMMAND|COUNT", "Counts the commands.")
+    .reply("integer")
+    .run(|call| Step::Reply(Reply::Integer(i64::try_from(call.cx.commands.top().count()).unwrap_or(i64::MAX))));
 
 static INFO: Spec = sub("COMMAND|INFO", "Describes the commands named, or all.")
     .args(&[text("command", CLIENT_NAME_MAX).any_number()])
@@ -299,7 +297,11 @@ fn argument(spec: &Spec, arg: &'static Arg, flags: Vec<&'static str>) -> Reply {
     }
     if let Kind::Word(choices) = arg.kind {
         let choice = |word: &&'static str| {
-            Reply::map([("name", Reply::word(word)), ("type", Reply::word("pure-token")), ("token", Reply::text(word.to_ascii_uppercase()))])
+            Reply::map([
+                ("name", Reply::word(word)),
+                ("type", Reply::word("pure-token")),
+                ("token", Reply::text(word.to_ascii_uppercase())),
+            ])
         };
         fields.push((Reply::word("arguments"), Reply::Array(choices.iter().map(choice).collect())));
     }
@@ -366,11 +368,13 @@ mod tests {
         .flags(WRITE | FAST)
         .run(|_| Step::Later);
 
-    static MGET: Spec = Spec::new("STOCK.MGET", "Answers units.").family("stock").args(&[PRODUCT.repeated()]).flags(READONLY).run(|_| Step::Later);
+    static MGET: Spec =
+        Spec::new("STOCK.MGET", "Answers units.").family("stock").args(&[PRODUCT.repeated()]).flags(READONLY).run(|_| Step::Later);
 
     #[test]
     fn syntax_reads_as_in_the_contract() {
-        let expected = "STOCK.DECR product quantity [product quantity ...] [ORDER order] [REQUEST id] [ACK redis|replica|postgres] [TIMEOUT ms]";
+        let expected =
+            "STOCK.DECR product quantity [product quantity ...] [ORDER order] [REQUEST id] [ACK redis|replica|postgres] [TIMEOUT ms]";
         assert_eq!(syntax(&DECR), expected);
         assert_eq!(syntax(&MGET), "STOCK.MGET product [product ...]");
         let table = markdown_table(&[&DECR, &MGET], &["stock"]);

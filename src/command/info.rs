@@ -138,7 +138,8 @@ fn commandstats(cx: &Context, text: &mut String) {
         let name = count.name.to_ascii_lowercase();
         let each = count.micros as f64 / count.calls.max(1) as f64;
         let (calls, micros, failed) = (count.calls, count.micros, count.failed);
-        let _ = write!(text, "cmdstat_{name}:calls={calls},usec={micros},usec_per_call={each:.2},rejected_calls=0,failed_calls={failed}\r\n");
+        let _ =
+            write!(text, "cmdstat_{name}:calls={calls},usec={micros},usec_per_call={each:.2},rejected_calls=0,failed_calls={failed}\r\n");
     }
 }
 

@@ -106,12 +106,16 @@ static CONFIG_REWRITE: Spec = sub("CONFIG|REWRITE", "Refused: the server never w
     .reply("an error")
     .run(|_| Step::Reply(Reply::error("ERR The server is running without a config file")));
 
-static CONFIG_HELP: Spec = sub("CONFIG|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&CONFIG)));
+static CONFIG_HELP: Spec =
+    sub("CONFIG|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&CONFIG)));
 
-pub static ACL: Spec = Spec::new("ACL", "Shows users and command categories.")
-    .flags(LOADING)
-    .example("ACL WHOAMI")
-    .subcommands(&[&ACL_WHOAMI, &ACL_CAT, &ACL_USERS, &ACL_LIST, &ACL_HELP]);
+pub static ACL: Spec = Spec::new("ACL", "Shows users and command categories.").flags(LOADING).example("ACL WHOAMI").subcommands(&[
+    &ACL_WHOAMI,
+    &ACL_CAT,
+    &ACL_USERS,
+    &ACL_LIST,
+    &ACL_HELP,
+]);
 
 static ACL_WHOAMI: Spec = sub("ACL|WHOAMI", "Answers the connection's user.").reply("text").run(|_| Step::Reply(Reply::word("default")));
 
@@ -134,8 +138,10 @@ fn acl_cat(call: &mut Call<'_>) -> Step {
     Step::Reply(Reply::Array(names))
 }
 
-static ACL_USERS: Spec =
-    sub("ACL|USERS", "Lists the users.").flags(ADMIN | LOADING).reply("array of text").run(|_| Step::Reply(Reply::Array(vec![Reply::word("default")])));
+static ACL_USERS: Spec = sub("ACL|USERS", "Lists the users.")
+    .flags(ADMIN | LOADING)
+    .reply("array of text")
+    .run(|_| Step::Reply(Reply::Array(vec![Reply::word("default")])));
 
 static ACL_LIST: Spec = sub("ACL|LIST", "Lists the users with their rights.")
     .flags(ADMIN | LOADING)
@@ -154,7 +160,8 @@ static MODULE_LIST: Spec = sub("MODULE|LIST", "Lists the modules.")
     .reply("array of maps of `name ver path args`")
     .run(|_| Step::Reply(Reply::Array(vec![module()])));
 
-static MODULE_HELP: Spec = sub("MODULE|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&MODULE)));
+static MODULE_HELP: Spec =
+    sub("MODULE|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&MODULE)));
 
 pub static TIME: Spec = Spec::new("TIME", "Answers the server's time in Unix seconds and microseconds.")
     .flags(FAST | LOADING)
@@ -180,12 +187,12 @@ static SLOWLOG_GET: Spec = sub("SLOWLOG|GET", "Answers no entries.")
     .reply("an empty array")
     .run(|_| Step::Reply(Reply::Array(vec![])));
 
-static SLOWLOG_LEN: Spec =
-    sub("SLOWLOG|LEN", "Answers 0.").flags(ADMIN | LOADING).reply("integer").run(|_| Step::Reply(Reply::Integer(0)));
+static SLOWLOG_LEN: Spec = sub("SLOWLOG|LEN", "Answers 0.").flags(ADMIN | LOADING).reply("integer").run(|_| Step::Reply(Reply::Integer(0)));
 
 static SLOWLOG_RESET: Spec = sub("SLOWLOG|RESET", "Accepted.").flags(ADMIN | LOADING).run(|_| Step::Reply(Reply::ok()));
 
-static SLOWLOG_HELP: Spec = sub("SLOWLOG|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&SLOWLOG)));
+static SLOWLOG_HELP: Spec =
+    sub("SLOWLOG|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&SLOWLOG)));
 
 pub static LATENCY: Spec = Spec::new("LATENCY", "Answers as an empty latency monitor: latencies are in the metrics.")
     .flags(ADMIN | LOADING)
@@ -214,7 +221,8 @@ static LATENCY_RESET: Spec = sub("LATENCY|RESET", "Answers 0.")
     .reply("integer")
     .run(|_| Step::Reply(Reply::Integer(0)));
 
-static LATENCY_HELP: Spec = sub("LATENCY|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&LATENCY)));
+static LATENCY_HELP: Spec =
+    sub("LATENCY|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&LATENCY)));
 
 /// A command of Redis Cluster. Holdfast is one endpoint, whatever is behind it.
 const fn cluster(name: &'static str, summary: &'static str) -> Spec {

@@ -101,8 +101,7 @@ impl Commands {
 
     /// Finds what a request runs; errors with the error reply's text.
     pub fn find(&self, words: &[Bytes]) -> Result<(usize, &'static Spec), String> {
-        let (number, spec) =
-            self.named(&words[0]).filter(|(_, spec)| spec.name_words() == 1).ok_or_else(|| unknown_command(words))?;
+        let (number, spec) = self.named(&words[0]).filter(|(_, spec)| spec.name_words() == 1).ok_or_else(|| unknown_command(words))?;
         let Some(sub) = words.get(1).filter(|_| !spec.subcommands.is_empty()) else { return Ok((number, spec)) };
         let place = spec.subcommands.iter().position(|known| known.name[spec.name.len() + 1..].as_bytes().eq_ignore_ascii_case(sub));
         match place {

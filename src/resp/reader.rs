@@ -27,8 +27,7 @@ pub struct Limits {
 
 impl Limits {
     /// For clients that have shown who they are, or need not.
-    pub const KNOWN: Self =
-        Self { args_max: REQUEST_ARGS_MAX, bulk_max: REQUEST_BULK_MAX, bytes_max: REQUEST_BYTES_MAX, stranger: false };
+    pub const KNOWN: Self = Self { args_max: REQUEST_ARGS_MAX, bulk_max: REQUEST_BULK_MAX, bytes_max: REQUEST_BYTES_MAX, stranger: false };
     /// For clients that have yet to AUTH.
     pub const STRANGER: Self =
         Self { args_max: STRANGER_ARGS_MAX, bulk_max: STRANGER_BULK_MAX, bytes_max: STRANGER_BYTES_MAX, stranger: true };
@@ -143,14 +142,6 @@ impl Reader {
         }
     }
 
-    /// How many more bytes the current argument is known to need.
-    pub fn wanted(&self) -> usize {
-        match self.walk {
-            Walk::Body { end, .. } => end.saturating_sub(self.buffer.len()),
-            _ => 0,
-        }
-    }
-
     /// Gives the buffer's memory back if there is nothing in it.
     pub fn release(&mut self) {
         if self.buffer.is_empty() && self.buffer.capacity() > 0 {
@@ -254,7 +245,8 @@ mod tests {
 
     #[test]
     fn requests_are_found_in_a_stream_and_empty_ones_skipped() {
-        let (requests, error) = fed(&[b"*1\r\n$4\r\nPING\r\n*0\r\n*-1\r\n\r\n  \r\nECHO 'a b'\r\n*2\r\n$4\r\nECHO\r\n$0\r\n\r\n*1\r\n$4\r\nPI"], Limits::KNOWN);
+        let (requests, error) =
+            fed(&[b"*1\r\n$4\r\nPING\r\n*0\r\n*-1\r\n\r\n  \r\nECHO 'a b'\r\n*2\r\n$4\r\nECHO\r\n$0\r\n\r\n*1\r\n$4\r\nPI"], Limits::KNOWN);
         assert_eq!(requests, [vec!["PING"], vec!["ECHO", "a b"], vec!["ECHO", ""]]);
         assert_eq!(error, None);
     }
@@ -309,14 +301,6 @@ mod tests {
         let bytes = b"*2\r\n$4\r\nECHO\r\n$3\r\na\r\n\r\nPING x\r\n*1\r\n$4\r\nPING\r\n";
         let pieces: Vec<&[u8]> = bytes.chunks(1).collect();
         assert_eq!(fed(&pieces, Limits::KNOWN), fed(&[bytes], Limits::KNOWN));
-    }
-
-    #[test]
-    fn a_long_argument_says_what_it_still_needs() {
-        let mut reader = Reader::default();
-        reader.buffer.extend_from_slice(b"*1\r\n$100\r\nabc");
-        assert_eq!(reader.next(Limits::KNOWN), Ok(None));
-        assert_eq!(reader.wanted(), 99);
     }
 
     proptest! {

@@ -1,13 +1,74 @@
-//! Accepts connections.
+//! Accepts connections, turns away what is too many, and waits for all of them in the end.
 
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd as _;
 use std::rc::Rc;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
+use super::connection;
+use super::session::Session;
 use crate::command::Context;
+use crate::limits::{ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN};
 
-/// Serves until `shutdown`.
-pub async fn serve(_listener: TcpListener, _cx: Rc<Context>, shutdown: CancellationToken) {
-    shutdown.cancelled().await;
+/// Serves clients until `shutdown`, then returns once every connection has finished what it had begun. Runs inside a
+/// [`tokio::task::LocalSet`].
+pub async fn serve(listener: TcpListener, cx: Rc<Context>, shutdown: CancellationToken) {
+    let connections = TaskTracker::new();
+    let mut pause = ACCEPT_PAUSE_MIN;
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = shutdown.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, address)) => {
+                pause = ACCEPT_PAUSE_MIN;
+                if let Some(connection) = admit(stream, address, &cx, &shutdown) {
+                    connections.spawn_local(connection);
+                }
+            }
+            Err(error) if concerns_one_client(&error) => {}
+            Err(error) => {
+                tracing::warn!(%error, pause_ms = pause.as_millis(), "cannot accept connections");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(ACCEPT_PAUSE_MAX);
+            }
+        }
+    }
+    drop(listener);
+    connections.close();
+    connections.wait().await;
+}
+
+/// The connection's task; `None` where there are too many.
+fn admit(
+    stream: TcpStream,
+    address: SocketAddr,
+    cx: &Rc<Context>,
+    shutdown: &CancellationToken,
+) -> Option<impl Future<Output = ()> + use<>> {
+    // Both fail only on a connection that is gone already.
+    let local = stream.local_addr().ok()?;
+    stream.set_nodelay(true).ok()?;
+    let Some(admission) = cx.registry.admit(address, local, stream.as_raw_fd(), shutdown.child_token()) else {
+        // A fresh connection's send buffer is empty; where the write fails all the same, the client sees the close.
+        let _ = stream.try_write(b"-ERR max number of clients reached\r\n");
+        return None;
+    };
+    let session = Session::new(admission.client.clone());
+    let connection = connection::run(stream, session, Rc::clone(cx));
+    Some(async move {
+        connection.await;
+        drop(admission);
+    })
+}
+
+/// Whether the error says something about the connection that would have been accepted, and nothing about the next.
+fn concerns_one_client(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused)
 }

@@ -135,14 +135,7 @@ pub struct Session {
 
 impl Session {
     pub fn new(client: Arc<Client>) -> Self {
-        Self {
-            client,
-            protocol: Protocol::Resp2,
-            authenticated: true,
-            replies: Replies::On,
-            last_command: "NULL",
-            kept: Vec::new(),
-        }
+        Self { client, protocol: Protocol::Resp2, authenticated: true, replies: Replies::On, last_command: "NULL", kept: Vec::new() }
     }
 
     /// Keeps a guard that is dropped when the session ends, by RESET, QUIT or a lost connection.
