@@ -61,8 +61,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let metrics = metrics::install().map_err(error)?;
     let http_listener = http::bind(config.http.listen).await.map_err(error)?;
     let listener = listen(config.listen).await?;
-    let listens =
-        Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
+    let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
     let partition = Arc::new(Partition::new(0));
@@ -100,7 +99,10 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     }
     back.cancel();
     if tokio::time::timeout_at(deadline + 2 * limits::RELAY_DRAIN_WITHIN, working).await.is_err() {
-        warn!(changes = partition.lag(), "not everything could be carried to postgres in time; it stays in redis and goes on at the next start");
+        warn!(
+            changes = partition.lag(),
+            "not everything could be carried to postgres in time; it stays in redis and goes on at the next start"
+        );
     }
     _ = web.await;
     _ = upkeep.await;
@@ -117,7 +119,11 @@ pub async fn migrate(config: &Config) -> Result<(), Error> {
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
     let bound = TcpListener::bind(address).await;
-    bound.map_err(|why| Error(format!("cannot listen on {address}: {why}; stop what listens there, or choose another address with --listen (HOLDFAST_LISTEN)")))
+    bound.map_err(|why| {
+        Error(format!(
+            "cannot listen on {address}: {why}; stop what listens there, or choose another address with --listen (HOLDFAST_LISTEN)"
+        ))
+    })
 }
 
 /// Waits for Postgres and brings it to this version's tables. `false` if told to stop before.

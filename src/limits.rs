@@ -63,7 +63,6 @@ pub const VERIFY_EVERY: Duration = Duration::from_secs(5);
 pub const VERIFY_AGAIN_AFTER: Duration = Duration::from_millis(200);
 pub const VERIFY_WITHIN: Duration = Duration::from_secs(5);
 
-
 // Postgres: the connections of the relay and of the verifier.
 
 /// How long connecting to Postgres, TLS and the first question may take: long enough for a far network, short enough that a dead
@@ -149,7 +148,6 @@ pub const OUTBOX_MARKS_MAX: usize = 4_096;
 
 /// For how long the relay goes on with what the outbox still holds when the sidecar stops. What does not fit stays in Redis.
 pub const RELAY_DRAIN_WITHIN: Duration = Duration::from_secs(5);
-
 
 /// Words in one request. A batch carries at most 3,000 keys to Redis, so more could not be served at once anyway.
 pub const REQUEST_ARGS_MAX: usize = 4096;

@@ -90,5 +90,7 @@ impl AckQueue {
 
 /// The error for a change that is done in Redis and not confirmed further.
 pub fn pending(position: Position) -> Reply {
-    Reply::error(format!("PENDING {position} done in Redis, and not confirmed by Postgres in time: wait for it with HOLDFAST.AWAIT {position}"))
+    Reply::error(format!(
+        "PENDING {position} done in Redis, and not confirmed by Postgres in time: wait for it with HOLDFAST.AWAIT {position}"
+    ))
 }

@@ -54,15 +54,21 @@ pub fn failed(failure: Failure) -> Reply {
     Reply::error(match failure {
         Failure::Loading(why) => format!("LOADING {why}"),
         Failure::TryAgain(why) => format!("TRYAGAIN {why}"),
-        Failure::InDoubt(id) => format!("INDOUBT {id} Redis has not answered in time: ask again with REQUEST {id}, or read what became of it"),
+        Failure::InDoubt(id) => {
+            format!("INDOUBT {id} Redis has not answered in time: ask again with REQUEST {id}, or read what became of it")
+        }
     })
 }
 
 /// What a remembered REQUEST comes to: the reply of its first execution with its position, or an error.
 pub fn replay(request: Option<&Request>, remembered: &Remembered) -> Result<(Position, Reply), Reply> {
     match remembered {
-        Remembered::Stale => Err(Reply::error("STALE this REQUEST id is older than idempotency.window_ms: read what became of it, then use a new id")),
-        Remembered::Ahead => Err(Reply::error("ERR invalid request id: its time is more than 60 s in the future, check this client's clock")),
+        Remembered::Stale => {
+            Err(Reply::error("STALE this REQUEST id is older than idempotency.window_ms: read what became of it, then use a new id"))
+        }
+        Remembered::Ahead => {
+            Err(Reply::error("ERR invalid request id: its time is more than 60 s in the future, check this client's clock"))
+        }
         Remembered::Known(text) => {
             let Some(reply) = request.and_then(|request| request.reply_in(text)) else {
                 return Err(Reply::error("MISMATCH this REQUEST id was used with another command or other arguments: use a new id"));

@@ -16,7 +16,14 @@ use crate::store::stock::{Action, Stock, StockOp, StockOutcome};
 
 pub static SET: Spec = Spec::new("STOCK.SET", "Creates a product, or overwrites its available units.")
     .family("stock")
-    .args(&[PRODUCT, spec::integer("quantity", 0, QUANTITY_MAX, ""), spec::integer("low", 0, QUANTITY_MAX, "").token("LOW"), REQUEST, ACK, TIMEOUT])
+    .args(&[
+        PRODUCT,
+        spec::integer("quantity", 0, QUANTITY_MAX, ""),
+        spec::integer("low", 0, QUANTITY_MAX, "").token("LOW"),
+        REQUEST,
+        ACK,
+        TIMEOUT,
+    ])
     .flags(WRITE | FAST)
     .reply("`OK, quantity, position`")
     .example("STOCK.SET sku-1 100")
@@ -86,14 +93,19 @@ pub static DECR: Spec = Spec::new("STOCK.DECR", "Takes units off one or more pro
 
 pub static SCAN: Spec = Spec::new("STOCK.SCAN", "Iterates over the products.")
     .family("stock")
-    .args(&[spec::cursor("cursor"), spec::pattern("pattern").token("MATCH"), spec::integer("count", 1, limits::SCAN_COUNT_MAX, "").token("COUNT")])
+    .args(&[
+        spec::cursor("cursor"),
+        spec::pattern("pattern").token("MATCH"),
+        spec::integer("count", 1, limits::SCAN_COUNT_MAX, "").token("COUNT"),
+    ])
     .flags(READONLY)
     .complexity("O(1) a call, O(N) for a whole iteration")
     .reply("`cursor, [product, available, ...]`")
     .example("STOCK.SCAN 0 MATCH sku-* COUNT 100")
     .run(|call| {
         let cursor = String::from_utf8_lossy(call.args.text("cursor")).into_owned();
-        let pattern = call.args.maybe_text("pattern").map_or_else(|| "*".to_owned(), |pattern| String::from_utf8_lossy(pattern).into_owned());
+        let pattern =
+            call.args.maybe_text("pattern").map_or_else(|| "*".to_owned(), |pattern| String::from_utf8_lossy(pattern).into_owned());
         let (cx, count) = (Rc::clone(call.cx), call.args.maybe_integer("count").unwrap_or(10));
         Step::Wait(Box::pin(async move {
             match cx.backend.reads.scan_products(&cursor, &pattern, count).await {
@@ -204,10 +216,9 @@ fn refused(op: &StockOp, refusal: &StockOutcome) -> Reply {
             "FROZEN the key of product '{}' holds something that is not a number of units: repair it in Redis",
             product(*item)
         )),
-        StockOutcome::Over { item, available } => Reply::error(format!(
-            "ERR invalid quantity: product '{}' has {available} units, and may not pass {TOTAL_MAX}",
-            product(*item)
-        )),
+        StockOutcome::Over { item, available } => {
+            Reply::error(format!("ERR invalid quantity: product '{}' has {available} units, and may not pass {TOTAL_MAX}", product(*item)))
+        }
         StockOutcome::Values(_) | StockOutcome::Done { .. } | StockOutcome::Remembered(_) => Reply::error("ERR internal error"),
     }
 }

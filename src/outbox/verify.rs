@@ -154,11 +154,16 @@ impl Verifier {
         let stream = self.stream(&mut reader, &row).await.map_err(|error| text(&error))?;
         self.partition.set_applied(row.applied);
         let trouble = self.partition.relay_trouble.borrow().clone();
-        let finding = if trouble.is_empty() { decide(&row, meta.as_ref(), &stream, redis.run_id(), self.partition.head_n()) } else { Finding::Closed(trouble) };
+        let finding = if trouble.is_empty() {
+            decide(&row, meta.as_ref(), &stream, redis.run_id(), self.partition.head_n())
+        } else {
+            Finding::Closed(trouble)
+        };
         if finding != Finding::NextEpoch {
             return Ok(Look::Found(finding));
         }
-        let taken = ledger::partition::take_epoch(postgres, self.partition.id, row.epoch, redis.run_id()).await.map_err(|error| text(&error))?;
+        let taken =
+            ledger::partition::take_epoch(postgres, self.partition.id, row.epoch, redis.run_id()).await.map_err(|error| text(&error))?;
         let Some(epoch) = taken else { return Ok(Look::Moved) };
         let attached = meta::attach(redis, meta.as_ref(), epoch).await.map_err(|error| text(&error))?;
         if attached {

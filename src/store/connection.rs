@@ -118,7 +118,8 @@ impl Connection {
 
     /// Redis's clock in Unix ms.
     pub async fn time_ms(&mut self) -> Result<i64, Error> {
-        let (seconds, micros): (i64, i64) = redis::from_redis_value(self.send(&redis::cmd("TIME")).await?).map_err(redis::RedisError::from)?;
+        let (seconds, micros): (i64, i64) =
+            redis::from_redis_value(self.send(&redis::cmd("TIME")).await?).map_err(redis::RedisError::from)?;
         Ok(seconds * 1000 + micros / 1000)
     }
 

@@ -32,14 +32,26 @@ pub struct CouponOp {
 /// What became of a COUPON operation. Times in Unix ms.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CouponOutcome {
-    Created { position: Position },
+    Created {
+        position: Position,
+    },
     Exists,
-    Issued { serial: i64, remaining: i64, position: Position },
+    Issued {
+        serial: i64,
+        remaining: i64,
+        position: Position,
+    },
     /// The user is at the limit; their latest serial.
-    Already { serial: i64 },
+    Already {
+        serial: i64,
+    },
     SoldOut,
-    NotStarted { start_ms: i64 },
-    Ended { end_ms: i64 },
+    NotStarted {
+        start_ms: i64,
+    },
+    Ended {
+        end_ms: i64,
+    },
     Absent,
     /// A key of this coupon holds something of another type.
     Corrupt,

@@ -262,7 +262,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     fn next_deadline(&self, sent: Option<&Sent<F, W>>) -> Instant {
         let queued = self.queue.borrow().front().map(|queued| queued.deadline);
         let parked = self.parked.borrow().iter().map(|queued| queued.deadline).min();
-        let sent = sent.and_then(|sent| sent.operations.iter().filter(|queued| queued.waiter.is_some()).map(|queued| queued.deadline).min());
+        let sent =
+            sent.and_then(|sent| sent.operations.iter().filter(|queued| queued.waiter.is_some()).map(|queued| queued.deadline).min());
         let all = [queued, parked, sent];
         all.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + limits::OPERATION_WITHIN)
     }
@@ -301,7 +302,12 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     }
 
     /// Serves over one connection until it breaks.
-    async fn serve(&self, connection: &mut Connection, unanswered: &mut Option<Sent<F, W>>, cancel: &CancellationToken) -> Result<(), Error> {
+    async fn serve(
+        &self,
+        connection: &mut Connection,
+        unanswered: &mut Option<Sent<F, W>>,
+        cancel: &CancellationToken,
+    ) -> Result<(), Error> {
         let mut state = self.partition.state.subscribe();
         loop {
             let current = state.borrow_and_update().clone();
@@ -421,7 +427,13 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         Ok(())
     }
 
-    async fn send(&self, connection: &mut Connection, sent: Sent<F, W>, again: bool, unanswered: &mut Option<Sent<F, W>>) -> Result<(), Error> {
+    async fn send(
+        &self,
+        connection: &mut Connection,
+        sent: Sent<F, W>,
+        again: bool,
+        unanswered: &mut Option<Sent<F, W>>,
+    ) -> Result<(), Error> {
         let op = format!("{}:{}", self.name, sent.counter);
         let command = self.command(&sent, connection.run_id(), again, Script::evalsha);
         *unanswered = Some(sent);

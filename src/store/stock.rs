@@ -49,17 +49,33 @@ pub enum StockOutcome {
     /// Read: the available units of each item, `None` where there is no such product.
     Values(Vec<Option<i64>>),
     /// Accepted: the available units of each item after it.
-    Done { available: Vec<i64>, position: Position },
+    Done {
+        available: Vec<i64>,
+        position: Position,
+    },
     /// Too little is available.
-    Short { item: usize, available: i64 },
+    Short {
+        item: usize,
+        available: i64,
+    },
     /// Redis has no such product.
-    Absent { item: usize },
+    Absent {
+        item: usize,
+    },
     /// The product waits for a person.
-    Frozen { item: usize, reason: String },
+    Frozen {
+        item: usize,
+        reason: String,
+    },
     /// The key holds something that is not a number of units.
-    Corrupt { item: usize },
+    Corrupt {
+        item: usize,
+    },
     /// It would pass the largest total there may be.
-    Over { item: usize, available: i64 },
+    Over {
+        item: usize,
+        available: i64,
+    },
     Remembered(Remembered),
 }
 
@@ -176,7 +192,8 @@ mod tests {
 
     #[test]
     fn a_product_named_by_several_operations_is_one_key() {
-        let op = |product| StockOp { action: Action::Change(StockKind::Decr), items: vec![(Id::from(product), 1)], low: None, request: None };
+        let op =
+            |product| StockOp { action: Action::Change(StockKind::Decr), items: vec![(Id::from(product), 1)], low: None, request: None };
         let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0);
         assert_eq!(encoded.keys, ["stock:frozen", "stock:low", "stock:product:a", "stock:product:b"]);
     }

@@ -36,7 +36,9 @@ impl Words {
             Value::Nil => Ok(None),
             Value::BulkString(bytes) => {
                 let integer = std::str::from_utf8(&bytes).ok().and_then(|text| text.parse().ok());
-                integer.map(Some).ok_or_else(|| Error::Unexpected(format!("{:?} where an integer belongs", String::from_utf8_lossy(&bytes))))
+                integer
+                    .map(Some)
+                    .ok_or_else(|| Error::Unexpected(format!("{:?} where an integer belongs", String::from_utf8_lossy(&bytes))))
             }
             other => Err(Error::Unexpected(format!("{other:?} where an integer belongs"))),
         }

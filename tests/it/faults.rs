@@ -15,7 +15,14 @@ fn load(stack: &mut Stack, during: impl FnOnce(&mut Stack)) -> Vec<String> {
     let stop = AtomicBool::new(false);
     let port = stack.sidecar.port;
     thread::scope(|scope| {
-        let clients: Vec<_> = (0..CLIENTS).map(|client| scope.spawn({ let stop = &stop; move || sell(client, port, stop) })).collect();
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|client| {
+                scope.spawn({
+                    let stop = &stop;
+                    move || sell(client, port, stop)
+                })
+            })
+            .collect();
         during(stack);
         stop.store(true, Ordering::Relaxed);
         clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
@@ -49,7 +56,9 @@ fn check(stack: &Stack, accepted: &[String]) {
     assert!(lost.is_empty(), "{} of {} were answered OK and are not in the ledger: {lost:?}", lost.len(), accepted.len());
     assert!(!accepted.is_empty());
     for i in 0..3 {
-        let sold = stack.postgres.value(&format!("SELECT -sum(pg_delta) FROM holdfast.stock_ledger WHERE product_id = 'sku-{i}' AND kind = 'decr'"));
+        let sold = stack
+            .postgres
+            .value(&format!("SELECT -sum(pg_delta) FROM holdfast.stock_ledger WHERE product_id = 'sku-{i}' AND kind = 'decr'"));
         let left = stack.postgres.value(&format!("SELECT available FROM holdfast.stock WHERE product_id = 'sku-{i}'"));
         assert_eq!(left.parse::<u32>().unwrap() + sold.parse::<u32>().unwrap(), STOCK, "sku-{i}");
         assert_eq!(stack.backing().ask(&format!("GET stock:product:sku-{i}")), left, "redis and postgres differ on sku-{i}");
@@ -120,7 +129,10 @@ fn a_redis_that_restarts_with_its_data_goes_on_under_the_next_epoch() {
     client.until("STOCK.GET sku-0", "999999");
     assert_eq!(client.ask("STOCK.DECR sku-0 1"), "[OK, 999998, 2-5]");
     stack.wait_until_applied();
-    assert_eq!(stack.postgres.column("SELECT epoch || ':' || coalesce(last_n::text, '-') FROM holdfast.partition_epoch ORDER BY epoch"), ["1:4", "2:-"]);
+    assert_eq!(
+        stack.postgres.column("SELECT epoch || ':' || coalesce(last_n::text, '-') FROM holdfast.partition_epoch ORDER BY epoch"),
+        ["1:4", "2:-"]
+    );
 }
 
 #[test]
@@ -131,7 +143,9 @@ fn nothing_is_sold_on_a_redis_that_lost_its_data() {
     stack.backing().ask("FLUSHALL");
     let refused = client.ask("STOCK.DECR sku-0 1");
     assert!(refused.starts_with("-TRYAGAIN "), "{refused}");
-    wait_until("the reason is known", || stack.sidecar.get("/readyz").1.contains("this Redis is empty, but Postgres has changes up to 1-3"));
+    wait_until("the reason is known", || {
+        stack.sidecar.get("/readyz").1.contains("this Redis is empty, but Postgres has changes up to 1-3")
+    });
     assert_eq!(stack.backing().ask("GET stock:product:sku-0"), "nil");
 }
 

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use redis::{Connection, Value};
+use redis::{Connection, ConnectionLike as _, Value};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
 
 use crate::servers::{Postgres, RedisServer};
@@ -27,9 +27,24 @@ pub struct Sidecar {
 impl Sidecar {
     /// Starts it, and waits until it listens.
     pub fn start(redis_url: &str, postgres_url: &str) -> Self {
-        let log = std::env::temp_dir().join(format!("holdfast-it-{}-{:?}-{:?}.log", std::process::id(), std::thread::current().id(), Instant::now()));
+        let log = std::env::temp_dir().join(format!(
+            "holdfast-it-{}-{:?}-{:?}.log",
+            std::process::id(),
+            std::thread::current().id(),
+            Instant::now()
+        ));
         let child = Command::new(env!("CARGO_BIN_EXE_holdfast"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0", "--redis-url", redis_url, "--postgres-url", postgres_url])
+            .args([
+                "serve",
+                "--listen",
+                "127.0.0.1:0",
+                "--http-listen",
+                "127.0.0.1:0",
+                "--redis-url",
+                redis_url,
+                "--postgres-url",
+                postgres_url,
+            ])
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap())
             .spawn()

@@ -19,7 +19,10 @@ fn a_product_is_set_sold_restocked_and_deleted_in_redis_and_in_postgres() {
     assert_eq!(client.ask("STOCK.MGET sku-1 nothing sku-1"), "[102, nil, 102]");
     assert_eq!(client.ask("STOCK.SET sku-1 7 LOW 3"), "[OK, 7, 1-4]");
     assert_eq!(client.field("STOCK.INFO sku-1", "low"), "3");
-    assert_eq!(client.ask("STOCK.INFO sku-1"), "[product, sku-1, available, 7, held, 0, low, 3, position, 1-4, applied, 1-4, lag_ms, 0, frozen, nil]");
+    assert_eq!(
+        client.ask("STOCK.INFO sku-1"),
+        "[product, sku-1, available, 7, held, 0, low, 3, position, 1-4, applied, 1-4, lag_ms, 0, frozen, nil]"
+    );
     assert_eq!(client.ask("STOCK.DEL sku-1"), "[OK, 1-5]");
     assert_eq!(client.ask("STOCK.DEL sku-1"), "[NOTFOUND]");
     assert_eq!(client.ask("STOCK.DECR sku-1 1"), "-NOTFOUND no product 'sku-1'");

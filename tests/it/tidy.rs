@@ -47,7 +47,11 @@ fn imports_run_one_way() {
             for part in line.split("crate::").skip(1) {
                 let target: String = part.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
                 let named_once = line.trim_start().starts_with("//");
-                assert!(named_once || target.is_empty() || allowed.contains(&target.as_str()), "{path}:{}: {room} may not import {target}", number + 1);
+                assert!(
+                    named_once || target.is_empty() || allowed.contains(&target.as_str()),
+                    "{path}:{}: {room} may not import {target}",
+                    number + 1
+                );
             }
         }
     }
@@ -58,7 +62,8 @@ fn each_backend_crate_has_one_owner() {
     for (needle, owner) in [("redis::", "src/store/"), ("sqlx::", "src/ledger/"), ("redis_protocol::", "src/resp/")] {
         for (path, text) in sources("src").iter().filter(|(path, _)| !path.starts_with(owner)) {
             for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//")) {
-                let used = line.match_indices(needle).any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':'));
+                let used =
+                    line.match_indices(needle).any(|(at, _)| !line[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':'));
                 assert!(!used, "{path}:{}: {needle} belongs to {owner}", number + 1);
             }
         }
