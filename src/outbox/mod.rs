@@ -1,5 +1,6 @@
 //! Carries what the scripts appended to the outbox to Postgres.
 
+mod proof;
 pub mod relay;
 mod retry;
 mod slice;
