@@ -1,6 +1,8 @@
 -- What Holdfast keeps in Postgres: how far each partition has been carried, what is in stock, which coupons were issued, and
 -- every change that led there. Written by the relay, in one transaction a batch; read by people, by reports, and by Holdfast when
 -- Redis has lost its memory.
+--
+-- Ids compare byte by byte (COLLATE "C"): their order means nothing to people, and indexes on them are several times cheaper so.
 
 CREATE SCHEMA IF NOT EXISTS holdfast;
 
@@ -26,7 +28,7 @@ COMMENT ON TABLE holdfast.partition_epoch IS 'Every epoch of a partition: the Re
 COMMENT ON COLUMN holdfast.partition_epoch.last_n IS 'n of the last change that was applied under this epoch; null while it goes on. A change of this epoch beyond it never reached Postgres.';
 
 CREATE TABLE holdfast.stock (
-    product_id text   PRIMARY KEY,
+    product_id text COLLATE "C" PRIMARY KEY,
     available  bigint NOT NULL CHECK (available >= 0),
     held       bigint NOT NULL DEFAULT 0 CHECK (held >= 0),
     low        bigint NULL CHECK (low >= 0),
@@ -44,15 +46,15 @@ CREATE TABLE holdfast.stock_ledger (
     epoch           bigint NOT NULL,
     n               bigint NOT NULL,
     i               int    NOT NULL,
-    op              text   NOT NULL,
+    op              text COLLATE "C" NOT NULL,
     k               int    NOT NULL,
-    product_id      text   NOT NULL,
+    product_id      text COLLATE "C" NOT NULL,
     kind            text   NOT NULL,
     redis_delta     bigint NOT NULL,
     pg_delta        bigint NOT NULL,
     held_delta      bigint NOT NULL DEFAULT 0,
     available_after bigint NOT NULL,
-    request_id      text   NULL,
+    request_id      text COLLATE "C" NULL,
     request_digest  text   NULL,
     at              timestamptz NOT NULL,
     PRIMARY KEY (partition, epoch, n, i),
@@ -68,7 +70,7 @@ COMMENT ON COLUMN holdfast.stock_ledger.available_after IS 'Available units in R
 COMMENT ON COLUMN holdfast.stock_ledger.at IS 'When, by Redis''s clock.';
 
 CREATE TABLE holdfast.coupon (
-    coupon_id   text   PRIMARY KEY,
+    coupon_id   text COLLATE "C" PRIMARY KEY,
     total       bigint NOT NULL CHECK (total >= 0),
     issued      bigint NOT NULL DEFAULT 0 CHECK (issued >= 0),
     used        bigint NOT NULL DEFAULT 0 CHECK (used >= 0 AND used <= issued),
@@ -83,9 +85,9 @@ COMMENT ON TABLE holdfast.coupon IS 'Coupons and their terms. start_ms and end_m
 COMMENT ON COLUMN holdfast.coupon.last_serial IS 'The highest serial ever issued; serials are never used again.';
 
 CREATE TABLE holdfast.coupon_issue (
-    coupon_id text   NOT NULL,
+    coupon_id text COLLATE "C" NOT NULL,
     serial    bigint NOT NULL CHECK (serial > 0),
-    user_id   text   NOT NULL,
+    user_id   text COLLATE "C" NOT NULL,
     state     text   NOT NULL,
     issued_at timestamptz NOT NULL,
     PRIMARY KEY (coupon_id, serial)
@@ -97,14 +99,14 @@ CREATE TABLE holdfast.coupon_ledger (
     partition       int    NOT NULL,
     epoch           bigint NOT NULL,
     n               bigint NOT NULL,
-    op              text   NOT NULL,
+    op              text COLLATE "C" NOT NULL,
     k               int    NOT NULL,
-    coupon_id       text   NOT NULL,
+    coupon_id       text COLLATE "C" NOT NULL,
     kind            text   NOT NULL,
-    user_id         text   NULL,
+    user_id         text COLLATE "C" NULL,
     serial          bigint NULL,
     remaining_after bigint NOT NULL,
-    request_id      text   NULL,
+    request_id      text COLLATE "C" NULL,
     request_digest  text   NULL,
     at              timestamptz NOT NULL,
     PRIMARY KEY (partition, epoch, n),

@@ -275,7 +275,8 @@ mod tests {
         let issues: Vec<(String, i64, String, String)> =
             rows(&mut database.connection, "SELECT coupon_id, serial, user_id, state FROM holdfast.coupon_issue ORDER BY serial").await;
         assert_eq!(issues, [("c".into(), 1, "u".into(), "issued".into()), ("c".into(), 2, "v".into(), "issued".into())]);
-        let ledger: Vec<(i64, String, Option<String>, Option<i64>, i64, Option<String>)> = rows(
+        type Line = (i64, String, Option<String>, Option<i64>, i64, Option<String>);
+        let ledger: Vec<Line> = rows(
             &mut database.connection,
             "SELECT n, kind, user_id, serial, remaining_after, request_id FROM holdfast.coupon_ledger ORDER BY n",
         )

@@ -29,6 +29,10 @@ fn millis(duration: std::time::Duration) -> String {
 }
 
 async fn open(url: &str, application: &str, statement_timeout: String, lock_timeout: String) -> Result<PgConnection, Error> {
+    // The driver takes any scheme.
+    if !url.starts_with("postgres://") && !url.starts_with("postgresql://") {
+        return Err(sqlx::Error::Configuration("it is not the address of a Postgres".into()).into());
+    }
     let options = url.parse::<PgConnectOptions>()?.application_name(application).disable_statement_logging();
     let opening = async {
         let mut connection = options.connect().await?;
@@ -81,4 +85,50 @@ pub async fn blockers(connection: &mut PgConnection) -> Result<Vec<String>, Erro
          ORDER BY a.xact_start LIMIT 5",
     );
     Ok(texts.fetch_all(connection).await?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Position;
+    use crate::ledger::apply;
+    use crate::ledger::testing::{database, execute};
+
+    #[tokio::test]
+    async fn a_postgres_that_forgets_commits_is_refused() {
+        let database = database().await;
+        let forgetful = format!("{}&options[synchronous_commit]=off", database.url);
+        let error = connect(&forgetful).await.unwrap_err();
+        assert!(error.to_string().contains("set it to on"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_reached_says_why() {
+        let database = database().await;
+        for (url, what) in [
+            ("postgres://127.0.0.1:1/x".to_owned(), "connection to Postgres"),
+            ("redis://127.0.0.1".to_owned(), "postgres.url cannot be used"),
+            (database.url.replace("/test_", "/nothing_"), "create the database"),
+        ] {
+            let error = connect(&url).await.unwrap_err();
+            assert!(error.to_string().contains(what), "{url}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_lock_that_is_not_to_be_had_is_given_up_and_its_holder_named() {
+        let mut database = database().await;
+        let mut holder = connect(&database.url).await.unwrap();
+        execute(&mut holder, "SET application_name = 'report'; BEGIN; SELECT * FROM holdfast.partition FOR UPDATE").await;
+        let operations = vec![crate::domain::change::Operation::decode("0 set | a 1 1").unwrap()];
+        let last = Position::new(1, 1);
+        let entry = crate::domain::change::Entry { last, first_n: 1, prev: "-".into(), op: "i:stock:1".into(), at_ms: 0, operations };
+        let error = apply(&mut database.connection, 0, std::slice::from_ref(&entry)).await.unwrap_err();
+        assert!(error.is_lock_timeout(), "{error}");
+        let blockers = blockers(&mut database.connection).await.unwrap();
+        assert!(blockers.len() == 1 && blockers[0].contains("(report, idle in transaction) for"), "{blockers:?}");
+        execute(&mut holder, "COMMIT").await;
+        assert_eq!(apply(&mut database.connection, 0, &[entry]).await.unwrap().operations, 1);
+        ping(&mut database.connection).await.unwrap();
+    }
 }

@@ -74,6 +74,9 @@ impl From<sqlx::Error> for Error {
                 None => Self::Unfit(error.to_string()),
             },
             sqlx::Error::Configuration(what) => {
+                let what = what.to_string();
+                // The driver wraps it twice.
+                let what = what.trim_start_matches("error with configuration: ");
                 Self::Unfit(format!("postgres.url cannot be used: {what}; it looks like postgres://user:password@host:5432/database"))
             }
             sqlx::Error::Tls(what) => Self::Unfit(format!("TLS to Postgres: {what}; see sslmode and sslrootcert in postgres.url")),

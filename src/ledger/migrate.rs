@@ -53,3 +53,50 @@ fn explain(error: MigrateError) -> Error {
         other => Error::Unfit(format!("migrating the schema holdfast: {other}")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sqlx::Connection;
+
+    use super::*;
+    use crate::ledger::connect;
+    use crate::ledger::testing::{database, execute, number_of};
+
+    #[tokio::test]
+    async fn several_may_migrate_at_once_and_again() {
+        let mut database = database().await;
+        execute(&mut database.connection, "DROP SCHEMA holdfast CASCADE").await;
+        let (one, two) = tokio::join!(migrate(&database.url), migrate(&database.url));
+        assert_eq!((one, two, migrate(&database.url).await), (Ok(1), Ok(1), Ok(1)));
+        assert_eq!(number_of(&mut database.connection, "SELECT count(*) FROM holdfast.migration").await, 1);
+    }
+
+    #[tokio::test]
+    async fn a_user_without_rights_starts_on_a_schema_that_is_up_to_date() {
+        let mut database = database().await;
+        execute(
+            &mut database.connection,
+            "CREATE ROLE seller LOGIN; GRANT USAGE ON SCHEMA holdfast TO seller; GRANT SELECT ON ALL TABLES IN SCHEMA holdfast TO seller",
+        )
+        .await;
+        let url = database.url.replace("postgres@", "seller@");
+        assert_eq!(migrate(&url).await, Ok(1));
+        let mut seller = connect(&url).await.unwrap();
+        let refused = crate::ledger::partition::load(&mut seller, 5).await.unwrap_err();
+        assert!(matches!(&refused, Error::Unfit(what) if what.contains("grant")), "{refused}");
+        seller.close().await.unwrap();
+        execute(&mut database.connection, "DROP OWNED BY seller; DROP ROLE seller").await;
+    }
+
+    #[tokio::test]
+    async fn a_schema_of_a_newer_version_is_refused() {
+        let mut database = database().await;
+        execute(
+            &mut database.connection,
+            "INSERT INTO holdfast.migration (version, description, success, checksum, execution_time) VALUES (999, 'later', true, '', 0)",
+        )
+        .await;
+        let error = migrate(&database.url).await.unwrap_err();
+        assert!(error.to_string().contains("run that version"), "{error}");
+    }
+}

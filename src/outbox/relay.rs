@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use metrics::{counter, gauge, histogram};
 use tokio_util::sync::CancellationToken;
 
+use super::proof::continues;
 use super::retry::Trouble;
 use super::slice::Batch;
 use super::trim::Marks;
 use crate::domain::Position;
 use crate::domain::change::Entry;
-use crate::ledger::{self, Applied, PartitionRow, PgConnection};
+use crate::ledger::{self, Applied, PgConnection};
 use crate::limits::{
     LEDGER_PING_EVERY, LEDGER_SILENCE_MAX, LEDGER_TRANSACTION_MAX, OUTBOX_TRIM_EVERY, RELAY_BLOCK, RELAY_BROKEN_RETRY, RELAY_CHANGES_GOAL,
     RELAY_CHANGES_MAX, RELAY_READ_BYTES_GOAL, RELAY_READ_ENTRIES_MAX, RELAY_REFUSED_RETRY, RELAY_TRANSIENT_TRIES,
@@ -157,6 +158,13 @@ impl Carrier {
                     return;
                 }
                 Next::Now => {}
+                Next::After(_) if !self.relay.partition.relay_trouble.borrow().is_empty() => {
+                    tracing::warn!(
+                        partition = self.id,
+                        "relay stopped at a change it could not carry; it tries again after the next start"
+                    );
+                    return;
+                }
                 Next::After(wait) => tokio::time::sleep(wait.min(deadline.saturating_duration_since(Instant::now()))).await,
             }
         }
@@ -454,16 +462,5 @@ async fn transact(
     }
 }
 
-/// Whether the outbox continues what Postgres has. `there` is the entry at the applied position, `after` the next one, `last` the newest
-/// one where there is neither. The entry at the applied position may be missing where the outbox was rebuilt; the next one's
-/// predecessor then tells. An empty outbox has nothing to carry, and whatever comes must continue the row. Errors with what was found.
-fn continues(row: &PartitionRow, there: Option<Entry>, after: Option<Entry>, last: Option<Position>) -> Result<(), String> {
-    if let Some(last) = last {
-        return Err(format!(
-            "redis went back: Postgres has everything up to {}, but the outbox ends at {last} without it; it must be rebuilt from Postgres",
-            row.applied
-        ));
-    }
-    let entries: Vec<Entry> = there.into_iter().chain(after).collect();
-    ledger::apply::continuation(row, &entries).map(drop)
-}
+#[cfg(test)]
+mod tests;
