@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Arg, ArgMatches, Command, value_parser};
 
 use crate::config::{self, FILE_VARIABLE, Kind, Resolved, SETTINGS, Setting, Sources};
+use crate::telemetry::http;
 
 /// The exit code for a command line or a configuration that cannot be used: EX_USAGE of sysexits.h. Supervisors need not try again.
 const EXIT_USAGE: u8 = 64;
@@ -19,6 +21,18 @@ pub struct Invocation {
     pub action: Action,
     /// With which settings.
     pub resolved: Resolved,
+}
+
+impl Invocation {
+    /// The answer, where what is asked for is a question and no work: about the configuration, or to a server that runs.
+    pub fn answer(&self) -> Option<io::Result<String>> {
+        match self.action {
+            Action::CheckConfig => Some(Ok("the configuration can be used".into())),
+            Action::PrintConfig => Some(Ok(self.resolved.to_toml().trim_end().into())),
+            Action::Healthcheck => Some(http::probe(self.resolved.config.http.listen)),
+            Action::Serve | Action::Dev(_) | Action::Migrate => None,
+        }
+    }
 }
 
 /// What to do.

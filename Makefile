@@ -1,0 +1,41 @@
+# Everything builds with the release profile: tests, lints and programs share one build of the dependencies.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build run demo test test-clients bench lint fmt docs
+
+# short: a smoke test of the benchmark; full: numbers to publish.
+BENCH ?= full
+
+help: ## Shows this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Installs Redis and PostgreSQL, where they are missing
+	@scripts/setup.sh
+
+build: setup ## Builds target/release/holdfast
+	cargo build --release --locked
+
+run: build ## Serves on 127.0.0.1:6380, on a private Redis and PostgreSQL
+	./target/release/holdfast dev
+
+demo: build ## Shows what it does, against the server that `make run` started
+	cargo run --release --locked --example demo
+
+test: setup ## Runs every test
+	cargo test --release --locked
+
+test-clients: build ## Runs the clients of other languages against it
+	tests/clients/run
+
+bench: setup ## Measures it; BENCH=short for a minute
+	BENCH=$(BENCH) cargo bench --locked
+
+lint: ## Checks format and lints
+	cargo fmt --check
+	cargo clippy --release --locked --all-targets -- -D warnings
+
+fmt: ## Formats the code
+	cargo fmt
+
+docs: ## Writes anew what is made from the code: the example file, the tables in the README
+	UPDATE_DOCS=1 cargo test --release --locked --test docs
