@@ -113,7 +113,7 @@ impl Connection {
 
     /// Sends one command and returns its answer.
     pub async fn send(&mut self, command: &redis::Cmd) -> Result<Value, Error> {
-        Ok(self.inner.send_packed_command(command).await?)
+        Ok(self.inner.send_packed_command(command).await?.extract_error()?)
     }
 
     /// Redis's clock in Unix ms.
@@ -124,7 +124,8 @@ impl Connection {
     }
 
     async fn shake_hands(&mut self) -> Result<(), Error> {
-        let text = |value: Value| -> Result<String, Error> { Ok(redis::from_redis_value::<String>(value).map_err(redis::RedisError::from)?) };
+        let text =
+            |value: Value| -> Result<String, Error> { Ok(redis::from_redis_value::<String>(value).map_err(redis::RedisError::from)?) };
         let info = text(self.send(redis::cmd("INFO").arg("server").arg("replication")).await?)?;
         let field = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
         if field("role").is_some_and(|role| role != "master") {
@@ -137,8 +138,16 @@ impl Connection {
         }
         self.run_id = field("run_id").ok_or_else(|| Error::Unexpected("INFO server has no run_id".into()))?.to_owned();
         for (setting, bad, advice) in [
-            ("maxmemory-policy", None, "set maxmemory-policy noeviction: every other policy throws away locks and request ids to make room"),
-            ("no-appendfsync-on-rewrite", Some("yes"), "set no-appendfsync-on-rewrite no: with yes nothing is synced while the AOF is rewritten"),
+            (
+                "maxmemory-policy",
+                None,
+                "set maxmemory-policy noeviction: every other policy throws away locks and request ids to make room",
+            ),
+            (
+                "no-appendfsync-on-rewrite",
+                Some("yes"),
+                "set no-appendfsync-on-rewrite no: with yes nothing is synced while the AOF is rewritten",
+            ),
         ] {
             // Managed services may hide CONFIG; what cannot be read cannot be refused.
             let Ok(reply) = self.send(redis::cmd("CONFIG").arg("GET").arg(setting)).await else { continue };

@@ -44,3 +44,22 @@ pub async fn attach(connection: &mut Connection, seen: Option<&Meta>, epoch: u64
     let answer = connection.run(&script::ATTACH, &[keys::META], &args).await?;
     Ok(matches!(answer, Value::BulkString(word) if word == b"ok"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::testing::RedisServer;
+
+    #[tokio::test]
+    async fn a_partition_is_opened_by_one_of_several() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        assert_eq!(Meta::read(&mut connection).await.unwrap(), None);
+        assert!(attach(&mut connection, None, 1).await.unwrap());
+        assert!(!attach(&mut connection, None, 1).await.unwrap(), "there is a meta now");
+        let meta = Meta::read(&mut connection).await.unwrap().unwrap();
+        assert_eq!(meta, Meta { epoch: 1, run_id: connection.run_id().into(), live: true, n: 0, last: "-".into() });
+        assert!(attach(&mut connection, Some(&meta), 2).await.unwrap());
+        assert!(!attach(&mut connection, Some(&meta), 3).await.unwrap(), "the epoch has moved");
+    }
+}

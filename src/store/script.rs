@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use redis::Value;
+use redis::{RedisWrite as _, Value};
 
 use super::connection::{Connection, Error};
 
@@ -44,7 +44,8 @@ impl Script {
             command.arg(*key);
         }
         for arg in args {
-            command.arg(*arg);
+            // Not Cmd::arg: an empty slice would be no argument at all.
+            command.write_arg(arg);
         }
         command
     }

@@ -160,7 +160,8 @@ async fn a_cut_connection_loses_and_repeats_nothing() {
 #[tokio::test]
 async fn a_postgres_that_dies_and_comes_back_has_everything_once() {
     let mut server = tokio::task::spawn_blocking(Postgres::start).await.unwrap();
-    let url = server.migrated().await;
+    let url = server.database().await;
+    ledger::migrate(&url).await.unwrap();
     let mut connection = ledger::connect(&url).await.unwrap();
     ledger::partition::load(&mut connection, 0).await.unwrap();
     ledger::partition::take_epoch(&mut connection, 0, 0, "run-1").await.unwrap().unwrap();
