@@ -17,9 +17,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::Config;
+use crate::domain::Position;
 use crate::ledger;
 use crate::limits;
 use crate::outbox::loader::Loader;
@@ -157,7 +159,7 @@ impl Front {
     fn start(config: &Config, listener: TcpListener, partition: Arc<Partition>, shutdown: CancellationToken) -> Result<Self, Error> {
         let listener = listener.into_std().map_err(error)?;
         let registry = Arc::new(Registry::new(config.max_clients));
-        let config = config.clone();
+        let config = Config { listen: listener.local_addr().map_err(error)?, ..config.clone() };
         let (stopping, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(error)?;
         let serve = move || {
@@ -171,6 +173,10 @@ impl Front {
                 let commands = Rc::new(Commands::new(TABLE));
                 let stats = Arc::new(Stats::new(&commands));
                 let cx = Rc::new(Context::new(commands, registry, stats, backend));
+                cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
+                let partition = Arc::clone(&cx.backend.partition);
+                let render = Box::new(move |text: &mut String| show_partition(&partition, text));
+                cx.sections.borrow_mut().push(Section { name: "Holdfast", render });
                 listener::serve(listener, Rc::clone(&cx), shutdown).await;
                 lanes.cancel();
                 driving.await;
@@ -184,6 +190,24 @@ impl Front {
     async fn stopped(self) {
         // An error means that the thread is gone, which is the same.
         _ = self.stopped.await;
+    }
+}
+
+/// How the partition stands, as INFO shows it. `at_risk` changes would be lost if Redis's data and this process died at once.
+fn show_partition(partition: &Partition, text: &mut String) {
+    let applied = *partition.applied.borrow();
+    let epoch = partition.live_epoch().unwrap_or(applied.epoch);
+    let word = |yes: bool, this: &'static str, that: &'static str| if yes { this } else { that };
+    let lines = [
+        ("holdfast_state", word(partition.live_epoch().is_some(), "live", "loading").to_owned()),
+        ("holdfast_redis", word(partition.redis_up(), "up", "down").to_owned()),
+        ("holdfast_postgres", word(partition.ledger_up(), "up", "down").to_owned()),
+        ("holdfast_position", Position::new(epoch, partition.head_n()).to_string()),
+        ("holdfast_applied", applied.to_string()),
+        ("holdfast_at_risk", partition.lag().to_string()),
+    ];
+    for (name, value) in lines {
+        text.push_str(&format!("{name}:{value}\r\n"));
     }
 }
 

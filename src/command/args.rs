@@ -326,6 +326,7 @@ impl Args {
 
     /// # Panics
     /// If the spec has no such argument: that is a mistake in the handler, which its first test finds.
+    #[allow(clippy::panic, reason = "a mistake in a handler, not in a request")]
     fn declared(&self, name: &str) -> (usize, &'static Arg) {
         let declared = self.spec.args.iter().enumerate().find(|(_, arg)| arg.name == name);
         declared.unwrap_or_else(|| panic!("{} declares no argument '{name}'", self.spec.name))
@@ -338,6 +339,7 @@ impl Args {
 
     /// # Panics
     /// As [`Args::declared`], and if the argument is not one that matching has made sure of.
+    #[allow(clippy::panic, reason = "a mistake in a handler, not in a request")]
     fn required(&self, name: &str) -> Found {
         self.find(name).unwrap_or_else(|| panic!("{} may come without '{name}': read it with maybe_", self.spec.name))
     }

@@ -85,7 +85,8 @@ fn kill(call: &mut Call<'_>) -> Step {
         };
     }
     let mut skip_own = true;
-    let mut tests: Vec<Box<dyn Fn(&Client) -> bool + '_>> = Vec::new();
+    type Test<'a> = Box<dyn Fn(&Client) -> bool + 'a>;
+    let mut tests: Vec<Test<'_>> = Vec::new();
     for pair in filters.chunks(2) {
         let [kind, value] = pair else { return Step::Reply(Reply::error("ERR syntax error")) };
         let is = |word: &str| kind.eq_ignore_ascii_case(word.as_bytes());

@@ -15,8 +15,10 @@ pub struct Section {
     pub render: Box<dyn Fn(&mut String)>,
 }
 
+type Render = fn(&Context, &mut String);
+
 /// Redis's own sections, in its order, and whether INFO shows them unasked.
-const SECTIONS: &[(&str, bool, fn(&Context, &mut String))] = &[
+const SECTIONS: &[(&str, bool, Render)] = &[
     ("Server", true, server),
     ("Clients", true, clients),
     ("Memory", true, memory),

@@ -265,7 +265,7 @@ impl ClientWaiter {
 }
 
 fn refused(op: &StockOp, refusal: &StockOutcome) -> Reply {
-    let product = |item: usize| op.items.get(item).map(|(product, _)| product.clone()).unwrap_or_else(|| Id::from(""));
+    let product = |item: usize| op.items.get(item).map_or_else(|| Id::from(""), |(product, _)| product.clone());
     match refusal {
         StockOutcome::Short { item, available } => {
             outcome("INSUFFICIENT", [Reply::bulk(product(*item).bytes().clone()), Reply::Integer(*available)])

@@ -103,7 +103,7 @@ impl Commands {
     pub fn find(&self, words: &[Bytes]) -> Result<(usize, &'static Spec), String> {
         let (number, spec) = self.named(&words[0]).filter(|(_, spec)| spec.name_words() == 1).ok_or_else(|| unknown_command(words))?;
         let Some(sub) = words.get(1).filter(|_| !spec.subcommands.is_empty()) else { return Ok((number, spec)) };
-        let place = spec.subcommands.iter().position(|known| known.name[spec.name.len() + 1..].as_bytes().eq_ignore_ascii_case(sub));
+        let place = spec.subcommands.iter().position(|known| known.name.as_bytes()[spec.name.len() + 1..].eq_ignore_ascii_case(sub));
         match place {
             Some(place) => Ok((number + 1 + place, spec.subcommands[place])),
             None => Err(format!("ERR unknown subcommand '{}'. Try {} HELP.", cut(sub, ERROR_ECHO_MAX), spec.name)),

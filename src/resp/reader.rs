@@ -109,7 +109,7 @@ impl Reader {
                     let line = self.buffer.split_to(at + newline + 1);
                     let args = inline::split(&line).ok_or_else(|| ProtocolError::new("unbalanced quotes in request"))?;
                     if !args.is_empty() {
-                        within(args.len() as i64, limits.args_max, limits, "multibulk")?;
+                        within(i64::try_from(args.len()).unwrap_or(i64::MAX), limits.args_max, limits, "multibulk")?;
                         return Ok(Some(Request { args }));
                     }
                 }

@@ -131,9 +131,9 @@ impl Family for Coupon {
         let word = words.text()?;
         let outcome = match word.as_str() {
             "ok" => match op.action {
-                Action::Create(_) => CouponOutcome::Created { position: positions.next() },
+                Action::Create(_) => CouponOutcome::Created { position: positions.take() },
                 Action::Issue { .. } => {
-                    CouponOutcome::Issued { serial: words.integer()?, remaining: words.integer()?, position: positions.next() }
+                    CouponOutcome::Issued { serial: words.integer()?, remaining: words.integer()?, position: positions.take() }
                 }
             },
             "exists" => CouponOutcome::Exists,

@@ -7,23 +7,25 @@
 //! [`Failure::TryAgain`]); or not known ([`Failure::InDoubt`]). A batch whose answer was lost with its connection is sent again
 //! under the same counter, which the guard runs at most once.
 
+mod batch;
+
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use redis::Value;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use self::batch::Sent;
 use super::clock::Clock;
 use super::partition::State;
 use super::requests::Request;
 use super::script::Script;
 use super::words::Words;
-use super::{Connection, Error, Partition, keys, stream};
+use super::{Connection, Error, Partition};
 use crate::domain::Position;
 use crate::domain::change::Operation;
 use crate::limits;
@@ -54,7 +56,7 @@ pub struct Positions {
 
 impl Positions {
     /// The position of the next accepted operation.
-    pub fn next(&mut self) -> Position {
+    pub fn take(&mut self) -> Position {
         self.n += 1;
         Position::new(self.epoch, self.n)
     }
@@ -110,16 +112,6 @@ impl<F: Family, W: Waiter<F>> Queued<F, W> {
     fn is_due(&self, now: Instant) -> bool {
         self.waiter.is_some() && self.deadline <= now
     }
-}
-
-struct Sent<F: Family, W> {
-    counter: u64,
-    epoch: u64,
-    run_id: String,
-    encoded: Encoded,
-    generation: i64,
-    deadline_ms: i64,
-    operations: Vec<Queued<F, W>>,
 }
 
 const TOO_LATE: &str = "overloaded: Redis did not get to it in time; nothing was changed";
@@ -382,190 +374,6 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         Ok(())
     }
 
-    /// What goes next: as much as waits, within the bounds of a batch.
-    fn next_batch(&self, epoch: u64, run_id: &str) -> Option<Sent<F, W>> {
-        self.unpark();
-        let mut queue = self.queue.borrow_mut();
-        let (mut keys, mut bytes, mut count) = (0, 0, 0);
-        for queued in queue.iter().take(limits::BATCH_OPERATIONS_MAX) {
-            let (more_keys, more_bytes) = F::weight(&queued.op);
-            keys += more_keys;
-            bytes += more_bytes;
-            if count > 0 && (keys > limits::BATCH_KEYS_MAX || bytes > limits::BATCH_BYTES_MAX) {
-                break;
-            }
-            count += 1;
-        }
-        if count == 0 {
-            return None;
-        }
-        let operations: Vec<_> = queue.drain(..count).collect();
-        drop(queue);
-        let clock = self.clock.get();
-        let youngest = operations.iter().map(|queued| queued.deadline).max().unwrap_or_else(Instant::now);
-        let generation = clock.at(Instant::now()).div_euclid(self.window_ms);
-        let encoded = F::encode(operations.iter().map(|queued| &queued.op), generation);
-        self.counter.set(self.counter.get() + 1);
-        metrics::histogram!("holdfast_batch_operations", "lane" => F::LANE).record(u32::try_from(count).unwrap_or(u32::MAX));
-        Some(Sent {
-            counter: self.counter.get(),
-            epoch,
-            run_id: run_id.to_owned(),
-            encoded,
-            generation: if operations.iter().any(|queued| F::request(&queued.op).is_some()) { generation } else { 0 },
-            deadline_ms: clock.at(youngest),
-            operations,
-        })
-    }
-
-    async fn resend(&self, connection: &mut Connection, mut sent: Sent<F, W>, unanswered: &mut Option<Sent<F, W>>) -> Result<(), Error> {
-        if sent.run_id == connection.run_id() {
-            return self.send(connection, sent, true, unanswered).await;
-        }
-        // Another process: whether the batch ran, and whether that survived, only the ledger can tell.
-        self.doubt(&mut sent, |_| true);
-        Ok(())
-    }
-
-    async fn send(
-        &self,
-        connection: &mut Connection,
-        sent: Sent<F, W>,
-        again: bool,
-        unanswered: &mut Option<Sent<F, W>>,
-    ) -> Result<(), Error> {
-        let op = format!("{}:{}", self.name, sent.counter);
-        let command = self.command(&sent, connection.run_id(), again, Script::evalsha);
-        *unanswered = Some(sent);
-        let started = Instant::now();
-        let mut answer = self.while_expiring(connection.send(&command), unanswered).await;
-        if let (Err(error), Some(sent)) = (&answer, unanswered.as_ref())
-            && error.is_no_script()
-        {
-            let command = self.command(sent, connection.run_id(), again, Script::eval);
-            answer = self.while_expiring(connection.send(&command), unanswered).await;
-        }
-        metrics::histogram!("holdfast_script_seconds", "lane" => F::LANE).record(started.elapsed());
-        // A broken connection leaves the batch unanswered, to be sent again over the next.
-        let value = match answer {
-            Err(error @ (Error::Connection(_) | Error::Unfit(_))) => return Err(error),
-            Err(error) => {
-                let Some(sent) = unanswered.take() else { return Err(error) };
-                return self.refused(sent, again, error);
-            }
-            Ok(value) => value,
-        };
-        let Some(sent) = unanswered.take() else { return Ok(()) };
-        self.answered(sent, again, &op, value)
-    }
-
-    fn command(&self, sent: &Sent<F, W>, run_id: &str, again: bool, verb: Verb) -> redis::Cmd {
-        let mut all_keys: Vec<&str> = Vec::with_capacity(sent.encoded.keys.len() + 2);
-        all_keys.extend([keys::META, keys::OUTBOX]);
-        all_keys.extend(sent.encoded.keys.iter().map(String::as_str));
-        let numbers = [
-            sent.epoch.to_string(),
-            self.partition.head_n().to_string(),
-            sent.deadline_ms.to_string(),
-            sent.counter.to_string(),
-            self.window_ms.to_string(),
-            sent.generation.to_string(),
-        ];
-        let [epoch, seen, deadline, counter, window, generation] = numbers.each_ref().map(|number| number.as_bytes());
-        let resend: &[u8] = if again { b"1" } else { b"0" };
-        let lane = self.name.as_bytes();
-        let args = [epoch, run_id.as_bytes(), seen, deadline, lane, counter, resend, window, generation, &sent.encoded.batch];
-        verb(F::SCRIPT, &all_keys, &args)
-    }
-
-    /// Redis answered with an error instead of the script's answer.
-    fn refused(&self, mut sent: Sent<F, W>, again: bool, error: Error) -> Result<(), Error> {
-        let surely_not = error.is_before_any_write() && !again;
-        warn!(lane = F::LANE, error = %error, surely_not_executed = surely_not, "redis refused a batch");
-        if surely_not {
-            self.give_back(sent, &format!("Redis refused: {}; nothing was changed", error.code()));
-        } else {
-            self.doubt(&mut sent, |_| true);
-            self.verify("a script failed");
-        }
-        if error.is_of_the_role() { Err(error) } else { Ok(()) }
-    }
-
-    fn give_back(&self, sent: Sent<F, W>, reason: &str) {
-        for mut queued in sent.operations {
-            let reason = queued.again.take().unwrap_or_else(|| reason.to_owned());
-            queued.finish(Err(Failure::TryAgain(reason)));
-        }
-    }
-
-    /// Stops selling until the verifier has compared Redis with Postgres again.
-    fn verify(&self, why: &str) {
-        self.partition.state.send_replace(State::Loading(why.to_owned()));
-        self.partition.verify.notify_one();
-    }
-
-    fn answered(&self, mut sent: Sent<F, W>, again: bool, op: &str, value: Value) -> Result<(), Error> {
-        let mut words = Words::new(value)?;
-        let status = words.text()?;
-        if words.text()? != op {
-            self.doubt(&mut sent, |_| true);
-            return Err(Error::Unexpected("an answer to another batch: the connection is out of step".into()));
-        }
-        self.clock.set(Clock::heard(words.integer()?));
-        match status.as_str() {
-            "ok" => self.decided(sent, &mut words),
-            "replayed" => self.replayed(sent, &mut words),
-            "clock" => {
-                let mut queue = self.queue.borrow_mut();
-                sent.operations.into_iter().rev().filter(|queued| queued.waiter.is_some()).for_each(|queued| queue.push_front(queued));
-                Ok(())
-            }
-            "never" => {
-                self.give_back(sent, "not executed");
-                Ok(())
-            }
-            _ if again => {
-                self.doubt(&mut sent, |_| true);
-                if status != "late" {
-                    self.verify("the guard does not match");
-                }
-                Ok(())
-            }
-            "late" => {
-                self.give_back(sent, TOO_LATE);
-                Ok(())
-            }
-            other => {
-                info!(lane = F::LANE, guard = other, "the guard refused a batch, verifying");
-                self.give_back(sent, "Redis is being compared with Postgres; nothing was changed");
-                self.verify(&format!("the guard found {other}"));
-                Ok(())
-            }
-        }
-    }
-
-    fn decided(&self, mut sent: Sent<F, W>, words: &mut Words) -> Result<(), Error> {
-        let n = u64::try_from(words.integer()?).unwrap_or(0);
-        let mut positions = Positions { epoch: sent.epoch, n };
-        for k in 0..sent.operations.len() {
-            let queued = &mut sent.operations[k];
-            match F::decode(&queued.op, words, &mut positions) {
-                Ok(Verdict::Decided(outcome)) => queued.finish(Ok(outcome)),
-                Ok(Verdict::Again(reason)) => queued.again = Some(reason),
-                Err(error) => {
-                    self.doubt(&mut sent, |_| true);
-                    return Err(error);
-                }
-            }
-        }
-        self.partition.saw(positions.n);
-        let again = sent.operations.into_iter().filter(|queued| queued.waiter.is_some());
-        let mut parked = self.parked.borrow_mut();
-        parked.extend(again);
-        self.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
-        Ok(())
-    }
-
     /// Puts what was parked back into the queue, before what came later, once its time has come. What has no time left for another try
     /// stays, and ends at its deadline with the reason it was parked for.
     fn unpark(&self) {
@@ -580,30 +388,4 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             again.into_iter().rev().for_each(|queued| queue.push_front(queued));
         }
     }
-
-    /// The batch had run, and only its answer was lost: its entry in the outbox says what it granted.
-    fn replayed(&self, mut sent: Sent<F, W>, words: &mut Words) -> Result<(), Error> {
-        let id = words.text()?;
-        let entry = match words.raw()? {
-            Value::Nil if id == "-" => None,
-            Value::Nil => {
-                // It was trimmed: only the ledger knows now.
-                self.doubt(&mut sent, |_| true);
-                return Ok(());
-            }
-            value => Some(stream::entry(value)?),
-        };
-        for (k, queued) in sent.operations.iter_mut().enumerate() {
-            let granted = entry.iter().flat_map(|entry| (entry.first_n..).zip(&entry.operations));
-            let line = granted.into_iter().find(|(_, line)| usize::try_from(line.k) == Ok(k));
-            let outcome = line.and_then(|(n, line)| F::replayed(&queued.op, line, Position::new(sent.epoch, n)));
-            queued.finish(outcome.ok_or_else(|| Failure::TryAgain("the answer was lost; nothing was changed".into())));
-        }
-        if let Some(entry) = entry {
-            self.partition.saw(entry.last.n);
-        }
-        Ok(())
-    }
 }
-
-type Verb = fn(&Script, &[&str], &[&[u8]]) -> redis::Cmd;

@@ -143,7 +143,7 @@ impl Family for Stock {
             }
             "ok" => {
                 let available = op.items.iter().map(|_| words.integer()).collect::<Result<_, _>>()?;
-                StockOutcome::Done { available, position: positions.next() }
+                StockOutcome::Done { available, position: positions.take() }
             }
             "short" => StockOutcome::Short { item: item()?, available: words.integer()? },
             "absent" => StockOutcome::Absent { item: item()? },

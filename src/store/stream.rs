@@ -67,7 +67,7 @@ impl OutboxReader {
         let mut command = redis::cmd("XREAD");
         command.arg("COUNT").arg(entries_max);
         if !block.is_zero() {
-            command.arg("BLOCK").arg(block.as_millis().max(1) as u64);
+            command.arg("BLOCK").arg(u64::try_from(block.as_millis().max(1)).unwrap_or(u64::MAX));
         }
         command.arg("STREAMS").arg(keys::OUTBOX).arg(position.to_string());
         match self.ask(&command, block).await? {

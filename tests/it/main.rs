@@ -1,5 +1,7 @@
 //! Holdfast as its users meet it: the built program, a real Redis, a real Postgres.
 
+#![allow(clippy::unwrap_used, clippy::panic)]
+
 mod harness;
 mod servers;
 

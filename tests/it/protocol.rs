@@ -78,7 +78,15 @@ fn what_the_common_clients_send_first_is_answered() {
     assert!(client.ask("SENTINEL MASTERS").starts_with("-ERR unknown command 'SENTINEL', with args beginning with: 'MASTERS' "));
     assert!(client.ask("CLIENT INFO").contains("name=app") && client.ask("CLIENT LIST").contains("lib-name=redis-py"));
     let info = client.ask("INFO");
-    for line in ["redis_version:7.2", "loading:0", "role:master", "cluster_enabled:0", "holdfast_version:"] {
+    for line in [
+        "redis_version:7.2",
+        "loading:0",
+        "role:master",
+        "cluster_enabled:0",
+        "holdfast_version:",
+        "holdfast_state:live",
+        "holdfast_at_risk:0",
+    ] {
         assert!(info.contains(line), "{line} is not in {info}");
     }
     let count: usize = client.ask("COMMAND COUNT").parse().unwrap();
