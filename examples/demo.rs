@@ -122,8 +122,7 @@ impl Servers {
 }
 
 async fn connect(url: &str) -> Result<MultiplexedConnection, RedisError> {
-    let config =
-        AsyncConnectionConfig::new().set_connection_timeout(Some(Duration::from_secs(1))).set_response_timeout(Some(ANSWER_MAX));
+    let config = AsyncConnectionConfig::new().set_connection_timeout(Some(Duration::from_secs(1))).set_response_timeout(Some(ANSWER_MAX));
     Client::open(url)?.get_multiplexed_async_connection_with_config(&config).await
 }
 
@@ -317,12 +316,7 @@ impl Sale {
         line("  users who hold one", [COUPONS, count(coupons.granted.len()), redis.users, postgres.users]);
         line(
             "  distinct serials",
-            [
-                COUPONS,
-                answered_serials,
-                distinct(&mut redis.serials.iter().copied()),
-                distinct(&mut postgres.serials.iter().copied()),
-            ],
+            [COUPONS, answered_serials, distinct(&mut redis.serials.iter().copied()), distinct(&mut postgres.serials.iter().copied())],
         );
         let products = count(PRODUCTS);
         let total = |units: &BTreeMap<String, i64>| units.values().sum::<i64>();
@@ -465,8 +459,7 @@ impl Tally {
     fn print(&self) {
         let ms = |micros: Option<u64>| format!("{:.1}", Duration::from_micros(micros.unwrap_or(0)).as_secs_f64() * 1e3);
         let quantile = |q| self.latency.as_ref().map(|latency| latency.value_at_quantile(q));
-        let [asked, granted, refused, errors] =
-            [self.asked, self.granted.len(), self.refused, self.errors.values().sum()].map(thousands);
+        let [asked, granted, refused, errors] = [self.asked, self.granted.len(), self.refused, self.errors.values().sum()].map(thousands);
         let per_second = thousands(u128::from(u64::try_from(self.asked).unwrap_or(0)) * 1_000_000 / self.took.as_micros().max(1));
         println!(
             "{:<10}{asked:>9}{granted:>9}{refused:>9}{errors:>9}{:>9}{per_second:>9}{:>10}{:>10}{:>10}",
@@ -490,7 +483,9 @@ fn read(answer: Result<Value, String>, granted: &str, refused: &str) -> Answer {
         Some(word) if word == granted => {
             let position = reply.last().and_then(|position| position.split_once('-'));
             match position.and_then(|(epoch, n)| Some((epoch.parse().ok()?, n.parse().ok()?))) {
-                Some(position) => Answer::Granted { position, serial: reply.get(1).filter(|_| word == "ISSUED").and_then(|s| s.parse().ok()) },
+                Some(position) => {
+                    Answer::Granted { position, serial: reply.get(1).filter(|_| word == "ISSUED").and_then(|s| s.parse().ok()) }
+                }
                 None => Answer::Failed(format!("no position in {reply:?}")),
             }
         }
@@ -518,7 +513,7 @@ fn thousands(number: impl ToString) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i) % 3 == 0 && !text.ends_with('-') {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) && !text.ends_with('-') {
             text.push(',');
         }
         text.push(digit);
