@@ -369,21 +369,33 @@ impl Bench {
     fn redis_benchmark(&self, case: Case, side: Side, pipeline: usize, operations: String) -> Round {
         let coupon = if case == Case::HotCoupon { self.create_coupon(side) } else { String::new() };
         let range = if case == Case::HotCoupon { "100000000000" } else { "10000" };
-        let output = Command::new("redis-benchmark")
-            .args(["-p", &self.port(side).to_string(), "-c", &CONNECTIONS.to_string(), "-P", &pipeline.to_string()])
-            .args(["-n", &operations, "-r", range, "--csv"])
-            .args(self.words(case, side, &coupon, "sku-__rand_int__", "user-__rand_int__"))
-            .output()
-            .unwrap();
+        let words = self.words(case, side, &coupon, "sku-__rand_int__", "user-__rand_int__");
+        let mut errors = BTreeMap::new();
+        let fields = loop {
+            let output = Command::new("redis-benchmark")
+                .args(["-p", &self.port(side).to_string(), "-c", &CONNECTIONS.to_string(), "-P", &pipeline.to_string()])
+                .args(["-n", &operations, "-r", range, "--csv"])
+                .args(&words)
+                .output()
+                .unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            // "test","rps","avg","min","p50","p95","p99","max"; the name of the test is the command, without commas.
+            let last = text.lines().last().unwrap_or_default().split(',').skip(1);
+            let fields: Vec<f64> = last.filter_map(|field| field.trim_matches('"').parse().ok()).collect();
+            if fields.len() == 7 {
+                break fields;
+            }
+            // It ends at the first error reply: the round begins again.
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said = said.lines().find(|line| line.contains("rror")).unwrap_or("it said nothing").to_owned();
+            assert!(errors.len() < 5, "redis-benchmark: {said}");
+            *errors.entry(format!("redis-benchmark gave up: {said}")).or_default() += 1;
+            std::thread::sleep(Duration::from_millis(500));
+        };
         self.forget_coupon(side, &coupon);
-        let text = String::from_utf8_lossy(&output.stdout);
-        // "test","rps","avg","min","p50","p95","p99","max"; the name of the test is the command, without commas.
-        let fields: Vec<f64> =
-            text.lines().last().unwrap_or_default().split(',').skip(1).filter_map(|f| f.trim_matches('"').parse().ok()).collect();
-        assert!(fields.len() == 7, "redis-benchmark: {text}{}", String::from_utf8_lossy(&output.stderr));
         let operations: u64 = operations.parse().unwrap();
         let took = Duration::from_secs_f64(operations as f64 / fields[0]);
-        Round { operations, took, latency: None, said: Some((fields[3], fields[5])), errors: BTreeMap::new() }
+        Round { operations, took, latency: None, said: Some((fields[3], fields[5])), errors }
     }
 
     fn forget_coupon(&self, side: Side, coupon: &str) {
