@@ -28,7 +28,7 @@ test-clients: build ## Runs the clients of other languages against it
 	tests/clients/run
 
 bench: setup ## Measures it; BENCH=short for a minute
-	BENCH=$(BENCH) cargo bench --locked
+	BENCH=$(BENCH) HOLDFAST_TEST_FSYNC=1 cargo bench --locked
 
 lint: ## Checks format and lints
 	cargo fmt --check
