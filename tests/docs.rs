@@ -35,7 +35,7 @@ fn the_readme_lists_the_commands() {
 #[test]
 fn every_metric_that_is_measured_is_described() {
     let mut measured = BTreeMap::new();
-    for (path, text) in sources(&path("src")) {
+    for (path, text) in sources() {
         for kind in ["counter", "gauge", "histogram"] {
             for call in text.split(&format!("{kind}!(\"")).skip(1) {
                 let (name, rest) = call.split_once('"').unwrap();
@@ -74,21 +74,39 @@ fn every_link_in_a_document_leads_somewhere() {
     }
 }
 
+#[test]
+fn every_guarantee_names_tests_that_exist() {
+    let text = fs::read_to_string(path("ARCHITECTURE.md")).unwrap();
+    let (_, rest) = text.split_once("\n## Guarantees\n").expect("a section Guarantees");
+    let table = rest.split("\n## ").next().unwrap();
+    let code: String = ["src", "tests/it"].iter().flat_map(|folder| rust_files(&path(folder))).map(|(_, text)| text).collect();
+    let named: Vec<&str> = table.split('`').skip(1).step_by(2).filter(|word| word.matches('_').count() > 2).collect();
+    assert!(named.len() > 20, "{named:?}");
+    for test in named {
+        assert!(code.contains(&format!("fn {test}(")), "there is no test {test}");
+    }
+}
+
 /// The anchor of a heading.
 fn anchor(line: &str) -> String {
     let text = line.trim_start_matches('#').trim().to_lowercase();
     text.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_')).map(|c| if c == ' ' { '-' } else { c }).collect()
 }
 
-/// The sources under a folder, without their tests.
-fn sources(folder: &Path) -> Vec<(PathBuf, String)> {
+/// The sources of the program, without their tests.
+fn sources() -> impl Iterator<Item = (PathBuf, String)> {
+    let product = |text: String| text.split("\n#[cfg(test)]").next().unwrap().to_owned();
+    rust_files(&path("src")).into_iter().map(move |(path, text)| (path, product(text)))
+}
+
+fn rust_files(folder: &Path) -> Vec<(PathBuf, String)> {
     let mut found = Vec::new();
     for path in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
         if path.is_dir() {
-            found.extend(sources(&path));
+            found.extend(rust_files(&path));
         } else if path.extension().is_some_and(|extension| extension == "rs") {
             let text = fs::read_to_string(&path).unwrap();
-            found.push((path, text.split("\n#[cfg(test)]").next().unwrap().to_owned()));
+            found.push((path, text));
         }
     }
     found
