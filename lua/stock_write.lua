@@ -1,15 +1,15 @@
 -- Decides a batch of STOCK operations, in order, and appends what it accepted to the outbox.
--- keys: meta, outbox, frozen, low, products...
+-- keys: meta, outbox, frozen, low, deleted, products...
 -- args: epoch, run, seen, deadline, lane, counter, resend, window, generation, batch
 -- include: guard, outbox, requests
 -- returns: {'ok', op, now, n before, word, values, word, values, ...}, or a refusal of the guard
 --
 -- KEYS goes on with the products, then the buckets of request ids. batch is msgpack {names, operations}; an operation is
 -- {kind, text, items, request or false, low or false}: text is what its outbox line begins with, items are places in names with their
--- quantities. Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason ·
+-- quantities. kind is get, set, create (a set that may also create), delete, incr, decr or init. Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason ·
 -- 'corrupt' item · 'over' item, available · 'known' text · 'stale' · 'ahead' · 'full'.
 local TOTAL_MAX = 9007199254740991
-local FIXED = 4
+local FIXED = 5
 window, generation = tonumber(window), tonumber(generation)
 
 local head, refusal = enter(meta, outbox, epoch, run, seen, deadline, lane, counter, resend)
@@ -32,7 +32,7 @@ for i = 1, #names do
 end
 if redis.call('HLEN', frozen) > 0 then reasons = redis.call('HMGET', frozen, unpack(names)) end
 
-local reply, lines, lows = {'ok', head.op, head.now, head.n}, {}, {}
+local reply, lines, lows, life = {'ok', head.op, head.now, head.n}, {}, {}, {}
 
 local function say(...)
   for _, value in ipairs({...}) do reply[#reply + 1] = value end
@@ -45,10 +45,10 @@ local function refused(kind, items)
     if value == 'corrupt' then return say('corrupt', place) or true end
     if kind ~= 'get' then
       if reasons[i] then return say('frozen', place, reasons[i]) or true end
-      if not value and kind ~= 'set' and kind ~= 'init' then return say('absent', place) or true end
+      if not value and kind ~= 'create' and kind ~= 'init' then return say('absent', place) or true end
       if kind == 'decr' and value < items[at + 1] then return say('short', place, value) or true end
       if kind == 'incr' and value + items[at + 1] > TOTAL_MAX then return say('over', place, value) or true end
-      if kind == 'init' and value then return say('short', place, value) or true end
+      if kind == 'init' and (value or redis.call('HEXISTS', deleted, names[i]) == 1) then return say('absent', place) or true end
     end
   end
   return false
@@ -81,7 +81,9 @@ for _, operation in ipairs(operations) do
         if kind == 'delete' then
           values[i] = false
           lows[i] = false
+          life[i] = 'deleted'
         else
+          if not values[i] then life[i] = 'alive' end
           values[i] = after
           answer[#answer + 1] = ':' .. whole(after)
         end
@@ -112,6 +114,9 @@ if #set > 0 then redis.call('MSET', unpack(set)) end
 if #gone > 0 then redis.call('DEL', unpack(gone)) end
 for i, threshold in pairs(lows) do
   if threshold then redis.call('HSET', low, names[i], whole(threshold)) else redis.call('HDEL', low, names[i]) end
+end
+for i, state in pairs(life) do
+  if state == 'alive' then redis.call('HDEL', deleted, names[i]) else redis.call('HSET', deleted, names[i], whole(head.n)) end
 end
 keep_requests(window)
 return reply

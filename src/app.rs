@@ -22,6 +22,7 @@ use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::Config;
 use crate::ledger;
 use crate::limits;
+use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
 use crate::outbox::verify::Verifier;
 use crate::server::listener;
@@ -64,7 +65,8 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let partition = Arc::new(Partition::new(0));
+    let (partition, loads) = Partition::new(0);
+    let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let readiness = readiness(Arc::clone(&partition), shutdown.clone());
     let web = tokio::spawn(http::serve(http_listener, metrics.clone(), readiness, back.clone()));
@@ -75,12 +77,13 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let redis_url = config.redis.url.expose().to_owned();
     let relay =
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: limits::RELAY_DRAIN_WITHIN };
+    let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
-                tokio::join!(relay.run(back.clone()), verifier.run(back));
+                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back));
             }
         })
     };
@@ -191,7 +194,7 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken) -> http::Re
             State::Loading(why) => (false, why.clone()),
         };
         let reachable = |up: bool| if up { "answers" } else { "cannot be reached" }.to_owned();
-        let trouble = partition.relay_trouble.borrow().clone();
+        let trouble = partition.trouble_text();
         let relay = match trouble.is_empty() {
             true => format!("{} changes behind", partition.lag()),
             false => trouble.clone(),

@@ -7,7 +7,7 @@
 mod account;
 mod postgres;
 mod process;
-mod redis;
+mod redis_server;
 
 use std::fmt;
 use std::fs::{self, File, TryLockError};
@@ -80,7 +80,7 @@ impl Servers {
 
 async fn serve(mut config: Config, dir: &Path, servers: &mut Servers, shutdown: CancellationToken) -> Result<(), Error> {
     let starting = async {
-        let redis = redis::plan(dir)?;
+        let redis = redis_server::plan(dir)?;
         let postgres = postgres::plan(dir).await?;
         // Both, before either is waited for: what a killed dev has left must not outlive this one, whatever happens next.
         process::adopt(&redis, &mut servers.redis);

@@ -26,6 +26,9 @@ pub const LANE_QUEUE_MAX: usize = 100_000;
 /// How long an operation waits before it is tried again while somebody else holds its coupon's lock.
 pub const LOCKED_RETRY_AFTER: Duration = Duration::from_millis(5);
 
+/// How much time a try needs: with less left it would more likely end in doubt than in a decision.
+pub const LOCKED_RETRY_WITHIN: Duration = Duration::from_millis(15);
+
 /// How often an idle connection to Redis is tried, so that a dead one is replaced before it is needed.
 pub const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
 
@@ -225,3 +228,12 @@ pub const ERROR_WORDS_MAX: usize = 64;
 const _: () = assert!(READ_MIN <= READ_MAX && READ_MAX <= READ_AHEAD_MAX && READ_AHEAD_MAX <= REQUEST_BYTES_MAX);
 const _: () = assert!(REQUEST_BULK_MAX <= REQUEST_BYTES_MAX && STRANGER_BULK_MAX <= STRANGER_BYTES_MAX);
 const _: () = assert!(TURN_COMMANDS_MAX <= IN_FLIGHT_MAX && REQUEST_ARGS_MAX <= u16::MAX as usize);
+
+/// Products that may wait to be looked up in Postgres, and how many are looked up at once. Asking for products that exist nowhere must
+/// not become a load on Postgres.
+pub const LOADS_MAX: usize = 1_024;
+pub const LOAD_BATCH_MAX: usize = 256;
+
+/// For how long, and of how many products, it is remembered that Postgres does not have them either.
+pub const ABSENT_FOR: Duration = Duration::from_secs(1);
+pub const ABSENT_MAX: usize = 10_000;

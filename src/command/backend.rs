@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ack::AckQueue;
 use super::coupon::CouponWaiter;
+use super::first_use::FirstUse;
 use super::stock::StockWaiter;
 use crate::limits;
 use crate::store::Partition;
@@ -25,6 +26,7 @@ pub struct Backend {
     pub coupon: Rc<Lane<Coupon, CouponWaiter>>,
     pub acks: Rc<AckQueue>,
     pub reads: Reads,
+    pub first_use: FirstUse,
 }
 
 impl Backend {
@@ -36,6 +38,7 @@ impl Backend {
             coupon: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms),
             acks: AckQueue::new(Arc::clone(&partition)),
             reads: Reads::new(redis_url, limits::OPERATION_WITHIN),
+            first_use: FirstUse::default(),
             partition,
         }
     }
@@ -43,7 +46,7 @@ impl Backend {
     /// One that never gets anywhere: for tests of what needs no Redis.
     #[cfg(test)]
     pub fn unconnected() -> Self {
-        Self::new(Arc::new(Partition::new(0)), "redis://127.0.0.1:1", "test", Duration::from_secs(600))
+        Self::new(Arc::new(Partition::new(0).0), "redis://127.0.0.1:1", "test", Duration::from_secs(600))
     }
 
     /// Starts the lanes on this thread. After `cancel` they finish what waits; the future ends when they have.

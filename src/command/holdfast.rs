@@ -8,7 +8,7 @@ use super::{Context, Step, change};
 use crate::domain::Position;
 use crate::limits;
 use crate::resp::Reply;
-use crate::store::partition::State;
+use crate::store::partition::{EndedEpoch, State};
 
 pub static AWAIT: Spec = Spec::new("HOLDFAST.AWAIT", "Waits until Postgres has a position.")
     .family("holdfast")
@@ -32,11 +32,23 @@ pub static STATUS: Spec = Spec::new("HOLDFAST.STATUS", "Returns how this server 
     .run(|call| Step::Reply(status(call.cx)));
 
 async fn wait(cx: Rc<Context>, position: Position, timeout: Duration) -> Reply {
-    let mut applied = cx.backend.partition.applied.subscribe();
-    let reached = tokio::time::timeout(timeout, applied.wait_for(|applied| *applied >= position)).await;
-    match reached {
-        Ok(Ok(_)) => change::outcome("APPLIED", [Reply::text(position.to_string())]),
-        _ => change::outcome("PENDING", [Reply::text(cx.backend.partition.applied.borrow().to_string())]),
+    let partition = &cx.backend.partition;
+    let whether = async {
+        let reached = *partition.applied.subscribe().wait_for(|applied| *applied >= position).await.ok()?;
+        if reached.epoch == position.epoch {
+            return Some("APPLIED");
+        }
+        // Postgres is beyond that epoch: where it ended says whether it ever had this position.
+        let mut ended = partition.ended.subscribe();
+        let of_it = |ended: &Vec<EndedEpoch>| ended.iter().any(|ended| ended.epoch == position.epoch);
+        partition.verify.notify_one();
+        let ended = ended.wait_for(of_it).await.ok()?;
+        let last_n = ended.iter().find(|ended| ended.epoch == position.epoch)?.last_n;
+        Some(if position.n <= last_n { "APPLIED" } else { "LOST" })
+    };
+    match tokio::time::timeout(timeout, whether).await {
+        Ok(Some(word)) => change::outcome(word, [Reply::text(position.to_string())]),
+        _ => change::outcome("PENDING", [Reply::text(partition.applied.borrow().to_string())]),
     }
 }
 
@@ -48,7 +60,7 @@ fn status(cx: &Context) -> Reply {
     };
     let applied = *partition.applied.borrow();
     let epoch = if epoch == 0 { applied.epoch } else { epoch };
-    let trouble = partition.relay_trouble.borrow().clone();
+    let trouble = partition.trouble_text();
     let up = |up: bool| Reply::text(if up { "up" } else { "down" });
     let integer = |number: u64| Reply::Integer(i64::try_from(number).unwrap_or(i64::MAX));
     Reply::map([

@@ -15,6 +15,7 @@ pub mod client;
 pub mod connection;
 pub mod coupon;
 pub mod describe;
+pub mod first_use;
 pub mod glob;
 pub mod holdfast;
 pub mod info;
@@ -58,8 +59,8 @@ pub enum Step {
     Reply(Reply),
     /// The ticket that was taken is completed later; the commands behind run meanwhile.
     Later,
-    /// Runs alone on its connection: starts when every earlier reply is done, and the commands behind wait for it. Dropped if the
-    /// client leaves.
+    /// Runs alone on its connection: starts when every earlier reply is done, and the commands behind wait for it. One that is flagged
+    /// BLOCKING is dropped if the client leaves.
     Wait(LocalBoxFuture<'static, Reply>),
     /// The last reply of this connection.
     Close(Reply),
@@ -117,12 +118,20 @@ impl Context {
     }
 }
 
+/// A command that runs alone on its connection.
+pub struct Waiting {
+    pub ticket: Ticket,
+    pub future: LocalBoxFuture<'static, Reply>,
+    /// Whether it is given up when its client leaves, as what may wait long is.
+    pub gives_up: bool,
+}
+
 /// What the connection does after a command was dispatched.
 pub enum After {
     /// Goes on with the next.
     Next,
-    /// Polls the future once the ticket is first in line, completes it, then goes on.
-    Wait(Ticket, LocalBoxFuture<'static, Reply>),
+    /// Polls the future once its ticket is first in line, completes it, then goes on.
+    Wait(Waiting),
     /// Sends what is due and closes.
     Close,
     /// Closes at once, without a word.
@@ -159,7 +168,7 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     match step {
         Step::Reply(reply) => pipeline.push_ready(reply),
         Step::Later => {}
-        Step::Wait(future) => return After::Wait(pipeline.ticket(), future),
+        Step::Wait(future) => return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up: spec.is(spec::BLOCKING) }),
         Step::Close(reply) => {
             pipeline.push_ready(reply);
             return After::Close;

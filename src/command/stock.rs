@@ -1,11 +1,12 @@
 //! STOCK: products and their units.
 
 use std::rc::Rc;
+use std::time::Instant;
 
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
 use super::spec::{self, ACK, FAST, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
-use super::{Call, Context, Step, read};
+use super::{Call, Context, Step, first_use, read};
 use crate::domain::Id;
 use crate::domain::change::StockKind;
 use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
@@ -123,7 +124,7 @@ fn change(call: &mut Call<'_>, kind: StockKind, default: Ack) -> Step {
     let quantity = if kind == StockKind::Delete { 0 } else { call.args.integer("quantity") };
     let low = if kind == StockKind::Set { call.args.maybe_integer("low") } else { None };
     let items = vec![(call.args.id("product"), quantity)];
-    submit_change(call, StockOp { action: Action::Change(kind), items, low, request: None }, default)
+    submit_change(call, StockOp { action: Action::Change(kind), items, may_create: false, low, request: None }, default)
 }
 
 fn decr(call: &mut Call<'_>) -> Step {
@@ -138,7 +139,7 @@ fn decr(call: &mut Call<'_>) -> Step {
             return Step::Reply(too_many_products());
         }
     }
-    submit_change(call, StockOp { action: Action::Change(StockKind::Decr), items, low: None, request: None }, ACK_REDIS)
+    submit_change(call, StockOp { action: Action::Change(StockKind::Decr), items, may_create: false, low: None, request: None }, ACK_REDIS)
 }
 
 fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
@@ -147,14 +148,14 @@ fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
         Err(reply) => return Step::Reply(reply),
     };
     op.request = change::request(&call.args);
-    let waiter = StockWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), shape: Shape::Change(confirmation) };
+    let waiter = StockWaiter::client(call, Shape::Change(confirmation));
     call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
 }
 
 fn look(call: &mut Call<'_>, items: Vec<(Id, i64)>, shape: Shape) -> Step {
-    let op = StockOp { action: Action::Read, items, low: None, request: None };
-    let waiter = StockWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), shape };
+    let op = StockOp { action: Action::Read, items, may_create: false, low: None, request: None };
+    let waiter = StockWaiter::client(call, shape);
     call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
 }
@@ -165,15 +166,72 @@ enum Shape {
     Change(Confirmation),
 }
 
-/// A client that waits for a STOCK operation.
-pub struct StockWaiter {
+/// Who waits for a STOCK operation.
+pub enum StockWaiter {
+    Client(ClientWaiter),
+    /// The server itself, which sees the effect.
+    Nobody,
+}
+
+/// A client that waits.
+pub struct ClientWaiter {
     cx: Rc<Context>,
     ticket: Ticket,
     shape: Shape,
+    arrived: Instant,
+    /// How often products were looked up for it.
+    lookups: usize,
+}
+
+impl StockWaiter {
+    fn client(call: &Call<'_>, shape: Shape) -> Self {
+        Self::Client(ClientWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), shape, arrived: call.arrived, lookups: 0 })
+    }
+
+    /// Answers with an error.
+    pub fn refuse(self, error: &'static str) {
+        if let Self::Client(client) = self {
+            client.ticket.complete(Reply::error(error));
+        }
+    }
 }
 
 impl Waiter<Stock> for StockWaiter {
     fn done(self, op: &StockOp, result: Result<StockOutcome, Failure>) {
+        let Self::Client(mut client) = self else { return };
+        let missing = result.as_ref().map_or_else(|_| Vec::new(), |outcome| client.missing(op, outcome));
+        let creates = op.action == Action::Change(StockKind::Set) && matches!(result, Ok(StockOutcome::Absent { .. }));
+        if missing.is_empty() && !creates {
+            return client.answer(op, result);
+        }
+        client.lookups += 1;
+        let (cx, arrived) = (Rc::clone(&client.cx), client.arrived);
+        let op = StockOp { may_create: creates, ..op.clone() };
+        first_use::load_and_retry(&cx, missing, op, arrived, Self::Client(client));
+    }
+}
+
+impl ClientWaiter {
+    /// The products that Redis does not have and Postgres may.
+    fn missing(&self, op: &StockOp, outcome: &StockOutcome) -> Vec<Id> {
+        // Each look-up clears up at least one product, so more of them would find nothing new.
+        if self.lookups > op.items.len() {
+            return Vec::new();
+        }
+        let unknown = |product: &Id| !self.cx.backend.first_use.is_nowhere(product);
+        let products = op.items.iter().map(|(product, _)| product);
+        match outcome {
+            StockOutcome::Values(values) => products
+                .zip(values)
+                .filter(|(product, value)| value.is_none() && unknown(product))
+                .map(|(product, _)| product.clone())
+                .collect(),
+            StockOutcome::Absent { item } => products.skip(*item).take(1).filter(|product| unknown(product)).cloned().collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn answer(self, op: &StockOp, result: Result<StockOutcome, Failure>) {
         let accepted_at = |position, reply| match self.shape {
             Shape::Change(confirmation) => Ok((confirmation, position, reply)),
             Shape::One | Shape::Many => Err(reply),
@@ -181,6 +239,9 @@ impl Waiter<Stock> for StockWaiter {
         let outcome = match result {
             Err(failure) => Err(failed(failure)),
             Ok(StockOutcome::Done { available, position }) => {
+                if op.may_create {
+                    op.items.iter().for_each(|(product, _)| self.cx.backend.first_use.exists(product));
+                }
                 let shown = if op.action == Action::Change(StockKind::Delete) { Vec::new() } else { available };
                 accepted_at(position, accepted("OK", shown, position))
             }

@@ -305,41 +305,4 @@ mod tests {
         let ends: Vec<_> = epochs.iter().map(|row| (row.epoch, row.run_id.as_str(), row.last_n)).collect();
         assert_eq!(ends, [(1, "run-1", Some(2)), (2, "run-x", Some(2)), (3, "run-x", Some(3)), (4, "run-x", None)]);
     }
-
-    /// `HOLDFAST_TEST_FSYNC=1 cargo test --lib changes_a_second -- --ignored --nocapture`
-    #[tokio::test]
-    #[ignore = "a measurement"]
-    async fn changes_a_second() {
-        let (mut database, mut outbox) = (database().await, Outbox::new());
-        outbox.prev = "-".into();
-        let uuid = uuid::Uuid::new_v4();
-        let named = |entry: &mut Entry| {
-            entry.op = entry.op.replace("instance", &uuid.to_string());
-            entry.prev = entry.prev.replace("instance", &uuid.to_string());
-        };
-        let products = 10_000;
-        let sets: Vec<String> = (0..products).map(|p| format!("{} set | sku-{p} 1000000 1000000", p % 500)).collect();
-        let mut entries: Vec<Entry> =
-            sets.chunks(500).map(|lines| outbox.entry(&lines.iter().map(String::as_str).collect::<Vec<_>>())).collect();
-        for batch in 0..800_u32 {
-            let lines: Vec<String> = (0..250)
-                .map(|k| {
-                    format!(
-                        "{k} decr request=0190c5a0-1111-7000-8000-{batch:06}{k:06} digest=9f86d081884c7d65 | sku-{} -1 999",
-                        (batch * 7919 + k * 131) % products
-                    )
-                })
-                .collect();
-            entries.push(outbox.entry(&lines.iter().map(String::as_str).collect::<Vec<_>>()));
-        }
-        entries.iter_mut().for_each(named);
-        let (warm, measured) = entries.split_at(20);
-        apply_all(&mut database, warm).await.unwrap();
-        let began = std::time::Instant::now();
-        for entries in measured.chunks(8) {
-            apply_all(&mut database, entries).await.unwrap();
-        }
-        let seconds = began.elapsed().as_secs_f64();
-        println!("{:.0} changes/s, 2,000 a transaction, {:.1} ms each", 200_000.0 / seconds, seconds * 10.0);
-    }
 }

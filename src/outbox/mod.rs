@@ -1,5 +1,7 @@
-//! From what the scripts appended in Redis to Postgres: the relay, and the verifier that compares both before anything is sold.
+//! From what the scripts appended in Redis to Postgres: the relay; the verifier, which compares both before anything is sold; the loader,
+//! which finds in Postgres what Redis does not have.
 
+pub mod loader;
 mod proof;
 pub mod relay;
 mod retry;

@@ -21,7 +21,7 @@ use crate::limits::{
     LEDGER_PING_EVERY, LEDGER_SILENCE_MAX, LEDGER_TRANSACTION_MAX, OUTBOX_TRIM_EVERY, RELAY_BLOCK, RELAY_BROKEN_RETRY, RELAY_CHANGES_GOAL,
     RELAY_CHANGES_MAX, RELAY_READ_BYTES_GOAL, RELAY_READ_ENTRIES_MAX, RELAY_REFUSED_RETRY, RELAY_TRANSIENT_TRIES,
 };
-use crate::store::partition::State;
+use crate::store::partition::{State, Trouble as Obstacle};
 use crate::store::stream::OutboxReader;
 use crate::store::{self, Partition};
 
@@ -116,7 +116,7 @@ impl Carrier {
         let live = self.live_run_id();
         if live.is_none() {
             self.start_over();
-            if self.relay.partition.relay_trouble.borrow().is_empty() {
+            if self.relay.partition.relay_trouble.borrow().is_none() {
                 return Next::After(LEDGER_PING_EVERY);
             }
         }
@@ -158,7 +158,7 @@ impl Carrier {
                     return;
                 }
                 Next::Now => {}
-                Next::After(_) if !self.relay.partition.relay_trouble.borrow().is_empty() => {
+                Next::After(_) if self.relay.partition.relay_trouble.borrow().is_some() => {
                     tracing::warn!(
                         partition = self.id,
                         "relay stopped at a change it could not carry; it tries again after the next start"
@@ -207,7 +207,7 @@ impl Carrier {
             }
             Err(error) => {
                 if matches!(error, ledger::Error::Unfit(_)) {
-                    self.say(error.to_string());
+                    self.say(Some(Obstacle::Held(error.to_string())));
                 }
                 Err(self.lose_ledger(&error))
             }
@@ -261,7 +261,7 @@ impl Carrier {
     /// Says what is in the way, asks the verifier to look if it does not already, and begins again after a while.
     fn stop_for(&mut self, found: String, wait: Duration) -> Next {
         self.stuck.failed(self.id, &found);
-        self.say(found);
+        self.say(Some(Obstacle::Broken(found)));
         if self.live_run_id().is_some() {
             self.relay.partition.verify.notify_one();
         }
@@ -269,7 +269,7 @@ impl Carrier {
         Next::After(wait)
     }
 
-    fn say(&self, trouble: String) {
+    fn say(&self, trouble: Option<Obstacle>) {
         self.relay.partition.relay_trouble.send_if_modified(|said| {
             let new = *said != trouble;
             *said = trouble;
@@ -318,7 +318,7 @@ impl Carrier {
 
     fn unstuck(&mut self) {
         self.stuck.over(self.id);
-        self.say(String::new());
+        self.say(None);
     }
 
     /// Reads a batch: what is there, up to about as much as one transaction should have.
@@ -410,7 +410,7 @@ impl Carrier {
             Error::Data(_) | Error::Unfit(_) => {
                 self.ledger_answered();
                 self.stuck.failed(self.id, &error);
-                self.say(error.to_string());
+                self.say(Some(Obstacle::Held(error.to_string())));
                 Next::After(RELAY_REFUSED_RETRY)
             }
         }

@@ -11,7 +11,7 @@ use crate::ledger;
 use crate::ledger::partition::PartitionRow;
 use crate::limits;
 use crate::store::meta::{self, Meta};
-use crate::store::partition::State;
+use crate::store::partition::{EndedEpoch, State, Trouble};
 use crate::store::stream::OutboxReader;
 use crate::store::{Connection, Partition};
 
@@ -153,11 +153,11 @@ impl Verifier {
         let mut reader = OutboxReader::over(redis.clone());
         let stream = self.stream(&mut reader, &row).await.map_err(|error| text(&error))?;
         self.partition.set_applied(row.applied);
+        self.note_ended_epochs(postgres).await.map_err(|error| text(&error))?;
         let trouble = self.partition.relay_trouble.borrow().clone();
-        let finding = if trouble.is_empty() {
-            decide(&row, meta.as_ref(), &stream, redis.run_id(), self.partition.head_n())
-        } else {
-            Finding::Closed(trouble)
+        let finding = match trouble {
+            Some(Trouble::Broken(found)) => Finding::Closed(found),
+            _ => decide(&row, meta.as_ref(), &stream, redis.run_id(), self.partition.head_n()),
         };
         if finding != Finding::NextEpoch {
             return Ok(Look::Found(finding));
@@ -172,6 +172,13 @@ impl Verifier {
         Ok(Look::Moved)
     }
 
+    async fn note_ended_epochs(&self, postgres: &mut ledger::PgConnection) -> Result<(), ledger::Error> {
+        let epochs = ledger::partition::epochs(postgres, self.partition.id).await?;
+        let ended = epochs.into_iter().filter_map(|row| Some(EndedEpoch { epoch: row.epoch, last_n: row.last_n? }));
+        self.partition.ended.send_replace(ended.collect());
+        Ok(())
+    }
+
     async fn stream(&self, reader: &mut OutboxReader, row: &PartitionRow) -> Result<Stream, crate::store::Error> {
         let tail = reader.newest().await?.map(|entry| (entry.last.n, entry.op));
         let at_applied = reader.entry_at(row.applied).await?.map(|entry| entry.op);
@@ -184,7 +191,8 @@ impl Verifier {
 /// sidecar knows of.
 fn decide(row: &PartitionRow, meta: Option<&Meta>, stream: &Stream, run_id: &str, seen: u64) -> Finding {
     let Some(meta) = meta else {
-        if row.epoch == 0 && row.applied.n == 0 && stream.tail.is_none() {
+        // Nothing was ever applied, and nothing has been seen: an installation that begins.
+        if row.applied.n == 0 && seen == 0 && stream.tail.is_none() {
             return Finding::NextEpoch;
         }
         return Finding::Closed(format!(

@@ -18,11 +18,11 @@ use tokio::time::Sleep;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use super::session::Session;
-use crate::command::{After, Context, LocalBoxFuture, dispatch};
+use crate::command::{After, Context, Waiting, dispatch};
 use crate::limits::{
     IN_FLIGHT_MAX, OUTPUT_KEEP_MAX, OUTPUT_SOFT_MAX, OUTPUT_STALL_MAX, READ_AHEAD_MAX, READ_MAX, READ_MIN, TURN_COMMANDS_MAX,
 };
-use crate::resp::{Limits, Pipeline, Reader, Reply, Request, Stamp, Ticket};
+use crate::resp::{Limits, Pipeline, Reader, Reply, Request, Stamp};
 
 /// Serves one client until it leaves, is told to, or breaks the protocol.
 pub async fn run(stream: TcpStream, session: Session, cx: Rc<Context>) {
@@ -83,7 +83,7 @@ struct Connection {
     /// Encoded and not yet sent.
     out: BytesMut,
     /// The command that runs alone.
-    waiting: Option<(Ticket, LocalBoxFuture<'static, Reply>)>,
+    waiting: Option<Waiting>,
     /// Whether the reader may hold a complete request that could not be dispatched yet.
     backlog: bool,
     /// Whether the client has closed its side.
@@ -137,8 +137,8 @@ impl Connection {
     fn dispatch(&mut self, request: Request, arrived: Instant) {
         match dispatch(&self.cx, &mut self.session, &self.pipeline, request, arrived) {
             After::Next => {}
-            After::Wait(..) if self.left => self.phase = Phase::Gone,
-            After::Wait(ticket, future) => self.waiting = Some((ticket, future)),
+            After::Wait(waiting) if self.left && waiting.gives_up => self.phase = Phase::Gone,
+            After::Wait(waiting) => self.waiting = Some(waiting),
             After::Close => self.phase = Phase::Ending,
             After::Drop => self.phase = Phase::Gone,
         }
@@ -234,7 +234,7 @@ impl Connection {
             Poll::Ready(Ok(0)) => {
                 self.left = true;
                 // Nobody is left to wait for it: a lock won now would be held for nobody.
-                if self.waiting.take().is_some() {
+                if self.waiting.as_ref().is_some_and(|waiting| waiting.gives_up) {
                     self.phase = Phase::Gone;
                 }
                 true
@@ -261,13 +261,13 @@ impl Connection {
 
     /// Runs the command that runs alone, once every reply before its own is on its way.
     fn poll_waiting(&mut self, cx: &mut TaskContext<'_>) -> bool {
-        let Some((ticket, future)) = &mut self.waiting else { return false };
-        if !self.pipeline.is_first(ticket) {
+        let Some(waiting) = &mut self.waiting else { return false };
+        if !self.pipeline.is_first(&waiting.ticket) {
             return false;
         }
-        let Poll::Ready(reply) = future.as_mut().poll(cx) else { return false };
-        if let Some((ticket, _)) = self.waiting.take() {
-            ticket.complete(reply);
+        let Poll::Ready(reply) = waiting.future.as_mut().poll(cx) else { return false };
+        if let Some(waiting) = self.waiting.take() {
+            waiting.ticket.complete(reply);
         }
         true
     }
@@ -303,8 +303,9 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::command::spec::{Spec, integer, text};
+    use crate::command::spec::{BLOCKING, Spec, integer, text};
     use crate::command::{Commands, Stats, Step, client, connection};
+    use crate::resp::Ticket;
     use crate::server::registry::Registry;
 
     thread_local! {
@@ -321,7 +322,7 @@ mod tests {
         held.into_iter().rev().for_each(|(word, ticket)| ticket.complete(Reply::Bulk(word)));
         Step::Reply(Reply::ok())
     });
-    static SLEEP: Spec = Spec::new("T.SLEEP", "Waits alone.").args(&[integer("ms", 1, 60_000, "ms")]).run(|call| {
+    static SLEEP: Spec = Spec::new("T.SLEEP", "Waits alone.").flags(BLOCKING).args(&[integer("ms", 1, 60_000, "ms")]).run(|call| {
         let ms = Duration::from_millis(call.args.integer("ms").unsigned_abs());
         Step::Wait(Box::pin(async move {
             tokio::time::sleep(ms).await;

@@ -12,6 +12,8 @@ pub const HELD: &str = "stock:held";
 pub const FROZEN: &str = "stock:frozen";
 /// Hash: product → threshold of the low-stock event.
 pub const LOW: &str = "stock:low";
+/// Hash: product → n when it was deleted, until it is created again: what Postgres says of it may be older.
+pub const DELETED: &str = "stock:deleted";
 /// What stands before a product's id.
 pub const PRODUCT_PREFIX: &str = "stock:product:";
 /// What stands before a coupon's id in the key of its terms.

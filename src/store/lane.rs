@@ -493,7 +493,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     fn give_back(&self, sent: Sent<F, W>, reason: &str) {
         for mut queued in sent.operations {
-            queued.finish(Err(Failure::TryAgain(reason.to_owned())));
+            let reason = queued.again.take().unwrap_or_else(|| reason.to_owned());
+            queued.finish(Err(Failure::TryAgain(reason)));
         }
     }
 
@@ -565,11 +566,18 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         Ok(())
     }
 
-    /// Puts what was parked back into the queue, before what came later, once its time has come.
+    /// Puts what was parked back into the queue, before what came later, once its time has come. What has no time left for another try
+    /// stays, and ends at its deadline with the reason it was parked for.
     fn unpark(&self) {
-        if self.unpark_at.get() <= Instant::now() {
+        let now = Instant::now();
+        if self.unpark_at.get() <= now {
+            self.unpark_at.set(now + limits::LOCKED_RETRY_AFTER);
+            let in_time = now + limits::LOCKED_RETRY_WITHIN;
+            let (again, stay) = self.parked.take().into_iter().partition(|queued| queued.deadline > in_time);
+            *self.parked.borrow_mut() = stay;
+            let again: Vec<_> = again;
             let mut queue = self.queue.borrow_mut();
-            self.parked.take().into_iter().rev().for_each(|queued| queue.push_front(queued));
+            again.into_iter().rev().for_each(|queued| queue.push_front(queued));
         }
     }
 

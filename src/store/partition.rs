@@ -2,9 +2,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::domain::Position;
+use crate::domain::{Id, Position};
+use crate::limits;
 
 /// Whether a partition sells.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +14,32 @@ pub enum State {
     Loading(String),
     /// Verified: this Redis process, under this epoch.
     Live { epoch: u64, run_id: String },
+}
+
+/// What the relay cannot get over by itself. The text is for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// The outbox does not continue what Postgres has: nothing may be sold until that is cleared up.
+    Broken(String),
+    /// Postgres does not take a change, or cannot be used at all: sales go on, and wait in the outbox.
+    Held(String),
+}
+
+/// An epoch that is over, and n of its last change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EndedEpoch {
+    pub epoch: u64,
+    pub last_n: u64,
+}
+
+/// Asks for a product that Redis does not have and Postgres may.
+#[derive(Debug)]
+pub struct LoadRequest {
+    pub product: Id,
+    /// n when Redis did not have it: Postgres is asked once it has everything up to there.
+    pub absent_at: u64,
+    /// The available units; `None` where there is no such product. Dropped where Postgres cannot say.
+    pub answer: oneshot::Sender<Option<i64>>,
 }
 
 /// One partition, shared by the lanes that write to it, the relay that carries it to Postgres and the verifier that opens and closes
@@ -24,8 +51,12 @@ pub struct Partition {
     pub state: watch::Sender<State>,
     /// The newest position that Postgres has. Set by the relay, watched by whoever waits for Postgres.
     pub applied: watch::Sender<Position>,
-    /// Why the relay cannot go on by itself; empty while it can.
-    pub relay_trouble: watch::Sender<String>,
+    /// Why the relay cannot go on by itself; `None` while it can.
+    pub relay_trouble: watch::Sender<Option<Trouble>>,
+    /// The epochs that the relay has gone beyond. Set by the verifier.
+    pub ended: watch::Sender<Vec<EndedEpoch>>,
+    /// Reaches the loader. Bounded: where it is full, the client is told to try again.
+    pub loads: mpsc::Sender<LoadRequest>,
     /// Asks the verifier to look now.
     pub verify: Notify,
     redis_up: AtomicBool,
@@ -34,17 +65,22 @@ pub struct Partition {
 }
 
 impl Partition {
-    pub fn new(id: u32) -> Self {
-        Self {
+    /// A partition, and what its loader receives.
+    pub fn new(id: u32) -> (Self, mpsc::Receiver<LoadRequest>) {
+        let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
+        let partition = Self {
             id,
+            loads,
             state: watch::Sender::new(State::Loading("starting".into())),
             applied: watch::Sender::default(),
             relay_trouble: watch::Sender::default(),
+            ended: watch::Sender::default(),
             verify: Notify::new(),
             redis_up: AtomicBool::new(false),
             ledger_up: AtomicBool::new(false),
             head_n: AtomicU64::new(0),
-        }
+        };
+        (partition, requests)
     }
 
     /// Whether Redis answered last.
@@ -85,6 +121,14 @@ impl Partition {
             }
             newer
         });
+    }
+
+    /// What stands in the relay's way, for people; empty while nothing does.
+    pub fn trouble_text(&self) -> String {
+        match &*self.relay_trouble.borrow() {
+            Some(Trouble::Broken(text) | Trouble::Held(text)) => text.clone(),
+            None => String::new(),
+        }
     }
 
     /// How many changes Postgres does not have yet.

@@ -109,7 +109,7 @@ fn garbage_never_ends_the_server() {
     for _ in 0..300 {
         let mut raw = stack.sidecar.raw();
         let bytes: Vec<u8> =
-            (0..random() % 200).map(|_| b"*$\r\n0123456789-+STOCK.DECRa \"'\0\xff"[usize::try_from(random() % 34).unwrap()]).collect();
+            (0..random() % 200).map(|_| b"*$\r\n0123456789-+STOCK.DECRa \"'\0\xff"[usize::try_from(random() % 32).unwrap()]).collect();
         // The server may close in the middle.
         let _ = raw.write_all(&bytes);
         let _ = raw.shutdown(std::net::Shutdown::Write);

@@ -103,7 +103,7 @@ fn a_killed_postgres_stops_no_sale_and_catches_up() {
             }
             let refused = client.ask("STOCK.SET sku-9 1");
             assert!(refused.starts_with("-TRYAGAIN Postgres cannot be reached"), "{refused}");
-            assert_eq!(client.ask("STOCK.GET sku-9"), "nil", "a refusal changed nothing");
+            assert_eq!(stack.backing().ask("EXISTS stock:product:sku-9"), "0", "a refusal changed nothing");
             stack.postgres.own.as_mut().unwrap().restart();
             wait_until("the sidecar sees that postgres is back", || client.field("HOLDFAST.STATUS", "postgres") == "up");
         }
@@ -129,6 +129,9 @@ fn a_redis_that_restarts_with_its_data_goes_on_under_the_next_epoch() {
     client.until("STOCK.GET sku-0", "999999");
     assert_eq!(client.ask("STOCK.DECR sku-0 1"), "[OK, 999998, 2-5]");
     stack.wait_until_applied();
+    assert_eq!(client.ask("HOLDFAST.AWAIT 1-4"), "[APPLIED, 1-4]");
+    assert_eq!(client.ask("HOLDFAST.AWAIT 1-5"), "[LOST, 1-5]", "the first epoch ended before it");
+    assert_eq!(client.ask("HOLDFAST.AWAIT 2-6 20"), "[PENDING, 2-5]");
     assert_eq!(
         stack.postgres.column("SELECT epoch || ':' || coalesce(last_n::text, '-') FROM holdfast.partition_epoch ORDER BY epoch"),
         ["1:4", "2:-"]

@@ -92,11 +92,6 @@ impl Sidecar {
         }
     }
 
-    /// The id of its process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// kill -9.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -178,6 +173,18 @@ impl Client {
             }
             assert!(began.elapsed() < PATIENCE, "{command}: {reply}, never {expected}");
             std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Asks until the reply no longer begins with `word`, and returns it.
+    pub fn until_not(&mut self, command: &str, word: &str) -> String {
+        let began = Instant::now();
+        loop {
+            let reply = self.ask(command);
+            if !reply.starts_with(word) {
+                return reply;
+            }
+            assert!(began.elapsed() < PATIENCE, "{command}: always {reply}");
         }
     }
 

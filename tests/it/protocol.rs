@@ -1,6 +1,6 @@
 //! RESP on the wire: order, dialects, what clients send when they connect.
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 
 use crate::harness::Stack;
 
@@ -26,21 +26,19 @@ fn a_pipeline_is_answered_in_order_and_sees_its_own_changes() {
 fn a_deep_pipeline_is_answered_whole() {
     let stack = Stack::start();
     stack.connect().ask("STOCK.SET a 100000");
-    let mut raw = stack.sidecar.raw();
+    let raw = stack.sidecar.raw();
     let writer = {
         let mut raw = raw.try_clone().unwrap();
         std::thread::spawn(move || raw.write_all(&b"*3\r\n$10\r\nSTOCK.DECR\r\n$1\r\na\r\n$1\r\n1\r\n".repeat(20_000)).unwrap())
     };
-    let mut answer = Vec::new();
-    let mut buffer = [0; 65536];
-    while answer.iter().filter(|byte| **byte == b'*').count() < 20_000 {
-        let read = raw.read(&mut buffer).unwrap();
-        assert_ne!(read, 0);
-        answer.extend_from_slice(&buffer[..read]);
-    }
+    let replies: Vec<String> =
+        BufReader::new(raw).lines().map(Result::unwrap).filter(|line| line.starts_with(['*', '-'])).take(20_000).collect();
     writer.join().unwrap();
-    assert!(!answer.contains(&b'-') || String::from_utf8_lossy(&answer).lines().all(|line| !line.starts_with('-')));
-    assert_eq!(stack.connect().ask("STOCK.GET a"), "80000");
+    // A machine that stalls for the deadline of 100 ms refuses some: every request has its answer all the same.
+    let sold = replies.iter().filter(|reply| reply.starts_with('*')).count();
+    let in_doubt = replies.iter().filter(|reply| reply.starts_with("-INDOUBT")).count();
+    let left: usize = stack.connect().ask("STOCK.GET a").parse().unwrap();
+    assert!((sold..=sold + in_doubt).contains(&(100_000 - left)), "{left} left, {sold} sold, {in_doubt} in doubt");
 }
 
 #[test]

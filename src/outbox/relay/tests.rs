@@ -25,7 +25,7 @@ impl Stage {
     async fn new() -> Self {
         let redis = RedisServer::start();
         let writer = Connection::open(&redis.url()).await.unwrap();
-        let partition = Arc::new(Partition::new(0));
+        let partition = Arc::new(Partition::new(0).0);
         Self { redis, writer, partition, cancel: CancellationToken::new(), running: None, n: 0, prev: "-".into() }
     }
 
@@ -61,20 +61,20 @@ impl Stage {
     async fn applied(&self, n: u64) {
         let mut applied = self.partition.applied.subscribe();
         let reached = tokio::time::timeout(PATIENCE, applied.wait_for(|position| position.n >= n)).await;
-        assert!(
-            reached.is_ok(),
-            "applied {}, trouble '{}'",
-            self.partition.applied.borrow().n,
-            self.partition.relay_trouble.borrow().clone()
-        );
+        assert!(reached.is_ok(), "applied {}, trouble '{}'", self.partition.applied.borrow().n, self.partition.trouble_text());
     }
 
     async fn trouble(&self, what: &str) {
         let mut trouble = self.partition.relay_trouble.subscribe();
-        let met =
-            tokio::time::timeout(PATIENCE, trouble.wait_for(|text| if what.is_empty() { text.is_empty() } else { text.contains(what) }))
-                .await;
-        assert!(met.is_ok(), "trouble is '{}', not '{what}'", self.partition.relay_trouble.borrow().clone());
+        let met = tokio::time::timeout(
+            PATIENCE,
+            trouble.wait_for(|trouble| match trouble {
+                Some(Obstacle::Broken(text) | Obstacle::Held(text)) => !what.is_empty() && text.contains(what),
+                None => what.is_empty(),
+            }),
+        )
+        .await;
+        assert!(met.is_ok(), "trouble is '{}', not '{what}'", self.partition.trouble_text());
     }
 
     async fn until(&self, what: impl Fn(&Partition) -> bool) {
