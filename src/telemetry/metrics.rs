@@ -15,6 +15,10 @@ const UPKEEP_EVERY: Duration = Duration::from_secs(5);
 /// the promise of 0.1 s, to the 10 s after which a person has given up.
 const SECONDS: &[f64] = &[0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
+/// Upper bounds of the buckets for every other histogram, all of which count what goes together: from one alone past the 512 operations
+/// of a script and the 5,000 changes of a transaction.
+const COUNTS: &[f64] = &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1000.0, 2000.0, 5000.0, 10_000.0];
+
 /// One metric.
 #[derive(Debug)]
 pub struct Metric {
@@ -51,6 +55,83 @@ pub const METRICS: &[Metric] = &[
         labels: &["version"],
         doc: "1, with the version that runs as its label.",
     },
+    Metric {
+        name: "holdfast_commands_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["cmd", "result"],
+        doc: "Commands answered; `result` is `ok` or `error`, and a business outcome such as INSUFFICIENT is `ok`.",
+    },
+    Metric {
+        name: "holdfast_command_seconds",
+        kind: Kind::Histogram,
+        unit: Unit::Seconds,
+        labels: &["cmd"],
+        doc: "From the arrival of a command to its reply, the wait for an ACK included.",
+    },
+    Metric {
+        name: "holdfast_script_seconds",
+        kind: Kind::Histogram,
+        unit: Unit::Seconds,
+        labels: &["lane"],
+        doc: "From sending a batch to Redis to its answer, or to the end of the connection.",
+    },
+    Metric {
+        name: "holdfast_batch_operations",
+        kind: Kind::Histogram,
+        unit: Unit::Count,
+        labels: &["lane"],
+        doc: "Operations in one script call.",
+    },
+    Metric {
+        name: "holdfast_expired_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["lane"],
+        doc: "Operations that reached their deadline before they were sent and were answered TRYAGAIN.",
+    },
+    Metric {
+        name: "holdfast_indoubt_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["lane"],
+        doc: "Operations that were sent, got no answer in time and were answered INDOUBT.",
+    },
+    Metric {
+        name: "holdfast_relay_lag_changes",
+        kind: Kind::Gauge,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "Changes that Redis has and Postgres does not have yet, as far as this sidecar knows.",
+    },
+    Metric {
+        name: "holdfast_relay_applied_changes_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "Changes that this sidecar has carried to Postgres.",
+    },
+    Metric {
+        name: "holdfast_relay_batch_changes",
+        kind: Kind::Histogram,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "Changes in one transaction of the relay.",
+    },
+    Metric {
+        name: "holdfast_relay_transaction_seconds",
+        kind: Kind::Histogram,
+        unit: Unit::Seconds,
+        labels: &["partition"],
+        doc: "How long a transaction of the relay took.",
+    },
+    Metric {
+        name: "holdfast_relay_retries_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "Failures on Postgres after which the relay tried again.",
+    },
 ];
 
 /// Collects metrics from now on, and returns what renders them. Called again, returns the same.
@@ -85,7 +166,9 @@ pub fn markdown_table() -> String {
 }
 
 fn builder() -> Result<PrometheusBuilder, BuildError> {
-    PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)
+    let builder = PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)?;
+    let counting = METRICS.iter().filter(|metric| metric.kind == Kind::Histogram && metric.unit != Unit::Seconds);
+    counting.map(|metric| Matcher::Full(metric.name.into())).try_fold(builder, |builder, name| builder.set_buckets_for_metric(name, COUNTS))
 }
 
 fn describe() {
@@ -113,21 +196,23 @@ mod tests {
             assert_eq!(name.ends_with("_seconds"), *unit == Unit::Seconds, "{name}: the unit is in the name");
             assert!(doc.ends_with('.'), "{name} is documented in a sentence");
         }
-        assert!(SECONDS.is_sorted());
+        assert!(SECONDS.is_sorted() && COUNTS.is_sorted());
     }
 
     #[test]
-    fn what_is_described_is_rendered_and_seconds_have_buckets() {
+    fn what_is_described_is_rendered_and_histograms_have_buckets() {
         let recorder = builder().unwrap().build_recorder();
         let handle = recorder.handle();
         metrics::with_local_recorder(&recorder, || {
             describe();
             metrics::histogram!("holdfast_test_seconds").record(0.03);
+            metrics::histogram!("holdfast_batch_operations", "lane" => "stock").record(3);
         });
         let text = handle.render();
         assert!(text.contains("# HELP holdfast_up 1 while the process answers."), "{text}");
         assert!(text.contains(&format!("holdfast_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION"))), "{text}");
         assert!(text.contains("holdfast_test_seconds_bucket{le=\"0.05\"} 1"), "{text}");
+        assert!(text.contains("holdfast_batch_operations_bucket{lane=\"stock\",le=\"4\"} 1"), "{text}");
     }
 
     #[test]
