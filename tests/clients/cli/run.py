@@ -1,0 +1,157 @@
+"""redis-cli against Holdfast."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent / "python"))
+from cases import ErrorReply, Failure, Report, drops, run_cases  # noqa: E402
+
+PORT, PROXY = os.environ["PORT"], os.environ["PROXY_PORT"]
+# For a machine where something hangs; nothing here takes longer than two seconds.
+PATIENCE = 60
+MARK = "-- end of reply --"
+report = Report()
+
+
+def run(*args, stdin="", port=PORT):
+    return subprocess.run(
+        ["redis-cli", "-p", port, *args], input=stdin, capture_output=True, encoding="utf-8", timeout=PATIENCE, check=False
+    )
+
+
+def cli(*args, stdin=""):
+    """What redis-cli prints, where it must succeed."""
+    done = run(*args, stdin=stdin)
+    if done.returncode or done.stderr:
+        raise Failure(f"redis-cli {' '.join(args)}: exit code {done.returncode}, {done.stderr}")
+    return done.stdout
+
+
+def check_that(is_so, what):
+    if not is_so:
+        raise Failure(what)
+
+
+def quoted(word):
+    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def in_json(*flags):
+    """Sends a list of commands as lines typed into one redis-cli."""
+
+    def send(commands):
+        lines = [f"{' '.join(map(quoted, command))}\nECHO {quoted(MARK)}\n" for command in commands]
+        printed = cli(*flags, stdin="".join(lines)).split(json.dumps(MARK) + "\n")
+        return [reply(text.removesuffix("\n")) for text in printed[:-1]]
+
+    return send
+
+
+def reply(text):
+    if text.startswith("error:"):
+        return ErrorReply(json.loads(text.removeprefix("error:")))
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        # What is text for people, as of INFO, redis-cli prints as it is.
+        return text
+
+
+def for_people():
+    """What somebody at a terminal sees."""
+    check_that(re.fullmatch(r'1\) "OK"\n2\) \(integer\) 5\n3\) "\d+-\d+"\n', cli("--no-raw", "STOCK.SET", "cli-eye", "5")), "an array")
+    check_that(cli("--no-raw", "STOCK.GET", "cli-eye") == "(integer) 5\n", "an integer")
+    check_that(cli("--no-raw", "STOCK.GET", "cli-none") == "(nil)\n", "nil")
+    check_that(cli("--no-raw", "STOCK.INCR", "cli-none", "1") == "(error) NOTFOUND no product 'cli-none'\n", "an error")
+    shown = cli("--no-raw", "STOCK.INFO", "cli-eye")
+    check_that(' 1) "product"\n 2) "cli-eye"\n 3) "available"\n 4) (integer) 5\n' in shown, "a map")
+    shown = cli("-3", "--no-raw", "STOCK.INFO", "cli-eye")
+    check_that('1# "product" => "cli-eye"\n2# "available" => (integer) 5\n' in shown, "a RESP3 map")
+    check_that(re.fullmatch(r"OK\n6\n\d+-\d+\n", cli("STOCK.INCR", "cli-eye", "1")), "raw")
+    check_that(re.fullmatch(r"OK\n7\n\d+-\d+\n", cli("-3", "STOCK.INCR", "cli-eye", "1")), "raw, RESP3")
+    check_that(cli("-x", "ECHO", stdin="from stdin") == "from stdin\n", "-x")
+    check_that(cli("-r", "3", "-i", "0.01", "PING") == "PONG\n" * 3, "-r and -i")
+    check_that(run("-e", "STOCK.GET").returncode == 1, "-e")
+    url = subprocess.run(["redis-cli", "-u", f"redis://127.0.0.1:{PORT}/0", "PING"], capture_output=True, text=True, check=True)
+    check_that(url.stdout == "PONG\n", "-u")
+
+
+def without_colours(text):
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def documentation():
+    """`help` in interactive mode: redis-cli asks COMMAND DOCS for it."""
+    names = json.loads(cli("--json", "COMMAND", "LIST"))
+    for flags in ((), ("-3",)):
+        shown = without_colours(cli(*flags, stdin="".join(f"help {name}\n" for name in names)))
+        entry = r"^  {}( .*)?\n  summary: .+\n  since: "
+        missing = [name for name in names if not re.search(entry.format(re.escape(name.upper())), shown, re.MULTILINE)]
+        check_that(not missing, f"no help on {missing}")
+        usage = "  STOCK.DECR product quantity [product quantity ...]"
+        check_that(any(line.startswith(usage) for line in shown.splitlines()), "help stock.decr")
+    check_that("  CLIENT KILL filter" in without_colours(cli(stdin="help client kill\n")), "help client kill")
+
+
+def latency():
+    check_that(re.fullmatch(r"\d+ \d+ \d+\.\d+ \d+\n", cli("--latency")), "--latency")
+
+
+def stat():
+    """It prints a line a second until it is stopped, and only a terminal gets it at once."""
+    ours, its = pty.openpty()
+    child = subprocess.Popen(["redis-cli", "-p", PORT, "--stat"], stdin=subprocess.DEVNULL, stdout=its, stderr=its)
+    os.close(its)
+    shown = ""
+    try:
+        while not re.search(r"^0 +\d+\.\d+[KMG] +\d+ +\d+ +\d+ ", shown, re.MULTILINE):
+            shown += os.read(ours, 4096).decode()
+    except OSError as error:
+        raise Failure(f"--stat has ended: {shown}") from error
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
+    check_that("clients" in shown.splitlines()[1], shown)
+
+
+def mass_insertion():
+    """`--pipe` loads a whole catalogue."""
+
+    def command(*words):
+        return f"*{len(words)}\r\n" + "".join(f"${len(word)}\r\n{word}\r\n" for word in words)
+
+    catalogue = "".join(command("STOCK.SET", f"cli-bulk-{number}", str(number), "ACK", "redis") for number in range(500))
+    shown = cli("--pipe", stdin=catalogue)
+    check_that(shown.endswith("errors: 0, replies: 500\n"), shown)
+    check_that(cli("STOCK.GET", "cli-bulk-499") == "499\n", "the last one is missing")
+
+
+def dropped():
+    """The connection is lost twice after the command was executed; redis-cli says so, and its user sends it again."""
+    cli("STOCK.SET", "cli-lost", "10")
+    command = ("STOCK.DECR", "cli-lost", "1", "REQUEST", "cli-lost-1")
+    for lost in (1, 2):
+        failed = run(*command, port=PROXY)
+        check_that(failed.returncode == 1 and drops("cli-lost-1") == lost, failed)
+    again = run(*command, port=PROXY)
+    check_that(again.returncode == 0 and again.stdout.startswith("OK\n9\n"), again)
+    check_that(cli(*command) == again.stdout, "the repeated REQUEST has another reply")
+    check_that(cli("STOCK.GET", "cli-lost") == "9\n", "more than one effect")
+
+
+name = subprocess.run(["redis-cli", "--version"], capture_output=True, text=True, check=True).stdout.strip()
+run_cases(report, f"{name} --json", "cli3-", "map", in_json("--json"))
+run_cases(report, f"{name} -2 --json", "cli2-", "flat", in_json("-2", "--json"))
+report.check(f"{name}: for people", for_people)
+report.check(f"{name}: help", documentation)
+report.check(f"{name}: --latency", latency)
+report.check(f"{name}: --stat", stat)
+report.check(f"{name}: --pipe", mass_insertion)
+report.check(f"{name}: a dropped connection, one effect", dropped)
+raise SystemExit(report.failed)

@@ -1,0 +1,60 @@
+"""A proxy that loses replies: it forwards everything, except the first two replies to each STOCK.DECR with a REQUEST. In place of
+such a reply the client sees its connection end: the first time reset, the second time closed.
+
+Prints its port, and appends the REQUEST of each lost reply to the file $DROPS.
+"""
+
+import asyncio
+import os
+import re
+import signal
+
+SOLD = re.compile(rb"STOCK\.DECR\r\n.*REQUEST\r\n\$\d+\r\n([^\r]+)\r\n", re.DOTALL | re.IGNORECASE)
+LOST_MAX = 2
+lost = {}
+
+
+async def serve(client_reader, client_writer):
+    server_reader, server_writer = await asyncio.open_connection("127.0.0.1", int(os.environ["PORT"]))
+    losing = None
+
+    async def requests():
+        nonlocal losing
+        while data := await client_reader.read(65536):
+            sold = SOLD.search(data)
+            if sold and lost.get(sold[1], 0) < LOST_MAX:
+                losing = sold[1]
+            server_writer.write(data)
+            await server_writer.drain()
+
+    async def replies():
+        while data := await server_reader.read(65536):
+            if losing is None:
+                client_writer.write(data)
+                await client_writer.drain()
+                continue
+            lost[losing] = lost.get(losing, 0) + 1
+            with open(os.environ["DROPS"], "a") as file:
+                file.write(losing.decode() + "\n")
+            if lost[losing] == 1:
+                client_writer.transport.abort()
+            return
+
+    both = [asyncio.create_task(requests()), asyncio.create_task(replies())]
+    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    for task in both:
+        task.cancel()
+    await asyncio.gather(*both, return_exceptions=True)
+    client_writer.close()
+    server_writer.close()
+
+
+async def main():
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await stop.wait()
+
+
+asyncio.run(main())

@@ -1,0 +1,131 @@
+"""The shared cases of cases.json, and whether a reply is what they expect. ../node/cases.mjs says the same in JavaScript.
+
+In a case `~` stands for a prefix of the client's own, `$name` for what a step before kept: the last element of its reply. Expected is
+a JSON value, in which a text in angle brackets stands for many: see `matches`. A map with the key `...` may have keys beyond the
+expected ones.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+CASES = json.loads((Path(__file__).parent.parent / "cases.json").read_text())
+
+
+class Failure(Exception):
+    """Why a check has failed."""
+
+
+class Report:
+    """Prints a line for each check, and remembers whether one has failed."""
+
+    def __init__(self):
+        self.failed = False
+
+    def check(self, name, function):
+        try:
+            function()
+        except Exception as error:  # Whatever a client throws is a failed check.
+            self.failed = True
+            print(f"FAIL {name}: {type(error).__name__} {error}")
+        else:
+            print(f"ok   {name}")
+        sys.stdout.flush()
+
+
+class ErrorReply:
+    """An error reply as the server has sent it."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __repr__(self):
+        return f"error {self.text!r}"
+
+
+def matches(expected, reply, maps):
+    """Whether a reply is what is expected. `maps` says how this client shows maps: as "map", or "flat" as they are in RESP2."""
+    if isinstance(expected, dict):
+        if maps == "flat":
+            if not isinstance(reply, list) or len(reply) % 2:
+                return False
+            reply = dict(zip(reply[::2], reply[1::2], strict=True))
+        if not isinstance(reply, dict):
+            return False
+        keys = expected.keys() - {"..."}
+        known = keys <= reply.keys() if "..." in expected else keys == reply.keys()
+        return known and all(matches(expected[key], reply[key], maps) for key in keys)
+    if isinstance(expected, list):
+        same = isinstance(reply, list) and len(reply) == len(expected)
+        return same and all(matches(*pair, maps) for pair in zip(expected, reply, strict=True))
+    if isinstance(expected, str) and expected.startswith("<"):
+        if expected == "<any>":
+            return True
+        if expected == "<int>":
+            return type(reply) is int
+        if expected.startswith("<list containing "):
+            return isinstance(reply, list) and expected[17:-1] in reply
+        if not isinstance(reply, str):
+            return False
+        if expected.startswith("<text containing "):
+            return expected[17:-1] in reply
+        patterns = {"<position>": r"\d+-\d+", "<digits>": r"\d+", "<text>": r".+"}
+        return re.fullmatch(patterns[expected], reply) is not None
+    return type(reply) is type(expected) and reply == expected
+
+
+def fill(value, prefix, kept):
+    """A copy of a case's value, with what stands for something replaced."""
+    if isinstance(value, str):
+        if value.startswith("$"):
+            return kept[value[1:]]
+        return value.replace("~", prefix)
+    if isinstance(value, list):
+        return [fill(item, prefix, kept) for item in value]
+    if isinstance(value, dict):
+        return {key: fill(item, prefix, kept) for key, item in value.items()}
+    return value
+
+
+def batches(steps):
+    """The steps in groups that can be sent together: none uses what another of its group keeps."""
+    batch = []
+    for step in steps:
+        if batch and any(word.startswith("$") for word in step["send"]):
+            yield batch
+            batch = []
+        batch.append(step)
+    yield batch
+
+
+def run_case(case, prefix, maps, send):
+    """Runs a case. `send` takes a list of commands and returns their replies in plain Python values."""
+    kept = {}
+    for batch in batches(case["steps"]):
+        replies = send([fill(step["send"], prefix, kept) for step in batch])
+        if len(replies) != len(batch):
+            raise Failure(f"{len(replies)} replies to {len(batch)} commands")
+        for step, reply in zip(batch, replies, strict=True):
+            if "error" in step:
+                expected = fill(step["error"], prefix, kept)
+                good = isinstance(reply, ErrorReply) and reply.text.startswith(expected)
+            else:
+                expected = fill(step["expect"], prefix, kept)
+                good = matches(expected, reply, maps)
+            if not good:
+                raise Failure(f"{' '.join(step['send'])}: {reply!r}, expected {expected!r}")
+            if "keep" in step:
+                kept[step["keep"]] = reply[-1]
+
+
+def run_cases(report, client, prefix, maps, send):
+    """Runs all cases. The prefix must be no other run's."""
+    for case in CASES:
+        report.check(f"{client}: {case['name']}", lambda case=case: run_case(case, prefix, maps, send))
+
+
+def drops(request):
+    """How many replies to this REQUEST the proxy has swallowed."""
+    return Path(os.environ["DROPS"]).read_text().split().count(request)
