@@ -168,7 +168,7 @@ impl Front {
                 let Ok(listener) = TcpListener::from_std(listener) else { return };
                 let instance = Uuid::new_v4().simple().to_string();
                 let lanes = CancellationToken::new();
-                let backend = Backend::new(partition, config.redis.url.expose(), &instance, config.idempotency.window);
+                let backend = Backend::new(partition, config.redis.url.expose(), &instance, config.idempotency.window, config.reply_within);
                 let driving = backend.drive(&lanes);
                 let commands = Rc::new(Commands::new(TABLE));
                 let stats = Arc::new(Stats::new(&commands));

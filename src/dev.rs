@@ -97,15 +97,15 @@ async fn serve(mut config: Config, dir: &Path, servers: &mut Servers, shutdown: 
     config.postgres.url = SecretUrl::from(format!("postgres://holdfast@127.0.0.1:{}/holdfast", postgres.port));
     let urls = (config.redis.url.clone(), config.postgres.url.clone());
     let (tell_ready, ready) = oneshot::channel();
-    let beside = async {
+    let announcing = async {
         if let Ok(ready) = ready.await {
             announce(dir, ready, &urls.0, &urls.1).unwrap_or_else(|error| tracing::warn!("cannot announce that it is ready: {error}"));
         }
-        keep_running(servers, &redis, &postgres).await;
     };
+    let beside = async { tokio::join!(announcing, keep_running(servers, &redis, &postgres)) };
     tokio::select! {
         result = app::run(config, shutdown, Some(tell_ready)) => Ok(result?),
-        () = beside => Ok(()),
+        _ = beside => Ok(()),
     }
 }
 

@@ -2,13 +2,15 @@
 
 use std::time::Duration;
 
-/// Within this time of its arrival every STOCK and COUPON command is answered (commands.md).
-pub const REPLY_WITHIN: Duration = Duration::from_millis(100);
+/// What the setting `reply_within_ms` may be: below, a busy network would refuse what it could do; above, a client has given up.
+pub const REPLY_WITHIN_MIN_MS: u64 = 20;
+pub const REPLY_WITHIN_MAX_MS: u64 = 60_000;
 
-/// When the sidecar stops waiting for Redis: what is left of [`REPLY_WITHIN`] is for writing the reply and for a late wake-up.
-pub const OPERATION_WITHIN: Duration = Duration::from_millis(85);
-
-const _: () = assert!(OPERATION_WITHIN.as_millis() < REPLY_WITHIN.as_millis());
+/// When the sidecar stops waiting for Redis, where a command is to be answered within `reply`: what is left is for writing the reply and
+/// for a late wake-up.
+pub fn operation_within(reply: Duration) -> Duration {
+    reply * 17 / 20
+}
 
 /// Operations in one script call: it keeps Redis busy for 1 to 3 ms at the most, and everybody else waits that long.
 pub const BATCH_OPERATIONS_MAX: usize = 512;
@@ -233,6 +235,9 @@ const _: () = assert!(TURN_COMMANDS_MAX <= IN_FLIGHT_MAX && REQUEST_ARGS_MAX <= 
 /// not become a load on Postgres.
 pub const LOADS_MAX: usize = 1_024;
 pub const LOAD_BATCH_MAX: usize = 256;
+
+/// How long a look-up waits for Postgres to have what it needs: past that its clients have been told to try again.
+pub const LOAD_WITHIN: Duration = Duration::from_secs(2);
 
 /// For how long, and of how many products, it is remembered that Postgres does not have them either.
 pub const ABSENT_FOR: Duration = Duration::from_secs(1);

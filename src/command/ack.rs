@@ -35,7 +35,7 @@ impl AckQueue {
 
     /// Sends `reply` once Postgres has `position`, or `-PENDING` at the end of `timeout`.
     pub fn wait(&self, position: Position, timeout: Duration, ticket: Ticket, reply: Reply) {
-        if *self.partition.applied.borrow() >= position {
+        if self.is_applied(position, *self.partition.applied.borrow()) {
             return ticket.complete(reply);
         }
         let until = Instant::now() + timeout;
@@ -50,6 +50,7 @@ impl AckQueue {
     /// Answers what Postgres has confirmed and what has waited long enough, until `cancel` and nobody waits.
     pub async fn drive(self: Rc<Self>, cancel: CancellationToken) {
         let mut applied = self.partition.applied.subscribe();
+        let mut ended = self.partition.ended.subscribe();
         loop {
             let idle = self.waiting.borrow().is_empty();
             if cancel.is_cancelled() && idle {
@@ -58,6 +59,7 @@ impl AckQueue {
             let until = self.next_until.get().unwrap_or_else(|| Instant::now() + Duration::from_secs(60));
             tokio::select! {
                 changed = applied.changed() => if changed.is_err() { return },
+                changed = ended.changed() => if changed.is_err() { return },
                 () = self.sooner.notified() => {}
                 () = tokio::time::sleep_until(until.into()) => {}
                 () = cancel.cancelled(), if idle => {}
@@ -67,10 +69,22 @@ impl AckQueue {
         }
     }
 
+    fn is_applied(&self, position: Position, applied: Position) -> bool {
+        let ended = self.partition.ended.borrow();
+        let ended_with_it = || ended.iter().any(|end| end.epoch == position.epoch && position.n <= end.last_n);
+        position <= applied && (position.epoch == applied.epoch || ended_with_it())
+    }
+
     fn answer(&self, applied: Position) {
         let mut waiting = self.waiting.borrow_mut();
         let later = waiting.split_off(&(applied, u64::MAX));
-        let confirmed = std::mem::replace(&mut *waiting, later);
+        let mut confirmed = std::mem::replace(&mut *waiting, later);
+        // Postgres may be beyond an epoch that ended without a position: where it ended decides, once that is known.
+        let unsure: Vec<_> = confirmed.keys().filter(|(position, _)| !self.is_applied(*position, applied)).copied().collect();
+        for key in unsure {
+            waiting.extend(confirmed.remove(&key).map(|unsure| (key, unsure)));
+            self.partition.verify.notify_one();
+        }
         let now = Instant::now();
         let mut late = Vec::new();
         if self.next_until.get().is_some_and(|until| until <= now) {

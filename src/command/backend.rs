@@ -27,18 +27,23 @@ pub struct Backend {
     pub acks: Rc<AckQueue>,
     pub reads: Reads,
     pub first_use: FirstUse,
+    /// How long an operation may take, from the arrival of its command.
+    pub within: Duration,
 }
 
 impl Backend {
-    /// Connects to nothing yet; `instance` is this process's own name, `window` how long a REQUEST id is remembered.
-    pub fn new(partition: Arc<Partition>, redis_url: &str, instance: &str, window: Duration) -> Self {
+    /// Connects to nothing yet; `instance` is this process's own name, `window` how long a REQUEST id is remembered, `reply_within` the time
+    /// a command may take.
+    pub fn new(partition: Arc<Partition>, redis_url: &str, instance: &str, window: Duration, reply_within: Duration) -> Self {
+        let within = limits::operation_within(reply_within);
         let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
         Self {
-            stock: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms),
-            coupon: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms),
+            stock: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within),
+            coupon: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within),
             acks: AckQueue::new(Arc::clone(&partition)),
-            reads: Reads::new(redis_url, limits::OPERATION_WITHIN),
+            reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
+            within,
             partition,
         }
     }
@@ -46,7 +51,7 @@ impl Backend {
     /// One that never gets anywhere: for tests of what needs no Redis.
     #[cfg(test)]
     pub fn unconnected() -> Self {
-        Self::new(Arc::new(Partition::new(0).0), "redis://127.0.0.1:1", "test", Duration::from_secs(600))
+        Self::new(Arc::new(Partition::new(0).0), "redis://127.0.0.1:1", "test", Duration::from_secs(600), Duration::from_millis(100))
     }
 
     /// Starts the lanes on this thread. After `cancel` they finish what waits; the future ends when they have.

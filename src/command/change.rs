@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::ack::AckQueue;
 use super::args::{Ack, Args};
 use crate::domain::Position;
+use crate::domain::request::SERVER_PREFIX;
 use crate::limits;
 use crate::resp::{Reply, Ticket};
 use crate::store::Partition;
@@ -54,9 +55,10 @@ pub fn failed(failure: Failure) -> Reply {
     Reply::error(match failure {
         Failure::Loading(why) => format!("LOADING {why}"),
         Failure::TryAgain(why) => format!("TRYAGAIN {why}"),
-        Failure::InDoubt(id) => {
-            format!("INDOUBT {id} Redis has not answered in time: ask again with REQUEST {id}, or read what became of it")
+        Failure::InDoubt(id) if id.as_bytes().starts_with(SERVER_PREFIX) => {
+            format!("INDOUBT {id} Redis has not answered in time: read what became of it, and send a REQUEST id to be able to ask again")
         }
+        Failure::InDoubt(id) => format!("INDOUBT {id} Redis has not answered in time: ask again with REQUEST {id}"),
     })
 }
 

@@ -51,8 +51,8 @@ pub static GET: Spec = Spec::new("COUPON.GET", "Returns the coupons that a user 
     .reply("array of maps `serial state issued_at_ms order`")
     .example("COUPON.GET spring user-7")
     .run(|call| {
-        let (cx, coupon, user) = (Rc::clone(call.cx), call.args.id("coupon"), call.args.id("user"));
-        Step::Wait(Box::pin(held(cx, coupon, user)))
+        let (coupon, user) = (call.args.id("coupon"), call.args.id("user"));
+        read::from_redis(call, |cx| held(cx, coupon, user))
     });
 
 pub static INFO: Spec = Spec::new("COUPON.INFO", "Returns what is known of a coupon.")
@@ -62,8 +62,8 @@ pub static INFO: Spec = Spec::new("COUPON.INFO", "Returns what is known of a cou
     .reply("map `coupon total issued used remaining peruser start end state lock position applied`, or nil")
     .example("COUPON.INFO spring")
     .run(|call| {
-        let (cx, coupon) = (Rc::clone(call.cx), call.args.id("coupon"));
-        Step::Wait(Box::pin(info(cx, coupon)))
+        let coupon = call.args.id("coupon");
+        read::from_redis(call, |cx| info(cx, coupon))
     });
 
 fn create(call: &mut Call<'_>) -> Step {

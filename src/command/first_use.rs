@@ -55,7 +55,7 @@ impl FirstUse {
 pub fn load_and_retry(cx: &Rc<Context>, products: Vec<Id>, op: StockOp, arrived: Instant, waiter: StockWaiter) {
     let cx = Rc::clone(cx);
     spawn_local(async move {
-        let deadline = arrived + limits::OPERATION_WITHIN;
+        let deadline = arrived + cx.backend.within;
         let lookups: Vec<_> = products.into_iter().map(|product| spawn_local(load(Rc::clone(&cx), product))).collect();
         let all = async {
             for lookup in lookups {
@@ -99,7 +99,7 @@ async fn look_up(cx: &Rc<Context>, product: &Id) -> bool {
     if partition.loads.try_send(request).is_err() {
         return false;
     }
-    let Ok(Ok(found)) = tokio::time::timeout(limits::OPERATION_WITHIN, answered).await else { return false };
+    let Ok(Ok(found)) = tokio::time::timeout(cx.backend.within, answered).await else { return false };
     match found {
         None => cx.backend.first_use.remember_absent(product.clone()),
         Some(available) => {

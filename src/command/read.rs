@@ -1,5 +1,8 @@
 //! What the reading commands share.
 
+use std::rc::Rc;
+
+use super::{Call, Context, Step, change};
 use crate::resp::Reply;
 use crate::store;
 use crate::store::reads::Scanned;
@@ -16,4 +19,12 @@ pub fn failed(error: &store::Error) -> Reply {
         store::Error::Connection(_) => "TRYAGAIN Redis cannot be reached".to_owned(),
         other => format!("TRYAGAIN {other}"),
     })
+}
+
+/// Reads from Redis, alone on the connection. Refused while the partition is not live: what Redis has then may be empty or old.
+pub fn from_redis<F: Future<Output = Reply> + 'static>(call: &Call<'_>, read: impl FnOnce(Rc<Context>) -> F) -> Step {
+    match call.cx.backend.stock.closed() {
+        Some(failure) => Step::Reply(change::failed(failure)),
+        None => Step::Wait(Box::pin(read(Rc::clone(call.cx)))),
+    }
 }

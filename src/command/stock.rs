@@ -71,8 +71,8 @@ pub static INFO: Spec = Spec::new("STOCK.INFO", "Returns what is known of a prod
     .reply("map `product available held low position applied lag_ms frozen`, or nil")
     .example("STOCK.INFO sku-1")
     .run(|call| {
-        let (cx, product) = (Rc::clone(call.cx), call.args.id("product"));
-        Step::Wait(Box::pin(info(cx, product)))
+        let product = call.args.id("product");
+        read::from_redis(call, |cx| info(cx, product))
     });
 
 pub static INCR: Spec = Spec::new("STOCK.INCR", "Adds units to a product: restocks it, or gives units back.")
@@ -107,13 +107,13 @@ pub static SCAN: Spec = Spec::new("STOCK.SCAN", "Iterates over the products.")
         let cursor = String::from_utf8_lossy(call.args.text("cursor")).into_owned();
         let pattern =
             call.args.maybe_text("pattern").map_or_else(|| "*".to_owned(), |pattern| String::from_utf8_lossy(pattern).into_owned());
-        let (cx, count) = (Rc::clone(call.cx), call.args.maybe_integer("count").unwrap_or(10));
-        Step::Wait(Box::pin(async move {
+        let count = call.args.maybe_integer("count").unwrap_or(10);
+        read::from_redis(call, |cx| async move {
             match cx.backend.reads.scan_products(&cursor, &pattern, count).await {
                 Ok(scanned) => read::scanned(scanned),
                 Err(error) => read::failed(&error),
             }
-        }))
+        })
     });
 
 fn too_many_products() -> Reply {

@@ -57,6 +57,12 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How many clients may be connected at a time; one more is told so and closed.",
     },
     Setting {
+        key: "reply_within_ms",
+        kind: Kind::Milliseconds(limits::REPLY_WITHIN_MIN_MS, limits::REPLY_WITHIN_MAX_MS),
+        default: "100",
+        doc: "Within what time of its arrival a STOCK or COUPON command is answered, with an error if Redis is slower.",
+    },
+    Setting {
         key: "shutdown_timeout_ms",
         kind: Kind::Milliseconds(0, limits::SHUTDOWN_TIMEOUT_MAX_MS),
         default: "10000",

@@ -34,7 +34,7 @@ impl Loader {
         self.connection = ledger::connect(&self.postgres_url).await.ok();
         while cancel.run_until_cancelled(self.requests.recv_many(&mut batch, limits::LOAD_BATCH_MAX)).await.is_some_and(|count| count > 0) {
             // Who asked has given up by the end of this time.
-            let applied = tokio::time::timeout(limits::OPERATION_WITHIN, self.wait_until_applied(&batch)).await;
+            let applied = tokio::time::timeout(limits::LOAD_WITHIN, self.wait_until_applied(&batch)).await;
             if applied.is_ok()
                 && let Err(error) = self.answer(&mut batch).await
             {

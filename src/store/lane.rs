@@ -130,6 +130,7 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     /// `<instance>:<lane>`, the lane's field in meta.
     name: String,
     window_ms: i64,
+    within: Duration,
     queue: RefCell<VecDeque<Queued<F, W>>>,
     parked: RefCell<Vec<Queued<F, W>>>,
     unpark_at: Cell<Instant>,
@@ -141,13 +142,14 @@ pub struct Lane<F: Family, W: Waiter<F>> {
 }
 
 impl<F: Family, W: Waiter<F>> Lane<F, W> {
-    /// `instance` is the sidecar's own: a fresh one a process start.
-    pub fn new(partition: Arc<Partition>, redis_url: &str, instance: &str, window_ms: i64) -> Rc<Self> {
+    /// `instance` is the sidecar's own: a fresh one a process start. Each operation is done `within` that time of its arrival.
+    pub fn new(partition: Arc<Partition>, redis_url: &str, instance: &str, window_ms: i64, within: Duration) -> Rc<Self> {
         Rc::new(Self {
             partition,
             redis_url: redis_url.to_owned(),
             name: format!("{instance}:{}", F::LANE),
             window_ms,
+            within,
             queue: RefCell::default(),
             parked: RefCell::default(),
             unpark_at: Cell::new(Instant::now()),
@@ -159,7 +161,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         })
     }
 
-    /// Takes an operation in; it is done within [`limits::REPLY_WITHIN`] of `arrived`.
+    /// Takes an operation in; it is done within the lane's time of `arrived`.
     pub fn submit(&self, op: F::Op, arrived: Instant, waiter: W) {
         if let Gate::Closed(failure) = &*self.gate.borrow() {
             return waiter.done(&op, Err(failure.clone()));
@@ -169,9 +171,17 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             drop(queue);
             return waiter.done(&op, Err(Failure::TryAgain("overloaded: too many operations are waiting for Redis".into())));
         }
-        queue.push_back(Queued { op, waiter: Some(waiter), deadline: arrived + limits::OPERATION_WITHIN, again: None });
+        queue.push_back(Queued { op, waiter: Some(waiter), deadline: arrived + self.within, again: None });
         if queue.len() == 1 {
             self.work.notify_one();
+        }
+    }
+
+    /// Why nothing is done now; `None` while the lane is open.
+    pub fn closed(&self) -> Option<Failure> {
+        match &*self.gate.borrow() {
+            Gate::Open => None,
+            Gate::Closed(failure) => Some(failure.clone()),
         }
     }
 
@@ -257,7 +267,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let sent =
             sent.and_then(|sent| sent.operations.iter().filter(|queued| queued.waiter.is_some()).map(|queued| queued.deadline).min());
         let all = [queued, parked, sent];
-        all.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + limits::OPERATION_WITHIN)
+        all.into_iter().flatten().min().unwrap_or_else(|| Instant::now() + self.within)
     }
 
     fn expire(&self, sent: Option<&mut Sent<F, W>>) {

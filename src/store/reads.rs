@@ -65,16 +65,19 @@ impl Reads {
         Self { redis_url: redis_url.to_owned(), within, connection: RefCell::default() }
     }
 
-    async fn with<T>(&self, read: impl AsyncFnOnce(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
+    async fn with<T>(&self, read: impl AsyncFn(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
         let reading = async {
             let open = self.connection.borrow().clone();
-            let mut connection = match open {
-                Some(connection) => connection,
-                None => Connection::open(&self.redis_url).await?,
-            };
+            if let Some(mut connection) = open {
+                match read(&mut connection).await {
+                    // It may have been dead for long: a read can be repeated.
+                    Err(Error::Connection(_)) => self.connection.borrow_mut().take(),
+                    result => return result,
+                };
+            }
+            let mut connection = Connection::open(&self.redis_url).await?;
             let result = read(&mut connection).await;
-            let broken = matches!(result, Err(Error::Connection(_)));
-            *self.connection.borrow_mut() = (!broken).then_some(connection);
+            *self.connection.borrow_mut() = Some(connection);
             result
         };
         match tokio::time::timeout(self.within, reading).await {

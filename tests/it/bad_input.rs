@@ -8,8 +8,8 @@ use crate::harness::Stack;
 fn bad_arguments_are_refused_by_name_and_change_nothing() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("STOCK.SET a 10");
-    client.ask("COUPON.CREATE c 5");
+    client.ok("STOCK.SET a 10");
+    client.ok("COUPON.CREATE c 5");
     let long = "x".repeat(129);
     let ids: [&str; 9] = ["", " ", "a b", "a{b", "}", "a\tb", "a\r\nb", "a\0", &long];
     for bad in ids {

@@ -13,7 +13,7 @@ fn a_coupon_is_issued_to_each_user_once_until_it_is_sold_out() {
     assert_eq!(client.ask("COUPON.CREATE spring 9"), "[EXISTS]");
     assert_eq!(client.ask("COUPON.ISSUE spring u1"), "[ISSUED, 1, 1, 1-2]");
     assert_eq!(client.ask("COUPON.ISSUE spring u1"), "[ALREADY, 1]");
-    assert_eq!(client.ask("COUPON.ISSUE spring u2 ACK postgres"), "[ISSUED, 2, 0, 1-3]");
+    assert_eq!(client.ask("COUPON.ISSUE spring u2 ACK postgres TIMEOUT 20000"), "[ISSUED, 2, 0, 1-3]");
     assert_eq!(client.ask("COUPON.ISSUE spring u3"), "[SOLDOUT]");
     assert!(client.ask("COUPON.GET spring u1").starts_with("[[serial, 1, state, issued, issued_at_ms, 1"));
     assert_eq!(client.ask("COUPON.GET spring nobody"), "[]");
@@ -28,7 +28,7 @@ fn a_coupon_is_issued_to_each_user_once_until_it_is_sold_out() {
 fn a_user_may_have_as_many_as_the_coupon_says() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("COUPON.CREATE c 100 PERUSER 3");
+    client.ok("COUPON.CREATE c 100 PERUSER 3");
     for serial in 1..=3 {
         assert!(client.ask("COUPON.ISSUE c u1").starts_with(&format!("[ISSUED, {serial}, ")));
     }
@@ -40,8 +40,8 @@ fn a_user_may_have_as_many_as_the_coupon_says() {
 fn a_coupon_has_its_time() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("COUPON.CREATE early 1 START 32503680000000");
-    client.ask("COUPON.CREATE ended 1 END 1000");
+    client.ok("COUPON.CREATE early 1 START 32503680000000");
+    client.ok("COUPON.CREATE ended 1 END 1000");
     assert_eq!(client.ask("COUPON.ISSUE early u"), "[NOTSTARTED, 32503680000000]");
     assert_eq!(client.ask("COUPON.ISSUE ended u"), "[ENDED, 1000]");
     assert_eq!(client.ask("COUPON.CREATE never 1 START 5 END 5"), "-ERR invalid end: it must be after the start");
@@ -50,9 +50,9 @@ fn a_coupon_has_its_time() {
 
 #[test]
 fn nothing_is_issued_while_somebody_holds_the_coupons_lock() {
-    let stack = Stack::start();
+    let stack = Stack::with_deadline(1_000);
     let mut client = stack.connect();
-    client.ask("COUPON.CREATE c 10");
+    client.ok("COUPON.CREATE c 10");
     let mut java = stack.backing();
     java.ask("HSET coupon:issue:c 5ad7e6c4:1 1");
     java.ask("PEXPIRE coupon:issue:c 60000");
@@ -69,10 +69,10 @@ fn nothing_is_issued_while_somebody_holds_the_coupons_lock() {
 fn an_issue_with_a_request_runs_once() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("COUPON.CREATE c 10 PERUSER 5");
+    client.ok("COUPON.CREATE c 10 PERUSER 5");
     let first = client.ask("COUPON.ISSUE c u REQUEST r-1");
     assert_eq!(first, "[ISSUED, 1, 9, 1-2]");
-    assert_eq!(client.ask("COUPON.ISSUE c u REQUEST r-1 ACK postgres"), first);
+    assert_eq!(client.ask("COUPON.ISSUE c u REQUEST r-1 ACK postgres TIMEOUT 20000"), first);
     assert!(client.ask("COUPON.ISSUE c v REQUEST r-1").starts_with("-MISMATCH "));
     assert_eq!(client.field("COUPON.INFO c", "issued"), "1");
 }
@@ -80,7 +80,7 @@ fn an_issue_with_a_request_runs_once() {
 #[test]
 fn a_race_of_many_clients_issues_exactly_what_there_is() {
     let stack = Stack::start();
-    stack.connect().ask("COUPON.CREATE c 100");
+    stack.connect().ok("COUPON.CREATE c 100");
     let serials: Vec<String> = std::thread::scope(|scope| {
         let racers: Vec<_> = (0..10)
             .map(|racer| {

@@ -1,11 +1,13 @@
 //! What dies, and what must still be true afterwards.
 
 use std::collections::BTreeSet;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::harness::{Client, Sidecar, Stack, wait_until};
+use crate::proxy::Proxy;
 
 const CLIENTS: usize = 8;
 const STOCK: u32 = 1_000_000;
@@ -172,7 +174,7 @@ fn a_sidecar_waits_for_its_backends_and_answers_meanwhile() {
 fn a_script_that_redis_forgot_is_sent_again() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("STOCK.SET a 10");
+    client.ok("STOCK.SET a 10");
     for left in (0..10).rev() {
         stack.backing().ask("SCRIPT FLUSH");
         assert!(client.ask("STOCK.DECR a 1").starts_with(&format!("[OK, {left}, ")));
@@ -193,4 +195,47 @@ fn a_stopping_sidecar_finishes_what_it_started_and_carries_it_to_postgres() {
     assert!(applied.parse::<usize>().unwrap() >= accepted.len(), "{applied} of {}", accepted.len());
     stack.restart_sidecar();
     check(&stack, &accepted);
+}
+
+#[test]
+fn a_batch_whose_answer_was_lost_is_sent_again_and_runs_once() {
+    let mut stack = Stack::start();
+    let proxy = Proxy::start(stack.redis.port());
+    stack.sidecar = Sidecar::start(&proxy.url(), &stack.postgres.url);
+    stack.wait_until_ready();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 100");
+    client.ok("COUPON.CREATE c 100");
+    for lost in 0..20 {
+        proxy.lose(1);
+        let left = 100 - lost - 1;
+        assert!(client.ask("STOCK.DECR a 1").starts_with(&format!("[OK, {left}, ")));
+        wait_until("the answer was lost", || proxy.left() == 0);
+        proxy.lose(1);
+        assert!(client.ask(&format!("COUPON.ISSUE c user-{lost}")).starts_with(&format!("[ISSUED, {}, {left}, ", lost + 1)));
+    }
+    assert_eq!(client.ask("STOCK.DECR a 81"), "[INSUFFICIENT, a, 80]");
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT count(*) || ' ' || sum(redis_delta) FROM holdfast.stock_ledger WHERE kind = 'decr'"), "20 -20");
+    assert_eq!(stack.postgres.value("SELECT count(*) || ' ' || max(serial) FROM holdfast.coupon_issue"), "20 20");
+}
+
+#[test]
+fn a_stalled_redis_is_answered_for_and_executes_nothing_late() {
+    let stack = Stack::with_deadline(200);
+    let mut client = stack.connect();
+    client.until_not("STOCK.SET a 10", "-TRYAGAIN");
+    let signal = |name: &str| assert!(Command::new("kill").args([name, &stack.redis.pid().to_string()]).status().unwrap().success());
+    for _ in 0..3 {
+        signal("-STOP");
+        let began = Instant::now();
+        let in_doubt = client.ask("STOCK.DECR a 1");
+        assert!(in_doubt.starts_with("-INDOUBT hf-") || in_doubt.starts_with("-TRYAGAIN "), "{in_doubt}");
+        assert!(client.ask("STOCK.DECR a 1").starts_with("-TRYAGAIN "), "it was never sent");
+        assert!(client.ask("STOCK.GET a").starts_with("-"));
+        assert_eq!(client.ask("PING"), "PONG");
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+        signal("-CONT");
+        client.until("STOCK.GET a", "10");
+    }
 }

@@ -16,6 +16,9 @@ use crate::servers::{Postgres, RedisServer};
 /// How long a test waits for what must come, on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The time for a reply, in ms, where a test is of something else: a machine that stalls must not fail it.
+const UNHURRIED: u32 = 20_000;
+
 /// The built program.
 pub struct Sidecar {
     child: Child,
@@ -27,6 +30,11 @@ pub struct Sidecar {
 impl Sidecar {
     /// Starts it, and waits until it listens.
     pub fn start(redis_url: &str, postgres_url: &str) -> Self {
+        Self::with_deadline(redis_url, postgres_url, UNHURRIED)
+    }
+
+    /// The same, with so many ms for each reply.
+    pub fn with_deadline(redis_url: &str, postgres_url: &str, reply_within_ms: u32) -> Self {
         let log = std::env::temp_dir().join(format!(
             "holdfast-it-{}-{:?}-{:?}.log",
             std::process::id(),
@@ -45,6 +53,7 @@ impl Sidecar {
                 "--postgres-url",
                 postgres_url,
             ])
+            .args(["--reply-within-ms", &reply_within_ms.to_string()])
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap())
             .spawn()
@@ -151,6 +160,12 @@ impl Client {
         self.ask_words(&command.split(' ').collect::<Vec<_>>())
     }
 
+    /// Sends one command that must be accepted.
+    pub fn ok(&mut self, command: &str) {
+        let reply = self.ask(command);
+        assert!(reply.starts_with("[OK, "), "{command}: {reply}");
+    }
+
     /// The same, for words that have spaces in them or are empty.
     pub fn ask_words<W: AsRef<[u8]>>(&mut self, words: &[W]) -> String {
         let mut command = redis::Cmd::new();
@@ -253,17 +268,22 @@ impl Database {
 impl Stack {
     /// Starts everything, and waits until it sells.
     pub fn start() -> Self {
-        Self::with(Database::new(false))
+        Self::with(Database::new(false), UNHURRIED)
+    }
+
+    /// The same, with so many ms for each reply.
+    pub fn with_deadline(reply_within_ms: u32) -> Self {
+        Self::with(Database::new(false), reply_within_ms)
     }
 
     /// The same with a Postgres of its own, to be killed.
     pub fn with_own_postgres() -> Self {
-        Self::with(Database::new(true))
+        Self::with(Database::new(true), UNHURRIED)
     }
 
-    fn with(postgres: Database) -> Self {
+    fn with(postgres: Database, reply_within_ms: u32) -> Self {
         let redis = RedisServer::start();
-        let sidecar = Sidecar::start(&redis.url(), &postgres.url);
+        let sidecar = Sidecar::with_deadline(&redis.url(), &postgres.url, reply_within_ms);
         let stack = Self { sidecar, redis, postgres };
         stack.wait_until_ready();
         stack

@@ -6,8 +6,8 @@ use crate::harness::Stack;
 fn health_and_metrics_are_served() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("STOCK.SET a 10");
-    client.ask("STOCK.DECR a 100");
+    client.ok("STOCK.SET a 10");
+    assert_eq!(client.ask("STOCK.DECR a 100"), "[INSUFFICIENT, a, 10]");
     assert_eq!(stack.sidecar.get("/livez"), (200, "alive\n".to_owned()));
     let (status, body) = stack.sidecar.get("/readyz?verbose");
     assert_eq!(status, 200);

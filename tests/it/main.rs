@@ -10,5 +10,6 @@ mod coupons;
 mod faults;
 mod http;
 mod protocol;
+mod proxy;
 mod stock;
 mod tidy;

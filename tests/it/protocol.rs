@@ -16,16 +16,16 @@ fn exchange(stack: &Stack, request: &str, bytes: usize) -> String {
 fn a_pipeline_is_answered_in_order_and_sees_its_own_changes() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("STOCK.SET a 10");
+    client.ok("STOCK.SET a 10");
     let expected = "*3\r\n$2\r\nOK\r\n:9\r\n$3\r\n1-2\r\n:9\r\n+PONG\r\n*3\r\n$2\r\nOK\r\n:12\r\n$3\r\n1-3\r\n*2\r\n:12\r\n$-1\r\n";
-    let request = "STOCK.DECR a 1\r\nSTOCK.GET a\r\nPING\r\nSTOCK.INCR a 3 ACK postgres\r\nSTOCK.MGET a b\r\n";
+    let request = "STOCK.DECR a 1\r\nSTOCK.GET a\r\nPING\r\nSTOCK.INCR a 3 ACK postgres TIMEOUT 20000\r\nSTOCK.MGET a b\r\n";
     assert_eq!(exchange(&stack, request, expected.len()), expected);
 }
 
 #[test]
 fn a_deep_pipeline_is_answered_whole() {
     let stack = Stack::start();
-    stack.connect().ask("STOCK.SET a 100000");
+    stack.connect().ok("STOCK.SET a 100000");
     let raw = stack.sidecar.raw();
     let writer = {
         let mut raw = raw.try_clone().unwrap();
@@ -44,7 +44,7 @@ fn a_deep_pipeline_is_answered_whole() {
 #[test]
 fn hello_3_turns_maps_into_maps() {
     let stack = Stack::start();
-    stack.connect().ask("STOCK.SET a 10");
+    stack.connect().ok("STOCK.SET a 10");
     let resp3 = "HELLO 3\r\nSTOCK.INFO a\r\nSTOCK.GET b\r\nHELLO 2\r\nSTOCK.GET b\r\n";
     let mut raw = stack.sidecar.raw();
     raw.write_all(resp3.as_bytes()).unwrap();
@@ -101,7 +101,7 @@ fn what_the_common_clients_send_first_is_answered() {
 fn a_client_that_leaves_in_the_middle_does_not_stop_its_command() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("STOCK.SET a 10");
+    client.ok("STOCK.SET a 10");
     for _ in 0..5 {
         let mut raw = stack.sidecar.raw();
         raw.write_all(b"STOCK.DECR a 1\r\n").unwrap();

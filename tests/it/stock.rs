@@ -12,7 +12,7 @@ fn a_product_is_set_sold_restocked_and_deleted_in_redis_and_in_postgres() {
     assert_eq!(client.ask("STOCK.DECR sku-1 3"), "[OK, 97, 1-2]");
     assert_eq!(stack.backing().ask("GET stock:product:sku-1"), "97");
     assert_eq!(client.ask("STOCK.DECR sku-1 98"), "[INSUFFICIENT, sku-1, 97]");
-    assert_eq!(client.ask("STOCK.INCR sku-1 5 ACK postgres"), "[OK, 102, 1-3]");
+    assert_eq!(client.ask("STOCK.INCR sku-1 5 ACK postgres TIMEOUT 20000"), "[OK, 102, 1-3]");
     assert_eq!(available("sku-1"), "102");
     assert_eq!(client.ask("STOCK.GET sku-1"), "102");
     assert_eq!(client.ask("STOCK.GET sku-2"), "nil");
@@ -39,7 +39,7 @@ fn several_products_are_taken_all_or_none_and_the_same_one_twice_is_summed() {
     let stack = Stack::start();
     let mut client = stack.connect();
     for product in ["a", "b", "c"] {
-        client.ask(&format!("STOCK.SET {product} 10"));
+        client.ok(&format!("STOCK.SET {product} 10"));
     }
     assert_eq!(client.ask("STOCK.DECR a 1 b 2 a 3"), "[OK, 6, 8, 1-4]");
     assert_eq!(client.ask("STOCK.DECR a 4 b 4 a 3"), "[INSUFFICIENT, a, 6]");
@@ -54,21 +54,25 @@ fn several_products_are_taken_all_or_none_and_the_same_one_twice_is_summed() {
 fn a_request_runs_once_and_repeats_its_reply() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("STOCK.SET a 10");
+    client.ok("STOCK.SET a 10");
     let v7 = uuid_v7(0);
     for id in ["r-1", &v7, "a b\u{e9}%"] {
         let words = ["STOCK.DECR", "a", "2", "REQUEST", id];
         let first = client.ask_words(&words);
         assert!(first.starts_with("[OK, "), "{first}");
         assert_eq!(client.ask_words(&words), first);
-        assert_eq!(client.ask_words(&["stock.decr", "a", "2", "ack", "postgres", "request", id]), first, "ACK does not count");
+        assert_eq!(
+            client.ask_words(&["stock.decr", "a", "2", "ack", "postgres", "timeout", "20000", "request", id]),
+            first,
+            "ACK does not count"
+        );
         let mismatch = "-MISMATCH this REQUEST id was used with another command or other arguments: use a new id";
         assert_eq!(client.ask_words(&["STOCK.DECR", "a", "1", "REQUEST", id]), mismatch);
         assert_eq!(client.ask_words(&["STOCK.INCR", "a", "2", "REQUEST", id]), mismatch);
     }
     assert_eq!(client.ask("STOCK.GET a"), "4");
     assert_eq!(client.ask("STOCK.DECR a 5 REQUEST r-2"), "[INSUFFICIENT, a, 4]");
-    client.ask("STOCK.INCR a 1 REQUEST r-3");
+    client.ok("STOCK.INCR a 1 REQUEST r-3");
     assert_eq!(client.ask("STOCK.DECR a 5 REQUEST r-2"), "[OK, 0, 1-6]", "a refusal is decided afresh");
     let stale = client.ask(&format!("STOCK.INCR a 1 REQUEST {}", uuid_v7(-601_000)));
     assert!(stale.starts_with("-STALE "), "{stale}");
@@ -90,7 +94,7 @@ fn uuid_v7(ms: i64) -> String {
 fn totals_stay_below_2_to_the_53() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("STOCK.SET a 1000000000000");
+    client.ok("STOCK.SET a 1000000000000");
     stack.backing().ask("SET stock:product:a 9007199254740990");
     assert_eq!(client.ask("STOCK.INCR a 1"), "[OK, 9007199254740991, 1-2]");
     let over = client.ask("STOCK.INCR a 1");
@@ -102,7 +106,7 @@ fn totals_stay_below_2_to_the_53() {
 fn a_key_of_another_type_refuses_only_its_own_operation() {
     let stack = Stack::start();
     let mut client = stack.connect();
-    client.ask("STOCK.SET a 10");
+    client.ok("STOCK.SET a 10");
     stack.backing().ask("LPUSH stock:product:list x");
     stack.backing().ask("SET stock:product:text 1e3");
     for product in ["list", "text"] {
@@ -120,9 +124,9 @@ fn a_scan_finds_every_product_with_its_units() {
     let stack = Stack::start();
     let mut client = stack.connect();
     for i in 0..300 {
-        client.ask(&format!("STOCK.SET sku-{i} {i} ACK redis"));
+        client.ok(&format!("STOCK.SET sku-{i} {i} ACK redis"));
     }
-    client.ask("STOCK.SET other 1");
+    client.ok("STOCK.SET other 1");
     let mut found = std::collections::BTreeMap::new();
     let mut cursor = "0".to_owned();
     loop {
@@ -155,9 +159,9 @@ fn a_product_that_only_postgres_has_is_loaded_on_its_first_use() {
     let stack = Stack::start();
     let mut client = stack.connect();
     for product in ["a", "b", "c", "d"] {
-        client.ask(&format!("STOCK.SET {product} 10"));
+        client.ok(&format!("STOCK.SET {product} 10"));
     }
-    client.ask("STOCK.DECR a 1");
+    client.ok("STOCK.DECR a 1");
     client.ask("STOCK.DEL d");
     stack.backing().ask("DEL stock:product:a stock:product:b stock:product:c");
     assert_eq!(client.ask("STOCK.DECR a 2 b 1 a 1"), "[OK, 6, 9, 1-9]", "two loads and the sale");
@@ -179,7 +183,7 @@ fn a_product_that_only_postgres_has_is_loaded_on_its_first_use() {
 #[test]
 fn many_clients_that_use_an_absent_product_at_once_load_it_once() {
     let stack = Stack::start();
-    stack.connect().ask("STOCK.SET a 1000");
+    stack.connect().ok("STOCK.SET a 1000");
     stack.backing().ask("DEL stock:product:a");
     std::thread::scope(|scope| {
         for _ in 0..10 {
