@@ -2,9 +2,9 @@
 -- keys: meta, info
 -- args:
 -- flags: readonly
--- returns: {total, issued, used, peruser, start, end, epoch, n, now in ms}
+-- returns: {total, issued, used, peruser, start, end, position, now in ms}
 local time = redis.call('TIME')
-local m = redis.call('HMGET', meta, 'epoch', 'n')
+local position = redis.call('HGET', meta, 'id')
 local terms = redis.call('TYPE', info).ok == 'hash' and redis.call('HMGET', info, 'total', 'issued', 'used', 'peruser', 'start', 'end')
 if not terms then return {false} end
-return {terms[1], terms[2], terms[3], terms[4], terms[5], terms[6], m[1], m[2], time[1] * 1000 + math.floor(time[2] / 1000)}
+return {terms[1], terms[2], terms[3], terms[4], terms[5], terms[6], position, time[1] * 1000 + math.floor(time[2] / 1000)}

@@ -33,12 +33,18 @@ for c = 1, #names do
     coupon.exists = info_type == 'hash'
     if coupon.exists then
       local info = redis.call('HMGET', info_key, 'total', 'issued', 'serial', 'peruser', 'start', 'end')
-      for i = 1, 6 do info[i] = tonumber(info[i] or 0) end
+      for i = 1, 6 do
+        info[i] = string.find(info[i] or '', '^%d+$') and tonumber(info[i])
+        if not info[i] then coupon.corrupt = true end
+      end
       coupon.total, coupon.issued, coupon.serial, coupon.per_user, coupon.start, coupon.stop = unpack(info)
     end
     if #users[c] > 0 then
       local lines = redis.call('HMGET', users_key, unpack(users[c]))
-      for i, user in ipairs(users[c]) do coupon.held[user] = lines[i] end
+      for i, user in ipairs(users[c]) do
+        coupon.held[user] = lines[i]
+        if lines[i] and not string.find(lines[i], '^%d+ ') then coupon.corrupt = true end
+      end
     end
   end
   coupons[c] = coupon
@@ -75,7 +81,7 @@ local function issue(c, coupon, operation)
   if coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
   if held then
     local _, breaks = string.gsub(held, '\n', '\n')
-    if breaks + 1 >= coupon.per_user then return say('already', tonumber(string.match(held, '(%d+)[^\n]*$'))) end
+    if breaks + 1 >= coupon.per_user then return say('already', tonumber(string.match(held, '(%d+) [^\n]*$') or 0)) end
   end
   if coupon.issued >= coupon.total then return say('soldout') end
   coupon.issued, coupon.serial = coupon.issued + 1, coupon.serial + 1

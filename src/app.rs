@@ -21,14 +21,12 @@ use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::Config;
-use crate::domain::Position;
 use crate::ledger;
-use crate::limits;
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
 use crate::outbox::verify::Verifier;
 use crate::server::listener;
-use crate::server::registry::Registry;
+use crate::session::registry::Registry;
 use crate::store::Partition;
 use crate::store::partition::State;
 use crate::telemetry::http::{self, Check, Readiness};
@@ -78,7 +76,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let postgres_url = config.postgres.url.expose().to_owned();
     let redis_url = config.redis.url.expose().to_owned();
     let relay =
-        Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: limits::RELAY_DRAIN_WITHIN };
+        Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
     let working = {
@@ -99,11 +97,12 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     shutdown.cancelled().await;
     info!("draining: no new connections, what was started is finished");
     let deadline = tokio::time::Instant::now() + config.shutdown_timeout;
-    if tokio::time::timeout_at(deadline, front.stopped()).await.is_err() {
-        warn!("some clients did not finish in time");
+    // Half of the time for the clients, the rest for the relay: what it cannot carry stays in Redis.
+    if tokio::time::timeout_at(deadline - config.shutdown_timeout / 2, front.stopped()).await.is_err() {
+        warn!("clients or redis did not finish in time");
     }
     back.cancel();
-    if tokio::time::timeout_at(deadline + 2 * limits::RELAY_DRAIN_WITHIN, working).await.is_err() {
+    if tokio::time::timeout_at(deadline, working).await.is_err() {
         warn!(
             changes = partition.lag(),
             "not everything could be carried to postgres in time; it stays in redis and goes on at the next start"
@@ -196,13 +195,12 @@ impl Front {
 /// How the partition stands, as INFO shows it. `at_risk` changes would be lost if Redis's data and this process died at once.
 fn show_partition(partition: &Partition, text: &mut String) {
     let applied = *partition.applied.borrow();
-    let epoch = partition.live_epoch().unwrap_or(applied.epoch);
     let word = |yes: bool, this: &'static str, that: &'static str| if yes { this } else { that };
     let lines = [
         ("holdfast_state", word(partition.live_epoch().is_some(), "live", "loading").to_owned()),
         ("holdfast_redis", word(partition.redis_up(), "up", "down").to_owned()),
         ("holdfast_postgres", word(partition.ledger_up(), "up", "down").to_owned()),
-        ("holdfast_position", Position::new(epoch, partition.head_n()).to_string()),
+        ("holdfast_position", partition.head().to_string()),
         ("holdfast_applied", applied.to_string()),
         ("holdfast_at_risk", partition.lag().to_string()),
     ];

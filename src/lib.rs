@@ -4,7 +4,8 @@
 //!
 //! - [`domain`]: ids, quantities, positions, changes. Pure.
 //! - [`resp`]: bytes to requests and replies to bytes. Knows no command.
-//! - [`server`]: listener, connections, sessions. Knows no command's meaning.
+//! - [`session`]: what is known of each client.
+//! - [`server`]: listener, connections. Knows no command's meaning.
 //! - [`command`]: the table of commands, argument matching, dispatch, the handlers.
 //! - [`store`]: everything on Redis: connections, keys, scripts, the combiner.
 //! - [`outbox`]: carries what the scripts appended from Redis to Postgres.
@@ -23,6 +24,7 @@ pub mod command;
 pub mod ledger;
 pub mod outbox;
 pub mod server;
+pub mod session;
 pub mod store;
 
 pub mod app;

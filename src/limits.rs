@@ -34,6 +34,12 @@ pub const LOCKED_RETRY_WITHIN: Duration = Duration::from_millis(15);
 /// How often an idle connection to Redis is tried, so that a dead one is replaced before it is needed.
 pub const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
 
+/// A Redis that takes longer for its clock does not answer: it hangs, or the network does.
+pub const HEARTBEAT_WITHIN: Duration = Duration::from_secs(1);
+
+/// After so long without a sign of life from the other end the kernel gives a connection up, and the lane opens another.
+pub const REDIS_SILENCE_MAX: Duration = Duration::from_secs(10);
+
 /// The pauses between tries to connect: short enough not to be noticed, long enough not to be a load.
 pub const RECONNECT_MIN: Duration = Duration::from_millis(20);
 pub const RECONNECT_MAX: Duration = Duration::from_secs(1);
@@ -150,9 +156,6 @@ pub const OUTBOX_TRIM_EVERY: Duration = Duration::from_secs(5);
 
 /// How many places the relay remembers at which the outbox may be cut; when full, every second one is forgotten.
 pub const OUTBOX_MARKS_MAX: usize = 4_096;
-
-/// For how long the relay goes on with what the outbox still holds when the sidecar stops. What does not fit stays in Redis.
-pub const RELAY_DRAIN_WITHIN: Duration = Duration::from_secs(5);
 
 /// Words in one request. A batch carries at most 3,000 keys to Redis, so more could not be served at once anyway.
 pub const REQUEST_ARGS_MAX: usize = 4096;

@@ -12,5 +12,5 @@ local function append(head, lines)
   local id = head.epoch .. '-' .. whole(head.n + #lines)
   redis.call('XADD', head.outbox, id, 'first', whole(head.n + 1), 'prev', head.last, 'op', head.op,
     'at', whole(head.now), 'changes', table.concat(lines, '\n'))
-  redis.call('HSET', head.meta, 'n', whole(head.n + #lines), 'last', head.op, head.lane, head.counter .. ':' .. id)
+  redis.call('HSET', head.meta, 'n', whole(head.n + #lines), 'id', id, 'last', head.op, head.lane, head.counter .. ':' .. id)
 end

@@ -169,7 +169,8 @@ impl Args {
                 }
             }
             Kind::Cursor => {
-                if word.is_empty() || word.len() > 20 || !word.iter().all(u8::is_ascii_digit) {
+                let digits = !word.is_empty() && word.iter().all(u8::is_ascii_digit);
+                if !digits || std::str::from_utf8(word).ok().and_then(|text| text.parse::<u64>().ok()).is_none() {
                     return Err("ERR invalid cursor".to_owned());
                 }
             }

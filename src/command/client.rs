@@ -6,7 +6,7 @@ use super::spec::{ADMIN, CONNECTION, FAST, LOADING, Spec, text, word};
 use super::{Call, Step, describe};
 use crate::limits::{CLIENT_NAME_MAX, ERROR_ECHO_MAX, REQUEST_BULK_MAX};
 use crate::resp::Reply;
-use crate::server::session::{Client, Replies};
+use crate::session::client::{Client, Replies};
 
 const ALWAYS: u32 = CONNECTION | LOADING;
 
@@ -42,7 +42,10 @@ fn list(call: &mut Call<'_>) -> Step {
             if !["normal", "master", "replica", "slave", "pubsub"].iter().any(|known| which.eq_ignore_ascii_case(known.as_bytes())) {
                 return Step::Reply(Reply::error(format!("ERR Unknown client type '{}'", super::cut(which, ERROR_ECHO_MAX))));
             }
-            let subscribed = |client: &Client| client.profile().patterns + client.profile().channels > 0;
+            let subscribed = |client: &Client| {
+                let profile = client.profile();
+                profile.patterns + profile.channels > 0
+            };
             let wanted = |client: &Client| {
                 (which.eq_ignore_ascii_case(b"normal") && !subscribed(client))
                     || (which.eq_ignore_ascii_case(b"pubsub") && subscribed(client))

@@ -94,8 +94,11 @@ async fn load(cx: Rc<Context>, product: Id) -> bool {
 
 async fn look_up(cx: &Rc<Context>, product: &Id) -> bool {
     let partition = &cx.backend.partition;
+    if !partition.ledger_up() {
+        return false;
+    }
     let (answer, answered) = oneshot::channel();
-    let request = LoadRequest { product: product.clone(), absent_at: partition.head_n(), answer };
+    let request = LoadRequest { product: product.clone(), absent_at: partition.head().n, answer };
     if partition.loads.try_send(request).is_err() {
         return false;
     }

@@ -73,7 +73,7 @@ fn status(cx: &Context) -> Reply {
             Reply::Array(vec![Reply::map([
                 ("partition", integer(u64::from(partition.id))),
                 ("epoch", integer(epoch)),
-                ("position", Reply::text(Position::new(epoch, partition.head_n()).to_string())),
+                ("position", Reply::text(partition.head().to_string())),
                 ("applied", Reply::text(applied.to_string())),
                 ("lag", integer(partition.lag())),
                 ("relay", Reply::text(if trouble.is_empty() { "this sidecar".to_owned() } else { trouble })),

@@ -43,8 +43,8 @@ pub use table::Commands;
 
 use crate::limits::ERROR_ECHO_MAX;
 use crate::resp::{Pipeline, Reply, Request, Stamp, Ticket};
-use crate::server::registry::Registry;
-use crate::server::session::{Replies, Session};
+use crate::session::client::{Replies, Session};
+use crate::session::registry::Registry;
 
 /// A future that stays on its thread.
 pub type LocalBoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
@@ -233,7 +233,7 @@ pub(crate) mod tests {
             let commands = Rc::new(Commands::new(table::TABLE));
             let stats = Arc::new(Stats::new(&commands));
             let cx = Rc::new(Context::new(commands, Arc::new(Registry::new(10)), stats, Backend::unconnected()));
-            Self { cx, session: crate::server::session::tests::session(), pipeline: Pipeline::new() }
+            Self { cx, session: crate::session::client::tests::session(), pipeline: Pipeline::new() }
         }
 
         /// Sends words separated by single spaces; returns what was answered at once.

@@ -17,6 +17,7 @@ pub fn scanned(scanned: Scanned) -> Reply {
 pub fn failed(error: &store::Error) -> Reply {
     Reply::error(match error {
         store::Error::Connection(_) => "TRYAGAIN Redis cannot be reached".to_owned(),
+        store::Error::Unexpected(what) => format!("FROZEN a key in Redis holds what does not belong there, repair it: {what}"),
         other => format!("TRYAGAIN {other}"),
     })
 }
@@ -25,6 +26,13 @@ pub fn failed(error: &store::Error) -> Reply {
 pub fn from_redis<F: Future<Output = Reply> + 'static>(call: &Call<'_>, read: impl FnOnce(Rc<Context>) -> F) -> Step {
     match call.cx.backend.stock.closed() {
         Some(failure) => Step::Reply(change::failed(failure)),
-        None => Step::Wait(Box::pin(read(Rc::clone(call.cx)))),
+        None => {
+            let deadline = call.arrived + call.cx.backend.within;
+            let reading = read(Rc::clone(call.cx));
+            Step::Wait(Box::pin(async move {
+                let late = || Reply::error("TRYAGAIN Redis does not answer");
+                tokio::time::timeout_at(deadline.into(), reading).await.unwrap_or_else(|_| late())
+            }))
+        }
     }
 }

@@ -23,6 +23,10 @@ impl SecretUrl {
     /// The URL without its password.
     pub fn masked(&self) -> String {
         let Ok(mut url) = Url::parse(&self.0) else { return MASK.into() };
+        // Without an address it is not known what part of it is a password.
+        if !url.has_authority() {
+            return MASK.into();
+        }
         if url.password().is_some() && url.set_password(Some(MASK)).is_err() {
             return MASK.into();
         }

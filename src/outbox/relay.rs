@@ -346,7 +346,7 @@ impl Carrier {
             self.entries_max = RELAY_CHANGES_GOAL.div_ceil(each.max(1)).clamp(1, RELAY_READ_ENTRIES_MAX);
         }
         if after > cursor {
-            self.relay.partition.saw(after.n);
+            self.relay.partition.saw(after);
         }
         self.cursor = Some(after);
         self.batch = Batch::new(entries, bytes);

@@ -8,11 +8,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::ledger;
-use crate::ledger::partition::PartitionRow;
+use crate::ledger::partition::{NO_OP, PartitionRow};
 use crate::limits;
-use crate::store::meta::{self, Meta};
+use crate::store::meta::{self, Look};
 use crate::store::partition::{EndedEpoch, State, Trouble};
-use crate::store::stream::OutboxReader;
 use crate::store::{Connection, Partition};
 
 /// See the module.
@@ -35,21 +34,10 @@ enum Finding {
     Closed(String),
 }
 
-/// What of the stream the decision needs.
-#[derive(Debug, Default)]
-struct Stream {
-    /// The op of the newest entry and its n.
-    tail: Option<(u64, String)>,
-    /// The op of the entry at the applied position.
-    at_applied: Option<String>,
-    /// The op that the oldest entry names as the one before it.
-    oldest_prev: Option<String>,
-}
-
-/// What a look at both sides came to.
-enum Look {
+/// What a comparison came to.
+enum Compared {
     Found(Finding),
-    /// Another sidecar was faster: look again.
+    /// The epoch has moved, by us or by another sidecar: compare again.
     Moved,
 }
 
@@ -87,21 +75,23 @@ impl Verifier {
 
     async fn verify(&mut self) -> Result<(), String> {
         let mut redis = Connection::open(&self.redis_url).await.map_err(|error| self.starting(error.to_string()))?;
-        let found = Meta::read(&mut redis).await.map_err(|error| self.starting(error.to_string()))?;
         let mut postgres = match ledger::connect(&self.postgres_url).await {
             Ok(postgres) => postgres,
-            Err(error) => return self.without_postgres(&redis, found.as_ref(), &error.to_string()),
+            Err(error) => return self.without_postgres(&mut redis, &error.to_string()).await,
         };
+        let mut closed_before = false;
         loop {
-            match self.look(&mut redis, &mut postgres).await? {
-                Look::Moved => {}
-                Look::Found(Finding::Live { epoch }) => {
+            match self.compare(&mut redis, &mut postgres).await? {
+                Compared::Moved => {}
+                Compared::Found(Finding::Live { epoch }) => {
                     self.verified = Some((epoch, redis.run_id().to_owned()));
                     self.set(State::Live { epoch, run_id: redis.run_id().to_owned() });
                     return Ok(());
                 }
-                Look::Found(Finding::NextEpoch) => return Err("the epoch was not taken".to_owned()),
-                Look::Found(Finding::Closed(why)) => {
+                Compared::Found(Finding::NextEpoch) => return Err("the epoch was not taken".to_owned()),
+                // Both sides cannot be read at one moment, and another sidecar may be at it: what shows twice is real.
+                Compared::Found(Finding::Closed(_)) if !closed_before => closed_before = true,
+                Compared::Found(Finding::Closed(why)) => {
                     self.set(State::Loading(why.clone()));
                     return Err(why);
                 }
@@ -132,13 +122,15 @@ impl Verifier {
     }
 
     /// Postgres is away: a sidecar that was live goes on where nothing in Redis has changed.
-    fn without_postgres(&self, redis: &Connection, found: Option<&Meta>, error: &str) -> Result<(), String> {
-        if let (Some(meta), Some((epoch, run_id))) = (found, &self.verified)
+    async fn without_postgres(&self, redis: &mut Connection, error: &str) -> Result<(), String> {
+        let (seen, applied) = (self.partition.head(), *self.partition.applied.borrow());
+        let found = Look::at(redis, applied).await.map_err(|error| self.starting(error.to_string()))?;
+        if let (Some(meta), Some((epoch, run_id))) = (&found.meta, &self.verified)
             && meta.live
             && meta.epoch == *epoch
             && meta.run_id == *run_id
             && run_id == redis.run_id()
-            && meta.n >= self.partition.head_n()
+            && meta.n >= seen.n
         {
             self.set(State::Live { epoch: *epoch, run_id: run_id.clone() });
             return Ok(());
@@ -146,30 +138,33 @@ impl Verifier {
         Err(self.starting(error.to_owned()))
     }
 
-    async fn look(&self, redis: &mut Connection, postgres: &mut ledger::PgConnection) -> Result<Look, String> {
+    async fn compare(&self, redis: &mut Connection, postgres: &mut ledger::PgConnection) -> Result<Compared, String> {
         let text = |error: &dyn std::fmt::Display| self.starting(error.to_string());
         let row = ledger::partition::load(postgres, self.partition.id).await.map_err(|error| text(&error))?;
-        let meta = Meta::read(redis).await.map_err(|error| text(&error))?;
-        let mut reader = OutboxReader::over(redis.clone());
-        let stream = self.stream(&mut reader, &row).await.map_err(|error| text(&error))?;
+        // Before Redis is asked: what is sold from now on is no loss.
+        let seen = self.partition.head();
+        let look = Look::at(redis, row.applied).await.map_err(|error| text(&error))?;
         self.partition.set_applied(row.applied);
+        if let Some(newest) = &look.newest {
+            self.partition.saw(newest.last);
+        }
         self.note_ended_epochs(postgres).await.map_err(|error| text(&error))?;
         let trouble = self.partition.relay_trouble.borrow().clone();
         let finding = match trouble {
             Some(Trouble::Broken(found)) => Finding::Closed(found),
-            _ => decide(&row, meta.as_ref(), &stream, redis.run_id(), self.partition.head_n()),
+            _ => decide(&row, &look, redis.run_id(), seen.n),
         };
         if finding != Finding::NextEpoch {
-            return Ok(Look::Found(finding));
+            return Ok(Compared::Found(finding));
         }
         let taken =
             ledger::partition::take_epoch(postgres, self.partition.id, row.epoch, redis.run_id()).await.map_err(|error| text(&error))?;
-        let Some(epoch) = taken else { return Ok(Look::Moved) };
-        let attached = meta::attach(redis, meta.as_ref(), epoch).await.map_err(|error| text(&error))?;
+        let Some(epoch) = taken else { return Ok(Compared::Moved) };
+        let attached = meta::attach(redis, look.meta.as_ref(), epoch).await.map_err(|error| text(&error))?;
         if attached {
-            info!(epoch, run_id = redis.run_id(), n = meta.map_or(0, |meta| meta.n), "opened under a new epoch");
+            info!(epoch, run_id = redis.run_id(), n = look.meta.map_or(0, |meta| meta.n), "opened under a new epoch");
         }
-        Ok(Look::Moved)
+        Ok(Compared::Moved)
     }
 
     async fn note_ended_epochs(&self, postgres: &mut ledger::PgConnection) -> Result<(), ledger::Error> {
@@ -178,21 +173,14 @@ impl Verifier {
         self.partition.ended.send_replace(ended.collect());
         Ok(())
     }
-
-    async fn stream(&self, reader: &mut OutboxReader, row: &PartitionRow) -> Result<Stream, crate::store::Error> {
-        let tail = reader.newest().await?.map(|entry| (entry.last.n, entry.op));
-        let at_applied = reader.entry_at(row.applied).await?.map(|entry| entry.op);
-        let oldest_prev = reader.oldest().await?.map(|entry| entry.prev);
-        Ok(Stream { tail, at_applied, oldest_prev })
-    }
 }
 
 /// The table of design 8 as far as it needs no rebuild; the first that fits counts. `seen` is n of the newest change this
 /// sidecar knows of.
-fn decide(row: &PartitionRow, meta: Option<&Meta>, stream: &Stream, run_id: &str, seen: u64) -> Finding {
-    let Some(meta) = meta else {
+fn decide(row: &PartitionRow, look: &Look, run_id: &str, seen: u64) -> Finding {
+    let Some(meta) = &look.meta else {
         // Nothing was ever applied, and nothing has been seen: an installation that begins.
-        if row.applied.n == 0 && seen == 0 && stream.tail.is_none() {
+        if row.applied.n == 0 && seen == 0 && look.newest.is_none() {
             return Finding::NextEpoch;
         }
         return Finding::Closed(format!(
@@ -213,14 +201,14 @@ fn decide(row: &PartitionRow, meta: Option<&Meta>, stream: &Stream, run_id: &str
             meta.n
         ));
     }
-    let tail_fits = match &stream.tail {
-        Some((n, op)) => *n == meta.n && *op == meta.last,
+    let tail_fits = match &look.newest {
+        Some(newest) => newest.last.n == meta.n && newest.op == meta.last,
         None => meta.n == 0,
     };
     let chained = if row.applied.n == 0 {
-        stream.oldest_prev.as_deref().is_none_or(|prev| prev == "-")
+        look.oldest.as_ref().is_none_or(|oldest| oldest.prev == NO_OP)
     } else {
-        stream.at_applied.as_deref() == Some(row.last_op.as_str())
+        look.at_applied.as_ref().is_some_and(|entry| entry.op == row.last_op)
     };
     if !tail_fits || !chained {
         return Finding::Closed(format!(
@@ -238,17 +226,27 @@ fn decide(row: &PartitionRow, meta: Option<&Meta>, stream: &Stream, run_id: &str
 mod tests {
     use super::*;
     use crate::domain::Position;
+    use crate::domain::change::Entry;
+    use crate::store::meta::Meta;
 
     fn row(epoch: u64, n: u64) -> PartitionRow {
         PartitionRow { epoch, applied: Position::new(epoch, n), last_op: if n == 0 { "-".into() } else { format!("op{n}") } }
     }
 
-    fn meta(epoch: u64, run_id: &str, n: u64) -> Meta {
-        Meta { epoch, run_id: run_id.into(), live: true, n, last: if n == 0 { "-".into() } else { format!("op{n}") } }
+    fn entry(n: u64, op: &str, prev: &str) -> Entry {
+        Entry { last: Position::new(1, n), first_n: n, prev: prev.into(), op: op.into(), at_ms: 0, operations: Vec::new() }
     }
 
-    fn stream(applied: u64, n: u64) -> Stream {
-        Stream { tail: Some((n, format!("op{n}"))), at_applied: Some(format!("op{applied}")), oldest_prev: Some("op0".into()) }
+    /// A Redis at n, with the outbox from behind the applied position's entry on.
+    fn look(epoch: u64, run_id: &str, applied: u64, n: u64) -> Look {
+        let meta = Meta { epoch, run_id: run_id.into(), live: true, n, last: format!("op{n}") };
+        let newest = entry(n, &format!("op{n}"), "op0");
+        Look {
+            meta: Some(meta),
+            newest: Some(newest),
+            at_applied: Some(entry(applied, &format!("op{applied}"), "op0")),
+            oldest: Some(entry(1, "op1", "-")),
+        }
     }
 
     fn is_closed(finding: &Finding) -> bool {
@@ -257,30 +255,30 @@ mod tests {
 
     #[test]
     fn a_fresh_installation_opens_under_the_first_epoch() {
-        assert_eq!(decide(&row(0, 0), None, &Stream::default(), "r", 0), Finding::NextEpoch);
+        assert_eq!(decide(&row(0, 0), &Look::default(), "r", 0), Finding::NextEpoch);
     }
 
     #[test]
     fn the_same_process_and_epoch_is_live_at_once() {
-        assert_eq!(decide(&row(3, 5), Some(&meta(3, "r", 9)), &stream(5, 9), "r", 9), Finding::Live { epoch: 3 });
+        assert_eq!(decide(&row(3, 5), &look(3, "r", 5, 9), "r", 9), Finding::Live { epoch: 3 });
     }
 
     #[test]
     fn another_process_with_everything_in_it_gets_the_next_epoch() {
-        assert_eq!(decide(&row(3, 5), Some(&meta(3, "old", 9)), &stream(5, 9), "new", 9), Finding::NextEpoch);
-        assert_eq!(decide(&row(4, 5), Some(&meta(3, "old", 9)), &stream(5, 9), "old", 9), Finding::NextEpoch, "an attach was interrupted");
+        assert_eq!(decide(&row(3, 5), &look(3, "old", 5, 9), "new", 9), Finding::NextEpoch);
+        assert_eq!(decide(&row(4, 5), &look(3, "old", 5, 9), "old", 9), Finding::NextEpoch, "an attach was interrupted");
     }
 
     #[test]
     fn nothing_is_sold_on_an_empty_older_cut_or_foreign_redis() {
-        assert!(is_closed(&decide(&row(3, 5), None, &Stream::default(), "r", 0)), "emptied");
-        assert!(is_closed(&decide(&row(3, 5), Some(&meta(3, "r", 4)), &stream(4, 4), "r", 0)), "below what Postgres has");
-        assert!(is_closed(&decide(&row(3, 5), Some(&meta(3, "r", 7)), &stream(5, 7), "r", 8)), "below what this sidecar saw");
-        assert!(is_closed(&decide(&row(2, 5), Some(&meta(3, "r", 9)), &stream(5, 9), "r", 0)), "Postgres is older");
+        assert!(is_closed(&decide(&row(3, 5), &Look::default(), "r", 0)), "emptied");
+        assert!(is_closed(&decide(&row(3, 5), &look(3, "r", 4, 4), "r", 0)), "below what Postgres has");
+        assert!(is_closed(&decide(&row(3, 5), &look(3, "r", 5, 7), "r", 8)), "below what this sidecar saw");
+        assert!(is_closed(&decide(&row(2, 5), &look(3, "r", 5, 9), "r", 0)), "Postgres is older");
         let cut = Stream { at_applied: None, ..stream(5, 9) };
         assert!(is_closed(&decide(&row(3, 5), Some(&meta(3, "r", 9)), &cut, "r", 0)), "trimmed beyond what was applied");
         let fork = Stream { at_applied: Some("other".into()), ..stream(5, 9) };
         assert!(is_closed(&decide(&row(3, 5), Some(&meta(3, "r", 9)), &fork, "r", 0)), "another history");
-        assert!(is_closed(&decide(&row(3, 5), Some(&meta(3, "r", 9)), &stream(5, 8), "r", 0)), "the stream's end is not meta's");
+        assert!(is_closed(&decide(&row(3, 5), &look(3, "r", 5, 9), "r", 0)), "the stream's end is not meta's");
     }
 }

@@ -17,12 +17,12 @@ use tokio::net::TcpStream;
 use tokio::time::Sleep;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
-use super::session::Session;
 use crate::command::{After, Context, Waiting, dispatch};
 use crate::limits::{
     IN_FLIGHT_MAX, OUTPUT_KEEP_MAX, OUTPUT_SOFT_MAX, OUTPUT_STALL_MAX, READ_AHEAD_MAX, READ_MAX, READ_MIN, TURN_COMMANDS_MAX,
 };
 use crate::resp::{Limits, Pipeline, Reader, Reply, Request, Stamp};
+use crate::session::client::Session;
 
 /// Serves one client until it leaves, is told to, or breaks the protocol.
 pub async fn run(stream: TcpStream, session: Session, cx: Rc<Context>) {
@@ -306,7 +306,7 @@ mod tests {
     use crate::command::spec::{BLOCKING, Spec, integer, text};
     use crate::command::{Commands, Stats, Step, client, connection};
     use crate::resp::Ticket;
-    use crate::server::registry::Registry;
+    use crate::session::registry::Registry;
 
     thread_local! {
         static HELD: RefCell<Vec<(Bytes, Ticket)>> = const { RefCell::new(Vec::new()) };

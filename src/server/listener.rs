@@ -10,9 +10,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::connection;
-use super::session::Session;
 use crate::command::Context;
 use crate::limits::{ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN};
+use crate::session::client::Session;
 
 /// Serves clients until `shutdown`, then returns once every connection has finished what it had begun. Runs inside a
 /// [`tokio::task::LocalSet`].

@@ -8,6 +8,8 @@ use std::time::Duration;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo, ServerErrorKind, Value};
 
+use crate::limits::REDIS_SILENCE_MAX;
+
 /// How long a TCP connection and its handshake may take. Below it a slow network would be cut off, above it a dead address holds
 /// back the next try.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -88,7 +90,7 @@ impl Connection {
     /// [`Error::Unfit`] and what to change where it cannot.
     pub async fn open(url: &str) -> Result<Self, Error> {
         let info = url.into_connection_info()?;
-        let tcp = info.tcp_settings().clone().set_nodelay(true);
+        let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(REDIS_SILENCE_MAX);
         let client = Client::open(info.set_tcp_settings(tcp))?;
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(CONNECT_TIMEOUT))

@@ -51,10 +51,16 @@ pub enum Verdict<O> {
 /// The positions of a batch's accepted operations, in their order.
 pub struct Positions {
     epoch: u64,
+    before: u64,
     n: u64,
 }
 
 impl Positions {
+    /// The position of the newest accepted operation, if there is any.
+    fn newest(&self) -> Option<Position> {
+        (self.n > self.before).then(|| Position::new(self.epoch, self.n))
+    }
+
     /// The position of the next accepted operation.
     pub fn take(&mut self) -> Position {
         self.n += 1;
@@ -114,7 +120,10 @@ impl<F: Family, W: Waiter<F>> Queued<F, W> {
     }
 }
 
-const TOO_LATE: &str = "overloaded: Redis did not get to it in time; nothing was changed";
+/// Whether anybody still waits for the batch.
+fn waits<F: Family, W>(sent: Option<&Sent<F, W>>) -> bool {
+    sent.is_some_and(|sent| sent.operations.iter().any(|queued| queued.waiter.is_some()))
+}
 
 /// How a lane stands with Redis.
 #[derive(Clone, Debug)]
@@ -199,7 +208,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     pub async fn drive(self: Rc<Self>, cancel: CancellationToken) {
         let mut unanswered = None;
         let mut pause = Duration::ZERO;
-        while !(cancel.is_cancelled() && self.queued() == 0 && unanswered.is_none()) {
+        while !(cancel.is_cancelled() && self.queued() == 0 && !waits(unanswered.as_ref())) {
             match self.connect(pause, &mut unanswered).await {
                 Ok(mut connection) => {
                     pause = Duration::ZERO;
@@ -282,17 +291,28 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             late.extend(parked.extract_if(.., |queued| queued.is_due(now)));
         }
         for mut queued in late {
-            let reason = queued.again.take().unwrap_or_else(|| TOO_LATE.to_owned());
+            let reason = queued.again.take().unwrap_or_else(|| self.too_late().to_owned());
             metrics::counter!("holdfast_expired_total", "lane" => F::LANE).increment(1);
             queued.finish(Err(Failure::TryAgain(reason)));
         }
-        if let Some(sent) = sent {
-            self.doubt(sent, |queued| queued.is_due(now));
+        if let Some(sent) = sent
+            && self.doubt(sent, |queued| queued.is_due(now))
+        {
+            // It has had a whole deadline for one script call.
+            self.partition.set_redis_up(false);
         }
     }
 
-    /// Tells the clients of these operations that it is not known whether they were executed.
-    fn doubt(&self, sent: &mut Sent<F, W>, which: impl Fn(&Queued<F, W>) -> bool) {
+    fn too_late(&self) -> &'static str {
+        match self.partition.redis_up() {
+            true => "overloaded: Redis did not get to it in time; nothing was changed",
+            false => "Redis does not answer; nothing was changed",
+        }
+    }
+
+    /// Tells the clients of these operations that it is not known whether they were executed. Returns whether there were any.
+    fn doubt(&self, sent: &mut Sent<F, W>, which: impl Fn(&Queued<F, W>) -> bool) -> bool {
+        let mut any = false;
         for (k, queued) in sent.operations.iter_mut().enumerate().filter(|(_, queued)| queued.waiter.is_some() && which(queued)) {
             metrics::counter!("holdfast_indoubt_total", "lane" => F::LANE).increment(1);
             let id = match F::request(&queued.op) {
@@ -300,7 +320,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 None => format!("hf-{}:{}-{k}", self.name, sent.counter),
             };
             queued.finish(Err(Failure::InDoubt(id)));
+            any = true;
         }
+        any
     }
 
     /// Serves over one connection until it breaks.
@@ -319,6 +341,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                     self.partition.verify.notify_one();
                     self.close(Failure::TryAgain("Redis was restarted and is being compared with Postgres; nothing was changed".into()));
                     self.idle(connection, &mut state, unanswered).await?;
+                    if cancel.is_cancelled() {
+                        return Ok(());
+                    }
                     continue;
                 }
                 State::Loading(reason) => {
@@ -379,7 +404,16 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     /// Notices a broken connection while nothing is sent over it.
     async fn heartbeat(&self, connection: &mut Connection) -> Result<(), Error> {
-        self.clock.set(Clock::heard(connection.time_ms().await?));
+        let asking = connection.time_ms();
+        tokio::pin!(asking);
+        let time_ms = match tokio::time::timeout(limits::HEARTBEAT_WITHIN, &mut asking).await {
+            Ok(time_ms) => time_ms,
+            Err(_) => {
+                self.partition.set_redis_up(false);
+                asking.await
+            }
+        };
+        self.clock.set(Clock::heard(time_ms?));
         self.partition.set_redis_up(true);
         Ok(())
     }

@@ -4,7 +4,9 @@ use redis::Value;
 
 use super::script;
 use super::words::Words;
-use super::{Connection, Error, keys};
+use super::{Connection, Error, keys, stream};
+use crate::domain::Position;
+use crate::domain::change::Entry;
 
 /// A partition as Redis has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,17 +22,32 @@ pub struct Meta {
     pub last: String,
 }
 
-impl Meta {
-    /// Reads it; `None` where this Redis has none.
-    pub async fn read(connection: &mut Connection) -> Result<Option<Self>, Error> {
-        let mut command = redis::cmd("HMGET");
-        command.arg(keys::META).arg(&["epoch", "run", "state", "n", "last"]);
-        let mut words = Words::new(connection.send(&command).await?)?;
+/// What the verifier compares with Postgres, read at one moment: a sale in between would look like a loss.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Look {
+    /// `None` where this Redis has none.
+    pub meta: Option<Meta>,
+    pub newest: Option<Entry>,
+    pub at_applied: Option<Entry>,
+    pub oldest: Option<Entry>,
+}
+
+impl Look {
+    /// Looks at the partition; `applied` is what Postgres has.
+    pub async fn at(connection: &mut Connection, applied: Position) -> Result<Self, Error> {
+        let applied = applied.to_string();
+        let mut words = Words::new(connection.run(&script::LOOK, &[keys::META, keys::OUTBOX], &[applied.as_bytes()]).await?)?;
         let number = |integer: Option<i64>| integer.map(|integer| u64::try_from(integer).unwrap_or(0));
-        let Some(epoch) = number(words.maybe_integer()?) else { return Ok(None) };
-        let (run_id, state) = (words.maybe_text()?.unwrap_or_default(), words.maybe_text()?);
-        let n = number(words.maybe_integer()?).unwrap_or(0);
-        Ok(Some(Self { epoch, run_id, live: state.as_deref() == Some("live"), n, last: words.maybe_text()?.unwrap_or_default() }))
+        let (epoch, run_id, state) = (number(words.maybe_integer()?), words.maybe_text()?, words.maybe_text()?);
+        let (n, last) = (number(words.maybe_integer()?).unwrap_or(0), words.maybe_text()?.unwrap_or_default());
+        let mut entry = || match words.raw()? {
+            Value::Nil => Ok(None),
+            value => stream::entry(value).map(Some),
+        };
+        let (newest, at_applied, oldest) = (entry()?, entry()?, entry()?);
+        let live = state.as_deref() == Some("live");
+        let meta = epoch.map(|epoch| Meta { epoch, run_id: run_id.unwrap_or_default(), live, n, last });
+        Ok(Self { meta, newest, at_applied, oldest })
     }
 }
 
@@ -54,10 +71,10 @@ mod tests {
     async fn a_partition_is_opened_by_one_of_several() {
         let server = RedisServer::start();
         let mut connection = Connection::open(&server.url()).await.unwrap();
-        assert_eq!(Meta::read(&mut connection).await.unwrap(), None);
+        assert_eq!(Look::at(&mut connection, Position::default()).await.unwrap(), Look::default());
         assert!(attach(&mut connection, None, 1).await.unwrap());
         assert!(!attach(&mut connection, None, 1).await.unwrap(), "there is a meta now");
-        let meta = Meta::read(&mut connection).await.unwrap().unwrap();
+        let meta = Look::at(&mut connection, Position::default()).await.unwrap().meta.unwrap();
         assert_eq!(meta, Meta { epoch: 1, run_id: connection.run_id().into(), live: true, n: 0, last: "-".into() });
         assert!(attach(&mut connection, Some(&meta), 2).await.unwrap());
         assert!(!attach(&mut connection, Some(&meta), 3).await.unwrap(), "the epoch has moved");

@@ -1,6 +1,7 @@
 //! What the parts of one sidecar tell each other about a partition: may it sell, how far is it, how far is Postgres.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
@@ -61,7 +62,7 @@ pub struct Partition {
     pub verify: Notify,
     redis_up: AtomicBool,
     ledger_up: AtomicBool,
-    head_n: AtomicU64,
+    head: Mutex<Position>,
 }
 
 impl Partition {
@@ -78,7 +79,7 @@ impl Partition {
             verify: Notify::new(),
             redis_up: AtomicBool::new(false),
             ledger_up: AtomicBool::new(false),
-            head_n: AtomicU64::new(0),
+            head: Mutex::default(),
         };
         (partition, requests)
     }
@@ -101,19 +102,20 @@ impl Partition {
         self.ledger_up.store(up, Ordering::Relaxed);
     }
 
-    /// n of the newest change this sidecar knows of. No script may find less.
-    pub fn head_n(&self) -> u64 {
-        self.head_n.load(Ordering::Relaxed)
+    /// The newest change this sidecar knows of. No script may find less.
+    pub fn head(&self) -> Position {
+        *self.head.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes that a change has been seen at n.
-    pub fn saw(&self, n: u64) {
-        self.head_n.fetch_max(n, Ordering::Relaxed);
+    /// Notes that a change has been seen.
+    pub fn saw(&self, position: Position) {
+        let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+        *head = position.max(*head);
     }
 
     /// Publishes that Postgres has everything up to `position`.
     pub fn set_applied(&self, position: Position) {
-        self.saw(position.n);
+        self.saw(position);
         self.applied.send_if_modified(|applied| {
             let newer = position > *applied;
             if newer {
@@ -133,7 +135,7 @@ impl Partition {
 
     /// How many changes Postgres does not have yet.
     pub fn lag(&self) -> u64 {
-        self.head_n().saturating_sub(self.applied.borrow().n)
+        self.head().n.saturating_sub(self.applied.borrow().n)
     }
 
     /// The epoch this partition is live under; `None` while it is not.

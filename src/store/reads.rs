@@ -155,9 +155,10 @@ impl Reads {
     }
 }
 
+/// The newest change's position; `0-0` before the first.
 fn position(words: &mut Words) -> Result<Position, Error> {
-    let number = |integer: Option<i64>| integer.and_then(|integer| u64::try_from(integer).ok()).unwrap_or(0);
-    Ok(Position::new(number(words.maybe_integer()?), number(words.maybe_integer()?)))
+    let Some(text) = words.maybe_text()? else { return Ok(Position::default()) };
+    Position::parse(text.as_bytes()).ok_or_else(|| Error::Unexpected(format!("{text:?} where a position belongs")))
 }
 
 /// Reads one line of a user's field: serial, state, issued at, order (`-`: none).

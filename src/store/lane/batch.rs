@@ -6,7 +6,7 @@ use redis::Value;
 use tracing::{info, warn};
 
 use super::Encoded;
-use super::{Failure, Family, Lane, Positions, Queued, TOO_LATE, Verdict, Waiter};
+use super::{Failure, Family, Lane, Positions, Queued, Verdict, Waiter};
 use crate::domain::Position;
 use crate::limits;
 use crate::store::clock::Clock;
@@ -117,7 +117,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         all_keys.extend(sent.encoded.keys.iter().map(String::as_str));
         let numbers = [
             sent.epoch.to_string(),
-            self.partition.head_n().to_string(),
+            self.partition.head().n.to_string(),
             sent.deadline_ms.to_string(),
             sent.counter.to_string(),
             self.window_ms.to_string(),
@@ -184,7 +184,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 Ok(())
             }
             "late" => {
-                self.give_back(sent, TOO_LATE);
+                let reason = self.too_late();
+                self.give_back(sent, reason);
                 Ok(())
             }
             other => {
@@ -198,7 +199,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     fn decided(&self, mut sent: Sent<F, W>, words: &mut Words) -> Result<(), Error> {
         let n = u64::try_from(words.integer()?).unwrap_or(0);
-        let mut positions = Positions { epoch: sent.epoch, n };
+        let mut positions = Positions { epoch: sent.epoch, before: n, n };
         for k in 0..sent.operations.len() {
             let queued = &mut sent.operations[k];
             match F::decode(&queued.op, words, &mut positions) {
@@ -210,7 +211,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 }
             }
         }
-        self.partition.saw(positions.n);
+        if let Some(newest) = positions.newest() {
+            self.partition.saw(newest);
+        }
         let again = sent.operations.into_iter().filter(|queued| queued.waiter.is_some());
         let mut parked = self.parked.borrow_mut();
         parked.extend(again);
@@ -237,7 +240,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             queued.finish(outcome.ok_or_else(|| Failure::TryAgain("the answer was lost; nothing was changed".into())));
         }
         if let Some(entry) = entry {
-            self.partition.saw(entry.last.n);
+            self.partition.saw(entry.last);
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use dashmap::DashMap;
 use tokio_util::sync::CancellationToken;
 
-use super::session::Client;
+use super::client::Client;
 
 /// The clients by id, and how many there have been.
 pub struct Registry {
