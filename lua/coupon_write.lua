@@ -42,8 +42,15 @@ for c = 1, #names do
     if #users[c] > 0 then
       local lines = redis.call('HMGET', users_key, unpack(users[c]))
       for i, user in ipairs(users[c]) do
-        coupon.held[user] = lines[i]
-        if lines[i] and not string.find(lines[i], '^%d+ ') then coupon.corrupt = true end
+        if not coupon.held[user] then
+          local held = {text = lines[i] or nil, count = 0}
+          if held.text then
+            held.count = select(2, string.gsub(held.text, '\n', '')) + 1
+            held.last = tonumber(string.match(held.text, '^.*\n(%d+) ') or string.match(held.text, '^(%d+) '))
+            if not held.last then coupon.corrupt = true end
+          end
+          coupon.held[user] = held
+        end
       end
     end
   end
@@ -79,15 +86,14 @@ local function issue(c, coupon, operation)
   if not coupon.exists then return say('absent') end
   if head.now < coupon.start then return say('early', coupon.start) end
   if coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
-  if held then
-    local _, breaks = string.gsub(held, '\n', '\n')
-    if breaks + 1 >= coupon.per_user then return say('already', tonumber(string.match(held, '(%d+) [^\n]*$') or 0)) end
-  end
+  if held.count >= coupon.per_user then return say('already', held.last) end
   if coupon.issued >= coupon.total then return say('soldout') end
   coupon.issued, coupon.serial = coupon.issued + 1, coupon.serial + 1
   local serial, remaining = whole(coupon.serial), whole(coupon.total - coupon.issued)
-  coupon.held[user] = (held and held .. '\n' or '') .. serial .. ' issued ' .. whole(head.now) .. ' -'
-  coupon.fresh[user] = true
+  held.count, held.last = held.count + 1, coupon.serial
+  local fresh = coupon.fresh[user] or {held.text}
+  fresh[#fresh + 1] = serial .. ' issued ' .. whole(head.now) .. ' -'
+  coupon.fresh[user] = fresh
   say('ok', coupon.serial, coupon.total - coupon.issued)
   accept(c, operation[2] .. ' serial=' .. serial .. ' remaining=' .. remaining .. ' |', operation[4],
     'ISSUED :' .. serial .. ' :' .. remaining)
@@ -110,6 +116,7 @@ for _, operation in ipairs(operations) do
 end
 
 append(head, lines)
+keep_requests(window)
 for c in pairs(dirty) do
   local coupon = coupons[c]
   local info = {'issued', whole(coupon.issued), 'serial', whole(coupon.serial)}
@@ -119,11 +126,10 @@ for c in pairs(dirty) do
   end
   redis.call('HSET', coupon.info_key, unpack(info))
   local fields = {}
-  for user in pairs(coupon.fresh) do
+  for user, lines_of_user in pairs(coupon.fresh) do
     fields[#fields + 1] = user
-    fields[#fields + 1] = coupon.held[user]
+    fields[#fields + 1] = table.concat(lines_of_user, '\n')
   end
   if #fields > 0 then redis.call('HSET', coupon.users_key, unpack(fields)) end
 end
-keep_requests(window)
 return reply

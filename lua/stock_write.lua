@@ -47,6 +47,7 @@ local function refused(kind, items)
       if reasons[i] then return say('frozen', place, reasons[i]) or true end
       if not value and kind ~= 'create' and kind ~= 'init' then return say('absent', place) or true end
       if kind == 'decr' and value < items[at + 1] then return say('short', place, value) or true end
+      if kind == 'init' and items[at + 1] > TOTAL_MAX then return say('corrupt', place) or true end
       if kind == 'incr' and value + items[at + 1] > TOTAL_MAX then return say('over', place, value) or true end
       if kind == 'init' and (value or redis.call('HEXISTS', deleted, names[i]) == 1) then return say('absent', place) or true end
     end
@@ -100,7 +101,11 @@ for _, operation in ipairs(operations) do
   end
 end
 
+-- A hash of another type must fail before the first write, not after it.
+if next(lows) then redis.call('HLEN', low) end
+if next(life) then redis.call('HLEN', deleted) end
 append(head, lines)
+keep_requests(window)
 local set, gone = {}, {}
 for i in pairs(dirty) do
   if values[i] then
@@ -118,5 +123,4 @@ end
 for i, state in pairs(life) do
   if state == 'alive' then redis.call('HDEL', deleted, names[i]) else redis.call('HSET', deleted, names[i], whole(head.n)) end
 end
-keep_requests(window)
 return reply

@@ -29,7 +29,7 @@ COMMENT ON COLUMN holdfast.partition_epoch.last_n IS 'n of the last change that 
 
 CREATE TABLE holdfast.stock (
     product_id text COLLATE "C" PRIMARY KEY,
-    available  bigint NOT NULL CHECK (available >= 0),
+    available  bigint NOT NULL CHECK (available BETWEEN 0 AND 9007199254740991),
     held       bigint NOT NULL DEFAULT 0 CHECK (held >= 0),
     low        bigint NULL CHECK (low >= 0),
     frozen     text   NULL,

@@ -25,6 +25,9 @@ pub const BATCH_BYTES_MAX: usize = 256 * 1024;
 /// be refused at its deadline.
 pub const LANE_QUEUE_MAX: usize = 100_000;
 
+/// What is not sent so long before its deadline is not sent at all: its answer would hardly be in time.
+pub const SEND_WITHIN: Duration = Duration::from_millis(5);
+
 /// How long an operation waits before it is tried again while somebody else holds its coupon's lock.
 pub const LOCKED_RETRY_AFTER: Duration = Duration::from_millis(5);
 

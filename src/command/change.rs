@@ -36,6 +36,11 @@ impl Confirmation {
         Ok(Self { postgres, timeout: asked.unwrap_or(otherwise) })
     }
 
+    /// How long it may wait for Postgres.
+    pub fn waits_for_postgres(self) -> Duration {
+        if self.postgres { self.timeout } else { Duration::ZERO }
+    }
+
     /// Sends the reply of a change that Redis has at `position`, as soon as it is confirmed as asked.
     pub fn confirm(self, acks: &AckQueue, position: Position, ticket: Ticket, reply: Reply) {
         match self.postgres {

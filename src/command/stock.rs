@@ -1,7 +1,7 @@
 //! STOCK: products and their units.
 
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
@@ -200,25 +200,31 @@ impl Waiter<Stock> for StockWaiter {
     fn done(self, op: &StockOp, result: Result<StockOutcome, Failure>) {
         let Self::Client(mut client) = self else { return };
         let missing = result.as_ref().map_or_else(|_| Vec::new(), |outcome| client.missing(op, outcome));
-        let creates = op.action == Action::Change(StockKind::Set) && matches!(result, Ok(StockOutcome::Absent { .. }));
-        if missing.is_empty() && !creates {
+        if missing.is_empty() {
             return client.answer(op, result);
         }
         client.lookups += 1;
-        let (cx, arrived) = (Rc::clone(&client.cx), client.arrived);
-        let op = StockOp { may_create: creates, ..op.clone() };
-        first_use::load_and_retry(&cx, missing, op, arrived, Self::Client(client));
+        let (cx, deadline) = (Rc::clone(&client.cx), client.lookup_deadline());
+        first_use::load_and_retry(&cx, missing, op.clone(), deadline, Self::Client(client));
     }
 }
 
 impl ClientWaiter {
+    /// Until when products may be looked up for it: a change that waits for Postgres anyway has the time for that.
+    fn lookup_deadline(&self) -> Instant {
+        let more = if let Shape::Change(confirmation) = self.shape { confirmation.waits_for_postgres() } else { Duration::ZERO };
+        self.arrived + self.cx.backend.within + more
+    }
+
     /// The products that Redis does not have and Postgres may.
     fn missing(&self, op: &StockOp, outcome: &StockOutcome) -> Vec<Id> {
         // Each look-up clears up at least one product, so more of them would find nothing new.
         if self.lookups > op.items.len() {
             return Vec::new();
         }
-        let unknown = |product: &Id| !self.cx.backend.first_use.is_nowhere(product);
+        // What was known a moment ago is no proof for a creation.
+        let creates = op.action == Action::Change(StockKind::Set);
+        let unknown = |product: &Id| creates || !self.cx.backend.first_use.is_nowhere(product);
         let products = op.items.iter().map(|(product, _)| product);
         match outcome {
             StockOutcome::Values(values) => products

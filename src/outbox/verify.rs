@@ -203,12 +203,13 @@ fn decide(row: &PartitionRow, look: &Look, run_id: &str, seen: u64) -> Finding {
     }
     let tail_fits = match &look.newest {
         Some(newest) => newest.last.n == meta.n && newest.op == meta.last,
-        None => meta.n == 0,
+        // Cut to the end, by hand: nothing is lost if Postgres has all of it.
+        None => meta.n == 0 || (meta.n == row.applied.n && meta.last == row.last_op),
     };
     let chained = if row.applied.n == 0 {
         look.oldest.as_ref().is_none_or(|oldest| oldest.prev == NO_OP)
     } else {
-        look.at_applied.as_ref().is_some_and(|entry| entry.op == row.last_op)
+        look.newest.is_none() || look.at_applied.as_ref().is_some_and(|entry| entry.op == row.last_op)
     };
     if !tail_fits || !chained {
         return Finding::Closed(format!(
@@ -275,10 +276,14 @@ mod tests {
         assert!(is_closed(&decide(&row(3, 5), &look(3, "r", 4, 4), "r", 0)), "below what Postgres has");
         assert!(is_closed(&decide(&row(3, 5), &look(3, "r", 5, 7), "r", 8)), "below what this sidecar saw");
         assert!(is_closed(&decide(&row(2, 5), &look(3, "r", 5, 9), "r", 0)), "Postgres is older");
-        let cut = Stream { at_applied: None, ..stream(5, 9) };
-        assert!(is_closed(&decide(&row(3, 5), Some(&meta(3, "r", 9)), &cut, "r", 0)), "trimmed beyond what was applied");
-        let fork = Stream { at_applied: Some("other".into()), ..stream(5, 9) };
-        assert!(is_closed(&decide(&row(3, 5), Some(&meta(3, "r", 9)), &fork, "r", 0)), "another history");
-        assert!(is_closed(&decide(&row(3, 5), &look(3, "r", 5, 9), "r", 0)), "the stream's end is not meta's");
+        let cut = Look { at_applied: None, ..look(3, "r", 5, 9) };
+        assert!(is_closed(&decide(&row(3, 5), &cut, "r", 0)), "trimmed beyond what was applied");
+        let fork = Look { at_applied: Some(entry(5, "other", "-")), ..look(3, "r", 5, 9) };
+        assert!(is_closed(&decide(&row(3, 5), &fork, "r", 0)), "another history");
+        let end = Look { newest: Some(entry(8, "op8", "-")), ..look(3, "r", 5, 9) };
+        assert!(is_closed(&decide(&row(3, 5), &end, "r", 0)), "the stream's end is not meta's");
+        let gone = Look { newest: None, at_applied: None, oldest: None, ..look(3, "r", 5, 9) };
+        assert!(is_closed(&decide(&row(3, 5), &gone, "r", 0)), "the stream is gone, with changes in it");
+        assert_eq!(decide(&row(3, 9), &gone, "r", 0), Finding::Live { epoch: 3 }, "the stream is gone, and Postgres has all of it");
     }
 }

@@ -133,6 +133,11 @@ impl Connection {
         if field("role").is_some_and(|role| role != "master") {
             return Err(Error::Unfit("this Redis is a replica: give redis.url the address of the master".into()));
         }
+        if field("redis_mode").is_some_and(|mode| mode == "cluster") {
+            return Err(Error::Unfit(
+                "this Redis is a node of a Cluster, which this version cannot use: give redis.url a standalone Redis".into(),
+            ));
+        }
         let version = field("redis_version").unwrap_or("0");
         let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok()).unwrap_or(0);
         if major < 7 {

@@ -67,6 +67,10 @@ impl Family for Coupon {
     type Op = CouponOp;
     type Outcome = CouponOutcome;
 
+    fn changes(_: &CouponOp) -> bool {
+        true
+    }
+
     fn request(op: &CouponOp) -> Option<&Request> {
         op.request.as_ref()
     }

@@ -84,6 +84,8 @@ pub trait Family: 'static {
     type Op: 'static;
     type Outcome: 'static;
 
+    /// Whether it may change anything: what only reads is never in doubt.
+    fn changes(op: &Self::Op) -> bool;
     fn request(op: &Self::Op) -> Option<&Request>;
     /// How many keys it may add to a batch, and about how many bytes.
     fn weight(op: &Self::Op) -> (usize, usize);
@@ -172,15 +174,22 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     /// Takes an operation in; it is done within the lane's time of `arrived`.
     pub fn submit(&self, op: F::Op, arrived: Instant, waiter: W) {
-        if let Gate::Closed(failure) = &*self.gate.borrow() {
-            return waiter.done(&op, Err(failure.clone()));
+        self.submit_until(op, arrived + self.within, waiter);
+    }
+
+    /// Takes an operation in; it is done by `deadline`.
+    pub fn submit_until(&self, op: F::Op, deadline: Instant, waiter: W) {
+        if let Some(failure) = self.closed() {
+            return waiter.done(&op, Err(failure));
         }
         let mut queue = self.queue.borrow_mut();
         if queue.len() >= limits::LANE_QUEUE_MAX {
             drop(queue);
             return waiter.done(&op, Err(Failure::TryAgain("overloaded: too many operations are waiting for Redis".into())));
         }
-        queue.push_back(Queued { op, waiter: Some(waiter), deadline: arrived + self.within, again: None });
+        // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
+        let at = queue.iter().rposition(|queued| queued.deadline <= deadline).map_or(0, |before| before + 1);
+        queue.insert(at, Queued { op, waiter: Some(waiter), deadline, again: None });
         if queue.len() == 1 {
             self.work.notify_one();
         }
@@ -303,6 +312,21 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
     }
 
+    /// Ends what is too late to be sent: it would end in doubt.
+    fn drop_late(&self) {
+        let in_time = Instant::now() + limits::SEND_WITHIN;
+        let late: Vec<_> = {
+            let mut queue = self.queue.borrow_mut();
+            let count = queue.iter().take_while(|queued| queued.deadline <= in_time).count();
+            queue.drain(..count).collect()
+        };
+        for mut queued in late {
+            metrics::counter!("holdfast_expired_total", "lane" => F::LANE).increment(1);
+            let reason = queued.again.take().unwrap_or_else(|| self.too_late().to_owned());
+            queued.finish(Err(Failure::TryAgain(reason)));
+        }
+    }
+
     fn too_late(&self) -> &'static str {
         match self.partition.redis_up() {
             true => "overloaded: Redis did not get to it in time; nothing was changed",
@@ -314,13 +338,17 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     fn doubt(&self, sent: &mut Sent<F, W>, which: impl Fn(&Queued<F, W>) -> bool) -> bool {
         let mut any = false;
         for (k, queued) in sent.operations.iter_mut().enumerate().filter(|(_, queued)| queued.waiter.is_some() && which(queued)) {
+            any = true;
+            if !F::changes(&queued.op) {
+                queued.finish(Err(Failure::TryAgain("Redis does not answer".into())));
+                continue;
+            }
             metrics::counter!("holdfast_indoubt_total", "lane" => F::LANE).increment(1);
             let id = match F::request(&queued.op) {
                 Some(request) => String::from_utf8_lossy(request.id.as_bytes()).into_owned(),
                 None => format!("hf-{}:{}-{k}", self.name, sent.counter),
             };
             queued.finish(Err(Failure::InDoubt(id)));
-            any = true;
         }
         any
     }

@@ -90,6 +90,10 @@ impl Family for Stock {
     type Op = StockOp;
     type Outcome = StockOutcome;
 
+    fn changes(op: &StockOp) -> bool {
+        op.action != Action::Read
+    }
+
     fn request(op: &StockOp) -> Option<&Request> {
         op.request.as_ref()
     }

@@ -1,6 +1,7 @@
 //! COUPON: the contract, command by command.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead as _, BufReader, Write as _};
 
 use crate::harness::Stack;
 
@@ -95,4 +96,39 @@ fn a_race_of_many_clients_issues_exactly_what_there_is() {
     assert_eq!(distinct.len(), 100);
     stack.wait_until_applied();
     assert_eq!(stack.postgres.value("SELECT count(DISTINCT user_id) FROM holdfast.coupon_issue"), "100");
+}
+
+#[test]
+fn a_coupon_with_garbage_in_it_refuses_only_its_own_issues() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("COUPON.CREATE good 10");
+    client.ok("COUPON.CREATE users 10");
+    stack.backing().ask("HSET coupon:info:bad total abc");
+    stack.backing().ask("HSET coupon:users:users u garbage");
+    stack.backing().ask("SET coupon:info:text x");
+    for (coupon, serial) in [("bad", 1), ("users", 2), ("text", 3)] {
+        let refused = client.ask(&format!("COUPON.ISSUE {coupon} u"));
+        assert!(refused.starts_with(&format!("-FROZEN a key of coupon '{coupon}'")), "{refused}");
+        assert!(client.ask(&format!("COUPON.ISSUE good user-{serial}")).starts_with(&format!("[ISSUED, {serial}, ")));
+    }
+}
+
+#[test]
+fn a_user_with_very_many_coupons_costs_redis_little() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("COUPON.CREATE c 100000 PERUSER 1000");
+    let mut raw = stack.sidecar.raw();
+    raw.write_all(&b"COUPON.ISSUE c u\r\n".repeat(1_001)).unwrap();
+    let replies: Vec<String> =
+        BufReader::new(raw).lines().map(Result::unwrap).filter(|line| line.starts_with(['*', '-'])).take(1_001).collect();
+    assert_eq!(replies.iter().filter(|reply| *reply == "*4").count(), 1_000);
+    assert_eq!(client.ask("COUPON.ISSUE c u"), "[ALREADY, 1000]");
+    let slowest = stack.backing().ask("SLOWLOG GET 1");
+    assert!(!slowest.contains("EVALSHA") || micros(&slowest) < 200_000, "{slowest}");
+}
+
+fn micros(slowlog: &str) -> u64 {
+    slowlog.split(", ").nth(2).unwrap().parse().unwrap()
 }

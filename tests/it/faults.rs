@@ -129,8 +129,10 @@ fn a_redis_that_restarts_with_its_data_goes_on_under_the_next_epoch() {
     assert_eq!(client.ask("PING"), "PONG");
     stack.redis.restart();
     client.until("STOCK.GET sku-0", "999999");
+    assert_eq!(client.field("STOCK.INFO sku-0", "position"), "1-4", "a position that exists");
     assert_eq!(client.ask("STOCK.DECR sku-0 1"), "[OK, 999998, 2-5]");
     stack.wait_until_applied();
+    assert_eq!(client.field("STOCK.INFO sku-0", "position"), "2-5");
     assert_eq!(client.ask("HOLDFAST.AWAIT 1-4"), "[APPLIED, 1-4]");
     assert_eq!(client.ask("HOLDFAST.AWAIT 1-5"), "[LOST, 1-5]", "the first epoch ended before it");
     assert_eq!(client.ask("HOLDFAST.AWAIT 2-6 20"), "[PENDING, 2-5]");
@@ -238,4 +240,37 @@ fn a_stalled_redis_is_answered_for_and_executes_nothing_late() {
         signal("-CONT");
         client.until("STOCK.GET a", "10");
     }
+}
+
+#[test]
+fn a_busy_partition_stays_open_while_it_is_verified() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    fill(&mut client);
+    let began = Instant::now();
+    thread::scope(|scope| {
+        for number in 0..CLIENTS {
+            let mut client = stack.connect();
+            scope.spawn(move || {
+                // The verifier looks every 5 s.
+                while began.elapsed() < Duration::from_secs(11) {
+                    let reply = client.ask(&format!("STOCK.DECR sku-{} 1", number % 3));
+                    assert!(reply.starts_with("[OK, "), "{reply}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_script_that_would_fail_fails_before_its_first_write() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    stack.backing().ask("SET stock:low garbage");
+    let failed = client.ask("STOCK.SET a 20 LOW 5 REQUEST r-1");
+    assert!(failed.starts_with("-INDOUBT r-1 "), "{failed}");
+    stack.backing().ask("DEL stock:low");
+    assert_eq!(client.until_not("STOCK.INCR a 5 REQUEST r-2", "-TRYAGAIN"), "[OK, 15, 1-2]", "nothing was changed");
+    assert_eq!(client.ask("STOCK.SET a 20 LOW 5 REQUEST r-1"), "[OK, 20, 1-3]");
 }

@@ -101,6 +101,11 @@ impl Sidecar {
         }
     }
 
+    /// The id of its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// kill -9.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -109,7 +114,7 @@ impl Sidecar {
 
     /// SIGTERM, and its exit code.
     pub fn terminate(&mut self) -> Option<i32> {
-        assert!(Command::new("kill").arg(self.child.id().to_string()).status().unwrap().success());
+        assert!(Command::new("kill").arg(self.pid().to_string()).status().unwrap().success());
         self.child.wait().unwrap().code()
     }
 
@@ -254,7 +259,7 @@ impl Database {
     pub fn column(&self, query: &str) -> Vec<String> {
         self.runtime.block_on(async {
             let mut connection = PgConnection::connect(&self.url).await.unwrap();
-            let query = format!("SELECT coalesce(c::text, 'null') FROM ({query}) AS q(c)");
+            let query = format!("WITH q(c) AS ({query}) SELECT coalesce(c::text, 'null') FROM q");
             sqlx::query_scalar(AssertSqlSafe(query)).fetch_all(&mut connection).await.unwrap()
         })
     }

@@ -77,6 +77,8 @@ fn what_the_common_clients_send_first_is_answered() {
     assert!(maintenance.starts_with("-ERR unknown subcommand"), "{maintenance}");
     assert!(client.ask("SENTINEL MASTERS").starts_with("-ERR unknown command 'SENTINEL', with args beginning with: 'MASTERS' "));
     assert!(client.ask("CLIENT INFO").contains("name=app") && client.ask("CLIENT LIST").contains("lib-name=redis-py"));
+    assert!(client.ask("CLIENT LIST TYPE normal").contains("name=app"));
+    assert_eq!(client.ask("CLIENT LIST TYPE pubsub"), "");
     let info = client.ask("INFO");
     for line in [
         "redis_version:7.2",

@@ -201,3 +201,13 @@ fn many_clients_that_use_an_absent_product_at_once_load_it_once() {
     stack.wait_until_applied();
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock_ledger WHERE kind = 'init'"), "1");
 }
+
+#[test]
+fn a_product_that_appears_in_postgres_is_not_created_over() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    assert_eq!(client.ask("STOCK.GET x"), "nil");
+    stack.postgres.value("INSERT INTO holdfast.stock (product_id, available) VALUES ('x', 50) RETURNING 1");
+    client.ok("STOCK.SET x 100");
+    assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock WHERE product_id = 'x'"), "100");
+}

@@ -32,6 +32,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// What goes next: as much as waits, within the bounds of a batch.
     pub(super) fn next_batch(&self, epoch: u64, run_id: &str) -> Option<Sent<F, W>> {
         self.unpark();
+        self.drop_late();
         let mut queue = self.queue.borrow_mut();
         let (mut keys, mut bytes, mut count) = (0, 0, 0);
         for queued in queue.iter().take(limits::BATCH_OPERATIONS_MAX) {
@@ -167,7 +168,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         match status.as_str() {
             "ok" => self.decided(sent, &mut words),
             "replayed" => self.replayed(sent, &mut words),
-            "clock" => {
+            "clock" if !again => {
                 let mut queue = self.queue.borrow_mut();
                 sent.operations.into_iter().rev().filter(|queued| queued.waiter.is_some()).for_each(|queued| queue.push_front(queued));
                 Ok(())
@@ -214,10 +215,12 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if let Some(newest) = positions.newest() {
             self.partition.saw(newest);
         }
-        let again = sent.operations.into_iter().filter(|queued| queued.waiter.is_some());
+        let again: Vec<_> = sent.operations.into_iter().filter(|queued| queued.waiter.is_some()).collect();
         let mut parked = self.parked.borrow_mut();
+        if parked.is_empty() && !again.is_empty() {
+            self.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
+        }
         parked.extend(again);
-        self.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
         Ok(())
     }
 
