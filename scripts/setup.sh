@@ -9,9 +9,20 @@ packages=()
 command -v redis-server >/dev/null || command -v valkey-server >/dev/null || packages+=(redis-server)
 { command -v postgres && command -v initdb; } >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || packages+=(postgresql)
 command -v cc >/dev/null || packages+=(gcc libc6-dev)
+# What the tests with clients of other languages need.
+if [ "${1:-}" = clients ]; then
+    command -v node >/dev/null && command -v npm >/dev/null || packages+=(nodejs npm)
+    python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3 python3-venv)
+fi
 
 if ! command -v cargo >/dev/null; then
     echo "Rust is missing: install it from https://rustup.rs, then run this again." >&2
+    exit 1
+fi
+needed=$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' "$(dirname "$0")/../Cargo.toml")
+found=$(cargo --version | cut -d ' ' -f 2)
+if [ "$(printf '%s\n' "$needed" "$found" | sort -V | head -n 1)" != "$needed" ]; then
+    echo "Rust $found is too old: Holdfast needs $needed or newer. Run 'rustup update', then run this again." >&2
     exit 1
 fi
 if [ ${#packages[@]} -eq 0 ]; then
