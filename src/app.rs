@@ -6,13 +6,13 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio::task::LocalSet;
+use tokio::task::{LocalSet, spawn_local};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 use uuid::Uuid;
@@ -22,6 +22,7 @@ use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::Config;
 use crate::ledger;
+use crate::limits;
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
 use crate::outbox::verify::Verifier;
@@ -68,10 +69,11 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let (partition, loads) = Partition::new(0);
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
-    let readiness = readiness(Arc::clone(&partition), shutdown.clone());
+    let pulse = Arc::new(Mutex::new(Instant::now()));
+    let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&pulse));
     let web = tokio::spawn(http::serve(http_listener, metrics.clone(), readiness, back.clone()));
     let upkeep = tokio::spawn(metrics::upkeep(metrics, back.clone()));
-    let front = Front::start(&config, listener, Arc::clone(&partition), shutdown.clone())?;
+    let front = Front::start(&config, listener, Arc::clone(&partition), shutdown.clone(), pulse)?;
 
     let postgres_url = config.postgres.url.expose().to_owned();
     let redis_url = config.redis.url.expose().to_owned();
@@ -155,7 +157,13 @@ struct Front {
 }
 
 impl Front {
-    fn start(config: &Config, listener: TcpListener, partition: Arc<Partition>, shutdown: CancellationToken) -> Result<Self, Error> {
+    fn start(
+        config: &Config,
+        listener: TcpListener,
+        partition: Arc<Partition>,
+        shutdown: CancellationToken,
+        pulse: Arc<Mutex<Instant>>,
+    ) -> Result<Self, Error> {
         let listener = listener.into_std().map_err(error)?;
         let registry = Arc::new(Registry::new(config.max_clients));
         let config = Config { listen: listener.local_addr().map_err(error)?, ..config.clone() };
@@ -169,6 +177,7 @@ impl Front {
                 let lanes = CancellationToken::new();
                 let backend = Backend::new(partition, config.redis.url.expose(), &instance, config.idempotency.window, config.reply_within);
                 let driving = backend.drive(&lanes);
+                spawn_local(beat(pulse));
                 let commands = Rc::new(Commands::new(TABLE));
                 let stats = Arc::new(Stats::new(&commands));
                 let cx = Rc::new(Context::new(commands, registry, stats, backend));
@@ -192,6 +201,14 @@ impl Front {
     }
 }
 
+/// Shows, for as long as this thread gets anything done, that it does.
+async fn beat(pulse: Arc<Mutex<Instant>>) {
+    loop {
+        *pulse.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        tokio::time::sleep(limits::PULSE_EVERY).await;
+    }
+}
+
 /// How the partition stands, as INFO shows it. `at_risk` changes would be lost if Redis's data and this process died at once.
 fn show_partition(partition: &Partition, text: &mut String) {
     let applied = *partition.applied.borrow();
@@ -209,7 +226,7 @@ fn show_partition(partition: &Partition, text: &mut String) {
     }
 }
 
-fn readiness(partition: Arc<Partition>, shutdown: CancellationToken) -> http::ReadinessSource {
+fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulse: Arc<Mutex<Instant>>) -> http::ReadinessSource {
     Arc::new(move || {
         let (live, state) = match &*partition.state.borrow() {
             State::Live { epoch, run_id } => (true, format!("live under epoch {epoch} on redis {run_id}")),
@@ -222,7 +239,9 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken) -> http::Re
             false => trouble.clone(),
         };
         let draining = shutdown.is_cancelled();
+        let beaten = *pulse.lock().unwrap_or_else(PoisonError::into_inner);
         Readiness {
+            alive: beaten.elapsed() < limits::PULSE_MAX || draining,
             checks: vec![
                 Check { name: "server", ok: !draining, optional: false, detail: if draining { "draining" } else { "serving" }.into() },
                 Check { name: "partition", ok: live, optional: false, detail: state },

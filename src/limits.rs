@@ -248,3 +248,8 @@ pub const LOAD_WITHIN: Duration = Duration::from_secs(2);
 /// For how long, and of how many products, it is remembered that Postgres does not have them either.
 pub const ABSENT_FOR: Duration = Duration::from_secs(1);
 pub const ABSENT_MAX: usize = 10_000;
+
+/// How often the thread that serves clients shows that it lives, and after how long a silence it counts as dead: far beyond any stall of
+/// the machine's scheduler.
+pub const PULSE_EVERY: Duration = Duration::from_millis(500);
+pub const PULSE_MAX: Duration = Duration::from_secs(15);

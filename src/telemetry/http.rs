@@ -39,6 +39,8 @@ pub struct Check {
 /// Whether clients should be sent here.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness {
+    /// Whether the process does anything at all; if not, only a restart helps.
+    pub alive: bool,
     /// Everything it depends on.
     pub checks: Vec<Check>,
 }
@@ -94,7 +96,15 @@ pub async fn serve(
 fn router(metrics: PrometheusHandle, readiness: ReadinessSource) -> Router {
     let text = |content_type: &'static str, body: String| ([(header::CONTENT_TYPE, content_type)], body);
     Router::new()
-        .route("/livez", get(|| async { "alive\n" }))
+        .route(
+            "/livez",
+            get(|State(readiness): State<ReadinessSource>| async move {
+                match readiness().alive {
+                    true => (StatusCode::OK, "alive\n"),
+                    false => (StatusCode::INTERNAL_SERVER_ERROR, "the thread that serves clients hangs\n"),
+                }
+            }),
+        )
         .route(
             "/readyz",
             get(|State(readiness): State<ReadinessSource>, RawQuery(query): RawQuery| async move {
@@ -151,6 +161,7 @@ mod tests {
         let source: ReadinessSource = {
             let redis = Arc::clone(&redis);
             Arc::new(move || Readiness {
+                alive: redis.load(Ordering::Relaxed),
                 checks: vec![
                     Check { name: "redis", ok: redis.load(Ordering::Relaxed), optional: false, detail: "redis.url".into() },
                     Check { name: "postgres", ok: false, optional: true, detail: "3 s behind".into() },
@@ -172,6 +183,7 @@ mod tests {
         assert_eq!(probed.unwrap(), "ready\npostgres degraded: 3 s behind");
 
         redis.store(false, Ordering::Relaxed);
+        assert!(get(address, "/livez").await.starts_with("HTTP/1.1 500"));
         let answer = get(address, "/readyz").await;
         assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("not ready\nredis failed: redis.url"), "{answer}");
         let probed = tokio::task::spawn_blocking(move || probe(address)).await.unwrap();
