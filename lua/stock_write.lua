@@ -6,7 +6,7 @@
 --
 -- KEYS goes on with the products, then the buckets of request ids. batch is msgpack {names, operations}; an operation is
 -- {kind, text, items, request or false, low or false}: text is what its outbox line begins with, items are places in names with their
--- quantities. kind is get, set, create (a set that may also create), delete, incr, decr or init. Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason ·
+-- quantities. A set that creates is marked new=1: what Postgres may have of the product gives way. Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason ·
 -- 'corrupt' item · 'over' item, available · 'known' text · 'stale' · 'ahead' · 'full'.
 local TOTAL_MAX = 9007199254740991
 local FIXED = 5
@@ -45,7 +45,7 @@ local function refused(kind, items)
     if value == 'corrupt' then return say('corrupt', place) or true end
     if kind ~= 'get' then
       if reasons[i] then return say('frozen', place, reasons[i]) or true end
-      if not value and kind ~= 'create' and kind ~= 'init' then return say('absent', place) or true end
+      if not value and kind ~= 'set' and kind ~= 'init' then return say('absent', place) or true end
       if kind == 'decr' and value < items[at + 1] then return say('short', place, value) or true end
       if kind == 'init' and items[at + 1] > TOTAL_MAX then return say('corrupt', place) or true end
       if kind == 'incr' and value + items[at + 1] > TOTAL_MAX then return say('over', place, value) or true end
@@ -67,6 +67,7 @@ for _, operation in ipairs(operations) do
     if kind == 'get' then
       for at = 1, #items, 2 do reply[#reply + 1] = values[items[at]] end
     else
+      if kind == 'set' and not values[items[1]] then text = string.sub(text, 1, -2) .. 'new=1 |' end
       local line, answer = {text}, {'OK'}
       for at = 1, #items, 2 do
         local i, quantity = items[at], items[at + 1]

@@ -23,7 +23,7 @@ const NOT_KNOWN: &str = "TRYAGAIN Redis does not have this product, and Postgres
 #[derive(Default)]
 pub struct FirstUse {
     /// Who waits for a product that somebody is looking up already.
-    loading: RefCell<HashMap<Id, Vec<oneshot::Sender<Looked>>>>,
+    loading: RefCell<HashMap<Id, Vec<oneshot::Sender<bool>>>>,
     absent: RefCell<HashMap<Id, Instant>>,
 }
 
@@ -51,45 +51,28 @@ impl FirstUse {
     }
 }
 
-/// What a look-up came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Looked {
-    /// Postgres has it, and Redis is being given it.
-    Found,
-    Nowhere,
-    /// Postgres cannot say.
-    Unknown,
-}
-
-/// Looks the products up, gives Redis those that Postgres has, and tries the operation again; a STOCK.SET of a product that is nowhere
-/// may then create it.
-pub fn load_and_retry(cx: &Rc<Context>, products: Vec<Id>, mut op: StockOp, deadline: Instant, waiter: StockWaiter) {
+/// Looks the products up, gives Redis those that Postgres has, and tries the operation again.
+pub fn load_and_retry(cx: &Rc<Context>, products: Vec<Id>, op: StockOp, deadline: Instant, waiter: StockWaiter) {
     let cx = Rc::clone(cx);
     spawn_local(async move {
         let lookups: Vec<_> = products.into_iter().map(|product| spawn_local(load(Rc::clone(&cx), product))).collect();
         let all = async {
-            let mut nowhere = true;
             for lookup in lookups {
-                match lookup.await.unwrap_or(Looked::Unknown) {
-                    Looked::Unknown => return None,
-                    Looked::Found => nowhere = false,
-                    Looked::Nowhere => {}
+                if !lookup.await.unwrap_or(false) {
+                    return false;
                 }
             }
-            Some(nowhere)
+            true
         };
         match tokio::time::timeout_at(deadline.into(), all).await {
-            Ok(Some(nowhere)) => {
-                op.may_create = nowhere && op.action == Action::Change(StockKind::Set);
-                cx.backend.stock.submit_until(op, deadline.min(Instant::now() + cx.backend.within), waiter);
-            }
+            Ok(true) => cx.backend.stock.submit_until(op, deadline.min(Instant::now() + cx.backend.within), waiter),
             _ => waiter.refuse(NOT_KNOWN),
         }
     });
 }
 
-/// Looks one product up, once for all who ask meanwhile.
-async fn load(cx: Rc<Context>, product: Id) -> Looked {
+/// Looks one product up, once for all who ask meanwhile. `false` where Postgres cannot say.
+async fn load(cx: Rc<Context>, product: Id) -> bool {
     let first_use = &cx.backend.first_use;
     let (sender, receiver) = oneshot::channel();
     let first = {
@@ -99,41 +82,33 @@ async fn load(cx: Rc<Context>, product: Id) -> Looked {
         waiting.len() == 1
     };
     if first {
-        let looked = look_up(&cx, &product).await;
+        let known = look_up(&cx, &product).await;
         for waiting in first_use.loading.borrow_mut().remove(&product).unwrap_or_default() {
             // Whoever has given up does not hear it.
-            _ = waiting.send(looked);
+            _ = waiting.send(known);
         }
     }
-    receiver.await.unwrap_or(Looked::Unknown)
+    receiver.await.unwrap_or(false)
 }
 
-async fn look_up(cx: &Rc<Context>, product: &Id) -> Looked {
+async fn look_up(cx: &Rc<Context>, product: &Id) -> bool {
     let partition = &cx.backend.partition;
     if !partition.ledger_up() {
-        return Looked::Unknown;
+        return false;
     }
     let (answer, answered) = oneshot::channel();
     let request = LoadRequest { product: product.clone(), absent_at: partition.head().n, answer };
     if partition.loads.try_send(request).is_err() {
-        return Looked::Unknown;
+        return false;
     }
-    let Ok(Ok(found)) = tokio::time::timeout(limits::LOAD_WITHIN, answered).await else { return Looked::Unknown };
+    let Ok(Ok(found)) = tokio::time::timeout(limits::LOAD_WITHIN, answered).await else { return false };
     match found {
-        None => {
-            cx.backend.first_use.remember_absent(product.clone());
-            Looked::Nowhere
-        }
+        None => cx.backend.first_use.remember_absent(product.clone()),
         Some(available) => {
-            let init = StockOp {
-                action: Action::Change(StockKind::Init),
-                items: vec![(product.clone(), available)],
-                may_create: false,
-                low: None,
-                request: None,
-            };
+            let init =
+                StockOp { action: Action::Change(StockKind::Init), items: vec![(product.clone(), available)], low: None, request: None };
             cx.backend.stock.submit(init, Instant::now(), StockWaiter::Nobody);
-            Looked::Found
         }
     }
+    true
 }

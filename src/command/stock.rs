@@ -124,7 +124,7 @@ fn change(call: &mut Call<'_>, kind: StockKind, default: Ack) -> Step {
     let quantity = if kind == StockKind::Delete { 0 } else { call.args.integer("quantity") };
     let low = if kind == StockKind::Set { call.args.maybe_integer("low") } else { None };
     let items = vec![(call.args.id("product"), quantity)];
-    submit_change(call, StockOp { action: Action::Change(kind), items, may_create: false, low, request: None }, default)
+    submit_change(call, StockOp { action: Action::Change(kind), items, low, request: None }, default)
 }
 
 fn decr(call: &mut Call<'_>) -> Step {
@@ -139,7 +139,7 @@ fn decr(call: &mut Call<'_>) -> Step {
             return Step::Reply(too_many_products());
         }
     }
-    submit_change(call, StockOp { action: Action::Change(StockKind::Decr), items, may_create: false, low: None, request: None }, ACK_REDIS)
+    submit_change(call, StockOp { action: Action::Change(StockKind::Decr), items, low: None, request: None }, ACK_REDIS)
 }
 
 fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
@@ -154,7 +154,7 @@ fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
 }
 
 fn look(call: &mut Call<'_>, items: Vec<(Id, i64)>, shape: Shape) -> Step {
-    let op = StockOp { action: Action::Read, items, may_create: false, low: None, request: None };
+    let op = StockOp { action: Action::Read, items, low: None, request: None };
     let waiter = StockWaiter::client(call, shape);
     call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
@@ -222,9 +222,7 @@ impl ClientWaiter {
         if self.lookups > op.items.len() {
             return Vec::new();
         }
-        // What was known a moment ago is no proof for a creation.
-        let creates = op.action == Action::Change(StockKind::Set);
-        let unknown = |product: &Id| creates || !self.cx.backend.first_use.is_nowhere(product);
+        let unknown = |product: &Id| !self.cx.backend.first_use.is_nowhere(product);
         let products = op.items.iter().map(|(product, _)| product);
         match outcome {
             StockOutcome::Values(values) => products
@@ -245,7 +243,7 @@ impl ClientWaiter {
         let outcome = match result {
             Err(failure) => Err(failed(failure)),
             Ok(StockOutcome::Done { available, position }) => {
-                if op.may_create {
+                if op.action == Action::Change(StockKind::Set) {
                     op.items.iter().for_each(|(product, _)| self.cx.backend.first_use.exists(product));
                 }
                 let shown = if op.action == Action::Change(StockKind::Delete) { Vec::new() } else { available };

@@ -7,7 +7,7 @@
 //! ```text
 //! <k> <kind> [name=value ...] | [<product> <delta> <available after> ...]
 //! 0 decr request=r-1 digest=9f86d081884c7d65 | sku-1 -3 97 sku-2 -1 4
-//! 1 set low=5 | sku-9 100 100
+//! 1 set low=5 new=1 | sku-9 100 100
 //! 2 delete | sku-7 -12 0
 //! 3 coupon.issue coupon=c-1 user=u-7 serial=12 remaining=988 |
 //! ```
@@ -73,9 +73,23 @@ pub struct CouponTerms {
 /// What an accepted operation did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
-    Stock { kind: StockKind, items: Vec<Item>, low: Option<i64> },
-    CouponCreate { coupon: String, terms: CouponTerms },
-    CouponIssue { coupon: String, user: String, serial: i64, remaining: i64 },
+    Stock {
+        kind: StockKind,
+        items: Vec<Item>,
+        low: Option<i64>,
+        /// Redis did not have the product: what Postgres has of it, if anything, gives way to what was set.
+        created: bool,
+    },
+    CouponCreate {
+        coupon: String,
+        terms: CouponTerms,
+    },
+    CouponIssue {
+        coupon: String,
+        user: String,
+        serial: i64,
+        remaining: i64,
+    },
 }
 
 /// The client's idempotency key with the fingerprint of what it asked.
@@ -200,7 +214,7 @@ impl Operation {
                 if items.is_empty() {
                     return None;
                 }
-                Effect::Stock { kind, items, low: named.number("low") }
+                Effect::Stock { kind, items, low: named.number("low"), created: named.number("new").is_some() }
             }
         };
         let remembered = match (named.text("request"), named.text("digest")) {
@@ -240,7 +254,7 @@ mod tests {
 
     #[test]
     fn every_kind_of_line_is_read() {
-        let text = "0 decr request=r-1 digest=9f86 | sku-1 -3 97 sku-2 -1 4\n1 set low=5 | sku-9 100 100\n4 delete | sku-7 -12 0\n\
+        let text = "0 decr request=r-1 digest=9f86 | sku-1 -3 97 sku-2 -1 4\n1 set low=5 new=1 | sku-9 100 100\n4 delete | sku-7 -12 0\n\
                     5 coupon.issue coupon=c-1 user=u=7 serial=12 remaining=988 |\n6 coupon.create coupon=c total=10 peruser=1 end=7 |";
         let entry = entry("3-14", "10", text).unwrap();
         assert_eq!((entry.last, entry.first_n, entry.operations.len()), (Position::new(3, 14), 10, 5));
@@ -250,10 +264,18 @@ mod tests {
             Operation {
                 k: 0,
                 remembered: Some(Remembered { request: "r-1".into(), digest: "9f86".into() }),
-                effect: Effect::Stock { kind: StockKind::Decr, items: vec![item("sku-1", -3, 97), item("sku-2", -1, 4)], low: None },
+                effect: Effect::Stock {
+                    kind: StockKind::Decr,
+                    items: vec![item("sku-1", -3, 97), item("sku-2", -1, 4)],
+                    low: None,
+                    created: false
+                },
             }
         );
-        assert_eq!(entry.operations[1].effect, Effect::Stock { kind: StockKind::Set, items: vec![item("sku-9", 100, 100)], low: Some(5) });
+        assert_eq!(
+            entry.operations[1].effect,
+            Effect::Stock { kind: StockKind::Set, items: vec![item("sku-9", 100, 100)], low: Some(5), created: true }
+        );
         assert_eq!(
             entry.operations[3].effect,
             Effect::CouponIssue { coupon: "c-1".into(), user: "u=7".into(), serial: 12, remaining: 988 }

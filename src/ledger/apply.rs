@@ -1,12 +1,14 @@
 //! Applies outbox entries to Postgres, once.
 
+use std::collections::HashMap;
+
 use sqlx::{Connection, PgConnection};
 
 use super::changes::Changes;
 use super::partition::{self, PartitionRow};
 use super::{Error, to_bigint, write};
 use crate::domain::Position;
-use crate::domain::change::Entry;
+use crate::domain::change::{Effect, Entry};
 
 /// How far a partition is after a call of [`apply`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,7 +49,8 @@ async fn apply_in(connection: &mut PgConnection, partition: u32, entries: &[Entr
     let Some(last) = new.last() else {
         return Ok(Applied { position: row.applied, last_op: row.last_op, operations: 0 });
     };
-    write::changes(connection, partition, &Changes::gather(new)?).await?;
+    let units = units_of_created(connection, new).await?;
+    write::changes(connection, partition, &Changes::gather(new, &units)?).await?;
     let mut reached = row.applied;
     for entry in new {
         if entry.last.epoch > reached.epoch {
@@ -75,6 +78,26 @@ async fn end_epochs(connection: &mut PgConnection, partition: u32, reached: Posi
         .execute(connection)
         .await?;
     Ok(())
+}
+
+/// What Postgres has of the products that are created in these entries although it may know them: Redis did not have them.
+async fn units_of_created(connection: &mut PgConnection, entries: &[Entry]) -> Result<HashMap<String, i64>, Error> {
+    let operations = entries.iter().flat_map(|entry| &entry.operations);
+    let items = operations.filter_map(|operation| match &operation.effect {
+        Effect::Stock { items, created: true, .. } => Some(items),
+        _ => None,
+    });
+    let mut products: Vec<&str> = items.flatten().map(|item| item.product.as_str()).collect();
+    if products.is_empty() {
+        return Ok(HashMap::new());
+    }
+    products.sort_unstable();
+    let rows: Vec<(String, i64)> =
+        sqlx::query_as("SELECT product_id, available FROM holdfast.stock WHERE product_id = ANY($1) ORDER BY product_id FOR UPDATE")
+            .bind(products)
+            .fetch_all(connection)
+            .await?;
+    Ok(rows.into_iter().collect())
 }
 
 /// The entries that Postgres does not have yet, which is a tail of the run; checked that they continue, without a gap and in the same

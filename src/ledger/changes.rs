@@ -1,6 +1,6 @@
 //! What a run of outbox entries means for Postgres: the rows of the ledgers, and by how much each product and coupon moves. Pure.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::Error;
 use crate::domain::change::{CouponTerms, Effect, Entry, Item, Operation, StockKind};
@@ -23,13 +23,8 @@ pub(super) struct StockLine<'a> {
     pub i: usize,
     pub kind: StockKind,
     pub item: &'a Item,
-}
-
-impl StockLine<'_> {
     /// By how much Postgres's available units move.
-    pub fn pg_delta(&self) -> i64 {
-        if self.kind.moves_postgres() { self.item.delta } else { 0 }
-    }
+    pub pg_delta: i64,
 }
 
 /// One row of `coupon_ledger`.
@@ -90,7 +85,10 @@ pub(super) struct Changes<'a> {
 impl<'a> Changes<'a> {
     /// Gathers what the entries change, in their order. Errors with [`Error::Data`] where the sum of a product's changes passes what a
     /// 64-bit integer holds.
-    pub fn gather(entries: impl IntoIterator<Item = &'a Entry>) -> Result<Self, Error> {
+    ///
+    /// `units` is what Postgres has of the products that were created where Redis had none: whatever that is, such a creation
+    /// leaves just what was set, since every change before it in the outbox is in Postgres by then.
+    pub fn gather(entries: impl IntoIterator<Item = &'a Entry>, units: &HashMap<String, i64>) -> Result<Self, Error> {
         let mut changes = Self::default();
         for entry in entries {
             for (n, operation) in (entry.first_n..).zip(&entry.operations) {
@@ -104,17 +102,26 @@ impl<'a> Changes<'a> {
                     digest: remembered.map(|remembered| remembered.digest.as_str()),
                     at_ms: entry.at_ms,
                 };
-                changes.add(place, operation)?;
+                changes.add(place, operation, units)?;
             }
         }
         Ok(changes)
     }
 
-    fn add(&mut self, place: Place<'a>, operation: &'a Operation) -> Result<(), Error> {
+    fn add(&mut self, place: Place<'a>, operation: &'a Operation, units: &HashMap<String, i64>) -> Result<(), Error> {
         match &operation.effect {
-            Effect::Stock { kind, items, low } => {
+            Effect::Stock { kind, items, low, created } => {
                 for (i, item) in items.iter().enumerate() {
-                    let line = StockLine { place, i, kind: *kind, item };
+                    let before = units.get(&item.product).filter(|_| *created).map(|units| {
+                        let moved = self.stock.get(item.product.as_str()).map_or(0, |moved| moved.delta);
+                        units.saturating_add(moved)
+                    });
+                    let pg_delta = match before {
+                        Some(before) => item.available.saturating_sub(before),
+                        None if kind.moves_postgres() => item.delta,
+                        None => 0,
+                    };
+                    let line = StockLine { place, i, kind: *kind, item, pg_delta };
                     self.move_stock(&line, *low)?;
                     self.stock_lines.push(line);
                 }
@@ -146,7 +153,7 @@ impl<'a> Changes<'a> {
             return Ok(());
         }
         let moved = self.stock.entry(&line.item.product).or_default();
-        moved.delta = moved.delta.checked_add(line.pg_delta()).ok_or_else(|| {
+        moved.delta = moved.delta.checked_add(line.pg_delta).ok_or_else(|| {
             Error::Data(format!(
                 "the changes of product '{}' up to {}-{} add up to more than 2^63",
                 line.item.product, line.place.epoch, line.place.n
@@ -191,7 +198,7 @@ mod tests {
             "6 set low=1 | d 1 1",
             "7 set | d 1 2",
         ]);
-        let changes = Changes::gather([&entry]).unwrap();
+        let changes = Changes::gather([&entry], &HashMap::new()).unwrap();
         let deleted = Some(Lifecycle::Deleted(1_700_000_000_000));
         let expected = [
             ("a", StockMove { delta: 2, created: true, lifecycle: Some(Lifecycle::Set), low: Some(None) }),
@@ -199,9 +206,19 @@ mod tests {
             ("d", StockMove { delta: 2, created: true, lifecycle: Some(Lifecycle::Set), low: Some(Some(1)) }),
         ];
         assert_eq!(changes.stock, BTreeMap::from(expected));
-        let lines: Vec<_> = changes.stock_lines.iter().map(|line| (line.place.n, line.i, line.pg_delta())).collect();
+        let lines: Vec<_> = changes.stock_lines.iter().map(|line| (line.place.n, line.i, line.pg_delta)).collect();
         assert_eq!(lines[..4], [(1, 0, 10), (2, 0, -3), (2, 1, -1), (3, 0, -7)]);
         assert_eq!(lines[5..7], [(5, 0, -4), (6, 0, 0)], "Postgres has what it gave to Redis");
+    }
+
+    #[test]
+    fn a_creation_leaves_what_was_set_whatever_postgres_has() {
+        let entry = entry(&["0 decr | a -3 7", "1 set new=1 | a 5 5", "2 incr | a 1 6", "3 set new=1 | b 4 4"]);
+        let units = HashMap::from([("a".to_owned(), 50)]);
+        let changes = Changes::gather([&entry], &units).unwrap();
+        let deltas: Vec<_> = changes.stock_lines.iter().map(|line| line.pg_delta).collect();
+        assert_eq!(deltas, [-3, 5 - 47, 1, 4]);
+        assert_eq!(50 + changes.stock["a"].delta, 6);
     }
 
     #[test]
@@ -211,7 +228,7 @@ mod tests {
             "1 coupon.issue coupon=c user=u serial=7 remaining=2 |",
             "2 coupon.issue coupon=c user=v serial=8 remaining=1 |",
         ]);
-        let changes = Changes::gather([&entry]).unwrap();
+        let changes = Changes::gather([&entry], &HashMap::new()).unwrap();
         assert_eq!(changes.coupons, BTreeMap::from([("c", CouponMove { issued: 2, last_serial: 8 })]));
         assert_eq!((changes.created.len(), changes.issues.len(), changes.coupon_lines.len()), (1, 2, 3));
     }
@@ -219,6 +236,6 @@ mod tests {
     #[test]
     fn a_sum_that_no_integer_holds_is_refused() {
         let entry = entry(&["0 incr | a 9223372036854775807 1", "1 incr | a 1 2"]);
-        assert!(matches!(Changes::gather([&entry]), Err(Error::Data(_))));
+        assert!(matches!(Changes::gather([&entry], &HashMap::new()), Err(Error::Data(_))));
     }
 }

@@ -73,7 +73,7 @@ async fn stock_ledger(connection: &mut PgConnection, partition: u32, lines: &[St
     .bind(lines.iter().map(|line| line.item.product.as_str()).collect::<Vec<_>>())
     .bind(lines.iter().map(|line| line.kind.as_str()).collect::<Vec<_>>())
     .bind(lines.iter().map(|line| line.item.delta).collect::<Vec<_>>())
-    .bind(lines.iter().map(StockLine::pg_delta).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.pg_delta).collect::<Vec<_>>())
     .bind(lines.iter().map(|line| line.item.available).collect::<Vec<_>>())
     .bind(places.request)
     .bind(places.digest)

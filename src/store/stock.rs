@@ -38,8 +38,6 @@ pub struct StockOp {
     pub action: Action,
     /// Each product once, with its quantity (0 where there is none to give).
     pub items: Vec<(Id, i64)>,
-    /// Whether a [`StockKind::Set`] may create the product: only when Postgres does not have it either, since it is carried as a difference.
-    pub may_create: bool,
     /// The new threshold of the low-stock event; only with [`StockKind::Set`].
     pub low: Option<i64>,
     pub request: Option<Request>,
@@ -121,8 +119,7 @@ impl Family for Stock {
         }
         batch.array(ops.clone().count());
         for (k, op) in ops.enumerate() {
-            let kind = if op.may_create { "create" } else { op.action.as_str() };
-            batch.array(5).text(kind).text(&line(k, op)).array(op.items.len() * 2);
+            batch.array(5).text(op.action.as_str()).text(&line(k, op)).array(op.items.len() * 2);
             for (product, quantity) in &op.items {
                 batch.count(places.get(product).copied().unwrap_or_default()).integer(*quantity);
             }
@@ -191,13 +188,7 @@ mod tests {
     #[test]
     fn a_line_begins_with_all_that_the_sidecar_knows() {
         let request = Request { id: RequestId::parse(&Bytes::from_static(b"r 1")).unwrap(), digest: "9f86".into() };
-        let op = StockOp {
-            action: Action::Change(StockKind::Set),
-            items: vec![(Id::from("a"), 5)],
-            may_create: false,
-            low: Some(2),
-            request: Some(request),
-        };
+        let op = StockOp { action: Action::Change(StockKind::Set), items: vec![(Id::from("a"), 5)], low: Some(2), request: Some(request) };
         let line = line(3, &op) + " a 5 5";
         assert_eq!(line, "3 set request=r%201 digest=9f86 low=2 | a 5 5");
         assert!(Operation::decode(&line).is_ok());
@@ -205,13 +196,8 @@ mod tests {
 
     #[test]
     fn a_product_named_by_several_operations_is_one_key() {
-        let op = |product| StockOp {
-            action: Action::Change(StockKind::Decr),
-            items: vec![(Id::from(product), 1)],
-            may_create: false,
-            low: None,
-            request: None,
-        };
+        let op =
+            |product| StockOp { action: Action::Change(StockKind::Decr), items: vec![(Id::from(product), 1)], low: None, request: None };
         let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0);
         assert_eq!(encoded.keys, ["stock:frozen", "stock:low", "stock:deleted", "stock:product:a", "stock:product:b"]);
     }

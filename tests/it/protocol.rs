@@ -17,7 +17,9 @@ fn a_pipeline_is_answered_in_order_and_sees_its_own_changes() {
     let stack = Stack::start();
     let mut client = stack.connect();
     client.ok("STOCK.SET a 10");
-    let expected = "*3\r\n$2\r\nOK\r\n:9\r\n$3\r\n1-2\r\n:9\r\n+PONG\r\n*3\r\n$2\r\nOK\r\n:12\r\n$3\r\n1-3\r\n*2\r\n:12\r\n$-1\r\n";
+    let created = "*3\r\n$2\r\nOK\r\n:5\r\n$3\r\n1-2\r\n:5\r\n*3\r\n$2\r\nOK\r\n:4\r\n$3\r\n1-3\r\n";
+    assert_eq!(exchange(&stack, "STOCK.SET new 5 ACK redis\r\nSTOCK.GET new\r\nSTOCK.DECR new 1\r\n", created.len()), created);
+    let expected = "*3\r\n$2\r\nOK\r\n:9\r\n$3\r\n1-4\r\n:9\r\n+PONG\r\n*3\r\n$2\r\nOK\r\n:12\r\n$3\r\n1-5\r\n*2\r\n:12\r\n$-1\r\n";
     let request = "STOCK.DECR a 1\r\nSTOCK.GET a\r\nPING\r\nSTOCK.INCR a 3 ACK postgres TIMEOUT 20000\r\nSTOCK.MGET a b\r\n";
     assert_eq!(exchange(&stack, request, expected.len()), expected);
 }

@@ -167,15 +167,17 @@ fn a_product_that_only_postgres_has_is_loaded_on_its_first_use() {
     assert_eq!(client.ask("STOCK.DECR a 2 b 1 a 1"), "[OK, 6, 9, 1-9]", "two loads and the sale");
     assert_eq!(client.ask("STOCK.MGET c nothing"), "[10, nil]");
     stack.backing().ask("DEL stock:product:c");
-    assert_eq!(client.ask("STOCK.SET c 4"), "[OK, 4, 1-12]", "one load, and the difference");
+    assert_eq!(client.ask("STOCK.SET c 4"), "[OK, 4, 1-11]", "created anew");
     assert_eq!(client.ask("STOCK.GET d"), "nil", "it was deleted");
     assert_eq!(client.ask("STOCK.DECR d 1"), "-NOTFOUND no product 'd'");
     stack.wait_until_applied();
     assert_eq!(stack.postgres.column("SELECT available FROM holdfast.stock ORDER BY product_id"), ["6", "9", "4", "0"]);
     assert_eq!(
         stack.postgres.column("SELECT redis_delta || ' ' || pg_delta FROM holdfast.stock_ledger WHERE kind = 'init'"),
-        ["9 0", "10 0", "10 0", "10 0"]
+        ["9 0", "10 0", "10 0"]
     );
+    let created = stack.postgres.value("SELECT redis_delta || ' ' || pg_delta FROM holdfast.stock_ledger WHERE n = 11");
+    assert_eq!(created, "4 -6", "what Postgres had gives way");
     let many: Vec<String> = (0..50).map(|i| format!("nothing-{i}")).collect();
     assert_eq!(client.ask(&format!("STOCK.MGET {}", many.join(" "))), format!("[{}]", ["nil"; 50].join(", ")));
 }
