@@ -101,7 +101,8 @@ impl Postgres {
                 .arg("-D")
                 .arg(directory.join("data"))
                 .args(["-p", &port.to_string(), "-h", "127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=60"])
-                .args(["-c", "fsync=off"])
+                // Tests need no data after a power cut; a benchmark must pay for it.
+                .args(["-c", if std::env::var_os("HOLDFAST_TEST_FSYNC").is_some() { "fsync=on" } else { "fsync=off" }])
                 .stdout(Stdio::null())
                 .stderr(std::fs::File::create(&log).unwrap())
                 .spawn()
