@@ -208,11 +208,6 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         self.queue.borrow().len() + self.parked.borrow().len()
     }
 
-    /// Redis's clock as this lane knows it, in Unix ms.
-    pub fn redis_now_ms(&self) -> i64 {
-        self.clock.get().at(Instant::now())
-    }
-
     /// Serves the lane until `cancel`, and then until nothing waits any more.
     pub async fn drive(self: Rc<Self>, cancel: CancellationToken) {
         let mut unanswered = None;

@@ -31,23 +31,6 @@ impl OutboxReader {
         Ok(Self { connection: Connection::open(url).await? })
     }
 
-    /// Reads over a connection that is there already; for reads that do not block.
-    pub fn over(connection: Connection) -> Self {
-        Self { connection }
-    }
-
-    /// The newest entry; `None` where the outbox is empty.
-    pub async fn newest(&mut self) -> Result<Option<Entry>, Error> {
-        let reply = self.ask(redis::cmd("XREVRANGE").arg(keys::OUTBOX).arg("+").arg("-").arg("COUNT").arg(1), Duration::ZERO).await?;
-        Ok(read(reply)?.entries.pop())
-    }
-
-    /// The oldest entry; `None` where the outbox is empty.
-    pub async fn oldest(&mut self) -> Result<Option<Entry>, Error> {
-        let reply = self.ask(redis::cmd("XRANGE").arg(keys::OUTBOX).arg("-").arg("+").arg("COUNT").arg(1), Duration::ZERO).await?;
-        Ok(read(reply)?.entries.pop())
-    }
-
     /// The run id of the Redis process that it reads from.
     pub fn run_id(&self) -> &str {
         self.connection.run_id()
