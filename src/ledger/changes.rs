@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::Error;
-use crate::domain::{InboxMark, Position};
 use crate::domain::change::{CouponTerms, Effect, Entry, Item, Operation, StockKind};
+use crate::domain::{InboxMark, Position};
 
 /// What an operation's ledger rows have in common.
 #[derive(Clone, Copy)]

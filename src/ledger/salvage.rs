@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use sqlx::{Connection, PgConnection};
 
 use super::changes::{Changes, CouponLine, CouponMove, Issue, Lifecycle, Place, StockLine};
-use super::{Error, apply, partition, to_bigint, write};
+use super::{Error, apply, from_bigint, partition, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
 
@@ -124,12 +124,11 @@ impl Shelf {
         .fetch_all(&mut *connection)
         .await?;
         let coupons: Vec<&str> = coupons.into_iter().collect();
-        let terms: Vec<(String, i64, i64)> = sqlx::query_as(
-            "SELECT coupon_id, total, issued FROM holdfast.coupon WHERE coupon_id = ANY($1) ORDER BY coupon_id FOR UPDATE",
-        )
-        .bind(&coupons)
-        .fetch_all(&mut *connection)
-        .await?;
+        let terms: Vec<(String, i64, i64)> =
+            sqlx::query_as("SELECT coupon_id, total, issued FROM holdfast.coupon WHERE coupon_id = ANY($1) ORDER BY coupon_id FOR UPDATE")
+                .bind(&coupons)
+                .fetch_all(&mut *connection)
+                .await?;
         let serials: Vec<i64> = answered.iter().filter_map(|one| one.operation.serial()).collect();
         let taken: Vec<(String, i64)> =
             sqlx::query_as("SELECT coupon_id, serial FROM holdfast.coupon_issue WHERE coupon_id = ANY($1) AND serial = ANY($2)")
@@ -172,13 +171,7 @@ impl Shelf {
     }
 
     /// Adds what the operation changes. Errors with why it is owed instead; then only its ledger rows are added.
-    fn take<'a>(
-        &mut self,
-        place: Place<'a>,
-        operation: &'a Operation,
-        fits: bool,
-        changes: &mut Changes<'a>,
-    ) -> Result<(), String> {
+    fn take<'a>(&mut self, place: Place<'a>, operation: &'a Operation, fits: bool, changes: &mut Changes<'a>) -> Result<(), String> {
         match &operation.effect {
             Effect::Stock { kind, items, detail } => {
                 for (i, item) in items.iter().enumerate() {
@@ -271,5 +264,117 @@ async fn park(connection: &mut PgConnection, partition: u32, owed: &[(Place<'_>,
             .await?;
         }
     }
+    Ok(())
+}
+
+/// How many of these batches are in the ledger.
+pub async fn known_ops(connection: &mut PgConnection, ops: &[String]) -> Result<usize, Error> {
+    let known: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM unnest($1::text[]) AS a (op) WHERE EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.op = a.op) \
+         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op)",
+    )
+    .bind(ops)
+    .fetch_one(connection)
+    .await?;
+    Ok(usize::try_from(known).unwrap_or_default())
+}
+
+/// The changes of an epoch that have another place in the ledger, in order.
+pub async fn saved_of(connection: &mut PgConnection, partition: u32, epoch: u64) -> Result<Vec<u64>, Error> {
+    let saved: Vec<i64> = sqlx::query_scalar(
+        "SELECT origin_n FROM holdfast.stock_ledger WHERE partition = $1 AND origin_epoch = $2 \
+         UNION SELECT origin_n FROM holdfast.coupon_ledger WHERE partition = $1 AND origin_epoch = $2 ORDER BY 1",
+    )
+    .bind(partition::id(partition))
+    .bind(to_bigint(epoch))
+    .fetch_all(connection)
+    .await?;
+    Ok(saved.into_iter().map(from_bigint).collect())
+}
+
+/// Hands changes over to whoever sells. One that was handed over before is passed over.
+pub async fn hand_over(connection: &mut PgConnection, partition: u32, answered: &[Answered]) -> Result<(), Error> {
+    sqlx::query(
+        "INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms) \
+         SELECT $1, * FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[], $6::text[], $7::bigint[]) ON CONFLICT DO NOTHING",
+    )
+    .bind(partition::id(partition))
+    .bind(answered.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| to_bigint(one.origin.epoch)).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| to_bigint(one.origin.n)).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| one.operation.to_string()).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| one.at_ms).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Whether anything was handed over that nobody has taken up.
+pub async fn is_anything_handed_over(connection: &mut PgConnection) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM holdfast.salvage WHERE NOT done)").fetch_one(connection).await?)
+}
+
+/// The key of the advisory lock on what was handed over; the partition is its other half.
+const HANDED_OVER_LOCK: i32 = 0x686f_6c64;
+
+/// Takes the right to take up what was handed over, until [`unlock_handed_over`] or the end of the session. `false` where another has it.
+pub async fn lock_handed_over(connection: &mut PgConnection, partition: u32) -> Result<bool, Error> {
+    let locked = sqlx::query_scalar("SELECT pg_try_advisory_lock($1, $2)").bind(HANDED_OVER_LOCK).bind(partition::id(partition));
+    Ok(locked.fetch_one(connection).await?)
+}
+
+/// Gives it back.
+pub async fn unlock_handed_over(connection: &mut PgConnection, partition: u32) -> Result<(), Error> {
+    let unlocked = sqlx::query("SELECT pg_advisory_unlock($1, $2)").bind(HANDED_OVER_LOCK).bind(partition::id(partition));
+    unlocked.execute(connection).await?;
+    Ok(())
+}
+
+/// What was handed over and nobody has taken up, in the order in which it took effect.
+pub async fn handed_over(connection: &mut PgConnection, partition: u32, max: i64) -> Result<Vec<Answered>, Error> {
+    let rows: Vec<(String, i64, i64, String, i64)> = sqlx::query_as(
+        "SELECT op, origin_epoch, origin_n, line, at_ms FROM holdfast.salvage WHERE partition = $1 AND NOT done \
+         ORDER BY origin_epoch, origin_n LIMIT $2",
+    )
+    .bind(partition::id(partition))
+    .bind(max)
+    .fetch_all(connection)
+    .await?;
+    let answered = |(op, epoch, n, line, at_ms): (String, i64, i64, String, i64)| {
+        let operation = Operation::decode(&line).map_err(|error| Error::Unfit(format!("holdfast.salvage, op {op}: {error}")))?;
+        Ok(Answered { op, origin: Position::new(from_bigint(epoch), from_bigint(n)), at_ms, operation })
+    };
+    rows.into_iter().map(answered).collect()
+}
+
+/// Whether a change that carried this REQUEST of the server's own is in the ledger.
+pub async fn is_request_known(connection: &mut PgConnection, request: &str) -> Result<bool, Error> {
+    let known = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM holdfast.stock_ledger WHERE request_id = $1 AND request_id LIKE 'hf-%')");
+    Ok(known.bind(request).fetch_one(connection).await?)
+}
+
+/// Notes that a change which was handed over has been taken up, or why it is owed.
+pub async fn taken_up(connection: &mut PgConnection, answered: &Answered, owed: Option<&str>) -> Result<(), Error> {
+    let mut transaction = connection.begin().await?;
+    if let Some(why) = owed {
+        let place = Place {
+            epoch: answered.origin.epoch,
+            n: answered.origin.n,
+            op: &answered.op,
+            k: answered.operation.k,
+            request: None,
+            digest: None,
+            at_ms: answered.at_ms,
+            origin: None,
+        };
+        park(&mut transaction, 0, &[(place, &answered.operation, why.to_owned())]).await?;
+    }
+    sqlx::query("UPDATE holdfast.salvage SET done = true WHERE op = $1 AND k = $2")
+        .bind(&answered.op)
+        .bind(write::small(answered.operation.k))
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
     Ok(())
 }

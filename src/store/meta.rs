@@ -5,8 +5,8 @@ use redis::Value;
 use super::script;
 use super::words::Words;
 use super::{Connection, Error, keys, stream};
-use crate::domain::{InboxMark, Position};
 use crate::domain::change::Entry;
+use crate::domain::{InboxMark, Position};
 
 /// A partition as Redis has it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -68,6 +68,15 @@ pub async fn clear(connection: &mut Connection) -> Result<u64, Error> {
     }
 }
 
+/// Keeps the outbox under another name, which is returned. There may be none.
+pub async fn set_outbox_aside(connection: &mut Connection, epoch: u64) -> Result<String, Error> {
+    let name = format!("{}:unreadable:{epoch}", keys::OUTBOX);
+    match connection.send(redis::cmd("RENAME").arg(keys::OUTBOX).arg(&name)).await {
+        Err(Error::Refused(_)) | Ok(_) => Ok(name),
+        Err(error) => Err(error),
+    }
+}
+
 async fn unlink(connection: &mut Connection, keys: &[String]) -> Result<u64, Error> {
     let mut removed = 0;
     for keys in keys.chunks(REFILL_KEYS) {
