@@ -132,6 +132,20 @@ pub const METRICS: &[Metric] = &[
         labels: &["partition"],
         doc: "Failures on Postgres after which the relay tried again.",
     },
+    Metric {
+        name: "holdfast_rebuilds_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "How often this process has filled Redis from Postgres.",
+    },
+    Metric {
+        name: "holdfast_salvaged_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["what"],
+        doc: "Changes that were answered and saved out of a Redis that lost its data (`what`: saved, owed, handed_over).",
+    },
 ];
 
 /// Collects metrics from now on, and returns what renders them. Called again, returns the same.
