@@ -20,12 +20,16 @@ use uuid::Uuid;
 use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, Stats};
-use crate::config::Config;
+use crate::config::{Config, Prefer};
 use crate::ledger;
 use crate::limits;
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
 use crate::outbox::verify::Verifier;
+use crate::reconcile::examine::Examiner;
+use crate::reconcile::request::Requests;
+use crate::reconcile::schedule::Scheduler;
+use crate::reconcile::{Settings, Side};
 use crate::server::listener;
 use crate::session::registry::Registry;
 use crate::store::Partition;
@@ -66,7 +70,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let (partition, Receivers { loads, changes }) = Partition::new(0);
+    let (partition, Receivers { loads, syncs, changes }) = Partition::new(0);
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
@@ -81,11 +85,15 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
+    let settings = reconciling(&config);
+    let examiner = || Examiner::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, settings);
+    let (scheduler, requests) = (Scheduler::new(examiner(), settings), Requests::new(examiner(), syncs));
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
-                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back));
+                let reconciling = async { tokio::join!(scheduler.run(back.clone()), requests.run(back.clone())) };
+                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back.clone()), reconciling);
             }
         })
     };
@@ -114,6 +122,15 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     _ = upkeep.await;
     info!("stopped");
     Ok(())
+}
+
+fn reconciling(config: &Config) -> Settings {
+    let prefer = match config.reconcile.prefer {
+        Prefer::Postgres => Side::Postgres,
+        Prefer::Redis => Side::Redis,
+    };
+    let (sync_every, initialise_every) = (config.reconcile.sync_every, config.reconcile.initialise_every);
+    Settings { sync_every, initialise_every, prefer, auto_limit: config.reconcile.auto_limit }
 }
 
 /// Brings Postgres to this version's tables.

@@ -12,6 +12,7 @@ pub mod partition;
 pub mod reads;
 pub mod requests;
 pub mod script;
+pub mod snapshot;
 pub mod stock;
 pub mod stream;
 mod words;
