@@ -43,8 +43,8 @@ async fn wait(cx: Rc<Context>, position: Position, timeout: Duration) -> Reply {
         let of_it = |ended: &Vec<EndedEpoch>| ended.iter().any(|ended| ended.epoch == position.epoch);
         partition.verify.notify_one();
         let ended = ended.wait_for(of_it).await.ok()?;
-        let last_n = ended.iter().find(|ended| ended.epoch == position.epoch)?.last_n;
-        Some(if position.n <= last_n { "APPLIED" } else { "LOST" })
+        let ended = ended.iter().find(|ended| ended.epoch == position.epoch)?;
+        Some(if ended.has(position.n) { "APPLIED" } else { "LOST" })
     };
     match tokio::time::timeout(timeout, whether).await {
         Ok(Some(word)) => change::outcome(word, [Reply::text(position.to_string())]),
@@ -57,6 +57,7 @@ fn status(cx: &Context) -> Reply {
     let (state, epoch) = match &*partition.state.borrow() {
         State::Live { epoch, .. } => ("live".to_owned(), *epoch),
         State::Loading(why) => (format!("loading: {why}"), 0),
+        State::Rebuilding(how_far) => (format!("rebuilding: {how_far}"), 0),
     };
     let applied = *partition.applied.borrow();
     let epoch = if epoch == 0 { applied.epoch } else { epoch };

@@ -12,6 +12,8 @@ pub mod drift;
 pub mod error;
 pub mod migrate;
 pub mod partition;
+pub mod refill;
+pub mod salvage;
 pub mod stock;
 mod write;
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::copies::{Kept, Note};
 use super::lane::{Encoded, Family, Positions, Verdict};
 use super::pack::Pack;
 use super::requests::{self, Remembered, Request, RequestKeys};
@@ -159,6 +160,19 @@ impl Family for Coupon {
         Ok(Verdict::Decided(outcome))
     }
 
+    fn note(_: &CouponOp, outcome: &CouponOutcome) -> Option<Note> {
+        let (position, serial, remaining) = match outcome {
+            CouponOutcome::Created { position } => (*position, 0, 0),
+            CouponOutcome::Issued { serial, remaining, position } => (*position, *serial, *remaining),
+            _ => return None,
+        };
+        Some(Note { position, serial, remaining, available: Vec::new() })
+    }
+
+    fn kept(op: CouponOp) -> Kept {
+        Kept::Coupon(op)
+    }
+
     fn replayed(op: &CouponOp, line: &Operation, position: Position) -> Option<CouponOutcome> {
         match (&op.action, &line.effect) {
             (Action::Create(_), Effect::CouponCreate { .. }) => Some(CouponOutcome::Created { position }),
@@ -168,6 +182,12 @@ impl Family for Coupon {
             _ => None,
         }
     }
+}
+
+/// What a user has of a coupon (serial, state, when it was issued in Unix ms), as lua/coupon_write.lua keeps it: one line each.
+pub fn field(coupons: &[(i64, String, i64)]) -> String {
+    let lines: Vec<String> = coupons.iter().map(|(serial, state, issued_at_ms)| format!("{serial} {state} {issued_at_ms} -")).collect();
+    lines.join("\n")
 }
 
 /// The operation's line in the outbox: whole for a creation, up to what only the script knows for an issue.

@@ -3,6 +3,7 @@
 
 mod clock;
 pub mod connection;
+pub mod copies;
 pub mod coupon;
 pub mod keys;
 pub mod lane;
@@ -10,6 +11,7 @@ pub mod meta;
 mod pack;
 pub mod partition;
 pub mod reads;
+pub mod refill;
 pub mod requests;
 pub mod script;
 pub mod snapshot;

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::copies::Copies;
 use super::lane::Failure;
 use super::stock::{StockOp, StockOutcome};
 use crate::domain::{Drift, Id, InboxMark, Position};
@@ -16,6 +17,8 @@ use crate::limits;
 pub enum State {
     /// Not yet, or not now; the reason is for people.
     Loading(String),
+    /// Being filled from Postgres; how far is for people.
+    Rebuilding(String),
     /// Verified: this Redis process, under this epoch.
     Live { epoch: u64, run_id: String },
 }
@@ -29,11 +32,21 @@ pub enum Trouble {
     Held(String),
 }
 
-/// An epoch that is over, and n of its last change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// An epoch that is over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EndedEpoch {
     pub epoch: u64,
+    /// n of its last change that Postgres has at its own place.
     pub last_n: u64,
+    /// n of those beyond it that were saved and have another place, in order.
+    pub saved: Vec<u64>,
+}
+
+impl EndedEpoch {
+    /// Whether Postgres has its change n; it never will, if not.
+    pub fn has(&self, n: u64) -> bool {
+        n <= self.last_n || self.saved.binary_search(&n).is_ok()
+    }
 }
 
 /// Asks for a product that Redis does not have and Postgres may.
@@ -106,6 +119,8 @@ pub struct Partition {
     pub syncs: mpsc::Sender<SyncRequest>,
     /// Reaches the lane that writes, see [`Partition::change`].
     changes: mpsc::Sender<ServerChange>,
+    /// What was answered and Postgres does not have yet.
+    pub copies: Copies,
     /// Asks the verifier to look now.
     pub verify: Notify,
     redis_up: AtomicBool,
@@ -115,7 +130,8 @@ pub struct Partition {
 
 impl Partition {
     /// A partition, and what its loader, its reconciler and its lane receive.
-    pub fn new(id: u32) -> (Self, Receivers) {
+    /// `copies_bytes_max`: see [`Copies::new`].
+    pub fn new(id: u32, copies_bytes_max: usize) -> (Self, Receivers) {
         let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
         let (syncs, syncing) = mpsc::channel(limits::SYNCS_MAX);
         let (changes, changing) = mpsc::channel(limits::SERVER_CHANGES_MAX);
@@ -128,6 +144,7 @@ impl Partition {
             applied: watch::Sender::default(),
             relay_trouble: watch::Sender::default(),
             ended: watch::Sender::default(),
+            copies: Copies::new(copies_bytes_max),
             verify: Notify::new(),
             redis_up: AtomicBool::new(false),
             ledger_up: AtomicBool::new(false),
@@ -189,9 +206,25 @@ impl Partition {
         *head = position.max(*head);
     }
 
+    /// What this sidecar had seen is over: under a later epoch the newest change is this one. Only the verifier says so.
+    pub fn see_anew(&self, position: Position) {
+        *self.head.lock().unwrap_or_else(PoisonError::into_inner) = position;
+    }
+
+    /// Publishes which epochs have ended, and where.
+    pub fn set_ended(&self, ended: Vec<EndedEpoch>) {
+        self.copies.forget(*self.applied.borrow(), &ended);
+        self.ended.send_if_modified(|known| {
+            let new = *known != ended;
+            *known = ended;
+            new
+        });
+    }
+
     /// Publishes that Postgres has everything up to `position`.
     pub fn set_applied(&self, position: Position) {
         self.saw(position);
+        self.copies.forget(position, &self.ended.borrow());
         self.applied.send_if_modified(|applied| {
             let newer = position > *applied;
             if newer {
@@ -218,7 +251,7 @@ impl Partition {
     pub fn live_epoch(&self) -> Option<u64> {
         match &*self.state.borrow() {
             State::Live { epoch, .. } => Some(*epoch),
-            State::Loading(_) => None,
+            State::Loading(_) | State::Rebuilding(_) => None,
         }
     }
 }
