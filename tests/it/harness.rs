@@ -252,7 +252,8 @@ pub struct Database {
 }
 
 impl Database {
-    fn new(own: bool) -> Self {
+    /// One on the server that tests share, or on one of its `own`.
+    pub fn new(own: bool) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (shared, own) = if own { (None, Some(Postgres::start())) } else { (Some(Postgres::shared()), None) };
         let server = own.as_ref().or(shared.as_deref()).unwrap();
