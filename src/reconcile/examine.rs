@@ -148,7 +148,7 @@ impl Examiner {
             }
             waiting = later;
         }
-        if let Err(Skipped(error)) = within(self.record(at, &drifts)).await {
+        if let Err(Skipped(error)) = within(Box::pin(self.record(at, &drifts))).await {
             warn!(error, "cannot write down what was found in holdfast.drift; the ledger has what was done");
             self.disconnect();
         }
@@ -161,7 +161,7 @@ impl Examiner {
     }
 
     async fn compare(&mut self, products: &[String], scope: Scope, deadline: Instant) -> Result<(At, Vec<Finding>), Skipped> {
-        let compared = tokio::time::timeout_at(deadline.into(), self.compare_now(products, scope)).await;
+        let compared = tokio::time::timeout_at(deadline.into(), Box::pin(self.compare_now(products, scope))).await;
         let compared = compared.unwrap_or_else(|_| Err(Skipped("Redis or Postgres was too slow, or Postgres too far behind".into())));
         if compared.is_err() {
             // What is under way on them is not known.

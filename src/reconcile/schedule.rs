@@ -107,7 +107,7 @@ impl Scheduler {
 
     /// `None` where another sidecar does it.
     async fn reconcile(&mut self, round: Round) -> Result<Option<Tally>, Skipped> {
-        if !within(self.examiner.is_the_one()).await? {
+        if !within(Box::pin(self.examiner.is_the_one())).await? {
             return Ok(None);
         }
         let mut walk = Walk { mode: Mode::Repair, until: None, tally: Tally::default() };

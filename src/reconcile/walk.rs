@@ -67,9 +67,9 @@ impl Walk {
     pub async fn over_changed(&mut self, examiner: &mut Examiner, since: Position) -> Result<Position, Skipped> {
         let partition = examiner.partition.id;
         let applied = *examiner.partition.applied.borrow();
-        let changed = within(async {
+        let changed = within(Box::pin(async {
             Ok(ledger::stock::changed(examiner.postgres().await?, partition, since, limits::RECONCILE_CHANGES_MAX).await?)
-        });
+        }));
         let changed = changed.await?;
         self.over(examiner, &changed, Scope::Present).await?;
         Ok(applied)
@@ -86,7 +86,7 @@ impl Walk {
         let mut left = count;
         while left > 0 && !self.is_over() {
             let limit = left.min(limits::RECONCILE_PRODUCTS);
-            let page = within(async { Ok(ledger::stock::page(examiner.postgres().await?, &after, limit).await?) }).await?;
+            let page = within(Box::pin(async { Ok(ledger::stock::page(examiner.postgres().await?, &after, limit).await?) })).await?;
             self.over(examiner, &page, scope).await?;
             left -= page.len();
             match page.last() {
@@ -104,9 +104,9 @@ impl Walk {
                 break;
             }
             let scanning = async { Ok(snapshot::scan(examiner.redis().await?, &cursor, limits::RECONCILE_SCAN_COUNT).await?) };
-            let (next, found) = within(scanning).await?;
+            let (next, found) = within(Box::pin(scanning)).await?;
             if !found.is_empty() {
-                let unknown = within(async { Ok(ledger::stock::unknown(examiner.postgres().await?, &found).await?) }).await?;
+                let unknown = within(Box::pin(async { Ok(ledger::stock::unknown(examiner.postgres().await?, &found).await?) })).await?;
                 self.over(examiner, &unknown, Scope::Present).await?;
             }
             cursor = next;
