@@ -23,6 +23,8 @@ use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::Config;
 use crate::ledger;
 use crate::limits;
+use crate::outbox::clerk::Clerk;
+use crate::outbox::inbox::Inbox;
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
 use crate::outbox::verify::Verifier;
@@ -66,7 +68,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let (partition, Receivers { loads, changes }) = Partition::new(0, config.outbox.copies_bytes);
+    let (partition, Receivers { loads, letters, changes }) = Partition::new(0, config.outbox.copies_bytes);
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
@@ -80,12 +82,14 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let relay =
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
+    let clerk = Clerk::new(Arc::clone(&partition), &postgres_url, letters);
+    let inbox = Inbox::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
-                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back));
+                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back.clone()), inbox.run(back.clone()), clerk.run(back));
             }
         })
     };
@@ -221,6 +225,7 @@ fn show_partition(partition: &Partition, text: &mut String) {
         ("holdfast_position", partition.head().to_string()),
         ("holdfast_applied", applied.to_string()),
         ("holdfast_at_risk", partition.lag().to_string()),
+        ("holdfast_dead_letters", partition.dead_letters().to_string()),
     ];
     for (name, value) in lines {
         text.push_str(&format!("{name}:{value}\r\n"));
@@ -236,7 +241,7 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulse: Arc<
         let reachable = |up: bool| if up { "answers" } else { "cannot be reached" }.to_owned();
         let trouble = partition.trouble_text();
         let relay = match trouble.is_empty() {
-            true => format!("{} changes behind", partition.lag()),
+            true => format!("{} changes behind, {} dead letters", partition.lag(), partition.dead_letters()),
             false => trouble.clone(),
         };
         let draining = shutdown.is_cancelled();

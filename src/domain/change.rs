@@ -210,6 +210,52 @@ impl Operation {
         decoded.map_or_else(|| malformed(format!("line {line:?}")), Ok)
     }
 
+    /// The line again, as [`Operation::decode`] reads it.
+    pub fn encode(&self) -> String {
+        use std::fmt::Write as _;
+        let kind = match &self.effect {
+            Effect::Stock { kind, .. } => kind.as_str(),
+            Effect::CouponCreate { .. } => "coupon.create",
+            Effect::CouponIssue { .. } => "coupon.issue",
+        };
+        let mut line = format!("{} {kind}", self.k);
+        let mut name = |name: &str, value: Option<&dyn std::fmt::Display>| {
+            if let Some(value) = value {
+                let _ = write!(line, " {name}={value}");
+            }
+        };
+        if let Some(Remembered { request, digest }) = &self.remembered {
+            name("request", Some(request));
+            name("digest", Some(digest));
+        }
+        match &self.effect {
+            Effect::Stock { items, detail, .. } => {
+                name("low", detail.low.as_ref().map(|low| low as _));
+                name("new", detail.created.then_some(&1 as _));
+                name("inbox", detail.mark.as_ref().map(|mark| mark as _));
+                name("pg", detail.pg.as_ref().map(|pg| pg as _));
+                name("reason", detail.reason.as_ref().map(|reason| text::escape(reason.as_bytes())).as_ref().map(|reason| reason as _));
+                name("short", detail.short.as_ref().map(|short| short as _));
+                line.push_str(" |");
+                for Item { product, delta, available } in items {
+                    let _ = write!(line, " {product} {delta} {available}");
+                }
+            }
+            Effect::CouponCreate { coupon, terms } => {
+                name("coupon", Some(coupon));
+                name("total", Some(&terms.total));
+                name("peruser", Some(&terms.per_user));
+                name("start", terms.start_ms.as_ref().map(|ms| ms as _));
+                name("end", terms.end_ms.as_ref().map(|ms| ms as _));
+                line.push_str(" |");
+            }
+            Effect::CouponIssue { coupon, user, serial, remaining } => {
+                let _ = write!(line, " coupon={coupon} user={user} serial={serial} remaining={remaining} |");
+            }
+        }
+        line
+    }
+
     fn decode_words(line: &str) -> Option<Self> {
         let mut words = line.split(' ');
         let k = words.next()?.parse().ok()?;
@@ -337,6 +383,20 @@ mod tests {
         assert_eq!(detail("0 adopt pg=-3 | a 0 7").pg, Some(-3));
         assert_eq!(detail("0 freeze reason=off%20by%2012 | a 0 7").reason.as_deref(), Some("off by 12"));
         assert!(Operation::decode("0 inbox inbox=x | a 0 0").is_err());
+    }
+
+    #[test]
+    fn every_line_is_written_as_it_was_read() {
+        for line in [
+            "0 decr request=r%201 digest=9f86 | sku-1 -3 97 sku-2 -1 4",
+            "1 set low=5 new=1 | sku-9 100 100",
+            "4 inbox inbox=771:12 reason=off%20by%2012 short=3 | a -2 0",
+            "5 adopt pg=-3 | a 0 7",
+            "6 coupon.create coupon=c total=10 peruser=1 end=7 |",
+            "7 coupon.issue request=r digest=d coupon=c user=u=7 serial=12 remaining=988 |",
+        ] {
+            assert_eq!(Operation::decode(line).unwrap().encode(), line);
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What is sold and how it is written down: ids, quantities, positions, changes. Pure: no IO, no async, no clock.
 
 pub mod change;
+pub mod dead_letter;
 pub mod id;
 pub mod mark;
 pub mod position;
@@ -8,6 +9,7 @@ pub mod quantity;
 pub mod request;
 pub mod text;
 
+pub use dead_letter::{DeadLetter, Settled};
 pub use id::Id;
 pub use mark::InboxMark;
 pub use position::Position;

@@ -42,8 +42,7 @@ pub async fn expected(connection: &mut PgConnection, partition: u32, products: &
     let rows: Vec<(String, i64, i64, i64)> = sqlx::query_as(
         "SELECT s.product_id, (s.available \
          + coalesce((SELECT sum(d.delta) FROM holdfast.dead_letter d WHERE d.product_id = s.product_id AND d.in_redis), 0) \
-         - coalesce((SELECT sum(i.delta) FROM holdfast.inbox i WHERE i.product_id = s.product_id \
-         AND (i.xid, i.id) > (p.inbox_xid::text::xid8, p.inbox_id)), 0))::bigint, p.inbox_xid, p.inbox_id \
+         - holdfast.inbox_ahead(s.product_id, p.inbox_xid, p.inbox_id))::bigint, p.inbox_xid, p.inbox_id \
          FROM holdfast.stock s, holdfast.partition p WHERE p.id = $1 AND s.product_id = ANY($2) AND s.deleted_at IS NULL",
     )
     .bind(partition::id(partition))

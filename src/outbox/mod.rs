@@ -1,6 +1,8 @@
 //! From what the scripts appended in Redis to Postgres: the relay; the verifier, which compares both before anything is sold; the loader,
 //! which finds in Postgres what Redis does not have.
 
+pub mod clerk;
+pub mod inbox;
 pub mod loader;
 mod proof;
 pub mod relay;

@@ -5,7 +5,7 @@ use redis::Value;
 use super::script;
 use super::words::Words;
 use super::{Connection, Error, keys, stream};
-use crate::domain::Position;
+use crate::domain::{InboxMark, Position};
 use crate::domain::change::Entry;
 
 /// A partition as Redis has it.
@@ -49,6 +49,14 @@ impl Look {
         let meta = epoch.map(|epoch| Meta { epoch, run_id: run_id.unwrap_or_default(), live, n, last });
         Ok(Self { meta, newest, at_applied, oldest })
     }
+}
+
+/// Up to where Redis has what other programs changed in Postgres.
+pub async fn inbox_mark(connection: &mut Connection) -> Result<InboxMark, Error> {
+    let answer = connection.send(redis::cmd("HGET").arg(keys::META).arg("inbox")).await?;
+    let text = Words::new(Value::Array(vec![answer]))?.maybe_text()?;
+    let Some(text) = text else { return Ok(InboxMark::default()) };
+    InboxMark::parse(&text).ok_or_else(|| Error::Unexpected(format!("{text:?} where the mark of the inbox belongs")))
 }
 
 /// Opens the partition to the process at the other end under `epoch`, if it still is as `seen`. `false` if another sidecar was

@@ -1,6 +1,6 @@
 //! What the parts of one sidecar tell each other about a partition: may it sell, how far is it, how far is Postgres.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
@@ -8,7 +8,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use super::copies::Copies;
 use super::lane::Failure;
 use super::stock::{StockOp, StockOutcome};
-use crate::domain::{Id, InboxMark, Position};
+use crate::domain::{DeadLetter, Id, InboxMark, Position, Settled};
 use crate::limits;
 
 /// Whether a partition sells.
@@ -63,8 +63,20 @@ pub struct ServerChange {
     pub answer: oneshot::Sender<Result<StockOutcome, Failure>>,
 }
 
+/// What a person asks about dead letters. Dropped unanswered where Postgres cannot be asked.
+#[derive(Debug)]
+pub enum LetterRequest {
+    /// The oldest, at most so many.
+    List { count: usize, answer: oneshot::Sender<Vec<DeadLetter>> },
+    /// Applies one after all.
+    Retry { id: i64, answer: oneshot::Sender<Settled> },
+    /// Gives one up.
+    Drop { id: i64, answer: oneshot::Sender<Settled> },
+}
+
 /// What the other end of a partition's channels receives.
 pub struct Receivers {
+    pub letters: mpsc::Receiver<LetterRequest>,
     pub loads: mpsc::Receiver<LoadRequest>,
     pub changes: mpsc::Receiver<ServerChange>,
 }
@@ -84,6 +96,11 @@ pub struct Partition {
     pub ended: watch::Sender<Vec<EndedEpoch>>,
     /// Reaches the loader. Bounded: where it is full, the client is told to try again.
     pub loads: mpsc::Sender<LoadRequest>,
+    /// Reaches the clerk. Bounded, like the loader's.
+    pub letters: mpsc::Sender<LetterRequest>,
+    /// Tells the clerk that there is a new dead letter.
+    pub parked: Notify,
+    dead_letters: AtomicU64,
     /// Reaches the lane that writes, see [`Partition::change`].
     changes: mpsc::Sender<ServerChange>,
     /// What was answered and Postgres does not have yet.
@@ -100,10 +117,14 @@ impl Partition {
     /// `copies_bytes_max`: see [`Copies::new`].
     pub fn new(id: u32, copies_bytes_max: usize) -> (Self, Receivers) {
         let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
+        let (letters, asked) = mpsc::channel(limits::DEAD_LETTER_REQUESTS_MAX);
         let (changes, changing) = mpsc::channel(limits::SERVER_CHANGES_MAX);
         let partition = Self {
             id,
             loads,
+            letters,
+            parked: Notify::new(),
+            dead_letters: AtomicU64::new(0),
             changes,
             state: watch::Sender::new(State::Loading("starting".into())),
             applied: watch::Sender::default(),
@@ -115,15 +136,19 @@ impl Partition {
             ledger_up: AtomicBool::new(false),
             head: Mutex::default(),
         };
-        (partition, Receivers { loads: requests, changes: changing })
+        (partition, Receivers { letters: asked, loads: requests, changes: changing })
     }
 
     /// Makes a change that the server itself asks for. It goes through the lane like a client's, and has its time.
     pub async fn change(&self, op: StockOp) -> Result<StockOutcome, Failure> {
+        self.submit(op).await?.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// The same without waiting for what becomes of it. Changes are decided in the order in which they are submitted.
+    pub async fn submit(&self, op: StockOp) -> Result<oneshot::Receiver<Result<StockOutcome, Failure>>, Failure> {
         let (answer, answered) = oneshot::channel();
-        let gone = || Failure::TryAgain("shutting down".into());
         self.changes.send(ServerChange { op, answer }).await.map_err(|_| gone())?;
-        answered.await.unwrap_or_else(|_| Err(gone()))
+        Ok(answered)
     }
 
     /// Whether Redis answered last.
@@ -191,6 +216,15 @@ impl Partition {
         }
     }
 
+    /// How many dead letters there were at the last look.
+    pub fn dead_letters(&self) -> u64 {
+        self.dead_letters.load(Ordering::Relaxed)
+    }
+
+    pub fn set_dead_letters(&self, count: u64) {
+        self.dead_letters.store(count, Ordering::Relaxed);
+    }
+
     /// How many changes Postgres does not have yet.
     pub fn lag(&self) -> u64 {
         self.head().n.saturating_sub(self.applied.borrow().n)
@@ -203,4 +237,8 @@ impl Partition {
             State::Loading(_) | State::Rebuilding(_) => None,
         }
     }
+}
+
+fn gone() -> Failure {
+    Failure::TryAgain("shutting down".into())
 }
