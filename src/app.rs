@@ -241,7 +241,7 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulse: Arc<
         let reachable = |up: bool| if up { "answers" } else { "cannot be reached" }.to_owned();
         let trouble = partition.trouble_text();
         let relay = match trouble.is_empty() {
-            true => format!("{} changes behind, {} dead letters", partition.lag(), partition.dead_letters()),
+            true => format!("{} changes behind", partition.lag()),
             false => trouble.clone(),
         };
         let draining = shutdown.is_cancelled();
@@ -254,6 +254,12 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulse: Arc<
                 Check { name: "redis", ok: partition.redis_up(), optional: false, detail: reachable(partition.redis_up()) },
                 Check { name: "postgres", ok: partition.ledger_up(), optional: true, detail: reachable(partition.ledger_up()) },
                 Check { name: "relay", ok: trouble.is_empty(), optional: true, detail: relay },
+                Check {
+                    name: "dead_letters",
+                    ok: partition.dead_letters() == 0,
+                    optional: true,
+                    detail: format!("{} changes that Postgres refused wait for a person", partition.dead_letters()),
+                },
             ],
         }
     })

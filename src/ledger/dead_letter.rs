@@ -339,7 +339,7 @@ mod tests {
         assert_eq!((applied.position, applied.operations, parked), (Position::new(1, 8), 6, 3));
         assert_eq!(stock(&mut database).await, [("a".into(), 9, true), ("b".into(), 7, false)]);
         assert_eq!(owed(&mut database).await, [(4, 0, Some("a".into()), -50), (5, 0, Some("ghost".into()), -3), (6, 0, None, 0)]);
-        assert_eq!(number_of(&mut database.connection, "SELECT count(*) FROM holdfast.stock_ledger").await, 7);
+        assert_eq!(number_of(&mut database.connection, "SELECT count(*) FROM holdfast.stock_ledger").await, 8);
         assert_eq!(number_of(&mut database.connection, "SELECT inbox_xid FROM holdfast.partition").await, 7);
         let again = apply_parking(&mut database.connection, 0, &poisoned).await.unwrap();
         assert_eq!((again.0.operations, again.1), (0, 0), "once");

@@ -82,6 +82,7 @@ fn poisoned_changes_are_parked_and_the_rest_goes_on() {
     client.ok("STOCK.DECR good 1");
     wait_until("they are counted", || client.field("HOLDFAST.STATUS", "dead_letters").trim_end_matches(']') == POISONED.to_string());
     assert!(stack.sidecar.get("/metrics").1.contains(&format!("holdfast_dead_letters{{partition=\"0\"}} {POISONED}")));
+    assert!(stack.sidecar.get("/readyz").1.contains(&format!("dead_letters degraded: {POISONED} changes")));
 }
 
 #[test]
