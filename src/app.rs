@@ -27,6 +27,7 @@ use crate::outbox::clerk::Clerk;
 use crate::outbox::inbox::Inbox;
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
+use crate::outbox::sweep::Sweeper;
 use crate::outbox::verify::Verifier;
 use crate::server::listener;
 use crate::session::registry::Registry;
@@ -72,10 +73,11 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
+    let instance = Uuid::new_v4().simple().to_string();
     let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&pulse));
     let web = tokio::spawn(http::serve(http_listener, metrics.clone(), readiness, back.clone()));
     let upkeep = tokio::spawn(metrics::upkeep(metrics, back.clone()));
-    let front = Front::start(&config, listener, Arc::clone(&partition), changes, shutdown.clone(), pulse)?;
+    let front = Front::start(&config, listener, Arc::clone(&partition), instance.clone(), changes, shutdown.clone(), pulse)?;
 
     let postgres_url = config.postgres.url.expose().to_owned();
     let redis_url = config.redis.url.expose().to_owned();
@@ -84,12 +86,25 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
     let clerk = Clerk::new(Arc::clone(&partition), &postgres_url, letters);
     let inbox = Inbox::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
-    let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
+    let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, &instance, config.idempotency.window);
+    let sweeper = Sweeper {
+        partition: Arc::clone(&partition),
+        redis_url: config.redis.url.expose().to_owned(),
+        postgres_url: postgres_url.clone(),
+        window_ms: i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX),
+    };
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
-                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back.clone()), inbox.run(back.clone()), clerk.run(back));
+                tokio::join!(
+                    relay.run(back.clone()),
+                    verifier.run(back.clone()),
+                    loader.run(back.clone()),
+                    inbox.run(back.clone()),
+                    clerk.run(back.clone()),
+                    sweeper.run(back),
+                );
             }
         })
     };
@@ -165,6 +180,7 @@ impl Front {
         config: &Config,
         listener: TcpListener,
         partition: Arc<Partition>,
+        instance: String,
         changes: mpsc::Receiver<ServerChange>,
         shutdown: CancellationToken,
         pulse: Arc<Mutex<Instant>>,
@@ -178,7 +194,6 @@ impl Front {
             let local = LocalSet::new();
             local.block_on(&runtime, async {
                 let Ok(listener) = TcpListener::from_std(listener) else { return };
-                let instance = Uuid::new_v4().simple().to_string();
                 let lanes = CancellationToken::new();
                 let backend = Backend::new(partition, config.redis.url.expose(), &instance, config.idempotency.window, config.reply_within);
                 let driving = backend.drive(changes, &lanes);

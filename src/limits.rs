@@ -145,6 +145,39 @@ pub const DEAD_LETTERS_LISTED_MAX: i64 = 10_000;
 pub const DEAD_LETTERS_EVERY: Duration = Duration::from_secs(2);
 pub const DEAD_LETTERS_FROZEN_AT_ONCE: usize = SERVER_CHANGES_MAX / 2;
 
+/// For how long a sidecar counts as running after it was heard of last: a few verifications.
+pub const SIDECAR_LEASE: Duration = Duration::from_secs(30);
+
+/// How long after that what it left behind in Redis is kept: any batch of it that is still on its way is far too late by then.
+pub const SIDECAR_KEEP: Duration = Duration::from_secs(600);
+
+/// How often what nobody asks for any more is removed from Redis.
+pub const SWEEP_EVERY: Duration = Duration::from_secs(60);
+
+/// How many stretches of time back a sweep looks for buckets of REQUEST ids: what a stop of a quarter of an hour left. Older ones go by their
+/// EXPIRE.
+pub const SWEEP_STRETCHES: i64 = 15;
+
+// Rebuilding Redis from Postgres.
+
+/// For how long the sidecar that fills Redis keeps the others from it without a sign of life. It gives one with each page, which takes
+/// milliseconds; one that died is replaced after this time.
+pub const REBUILD_LEASE: Duration = Duration::from_secs(10);
+
+/// Rows of Postgres that are given to Redis at a time: a few milliseconds of each.
+pub const REFILL_PAGE: usize = 5_000;
+
+/// Entries of the outbox that a rebuild carries over at a time, and changes that it saves by name: a transaction of some tens of
+/// milliseconds.
+pub const REBUILD_READ_ENTRIES: usize = 16;
+pub const SALVAGE_CHANGES_MAX: usize = 1_000;
+
+/// Changes handed over by other sidecars that one verification takes up: more wait for the next.
+pub const HANDOVER_MAX: i64 = 256;
+
+/// Keys of one command that removes or sets many: Redis serves nobody else meanwhile, which is about a millisecond.
+pub const REFILL_KEYS: usize = 500;
+
 // The relay: from the outbox to Postgres.
 
 /// At how many changes a batch is full: from here on one more change hardly makes the transaction cheaper for each.

@@ -210,50 +210,23 @@ impl Operation {
         decoded.map_or_else(|| malformed(format!("line {line:?}")), Ok)
     }
 
-    /// The line again, as [`Operation::decode`] reads it.
-    pub fn encode(&self) -> String {
-        use std::fmt::Write as _;
-        let kind = match &self.effect {
-            Effect::Stock { kind, .. } => kind.as_str(),
-            Effect::CouponCreate { .. } => "coupon.create",
-            Effect::CouponIssue { .. } => "coupon.issue",
-        };
-        let mut line = format!("{} {kind}", self.k);
-        let mut name = |name: &str, value: Option<&dyn std::fmt::Display>| {
-            if let Some(value) = value {
-                let _ = write!(line, " {name}={value}");
-            }
-        };
-        if let Some(Remembered { request, digest }) = &self.remembered {
-            name("request", Some(request));
-            name("digest", Some(digest));
-        }
+    /// The products that it is about; none for a coupon's.
+    pub fn products(&self) -> impl Iterator<Item = &str> {
+        let items: &[Item] = if let Effect::Stock { items, .. } = &self.effect { items } else { &[] };
+        items.iter().map(|item| item.product.as_str())
+    }
+
+    /// The coupon that it is about.
+    pub fn coupon(&self) -> Option<&str> {
         match &self.effect {
-            Effect::Stock { items, detail, .. } => {
-                name("low", detail.low.as_ref().map(|low| low as _));
-                name("new", detail.created.then_some(&1 as _));
-                name("inbox", detail.mark.as_ref().map(|mark| mark as _));
-                name("pg", detail.pg.as_ref().map(|pg| pg as _));
-                name("reason", detail.reason.as_ref().map(|reason| text::escape(reason.as_bytes())).as_ref().map(|reason| reason as _));
-                name("short", detail.short.as_ref().map(|short| short as _));
-                line.push_str(" |");
-                for Item { product, delta, available } in items {
-                    let _ = write!(line, " {product} {delta} {available}");
-                }
-            }
-            Effect::CouponCreate { coupon, terms } => {
-                name("coupon", Some(coupon));
-                name("total", Some(&terms.total));
-                name("peruser", Some(&terms.per_user));
-                name("start", terms.start_ms.as_ref().map(|ms| ms as _));
-                name("end", terms.end_ms.as_ref().map(|ms| ms as _));
-                line.push_str(" |");
-            }
-            Effect::CouponIssue { coupon, user, serial, remaining } => {
-                let _ = write!(line, " coupon={coupon} user={user} serial={serial} remaining={remaining} |");
-            }
+            Effect::CouponCreate { coupon, .. } | Effect::CouponIssue { coupon, .. } => Some(coupon),
+            Effect::Stock { .. } => None,
         }
-        line
+    }
+
+    /// The serial that it issued.
+    pub fn serial(&self) -> Option<i64> {
+        if let Effect::CouponIssue { serial, .. } = &self.effect { Some(*serial) } else { None }
     }
 
     fn decode_words(line: &str) -> Option<Self> {
@@ -308,6 +281,48 @@ impl Operation {
             _ => return None,
         };
         Some(Self { k, remembered, effect })
+    }
+}
+
+impl std::fmt::Display for Operation {
+    /// Writes the line that [`Operation::decode`] reads.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = match &self.effect {
+            Effect::Stock { kind, .. } => kind.as_str(),
+            Effect::CouponCreate { .. } => "coupon.create",
+            Effect::CouponIssue { .. } => "coupon.issue",
+        };
+        write!(f, "{} {kind}", self.k)?;
+        if let Some(Remembered { request, digest }) = &self.remembered {
+            write!(f, " request={request} digest={digest}")?;
+        }
+        match &self.effect {
+            Effect::Stock { items, detail, .. } => {
+                detail.fmt(f)?;
+                f.write_str(" |")?;
+                items.iter().try_for_each(|item| write!(f, " {} {} {}", item.product, item.delta, item.available))
+            }
+            Effect::CouponCreate { coupon, terms } => {
+                write!(f, " coupon={coupon} total={} peruser={}", terms.total, terms.per_user)?;
+                terms.start_ms.map_or(Ok(()), |start| write!(f, " start={start}"))?;
+                terms.end_ms.map_or(Ok(()), |end| write!(f, " end={end}"))?;
+                f.write_str(" |")
+            }
+            Effect::CouponIssue { coupon, user, serial, remaining } => {
+                write!(f, " coupon={coupon} user={user} serial={serial} remaining={remaining} |")
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Detail {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let numbers = [("low", self.low), ("new", self.created.then_some(1)), ("pg", self.pg), ("short", self.short)];
+        for (name, number) in numbers {
+            number.map_or(Ok(()), |number| write!(f, " {name}={number}"))?;
+        }
+        self.mark.map_or(Ok(()), |mark| write!(f, " inbox={mark}"))?;
+        self.reason.as_ref().map_or(Ok(()), |reason| write!(f, " reason={}", text::escape(reason.as_bytes())))
     }
 }
 
@@ -368,6 +383,7 @@ mod tests {
             entry.operations[3].effect,
             Effect::CouponIssue { coupon: "c-1".into(), user: "u=7".into(), serial: 12, remaining: 988 }
         );
+        assert_eq!(entry.operations.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"), text, "written as read");
         let Effect::CouponCreate { terms, .. } = &entry.operations[4].effect else { panic!() };
         assert_eq!(*terms, CouponTerms { total: 10, per_user: 1, start_ms: None, end_ms: Some(7) });
     }
@@ -390,12 +406,12 @@ mod tests {
         for line in [
             "0 decr request=r%201 digest=9f86 | sku-1 -3 97 sku-2 -1 4",
             "1 set low=5 new=1 | sku-9 100 100",
-            "4 inbox inbox=771:12 reason=off%20by%2012 short=3 | a -2 0",
+            "4 inbox short=3 inbox=771:12 reason=off%20by%2012 | a -2 0",
             "5 adopt pg=-3 | a 0 7",
             "6 coupon.create coupon=c total=10 peruser=1 end=7 |",
             "7 coupon.issue request=r digest=d coupon=c user=u=7 serial=12 remaining=988 |",
         ] {
-            assert_eq!(Operation::decode(line).unwrap().encode(), line);
+            assert_eq!(Operation::decode(line).unwrap().to_string(), line);
         }
     }
 

@@ -150,7 +150,7 @@ async fn insert(
     operation: &Operation,
     letter: &Letter<'_>,
 ) -> Result<(), Error> {
-    let line = operation.encode();
+    let line = operation.to_string();
     sqlx::query(
         "INSERT INTO holdfast.dead_letter (partition, epoch, n, i, op, k, product_id, kind, delta, in_redis, reason, line) \
          VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, true, $10, $11)",

@@ -13,7 +13,7 @@ use crate::limits;
 const CHANNEL: &str = "holdfast_inbox";
 
 /// With the partition's number, the advisory lock of the sidecar that carries the inbox.
-const LOCK: i32 = 0x686f_6c64;
+const LOCK: i32 = 0x696e_626f;
 
 /// A row of `holdfast.inbox`.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,6 +13,9 @@ pub mod error;
 pub mod inbox;
 pub mod migrate;
 pub mod partition;
+pub mod refill;
+pub mod salvage;
+pub mod sidecar;
 pub mod stock;
 mod write;
 

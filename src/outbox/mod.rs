@@ -1,13 +1,16 @@
-//! From what the scripts appended in Redis to Postgres: the relay; the verifier, which compares both before anything is sold; the loader,
-//! which finds in Postgres what Redis does not have.
+//! From what the scripts appended in Redis to Postgres: the relay; the verifier, which compares both before anything is sold; the rebuild
+//! of a Redis that lost its data; the loader, which finds in Postgres what Redis does not have.
 
 pub mod clerk;
+mod handover;
 pub mod inbox;
 pub mod loader;
 mod proof;
+mod rebuild;
 pub mod relay;
 mod retry;
 mod slice;
+pub mod sweep;
 mod trim;
 pub mod verify;
 

@@ -11,10 +11,12 @@ pub mod meta;
 mod pack;
 pub mod partition;
 pub mod reads;
+pub mod refill;
 pub mod requests;
 pub mod script;
 pub mod stock;
 pub mod stream;
+pub mod sweep;
 mod words;
 
 pub use connection::{Connection, Error};

@@ -30,10 +30,9 @@ impl Request {
 
     /// The keys of the buckets that may know the id: one for a UUIDv7; else those of the generations before, at and after `generation`.
     pub fn buckets(&self, generation: i64) -> Vec<String> {
-        let part = crate::resp::keyslot(self.id.as_bytes()) % PARTS;
         match self.id.uuid_v7_ms() {
-            Some(ms) => vec![keys::request(format_args!("m{}", ms / 60_000), part)],
-            None => (generation - 1..=generation + 1).map(|generation| keys::request(generation, part)).collect(),
+            Some(_) => vec![bucket(&self.id, generation)],
+            None => (generation - 1..=generation + 1).map(|generation| bucket(&self.id, generation)).collect(),
         }
     }
 
@@ -52,6 +51,43 @@ impl Request {
         let (digest, reply) = remembered.split_once(' ')?;
         (digest == self.digest).then_some(reply)
     }
+}
+
+/// The key of the bucket that an id which comes in `generation` is remembered in.
+pub fn bucket(id: &RequestId, generation: i64) -> String {
+    let part = crate::resp::keyslot(id.as_bytes()) % PARTS;
+    match id.uuid_v7_ms() {
+        Some(ms) => keys::request(format_args!("m{}", ms / 60_000), part),
+        None => keys::request(generation, part),
+    }
+}
+
+/// The keys of the buckets of the last `stretches` minutes and windows in which no id can be asked for any more.
+pub fn past_buckets(now_ms: i64, window_ms: i64, stretches: i64) -> Vec<String> {
+    // An id is stale once it is older than the window: a minute's bucket, when its last moment is.
+    let minute = (now_ms - window_ms).div_euclid(60_000) - 1;
+    // An id is looked for in the current window and in the one before; another sidecar's clock may be one behind.
+    let generation = now_ms.div_euclid(window_ms) - 3;
+    let parts = || 0..PARTS;
+    let minutes =
+        (minute - stretches + 1..=minute).flat_map(|minute| parts().map(move |part| keys::request(format_args!("m{minute}"), part)));
+    let generations = (generation - 1..=generation).flat_map(|generation| parts().map(move |part| keys::request(generation, part)));
+    minutes.chain(generations).collect()
+}
+
+/// A reply as it is remembered: what [`KnownReply::parse`] reads.
+pub fn reply(word: &str, integers: &[i64], position: Position) -> String {
+    let mut reply = word.to_owned();
+    for integer in integers {
+        let _ = write!(reply, " :{integer}");
+    }
+    let _ = write!(reply, " {position}");
+    reply
+}
+
+/// After how many ms a bucket goes by itself, as lua/include/requests.lua has it.
+pub fn expiry_ms(window_ms: i64) -> i64 {
+    window_ms * 4 + 3_600_000
 }
 
 /// What the memory of REQUEST ids says of one.
@@ -152,7 +188,26 @@ mod tests {
     }
 
     #[test]
+    fn only_buckets_that_nobody_asks_for_are_past() {
+        let (window, now) = (600_000, 1_700_000_000_000);
+        let past = past_buckets(now, window, 15);
+        assert_eq!(past.len(), 17 * 64);
+        // A UUIDv7 that is not quite stale, and the oldest that a retry may look for.
+        let oldest = bucket(
+            &RequestId::of_escaped(&format!("{:08x}-{:04x}-7cc3-98c4-dc0c0c07398f", (now - window) >> 16, (now - window) & 0xffff)),
+            0,
+        );
+        assert!(oldest.starts_with("holdfast:request:m") && !past.contains(&oldest), "{oldest}");
+        let generation = now / window;
+        for needed in request("r-1").buckets(generation - 1) {
+            assert!(!past.contains(&needed), "{needed}");
+        }
+        assert!(past.contains(&bucket(&RequestId::of_escaped("r-1"), generation - 3)));
+    }
+
+    #[test]
     fn a_known_reply_is_read_back() {
+        assert_eq!(reply("OK", &[97, 4], Position::new(1, 5)), "OK :97 :4 1-5");
         let reply = KnownReply::parse("OK :97 :4 1-5").unwrap();
         assert_eq!((reply.word, reply.integers, reply.position), ("OK", vec![97, 4], Position::new(1, 5)));
         assert_eq!(KnownReply::parse("OK :97"), None);

@@ -13,5 +13,6 @@ mod http;
 mod inbox;
 mod protocol;
 mod proxy;
+mod rebuild;
 mod stock;
 mod tidy;
