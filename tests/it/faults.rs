@@ -202,8 +202,8 @@ fn a_stopping_sidecar_finishes_what_it_started_and_carries_it_to_postgres() {
 #[test]
 fn a_batch_whose_answer_was_lost_is_sent_again_and_runs_once() {
     let mut stack = Stack::start();
-    let proxy = Proxy::start(stack.redis.port());
-    stack.sidecar = Sidecar::start(&proxy.url(), &stack.postgres.url);
+    let proxy = Proxy::start(stack.redis.port(), b"EVALSHA");
+    stack.sidecar = Sidecar::start(&proxy.redis_url(), &stack.postgres.url);
     stack.wait_until_ready();
     let mut client = stack.connect();
     client.ok("STOCK.SET a 100");
@@ -212,7 +212,7 @@ fn a_batch_whose_answer_was_lost_is_sent_again_and_runs_once() {
         proxy.lose(1);
         let left = 100 - lost - 1;
         assert!(client.ask("STOCK.DECR a 1").starts_with(&format!("[OK, {left}, ")));
-        wait_until("the answer was lost", || proxy.left() == 0);
+        wait_until("the answer was lost", || proxy.left_to_lose() == 0);
         proxy.lose(1);
         assert!(client.ask(&format!("COUPON.ISSUE c user-{lost}")).starts_with(&format!("[ISSUED, {}, {left}, ", lost + 1)));
     }

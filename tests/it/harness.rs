@@ -1,5 +1,7 @@
 //! A whole installation for one test: its own Redis, its own database, the built program.
 
+#![allow(dead_code, reason = "each of the test binaries uses its own part")]
+
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -247,7 +249,8 @@ pub struct Database {
 }
 
 impl Database {
-    fn new(own: bool) -> Self {
+    /// A database of the Postgres that tests share, or one of its `own` Postgres.
+    pub fn new(own: bool) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (shared, own) = if own { (None, Some(Postgres::start())) } else { (Some(Postgres::shared()), None) };
         let server = own.as_ref().or(shared.as_deref()).unwrap();

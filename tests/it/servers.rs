@@ -127,6 +127,15 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/{database}?sslmode=disable", self.port)
     }
 
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The id of its first process, which the others are children of.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Kills it as a power cut would.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -160,6 +169,9 @@ impl Drop for Postgres {
     }
 }
 
+/// Where in its directory Redis keeps its data.
+const DATA: &str = "appendonlydir";
+
 /// A Redis server. It appends to a file, so that a restart finds everything again.
 pub struct RedisServer {
     directory: PathBuf,
@@ -177,7 +189,9 @@ impl RedisServer {
 
     fn spawn(directory: &Path, port: u16) -> Child {
         let child = Command::new(program("redis-server"))
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--dir"])
+            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
+            // A copy of the directory is good only while nothing is being rewritten in it.
+            .args(["--auto-aof-rewrite-percentage", "0", "--dir"])
             .arg(directory)
             .stdout(Stdio::null())
             .spawn()
@@ -207,6 +221,29 @@ impl RedisServer {
     /// Starts it again after a kill, with its data.
     pub fn restart(&mut self) {
         self.child = Self::spawn(&self.directory, self.port);
+    }
+
+    /// Starts it again after a kill, without its data.
+    pub fn restart_empty(&mut self) {
+        std::fs::remove_dir_all(self.directory.join(DATA)).unwrap();
+        self.restart();
+    }
+
+    /// Copies its data as they are now; the copy goes with the server.
+    pub fn copy_data(&self) -> PathBuf {
+        let copy = self.directory.join(format!("copy-{}", number()));
+        std::fs::create_dir(&copy).unwrap();
+        for file in std::fs::read_dir(self.directory.join(DATA)).unwrap().map(Result::unwrap) {
+            std::fs::copy(file.path(), copy.join(file.file_name())).unwrap();
+        }
+        copy
+    }
+
+    /// Starts it again after a kill, with the data of a copy made earlier.
+    pub fn restart_with(&mut self, copy: &Path) {
+        std::fs::remove_dir_all(self.directory.join(DATA)).unwrap();
+        std::fs::rename(copy, self.directory.join(DATA)).unwrap();
+        self.restart();
     }
 
     /// The id of its process.

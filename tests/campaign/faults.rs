@@ -1,0 +1,160 @@
+//! The campaigns: each kind of fault many times, under load, and what must be true afterwards.
+
+use std::thread;
+use std::time::Duration;
+
+use crate::load::Plan;
+use crate::proxy::Direction;
+use crate::world::World;
+
+/// How often each fault happens.
+mod times {
+    pub const SIDECAR_KILLED: usize = 100;
+    pub const REDIS_KILLED: usize = 30;
+    pub const POSTGRES_KILLED: usize = 30;
+    pub const STOPPED: usize = 20;
+    pub const REPLIES_LOST: usize = 1_000;
+    pub const SENT_TWICE: usize = 100;
+    pub const CUT: usize = 200;
+    pub const MIXED: usize = 40;
+}
+
+/// How long a process is stopped, in ms.
+const STOPPED_FOR: (u64, u64) = (50, 500);
+
+/// How long the load goes on between two faults, in ms.
+const BETWEEN: (u64, u64) = (20, 120);
+
+#[test]
+fn a_killed_sidecar_loses_and_repeats_nothing() {
+    let mut world = World::start(Plan::default());
+    for _ in 0..times::SIDECAR_KILLED {
+        kill_sidecar(&mut world);
+    }
+    world.check("sidecar killed");
+}
+
+#[test]
+fn a_killed_redis_that_keeps_its_data_loses_and_repeats_nothing() {
+    let mut world = World::start(Plan::default());
+    for _ in 0..times::REDIS_KILLED {
+        kill_redis(&mut world);
+    }
+    world.check("redis killed");
+}
+
+#[test]
+fn a_killed_postgres_loses_and_repeats_nothing() {
+    let mut world = World::start(Plan::default());
+    for _ in 0..times::POSTGRES_KILLED {
+        kill_postgres(&mut world);
+    }
+    world.check("postgres killed");
+}
+
+#[test]
+fn stopped_processes_lose_and_repeat_nothing() {
+    let mut world = World::start(Plan::default());
+    for _ in 0..times::STOPPED {
+        stop_one(&mut world);
+    }
+    world.check("stopped");
+}
+
+#[test]
+fn lost_replies_and_requests_sent_twice_lose_and_repeat_nothing() {
+    let mut world = World::start(Plan::default());
+    for number in 0..times::REPLIES_LOST {
+        lose_a_reply(&mut world);
+        if number % (times::REPLIES_LOST / times::SENT_TWICE) == 0 {
+            world.to_redis.repeat(1);
+        }
+    }
+    world.wait_until_it_sells();
+    world.check("replies lost");
+}
+
+#[test]
+fn cut_held_and_slow_connections_lose_and_repeat_nothing() {
+    let mut world = World::start(Plan::default());
+    for _ in 0..times::CUT {
+        cut(&mut world);
+    }
+    world.wait_until_it_sells();
+    world.check("connections cut");
+}
+
+#[test]
+fn all_kinds_of_faults_in_any_order_lose_and_repeat_nothing() {
+    const KINDS: [fn(&mut World); 6] = [kill_sidecar, kill_redis, kill_postgres, stop_one, lose_a_reply, cut];
+    let mut world = World::start(Plan::default());
+    for _ in 0..times::MIXED {
+        let kind = world.random.below(KINDS.len() as u64);
+        KINDS[usize::try_from(kind).unwrap()](&mut world);
+    }
+    world.wait_until_it_sells();
+    world.check("mixed");
+}
+
+fn kill_sidecar(world: &mut World) {
+    world.go_on(BETWEEN);
+    world.kill_sidecar();
+    world.restart_sidecar();
+    world.wait_until_it_sells();
+}
+
+fn kill_redis(world: &mut World) {
+    world.go_on(BETWEEN);
+    world.redis.kill();
+    world.redis.restart();
+    world.wait_until_it_sells();
+}
+
+fn kill_postgres(world: &mut World) {
+    world.go_on(BETWEEN);
+    world.postgres().kill();
+    world.go_on(BETWEEN);
+    world.postgres().restart();
+    world.wait_until_it_sells();
+}
+
+fn stop_one(world: &mut World) {
+    world.go_on(BETWEEN);
+    let pid = match world.random.below(3) {
+        0 => world.redis.pid(),
+        1 => world.postgres().pid(),
+        _ => world.sidecar.pid(),
+    };
+    world.stall(pid, STOPPED_FOR);
+    world.wait_until_it_sells();
+}
+
+fn lose_a_reply(world: &mut World) {
+    let proxy = match world.random.below(5) {
+        0 => &world.to_postgres,
+        1 | 2 => &world.to_redis,
+        _ => &world.to_sidecar,
+    };
+    proxy.lose(1);
+    while proxy.left_to_lose() > 0 {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn cut(world: &mut World) {
+    world.go_on((5, 40));
+    let (proxy, how, ms) = (world.random.below(3), world.random.below(4), world.random.between(5, 60));
+    let proxy = [&world.to_sidecar, &world.to_redis, &world.to_postgres][usize::try_from(proxy).unwrap()];
+    match how {
+        0 => proxy.hold(Direction::Requests),
+        1 => proxy.hold(Direction::Answers),
+        2 => proxy.slow_down(Duration::from_millis(2)),
+        _ => {}
+    }
+    if how < 3 {
+        thread::sleep(Duration::from_millis(ms));
+    }
+    proxy.cut();
+    proxy.slow_down(Duration::ZERO);
+    proxy.release();
+}
