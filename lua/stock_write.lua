@@ -5,9 +5,12 @@
 -- returns: {'ok', op, now, n before, word, values, word, values, ...}, or a refusal of the guard
 --
 -- KEYS goes on with the products, then the buckets of request ids. batch is msgpack {names, operations}; an operation is
--- {kind, text, items, request or false, low or false}: text is what its outbox line begins with, items are places in names with their
--- quantities. A set that creates is marked new=1: what Postgres may have of the product gives way. Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason ·
--- 'corrupt' item · 'over' item, available · 'known' text · 'stale' · 'ahead' · 'full'.
+-- {kind, text, items, request or false, low or false, upkeep or false}: text is what its outbox line begins with, items are places in
+-- names with their quantities. A set that creates is marked new=1: what Postgres may have of the product gives way.
+-- upkeep is what only the server itself asks for, each about one product: init {mark} · inbox {mark before, mark, row, reason} ·
+-- correct and adopt {n, round, reason} · freeze {reason} · unfreeze {}. Their quantities have a sign.
+-- Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason · 'corrupt' item ·
+-- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'.
 local TOTAL_MAX = 9007199254740991
 local FIXED = 5
 window, generation = tonumber(window), tonumber(generation)
@@ -32,7 +35,8 @@ for i = 1, #names do
 end
 if redis.call('HLEN', frozen) > 0 then reasons = redis.call('HMGET', frozen, unpack(names)) end
 
-local reply, lines, lows, life = {'ok', head.op, head.now, head.n}, {}, {}, {}
+local reply, lines, lows, life, freezes = {'ok', head.op, head.now, head.n}, {}, {}, {}, {}
+local marks
 
 local function say(...)
   for _, value in ipairs({...}) do reply[#reply + 1] = value end
@@ -45,14 +49,86 @@ local function refused(kind, items)
     if value == 'corrupt' then return say('corrupt', place) or true end
     if kind ~= 'get' then
       if reasons[i] then return say('frozen', place, reasons[i]) or true end
-      if not value and kind ~= 'set' and kind ~= 'init' then return say('absent', place) or true end
+      if not value and kind ~= 'set' then return say('absent', place) or true end
       if kind == 'decr' and value < items[at + 1] then return say('short', place, value) or true end
-      if kind == 'init' and items[at + 1] > TOTAL_MAX then return say('corrupt', place) or true end
       if kind == 'incr' and value + items[at + 1] > TOTAL_MAX then return say('over', place, value) or true end
-      if kind == 'init' and (value or redis.call('HEXISTS', deleted, names[i]) == 1) then return say('absent', place) or true end
     end
   end
   return false
+end
+
+-- Up to where Redis has the inbox, and which round of the reconciler corrected last, and when.
+local function marked()
+  if not marks then
+    local m = redis.call('HMGET', meta, 'inbox', 'corrected')
+    local n, round = string.match(m[2] or '', '^(%d+):(.*)$')
+    marks = {inbox = m[1] or '0:0', n = tonumber(n) or 0, round = round}
+  end
+  return marks
+end
+
+local function upkeep_refused(kind, items, upkeep)
+  local i, value, quantity = items[1], values[items[1]], items[2]
+  if kind == 'inbox' then
+    if marked().inbox ~= upkeep[1] then return say('moved') or true end
+    return false
+  end
+  if value == 'corrupt' then return say('corrupt', 1) or true end
+  if kind == 'init' then
+    if marked().inbox ~= upkeep[1] then return say('moved') or true end
+    if value or redis.call('HEXISTS', deleted, names[i]) == 1 then return say('absent', 1) or true end
+    if quantity > TOTAL_MAX then return say('over', 1, 0) or true end
+    return false
+  end
+  if kind == 'unfreeze' then
+    if not value and not reasons[i] then return say('absent', 1) or true end
+    return false
+  end
+  if not value then return say('absent', 1) or true end
+  if reasons[i] then return say('frozen', 1, reasons[i]) or true end
+  if kind ~= 'freeze' then
+    -- What was compared at n is no longer so where another round has corrected since.
+    if marked().n > upkeep[1] and marked().round ~= upkeep[2] then return say('moved') or true end
+    if value + quantity > TOTAL_MAX then return say('over', 1, value) or true end
+  end
+  return false
+end
+
+local function keep(operation)
+  local kind, text, i, quantity, upkeep = operation[1], operation[2], operation[3][1], operation[3][2], operation[6]
+  local value = values[i]
+  local before = value and value ~= 'corrupt' and value or 0
+  local after = before
+  if kind == 'init' then
+    after, life[i] = quantity, 'alive'
+  elseif kind == 'inbox' then
+    marks.inbox = upkeep[2]
+    marks.dirty = true
+    if not value and upkeep[3] == 'create' then life[i] = 'alive' end
+    if value and value ~= 'corrupt' then after = upkeep[3] == 'delete' and 0 or math.min(before + quantity, TOTAL_MAX) end
+  elseif kind == 'correct' then
+    after = before + quantity
+  elseif kind == 'freeze' then
+    reasons[i], freezes[i] = upkeep[1], upkeep[1]
+  elseif kind == 'unfreeze' then
+    reasons[i], freezes[i] = nil, false
+  end
+  if kind == 'correct' or kind == 'adopt' then
+    marks.n, marks.round, marks.dirty = head.n + #lines + 1, upkeep[2], true
+  end
+  if after < 0 then
+    text = string.sub(text, 1, -2) .. 'short=' .. whole(-after) .. ' |'
+    reasons[i], freezes[i] = upkeep[#upkeep], upkeep[#upkeep]
+    after = 0
+  end
+  if kind == 'inbox' and value and value ~= 'corrupt' and upkeep[3] == 'delete' then
+    values[i], lows[i], life[i], dirty[i] = false, false, 'deleted', true
+  elseif after ~= before or kind == 'init' then
+    values[i], dirty[i] = after, true
+  end
+  reply[#reply + 1] = 'ok'
+  reply[#reply + 1] = after
+  lines[#lines + 1] = text .. ' ' .. names[i] .. ' ' .. whole(after - before) .. ' ' .. whole(after)
 end
 
 for _, operation in ipairs(operations) do
@@ -62,6 +138,8 @@ for _, operation in ipairs(operations) do
   if word then
     reply[#reply + 1] = word
     if known then reply[#reply + 1] = known end
+  elseif operation[6] then
+    if not upkeep_refused(kind, items, operation[6]) then keep(operation) end
   elseif not refused(kind, items) then
     reply[#reply + 1] = 'ok'
     if kind == 'get' then
@@ -107,6 +185,10 @@ if next(lows) then redis.call('HLEN', low) end
 if next(life) then redis.call('HLEN', deleted) end
 append(head, lines)
 keep_requests(window)
+if marks and marks.dirty then redis.call('HSET', meta, 'inbox', marks.inbox, 'corrected', whole(marks.n) .. ':' .. (marks.round or '')) end
+for i, reason in pairs(freezes) do
+  if reason then redis.call('HSET', frozen, names[i], reason) else redis.call('HDEL', frozen, names[i]) end
+end
 local set, gone = {}, {}
 for i in pairs(dirty) do
   if values[i] then

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{LocalSet, spawn_local};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -29,7 +29,7 @@ use crate::outbox::verify::Verifier;
 use crate::server::listener;
 use crate::session::registry::Registry;
 use crate::store::Partition;
-use crate::store::partition::State;
+use crate::store::partition::{Receivers, ServerChange, State};
 use crate::telemetry::http::{self, Check, Readiness};
 use crate::telemetry::metrics;
 
@@ -66,14 +66,14 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let (partition, loads) = Partition::new(0);
+    let (partition, Receivers { loads, changes }) = Partition::new(0);
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
     let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&pulse));
     let web = tokio::spawn(http::serve(http_listener, metrics.clone(), readiness, back.clone()));
     let upkeep = tokio::spawn(metrics::upkeep(metrics, back.clone()));
-    let front = Front::start(&config, listener, Arc::clone(&partition), shutdown.clone(), pulse)?;
+    let front = Front::start(&config, listener, Arc::clone(&partition), changes, shutdown.clone(), pulse)?;
 
     let postgres_url = config.postgres.url.expose().to_owned();
     let redis_url = config.redis.url.expose().to_owned();
@@ -161,6 +161,7 @@ impl Front {
         config: &Config,
         listener: TcpListener,
         partition: Arc<Partition>,
+        changes: mpsc::Receiver<ServerChange>,
         shutdown: CancellationToken,
         pulse: Arc<Mutex<Instant>>,
     ) -> Result<Self, Error> {
@@ -176,7 +177,7 @@ impl Front {
                 let instance = Uuid::new_v4().simple().to_string();
                 let lanes = CancellationToken::new();
                 let backend = Backend::new(partition, config.redis.url.expose(), &instance, config.idempotency.window, config.reply_within);
-                let driving = backend.drive(&lanes);
+                let driving = backend.drive(changes, &lanes);
                 spawn_local(beat(pulse));
                 let commands = Rc::new(Commands::new(TABLE));
                 let stats = Arc::new(Stats::new(&commands));

@@ -242,6 +242,9 @@ const _: () = assert!(TURN_COMMANDS_MAX <= IN_FLIGHT_MAX && REQUEST_ARGS_MAX <= 
 pub const LOADS_MAX: usize = 1_024;
 pub const LOAD_BATCH_MAX: usize = 256;
 
+/// Changes that the server itself asks for and that wait for the lane: as many as one batch takes.
+pub const SERVER_CHANGES_MAX: usize = BATCH_OPERATIONS_MAX;
+
 /// How long a look-up waits for Postgres to have what it needs: past that its clients have been told to try again.
 pub const LOAD_WITHIN: Duration = Duration::from_secs(2);
 

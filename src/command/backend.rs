@@ -3,8 +3,9 @@
 use std::future::Future;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, spawn_local};
 use tokio_util::sync::CancellationToken;
 
@@ -16,6 +17,7 @@ use crate::limits;
 use crate::store::Partition;
 use crate::store::coupon::Coupon;
 use crate::store::lane::Lane;
+use crate::store::partition::ServerChange;
 use crate::store::reads::Reads;
 use crate::store::stock::Stock;
 
@@ -55,7 +57,8 @@ impl Backend {
     }
 
     /// Starts the lanes on this thread. After `cancel` they finish what waits; the future ends when they have.
-    pub fn drive(&self, cancel: &CancellationToken) -> impl Future<Output = ()> + use<> {
+    pub fn drive(&self, changes: mpsc::Receiver<ServerChange>, cancel: &CancellationToken) -> impl Future<Output = ()> + use<> {
+        spawn_local(cancel.clone().run_until_cancelled_owned(take_in(changes, Rc::clone(&self.stock))));
         let tasks: Vec<JoinHandle<()>> = vec![
             spawn_local(Rc::clone(&self.stock).drive(cancel.clone())),
             spawn_local(Rc::clone(&self.coupon).drive(cancel.clone())),
@@ -67,5 +70,12 @@ impl Backend {
                 _ = task.await;
             }
         }
+    }
+}
+
+/// Submits what the server itself asks for.
+async fn take_in(mut changes: mpsc::Receiver<ServerChange>, lane: Rc<Lane<Stock, StockWaiter>>) {
+    while let Some(ServerChange { op, answer }) = changes.recv().await {
+        lane.submit(op, Instant::now(), StockWaiter::Server(answer));
     }
 }

@@ -11,10 +11,9 @@ use tokio::task::spawn_local;
 use super::Context;
 use super::stock::StockWaiter;
 use crate::domain::Id;
-use crate::domain::change::StockKind;
 use crate::limits;
 use crate::store::partition::LoadRequest;
-use crate::store::stock::{Action, StockOp};
+use crate::store::stock::{StockOp, StockOutcome, Upkeep};
 
 /// Why a product could not be looked up.
 const NOT_KNOWN: &str = "TRYAGAIN Redis does not have this product, and Postgres cannot say yet whether there is one; nothing was changed";
@@ -104,10 +103,11 @@ async fn look_up(cx: &Rc<Context>, product: &Id) -> bool {
     let Ok(Ok(found)) = tokio::time::timeout(limits::LOAD_WITHIN, answered).await else { return false };
     match found {
         None => cx.backend.first_use.remember_absent(product.clone()),
-        Some(available) => {
-            let init =
-                StockOp { action: Action::Change(StockKind::Init), items: vec![(product.clone(), available)], low: None, request: None };
-            cx.backend.stock.submit(init, Instant::now(), StockWaiter::Nobody);
+        Some(found) => {
+            let init = StockOp::upkeep(product.clone(), found.available, Upkeep::Init { mark: found.mark });
+            let (answer, answered) = oneshot::channel();
+            cx.backend.stock.submit(init, Instant::now(), StockWaiter::Server(answer));
+            return answered.await.is_ok_and(|outcome| matches!(outcome, Ok(StockOutcome::Done { .. } | StockOutcome::Absent { .. })));
         }
     }
     true

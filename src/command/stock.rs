@@ -3,6 +3,8 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::oneshot;
+
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
 use super::spec::{self, ACK, FAST, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
@@ -124,7 +126,7 @@ fn change(call: &mut Call<'_>, kind: StockKind, default: Ack) -> Step {
     let quantity = if kind == StockKind::Delete { 0 } else { call.args.integer("quantity") };
     let low = if kind == StockKind::Set { call.args.maybe_integer("low") } else { None };
     let items = vec![(call.args.id("product"), quantity)];
-    submit_change(call, StockOp { action: Action::Change(kind), items, low, request: None }, default)
+    submit_change(call, StockOp { low, ..StockOp::new(Action::Change(kind), items) }, default)
 }
 
 fn decr(call: &mut Call<'_>) -> Step {
@@ -139,7 +141,7 @@ fn decr(call: &mut Call<'_>) -> Step {
             return Step::Reply(too_many_products());
         }
     }
-    submit_change(call, StockOp { action: Action::Change(StockKind::Decr), items, low: None, request: None }, ACK_REDIS)
+    submit_change(call, StockOp::new(Action::Change(StockKind::Decr), items), ACK_REDIS)
 }
 
 fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
@@ -154,7 +156,7 @@ fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
 }
 
 fn look(call: &mut Call<'_>, items: Vec<(Id, i64)>, shape: Shape) -> Step {
-    let op = StockOp { action: Action::Read, items, low: None, request: None };
+    let op = StockOp::new(Action::Read, items);
     let waiter = StockWaiter::client(call, shape);
     call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
@@ -169,8 +171,8 @@ enum Shape {
 /// Who waits for a STOCK operation.
 pub enum StockWaiter {
     Client(ClientWaiter),
-    /// The server itself, which sees the effect.
-    Nobody,
+    /// The server itself.
+    Server(oneshot::Sender<Result<StockOutcome, Failure>>),
 }
 
 /// A client that waits.
@@ -198,7 +200,14 @@ impl StockWaiter {
 
 impl Waiter<Stock> for StockWaiter {
     fn done(self, op: &StockOp, result: Result<StockOutcome, Failure>) {
-        let Self::Client(mut client) = self else { return };
+        let mut client = match self {
+            Self::Client(client) => client,
+            // Whoever has given up does not hear it.
+            Self::Server(answer) => {
+                _ = answer.send(result);
+                return;
+            }
+        };
         let missing = result.as_ref().map_or_else(|_| Vec::new(), |outcome| client.missing(op, outcome));
         if missing.is_empty() {
             return client.answer(op, result);
@@ -284,7 +293,9 @@ fn refused(op: &StockOp, refusal: &StockOutcome) -> Reply {
         StockOutcome::Over { item, available } => {
             Reply::error(format!("ERR invalid quantity: product '{}' has {available} units, and may not pass {TOTAL_MAX}", product(*item)))
         }
-        StockOutcome::Values(_) | StockOutcome::Done { .. } | StockOutcome::Remembered(_) => Reply::error("ERR internal error"),
+        StockOutcome::Values(_) | StockOutcome::Done { .. } | StockOutcome::Remembered(_) | StockOutcome::Moved => {
+            Reply::error("ERR internal error")
+        }
     }
 }
 

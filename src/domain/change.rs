@@ -10,12 +10,14 @@
 //! 1 set low=5 new=1 | sku-9 100 100
 //! 2 delete | sku-7 -12 0
 //! 3 coupon.issue coupon=c-1 user=u-7 serial=12 remaining=988 |
+//! 4 inbox inbox=771:12 | sku-1 5 102
+//! 5 freeze reason=differs%20by%2012 | sku-1 0 102
 //! ```
 //!
 //! k is the operation's place in its batch; the refused ones leave gaps. The sidecar writes each line up to what only the
 //! script can know (k stands first, so that a line is found by it), and the script completes it.
 
-use super::Position;
+use super::{InboxMark, Position, text};
 
 /// What a change of stock is called, in the outbox and in the ledger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,10 +32,31 @@ pub enum StockKind {
     Decr,
     /// Redis was given what Postgres already has: Postgres itself does not move.
     Init,
+    /// Another program changed Postgres, and Redis follows.
+    Inbox,
+    /// The reconciler moved Redis to what Postgres says.
+    Correct,
+    /// The reconciler moved Postgres to what Redis says.
+    Adopt,
+    /// The product waits for a person from here on.
+    Freeze,
+    /// A person has looked: it sells again.
+    Unfreeze,
 }
 
 impl StockKind {
-    pub const ALL: [Self; 5] = [Self::Set, Self::Delete, Self::Incr, Self::Decr, Self::Init];
+    pub const ALL: [Self; 10] = [
+        Self::Set,
+        Self::Delete,
+        Self::Incr,
+        Self::Decr,
+        Self::Init,
+        Self::Inbox,
+        Self::Correct,
+        Self::Adopt,
+        Self::Freeze,
+        Self::Unfreeze,
+    ];
 
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -42,12 +65,17 @@ impl StockKind {
             Self::Incr => "incr",
             Self::Decr => "decr",
             Self::Init => "init",
+            Self::Inbox => "inbox",
+            Self::Correct => "correct",
+            Self::Adopt => "adopt",
+            Self::Freeze => "freeze",
+            Self::Unfreeze => "unfreeze",
         }
     }
 
-    /// Whether Postgres's stock moves with Redis's, or had the change already.
-    pub const fn moves_postgres(self) -> bool {
-        !matches!(self, Self::Init)
+    /// Whether a client asked for it: then Postgres moves as Redis does. Everything else brings the two together.
+    pub const fn is_of_a_client(self) -> bool {
+        matches!(self, Self::Set | Self::Delete | Self::Incr | Self::Decr)
     }
 }
 
@@ -73,23 +101,26 @@ pub struct CouponTerms {
 /// What an accepted operation did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
-    Stock {
-        kind: StockKind,
-        items: Vec<Item>,
-        low: Option<i64>,
-        /// Redis did not have the product: what Postgres has of it, if anything, gives way to what was set.
-        created: bool,
-    },
-    CouponCreate {
-        coupon: String,
-        terms: CouponTerms,
-    },
-    CouponIssue {
-        coupon: String,
-        user: String,
-        serial: i64,
-        remaining: i64,
-    },
+    Stock { kind: StockKind, items: Vec<Item>, detail: Detail },
+    CouponCreate { coupon: String, terms: CouponTerms },
+    CouponIssue { coupon: String, user: String, serial: i64, remaining: i64 },
+}
+
+/// What a line of stock says besides its products.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Detail {
+    /// `low`: the new threshold of the low-stock event.
+    pub low: Option<i64>,
+    /// `new`: Redis did not have the product; what Postgres has of it, if anything, gives way to what was set.
+    pub created: bool,
+    /// `inbox`: up to where Redis has what other programs changed in Postgres.
+    pub mark: Option<InboxMark>,
+    /// `pg`: by how much Postgres moves, where that is not what Redis moved by.
+    pub pg: Option<i64>,
+    /// `reason`: why the product is frozen.
+    pub reason: Option<String>,
+    /// `short`: how many units Redis could not give, since it had fewer. The product is frozen.
+    pub short: Option<i64>,
 }
 
 /// The client's idempotency key with the fingerprint of what it asked.
@@ -214,7 +245,15 @@ impl Operation {
                 if items.is_empty() {
                     return None;
                 }
-                Effect::Stock { kind, items, low: named.number("low"), created: named.number("new").is_some() }
+                let detail = Detail {
+                    low: named.number("low"),
+                    created: named.number("new").is_some(),
+                    mark: named.find("inbox").map_or(Some(None), |mark| InboxMark::parse(mark).map(Some))?,
+                    pg: named.number("pg"),
+                    reason: named.find("reason").map(text::unescape),
+                    short: named.number("short"),
+                };
+                Effect::Stock { kind, items, detail }
             }
         };
         let remembered = match (named.text("request"), named.text("digest")) {
@@ -267,14 +306,17 @@ mod tests {
                 effect: Effect::Stock {
                     kind: StockKind::Decr,
                     items: vec![item("sku-1", -3, 97), item("sku-2", -1, 4)],
-                    low: None,
-                    created: false
+                    detail: Detail::default(),
                 },
             }
         );
         assert_eq!(
             entry.operations[1].effect,
-            Effect::Stock { kind: StockKind::Set, items: vec![item("sku-9", 100, 100)], low: Some(5), created: true }
+            Effect::Stock {
+                kind: StockKind::Set,
+                items: vec![item("sku-9", 100, 100)],
+                detail: Detail { low: Some(5), created: true, ..Detail::default() }
+            }
         );
         assert_eq!(
             entry.operations[3].effect,
@@ -282,6 +324,19 @@ mod tests {
         );
         let Effect::CouponCreate { terms, .. } = &entry.operations[4].effect else { panic!() };
         assert_eq!(*terms, CouponTerms { total: 10, per_user: 1, start_ms: None, end_ms: Some(7) });
+    }
+
+    #[test]
+    fn what_the_server_does_by_itself_is_read() {
+        let detail = |line: &str| match Operation::decode(line).unwrap().effect {
+            Effect::Stock { detail, .. } => detail,
+            other => panic!("{other:?}"),
+        };
+        let inbox = detail("0 inbox inbox=771:12 short=3 | a -2 0");
+        assert_eq!((inbox.mark, inbox.short), (Some(InboxMark { xid: 771, id: 12 }), Some(3)));
+        assert_eq!(detail("0 adopt pg=-3 | a 0 7").pg, Some(-3));
+        assert_eq!(detail("0 freeze reason=off%20by%2012 | a 0 7").reason.as_deref(), Some("off by 12"));
+        assert!(Operation::decode("0 inbox inbox=x | a 0 0").is_err());
     }
 
     #[test]

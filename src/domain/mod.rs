@@ -2,10 +2,13 @@
 
 pub mod change;
 pub mod id;
+pub mod mark;
 pub mod position;
 pub mod quantity;
 pub mod request;
+pub mod text;
 
 pub use id::Id;
+pub use mark::InboxMark;
 pub use position::Position;
 pub use request::RequestId;

@@ -3,6 +3,8 @@
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 
+use super::text;
+
 /// The longest REQUEST id in bytes.
 pub const REQUEST_LEN_MAX: usize = 64;
 
@@ -24,19 +26,9 @@ impl RequestId {
         &self.0
     }
 
-    /// The id as one word of printable ASCII: bytes outside `!`..`~` and `%` itself are written `%XX`. Used in the outbox and in
-    /// Postgres, where raw bytes may not stand.
+    /// The id as one word of printable ASCII, as the outbox and Postgres have it.
     pub fn escaped(&self) -> String {
-        use std::fmt::Write as _;
-        let mut text = String::with_capacity(self.0.len());
-        for &byte in self.0.iter() {
-            if (b'!'..=b'~').contains(&byte) && byte != b'%' {
-                text.push(char::from(byte));
-            } else {
-                let _ = write!(text, "%{byte:02X}");
-            }
-        }
-        text
+        text::escape(&self.0)
     }
 
     /// The time inside a canonical UUIDv7 (`xxxxxxxx-xxxx-7xxx-[89ab]xxx-xxxxxxxxxxxx`), in Unix ms; `None` for every other id.
@@ -79,12 +71,6 @@ mod tests {
         {
             assert_eq!(id(other).uuid_v7_ms(), None, "{other}");
         }
-    }
-
-    #[test]
-    fn escaping_leaves_one_printable_word() {
-        assert_eq!(id("r-1").escaped(), "r-1");
-        assert_eq!(id("a b%\u{e9}").escaped(), "a%20b%25%C3%A9");
     }
 
     #[test]

@@ -50,7 +50,8 @@ async fn apply_in(connection: &mut PgConnection, partition: u32, entries: &[Entr
         return Ok(Applied { position: row.applied, last_op: row.last_op, operations: 0 });
     };
     let units = units_of_created(connection, new).await?;
-    write::changes(connection, partition, &Changes::gather(new, &units)?).await?;
+    let changes = Changes::gather(new, &units)?;
+    write::changes(connection, partition, &changes).await?;
     let mut reached = row.applied;
     for entry in new {
         if entry.last.epoch > reached.epoch {
@@ -58,13 +59,7 @@ async fn apply_in(connection: &mut PgConnection, partition: u32, entries: &[Entr
         }
         reached = entry.last;
     }
-    sqlx::query("UPDATE holdfast.partition SET applied_epoch = $2, applied_n = $3, last_op = $4 WHERE id = $1")
-        .bind(partition::id(partition))
-        .bind(to_bigint(last.last.epoch))
-        .bind(to_bigint(last.last.n))
-        .bind(&last.op)
-        .execute(connection)
-        .await?;
+    partition::advance(connection, partition, last.last, &last.op, changes.mark).await?;
     Ok(Applied { position: last.last, last_op: last.op.clone(), operations: last.last.n - row.applied.n })
 }
 
@@ -84,7 +79,7 @@ async fn end_epochs(connection: &mut PgConnection, partition: u32, reached: Posi
 async fn units_of_created(connection: &mut PgConnection, entries: &[Entry]) -> Result<HashMap<String, i64>, Error> {
     let operations = entries.iter().flat_map(|entry| &entry.operations);
     let items = operations.filter_map(|operation| match &operation.effect {
-        Effect::Stock { items, created: true, .. } => Some(items),
+        Effect::Stock { items, detail, .. } if detail.created => Some(items),
         _ => None,
     });
     let mut products: Vec<&str> = items.flatten().map(|item| item.product.as_str()).collect();

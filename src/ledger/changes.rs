@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::Error;
+use crate::domain::InboxMark;
 use crate::domain::change::{CouponTerms, Effect, Entry, Item, Operation, StockKind};
 
 /// What an operation's ledger rows have in common.
@@ -80,6 +81,10 @@ pub(super) struct Changes<'a> {
     pub created: Vec<(&'a str, CouponTerms)>,
     pub issues: Vec<Issue<'a>>,
     pub coupons: BTreeMap<&'a str, CouponMove>,
+    /// Why products are frozen from here on; `None`: no longer.
+    pub frozen: BTreeMap<&'a str, Option<&'a str>>,
+    /// Up to where Redis has the inbox now.
+    pub mark: Option<InboxMark>,
 }
 
 impl<'a> Changes<'a> {
@@ -110,19 +115,25 @@ impl<'a> Changes<'a> {
 
     fn add(&mut self, place: Place<'a>, operation: &'a Operation, units: &HashMap<String, i64>) -> Result<(), Error> {
         match &operation.effect {
-            Effect::Stock { kind, items, low, created } => {
+            Effect::Stock { kind, items, detail } => {
+                self.mark = self.mark.max(detail.mark);
                 for (i, item) in items.iter().enumerate() {
-                    let before = units.get(&item.product).filter(|_| *created).map(|units| {
+                    let before = units.get(&item.product).filter(|_| detail.created).map(|units| {
                         let moved = self.stock.get(item.product.as_str()).map_or(0, |moved| moved.delta);
                         units.saturating_add(moved)
                     });
                     let pg_delta = match before {
                         Some(before) => item.available.saturating_sub(before),
-                        None if kind.moves_postgres() => item.delta,
-                        None => 0,
+                        None if kind.is_of_a_client() => item.delta,
+                        None => detail.pg.unwrap_or(0),
                     };
                     let line = StockLine { place, i, kind: *kind, item, pg_delta };
-                    self.move_stock(&line, *low)?;
+                    self.move_stock(&line, detail.low)?;
+                    if *kind == StockKind::Freeze || detail.short.is_some() {
+                        self.frozen.insert(&item.product, Some(detail.reason.as_deref().unwrap_or("its units do not add up")));
+                    } else if *kind == StockKind::Unfreeze {
+                        self.frozen.insert(&item.product, None);
+                    }
                     self.stock_lines.push(line);
                 }
             }
@@ -149,7 +160,7 @@ impl<'a> Changes<'a> {
     }
 
     fn move_stock(&mut self, line: &StockLine<'a>, low: Option<i64>) -> Result<(), Error> {
-        if !line.kind.moves_postgres() {
+        if !line.kind.is_of_a_client() && line.pg_delta == 0 {
             return Ok(());
         }
         let moved = self.stock.entry(&line.item.product).or_default();
@@ -169,7 +180,7 @@ impl<'a> Changes<'a> {
                 moved.lifecycle = Some(Lifecycle::Deleted(line.place.at_ms));
                 moved.low = Some(None);
             }
-            StockKind::Incr | StockKind::Decr | StockKind::Init => {}
+            _ => {}
         }
         Ok(())
     }

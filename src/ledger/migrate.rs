@@ -67,8 +67,9 @@ mod tests {
         let mut database = database().await;
         execute(&mut database.connection, "DROP SCHEMA holdfast CASCADE").await;
         let (one, two) = tokio::join!(migrate(&database.url), migrate(&database.url));
-        assert_eq!((one, two, migrate(&database.url).await), (Ok(1), Ok(1), Ok(1)));
-        assert_eq!(number_of(&mut database.connection, "SELECT count(*) FROM holdfast.migration").await, 1);
+        let newest = i64::try_from(migrator().iter().count()).unwrap();
+        assert_eq!((one, two, migrate(&database.url).await), (Ok(newest), Ok(newest), Ok(newest)));
+        assert_eq!(number_of(&mut database.connection, "SELECT count(*) FROM holdfast.migration").await, newest);
     }
 
     #[tokio::test]
@@ -80,7 +81,7 @@ mod tests {
         )
         .await;
         let url = database.url.replace("postgres@", "seller@");
-        assert_eq!(migrate(&url).await, Ok(1));
+        assert!(migrate(&url).await.is_ok());
         let mut seller = connect(&url).await.unwrap();
         let refused = crate::ledger::partition::load(&mut seller, 5).await.unwrap_err();
         assert!(matches!(&refused, Error::Unfit(what) if what.contains("grant")), "{refused}");

@@ -3,7 +3,7 @@
 use sqlx::PgConnection;
 
 use super::{Error, from_bigint, to_bigint};
-use crate::domain::Position;
+use crate::domain::{InboxMark, Position};
 
 /// The op that stands for "none yet", in the first entry's `prev` and in a new row.
 pub const NO_OP: &str = "-";
@@ -45,13 +45,40 @@ pub async fn load(connection: &mut PgConnection, partition: u32) -> Result<Parti
     }
 }
 
-/// Reads and locks a partition's row until the transaction ends. `None` where there is no such row.
+/// Moves a partition's row to what the transaction has applied; `mark` where the inbox has come further, too.
+pub(super) async fn advance(
+    connection: &mut PgConnection,
+    partition: u32,
+    applied: Position,
+    last_op: &str,
+    mark: Option<InboxMark>,
+) -> Result<(), Error> {
+    sqlx::query(
+        "UPDATE holdfast.partition SET applied_epoch = $2, applied_n = $3, last_op = $4, inbox_xid = coalesce($5, inbox_xid), \
+         inbox_id = coalesce($6, inbox_id) WHERE id = $1",
+    )
+    .bind(id(partition))
+    .bind(to_bigint(applied.epoch))
+    .bind(to_bigint(applied.n))
+    .bind(last_op)
+    .bind(mark.map(|mark| to_bigint(mark.xid)))
+    .bind(mark.map(|mark| to_bigint(mark.id)))
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Reads and locks a partition's row until the transaction ends, in which what Holdfast itself writes is no news to the inbox. `None` where
+/// there is no such row.
 pub(super) async fn lock(connection: &mut PgConnection, partition: u32) -> Result<Option<PartitionRow>, Error> {
-    let row = sqlx::query_as("SELECT epoch, applied_epoch, applied_n, last_op FROM holdfast.partition WHERE id = $1 FOR UPDATE")
-        .bind(id(partition))
-        .fetch_optional(connection)
-        .await?;
-    Ok(row.map(PartitionRow::from_columns))
+    let row: Option<(i64, i64, i64, String, String)> = sqlx::query_as(
+        "SELECT epoch, applied_epoch, applied_n, last_op, set_config('holdfast.writer', 'holdfast', true) \
+         FROM holdfast.partition WHERE id = $1 FOR UPDATE",
+    )
+    .bind(id(partition))
+    .fetch_optional(connection)
+    .await?;
+    Ok(row.map(|(epoch, applied_epoch, applied_n, last_op, _)| PartitionRow::from_columns((epoch, applied_epoch, applied_n, last_op))))
 }
 
 /// Takes the epoch after `from_epoch` for the Redis process `run_id`, and returns it; `None` where somebody else was faster and

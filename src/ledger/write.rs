@@ -14,6 +14,7 @@ pub(super) async fn changes(connection: &mut PgConnection, partition: u32, chang
         create_products(connection, changes).await?;
         move_products(connection, changes).await?;
         shape_products(connection, changes).await?;
+        freeze_products(connection, changes).await?;
     }
     if !changes.coupon_lines.is_empty() {
         coupon_ledger(connection, partition, &changes.coupon_lines).await?;
@@ -140,6 +141,20 @@ async fn shape_products(connection: &mut PgConnection, changes: &Changes<'_>) ->
     .bind(shaped.map(|(_, moved)| moved.low.flatten()).collect::<Vec<_>>())
     .execute(connection)
     .await?;
+    Ok(())
+}
+
+async fn freeze_products(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
+    if !changes.frozen.is_empty() {
+        sqlx::query(
+            "UPDATE holdfast.stock AS s SET frozen = m.reason FROM unnest($1::text[], $2::text[]) AS m (product, reason) \
+             WHERE s.product_id = m.product",
+        )
+        .bind(changes.frozen.keys().copied().collect::<Vec<_>>())
+        .bind(changes.frozen.values().copied().collect::<Vec<_>>())
+        .execute(connection)
+        .await?;
+    }
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use tracing::warn;
 use crate::ledger::{self, PgConnection};
 use crate::limits;
 use crate::store::Partition;
-use crate::store::partition::LoadRequest;
+use crate::store::partition::{Found, LoadRequest};
 
 /// See the module.
 pub struct Loader {
@@ -57,11 +57,11 @@ impl Loader {
             none => none.insert(ledger::connect(&self.postgres_url).await?),
         };
         let products: Vec<String> = batch.iter().map(|request| request.product.to_string()).collect();
-        let rows = ledger::stock::load(connection, &products).await?;
+        let rows = ledger::stock::expected(connection, self.partition.id, &products).await?;
         for request in batch.drain(..) {
             let row = rows.iter().find(|row| row.product == request.product.as_str());
             // Whoever has given up does not hear it.
-            _ = request.answer.send(row.map(|row| row.available));
+            _ = request.answer.send(row.map(|row| Found { available: row.available, mark: row.mark }));
         }
         Ok(())
     }

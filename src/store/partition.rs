@@ -5,7 +5,9 @@ use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
-use crate::domain::{Id, Position};
+use super::lane::Failure;
+use super::stock::{StockOp, StockOutcome};
+use crate::domain::{Id, InboxMark, Position};
 use crate::limits;
 
 /// Whether a partition sells.
@@ -39,8 +41,29 @@ pub struct LoadRequest {
     pub product: Id,
     /// n when Redis did not have it: Postgres is asked once it has everything up to there.
     pub absent_at: u64,
-    /// The available units; `None` where there is no such product. Dropped where Postgres cannot say.
-    pub answer: oneshot::Sender<Option<i64>>,
+    /// `None` where there is no such product. Dropped where Postgres cannot say.
+    pub answer: oneshot::Sender<Option<Found>>,
+}
+
+/// A product that Postgres has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The units that Redis is to be given.
+    pub available: i64,
+    /// Up to where of the inbox they count.
+    pub mark: InboxMark,
+}
+
+/// A change that the server itself asks for, and where to say what became of it.
+pub struct ServerChange {
+    pub op: StockOp,
+    pub answer: oneshot::Sender<Result<StockOutcome, Failure>>,
+}
+
+/// What the other end of a partition's channels receives.
+pub struct Receivers {
+    pub loads: mpsc::Receiver<LoadRequest>,
+    pub changes: mpsc::Receiver<ServerChange>,
 }
 
 /// One partition, shared by the lanes that write to it, the relay that carries it to Postgres and the verifier that opens and closes
@@ -58,6 +81,8 @@ pub struct Partition {
     pub ended: watch::Sender<Vec<EndedEpoch>>,
     /// Reaches the loader. Bounded: where it is full, the client is told to try again.
     pub loads: mpsc::Sender<LoadRequest>,
+    /// Reaches the lane that writes, see [`Partition::change`].
+    changes: mpsc::Sender<ServerChange>,
     /// Asks the verifier to look now.
     pub verify: Notify,
     redis_up: AtomicBool,
@@ -66,12 +91,14 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// A partition, and what its loader receives.
-    pub fn new(id: u32) -> (Self, mpsc::Receiver<LoadRequest>) {
+    /// A partition, and what its loader and its lane receive.
+    pub fn new(id: u32) -> (Self, Receivers) {
         let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
+        let (changes, changing) = mpsc::channel(limits::SERVER_CHANGES_MAX);
         let partition = Self {
             id,
             loads,
+            changes,
             state: watch::Sender::new(State::Loading("starting".into())),
             applied: watch::Sender::default(),
             relay_trouble: watch::Sender::default(),
@@ -81,7 +108,15 @@ impl Partition {
             ledger_up: AtomicBool::new(false),
             head: Mutex::default(),
         };
-        (partition, requests)
+        (partition, Receivers { loads: requests, changes: changing })
+    }
+
+    /// Makes a change that the server itself asks for. It goes through the lane like a client's, and has its time.
+    pub async fn change(&self, op: StockOp) -> Result<StockOutcome, Failure> {
+        let (answer, answered) = oneshot::channel();
+        let gone = || Failure::TryAgain("shutting down".into());
+        self.changes.send(ServerChange { op, answer }).await.map_err(|_| gone())?;
+        answered.await.unwrap_or_else(|_| Err(gone()))
     }
 
     /// Whether Redis answered last.

@@ -10,7 +10,7 @@ use super::script::{self, Script};
 use super::words::Words;
 use super::{Error, keys};
 use crate::domain::change::{Effect, Operation, StockKind};
-use crate::domain::{Id, Position};
+use crate::domain::{Id, InboxMark, Position, text};
 
 /// The keys of lua/stock_write.lua before the products: meta, outbox, frozen, low, deleted.
 const FIXED_KEYS: usize = 5;
@@ -41,6 +41,118 @@ pub struct StockOp {
     /// The new threshold of the low-stock event; only with [`StockKind::Set`].
     pub low: Option<i64>,
     pub request: Option<Request>,
+    /// Only where the server itself asks; `items` is one product then.
+    pub upkeep: Option<Box<Upkeep>>,
+}
+
+/// What only the server itself asks for: it brings Redis and Postgres together. Each goes through the write script like any change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Upkeep {
+    /// Gives Redis a product that only Postgres has, if Redis still has none, never had it deleted since, and has the inbox up to `mark`.
+    Init {
+        mark: InboxMark,
+    },
+    /// Moves Redis as another program moved Postgres, if Redis has the inbox up to `before`; from then on it has it up to `mark`.
+    /// What would go below 0 goes to 0, and the product is frozen with `reason`.
+    Inbox {
+        before: InboxMark,
+        mark: InboxMark,
+        row: InboxRow,
+        reason: String,
+    },
+    /// Moves Redis by the item's quantity to what Postgres says; compared at `n`, by this `round` of the reconciler. Refused where another
+    /// round has corrected anything since. Frozen with `reason` where Redis has too little.
+    Correct {
+        n: u64,
+        round: String,
+        reason: String,
+    },
+    /// Moves Postgres by `pg` to what Redis says. The item's quantity is 0.
+    Adopt {
+        n: u64,
+        round: String,
+        pg: i64,
+    },
+    /// The product takes no more changes until a person has looked.
+    Freeze {
+        reason: String,
+    },
+    Unfreeze,
+}
+
+/// What another program did to a product in Postgres.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InboxRow {
+    Move,
+    Create,
+    Delete,
+}
+
+impl InboxRow {
+    const ALL: [Self; 3] = [Self::Move, Self::Create, Self::Delete];
+
+    /// As `holdfast.inbox` has it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Move => "move",
+            Self::Create => "create",
+            Self::Delete => "delete",
+        }
+    }
+
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|row| row.as_str() == text)
+    }
+}
+
+impl Upkeep {
+    const fn kind(&self) -> StockKind {
+        match self {
+            Self::Init { .. } => StockKind::Init,
+            Self::Inbox { .. } => StockKind::Inbox,
+            Self::Correct { .. } => StockKind::Correct,
+            Self::Adopt { .. } => StockKind::Adopt,
+            Self::Freeze { .. } => StockKind::Freeze,
+            Self::Unfreeze => StockKind::Unfreeze,
+        }
+    }
+
+    fn write(&self, batch: &mut Pack) {
+        let n = |n: &u64| i64::try_from(*n).unwrap_or(i64::MAX);
+        match self {
+            Self::Init { mark } => batch.array(1).text(&mark.to_string()),
+            Self::Inbox { before, mark, row, reason } => {
+                batch.array(4).text(&before.to_string()).text(&mark.to_string()).text(row.as_str()).text(reason)
+            }
+            Self::Correct { n: at, round, reason } => batch.array(3).integer(n(at)).text(round).text(reason),
+            Self::Adopt { n: at, round, .. } => batch.array(2).integer(n(at)).text(round),
+            Self::Freeze { reason } => batch.array(1).text(reason),
+            Self::Unfreeze => batch.array(0),
+        };
+    }
+
+    /// What it adds to its line in the outbox.
+    fn write_to(&self, line: &mut String) {
+        let _ = match self {
+            Self::Inbox { mark, reason, .. } => write!(line, " inbox={mark} reason={}", text::escape(reason.as_bytes())),
+            Self::Adopt { pg, .. } => write!(line, " pg={pg}"),
+            Self::Correct { reason, .. } | Self::Freeze { reason } => write!(line, " reason={}", text::escape(reason.as_bytes())),
+            Self::Init { .. } | Self::Unfreeze => Ok(()),
+        };
+    }
+}
+
+impl StockOp {
+    /// What a client asks for.
+    pub fn new(action: Action, items: Vec<(Id, i64)>) -> Self {
+        Self { action, items, low: None, request: None, upkeep: None }
+    }
+
+    /// What the server itself asks for. `quantity`: see [`Upkeep`]; 0 where there is none to give.
+    pub fn upkeep(product: Id, quantity: i64, upkeep: Upkeep) -> Self {
+        let action = Action::Change(upkeep.kind());
+        Self { upkeep: Some(Box::new(upkeep)), ..Self::new(action, vec![(product, quantity)]) }
+    }
 }
 
 /// What became of a STOCK operation. `item` counts from 0.
@@ -76,6 +188,8 @@ pub enum StockOutcome {
         item: usize,
         available: i64,
     },
+    /// Only of what the server asks for: what it was made from is no longer so.
+    Moved,
     Remembered(Remembered),
 }
 
@@ -119,7 +233,7 @@ impl Family for Stock {
         }
         batch.array(ops.clone().count());
         for (k, op) in ops.enumerate() {
-            batch.array(5).text(op.action.as_str()).text(&line(k, op)).array(op.items.len() * 2);
+            batch.array(6).text(op.action.as_str()).text(&line(k, op)).array(op.items.len() * 2);
             for (product, quantity) in &op.items {
                 batch.count(places.get(product).copied().unwrap_or_default()).integer(*quantity);
             }
@@ -128,6 +242,12 @@ impl Family for Stock {
                 Some(low) => batch.integer(low),
                 None => batch.no(),
             };
+            match &op.upkeep {
+                Some(upkeep) => upkeep.write(&mut batch),
+                None => {
+                    batch.no();
+                }
+            }
         }
         let mut keys = vec![keys::FROZEN.to_owned(), keys::LOW.to_owned(), keys::DELETED.to_owned()];
         keys.extend(products.into_iter().map(keys::product));
@@ -151,6 +271,7 @@ impl Family for Stock {
             "frozen" => StockOutcome::Frozen { item: item()?, reason: words.text()? },
             "corrupt" => StockOutcome::Corrupt { item: item()? },
             "over" => StockOutcome::Over { item: item()?, available: words.integer()? },
+            "moved" => StockOutcome::Moved,
             other => return requests::verdict(other, words, StockOutcome::Remembered),
         };
         Ok(Verdict::Decided(outcome))
@@ -175,6 +296,9 @@ fn line(k: usize, op: &StockOp) -> String {
     if let Some(low) = op.low {
         let _ = write!(line, " low={low}");
     }
+    if let Some(upkeep) = &op.upkeep {
+        upkeep.write_to(&mut line);
+    }
     line.push_str(" |");
     line
 }
@@ -188,7 +312,8 @@ mod tests {
     #[test]
     fn a_line_begins_with_all_that_the_sidecar_knows() {
         let request = Request { id: RequestId::parse(&Bytes::from_static(b"r 1")).unwrap(), digest: "9f86".into() };
-        let op = StockOp { action: Action::Change(StockKind::Set), items: vec![(Id::from("a"), 5)], low: Some(2), request: Some(request) };
+        let set = StockOp::new(Action::Change(StockKind::Set), vec![(Id::from("a"), 5)]);
+        let op = StockOp { low: Some(2), request: Some(request), ..set };
         let line = line(3, &op) + " a 5 5";
         assert_eq!(line, "3 set request=r%201 digest=9f86 low=2 | a 5 5");
         assert!(Operation::decode(&line).is_ok());
@@ -196,8 +321,7 @@ mod tests {
 
     #[test]
     fn a_product_named_by_several_operations_is_one_key() {
-        let op =
-            |product| StockOp { action: Action::Change(StockKind::Decr), items: vec![(Id::from(product), 1)], low: None, request: None };
+        let op = |product| StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from(product), 1)]);
         let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0);
         assert_eq!(encoded.keys, ["stock:frozen", "stock:low", "stock:deleted", "stock:product:a", "stock:product:b"]);
     }

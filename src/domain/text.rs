@@ -1,0 +1,52 @@
+//! Any bytes as one word of printable ASCII, for the outbox and for Postgres, where raw bytes may not stand.
+
+use std::fmt::Write as _;
+
+/// Writes bytes outside `!`..`~`, and `%` itself, as `%XX`.
+pub fn escape(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for &byte in bytes {
+        if (b'!'..=b'~').contains(&byte) && byte != b'%' {
+            text.push(char::from(byte));
+        } else {
+            let _ = write!(text, "%{byte:02X}");
+        }
+    }
+    text
+}
+
+/// Undoes [`escape`]. What is not UTF-8 is replaced; a `%` that begins no byte stays as it is.
+pub fn unescape(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, behind)) = rest.split_first() {
+        let digits = behind.get(..2).filter(|_| byte == b'%').and_then(|digits| std::str::from_utf8(digits).ok());
+        match digits.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(escaped) => {
+                bytes.push(escaped);
+                rest = &behind[2..];
+            }
+            None => {
+                bytes.push(byte);
+                rest = behind;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn escaping_leaves_one_printable_word_and_can_be_undone() {
+        for text in ["r-1", "a b%\u{e9}", "", "100% sure\n"] {
+            let escaped = escape(text.as_bytes());
+            assert!(escaped.bytes().all(|b| (b'!'..=b'~').contains(&b)), "{escaped}");
+            assert_eq!(unescape(&escaped), text);
+        }
+        assert_eq!(escape("a b%\u{e9}".as_bytes()), "a%20b%25%C3%A9");
+        assert_eq!(unescape("50%"), "50%");
+    }
+}
