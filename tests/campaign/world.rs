@@ -168,7 +168,7 @@ impl World {
     fn count_late_replies(&mut self) {
         let metrics = self.sidecar.get("/metrics").1;
         let late = metrics.lines().find_map(|line| line.strip_prefix("holdfast_late_replies_total "));
-        self.late += late.map_or(0, |late| late.parse::<u64>().unwrap());
+        self.late += late.expect("a metric of late replies").parse::<u64>().unwrap();
     }
 
     /// Ends the load, waits until everything is at rest, and returns what happened and what is there.
