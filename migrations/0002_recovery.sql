@@ -13,6 +13,7 @@ ALTER TABLE holdfast.stock_ledger ADD COLUMN origin_epoch bigint NULL, ADD COLUM
 ALTER TABLE holdfast.coupon_ledger ADD COLUMN origin_epoch bigint NULL, ADD COLUMN origin_n bigint NULL;
 CREATE INDEX stock_ledger_origin ON holdfast.stock_ledger (partition, origin_epoch, origin_n) WHERE origin_epoch IS NOT NULL;
 CREATE INDEX coupon_ledger_origin ON holdfast.coupon_ledger (partition, origin_epoch, origin_n) WHERE origin_epoch IS NOT NULL;
+CREATE INDEX stock_ledger_server_request ON holdfast.stock_ledger (request_id) WHERE request_id LIKE 'hf-%';
 CREATE INDEX stock_ledger_request ON holdfast.stock_ledger (at) WHERE request_id IS NOT NULL;
 CREATE INDEX coupon_ledger_request ON holdfast.coupon_ledger (at) WHERE request_id IS NOT NULL;
 COMMENT ON COLUMN holdfast.stock_ledger.origin_epoch IS 'With origin_n: the position that the caller was answered, where the change was saved out of a Redis that lost its data and has a new place here.';
@@ -58,7 +59,6 @@ CREATE TABLE holdfast.salvage (
     origin_epoch bigint NOT NULL,
     origin_n     bigint NOT NULL,
     line         text   NOT NULL,
-    answered     boolean NOT NULL,
     at_ms        bigint NOT NULL,
     done         boolean NOT NULL DEFAULT false,
     PRIMARY KEY (op, k)

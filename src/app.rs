@@ -66,7 +66,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let (partition, Receivers { loads, changes }) = Partition::new(0);
+    let (partition, Receivers { loads, changes }) = Partition::new(0, config.outbox.copies_bytes);
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
@@ -232,7 +232,7 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulse: Arc<
     Arc::new(move || {
         let (live, state) = match &*partition.state.borrow() {
             State::Live { epoch, run_id } => (true, format!("live under epoch {epoch} on redis {run_id}")),
-            State::Loading(why) => (false, why.clone()),
+            State::Loading(why) | State::Rebuilding(why) => (false, why.clone()),
         };
         let reachable = |up: bool| if up { "answers" } else { "cannot be reached" }.to_owned();
         let trouble = partition.trouble_text();

@@ -43,6 +43,7 @@ pub struct Config {
     pub http: Http,
     pub redis: Redis,
     pub postgres: Postgres,
+    pub outbox: Outbox,
     pub idempotency: Idempotency,
     pub coupon: Coupon,
     pub log: Log,
@@ -67,6 +68,14 @@ pub struct Redis {
 #[serde(deny_unknown_fields)]
 pub struct Postgres {
     pub url: SecretUrl,
+}
+
+/// The section `[outbox]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Outbox {
+    #[serde(rename = "copies_mib", deserialize_with = "mebibytes")]
+    pub copies_bytes: usize,
 }
 
 /// The section `[idempotency]`.
@@ -338,6 +347,10 @@ fn insert(values: &mut Dict, setting: &Setting, value: Value) {
 
 fn milliseconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     u64::deserialize(deserializer).map(Duration::from_millis)
+}
+
+fn mebibytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    usize::deserialize(deserializer).map(|mebibytes| mebibytes.saturating_mul(1 << 20))
 }
 
 /// Values of one origin, which figment remembers for each of them.

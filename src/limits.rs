@@ -105,6 +105,13 @@ pub const LEDGER_SILENCE_MAX: Duration = Duration::from_secs(3);
 /// that only a network that swallows packets comes here.
 pub const LEDGER_TRANSACTION_MAX: Duration = Duration::from_secs(30);
 
+/// What the setting `outbox.copies_mib` may be.
+pub const COPIES_MIB_MIN: u64 = 1;
+pub const COPIES_MIB_MAX: u64 = 1 << 20;
+
+/// How many copies are looked at behind the first that stays: there are two lanes, which take turns.
+pub const COPIES_LOOK_BEHIND: usize = 8;
+
 // The relay: from the outbox to Postgres.
 
 /// At how many changes a batch is full: from here on one more change hardly makes the transaction cheaper for each.

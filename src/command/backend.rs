@@ -56,7 +56,13 @@ impl Backend {
     /// One that never gets anywhere: for tests of what needs no Redis.
     #[cfg(test)]
     pub fn unconnected() -> Self {
-        Self::new(Arc::new(Partition::new(0).0), "redis://127.0.0.1:1", "test", Duration::from_secs(600), Duration::from_millis(100))
+        Self::new(
+            Arc::new(Partition::new(0, 1 << 20).0),
+            "redis://127.0.0.1:1",
+            "test",
+            Duration::from_secs(600),
+            Duration::from_millis(100),
+        )
     }
 
     /// Starts the lanes on this thread. After `cancel` they finish what waits; the future ends when they have.

@@ -57,6 +57,7 @@ fn status(cx: &Context) -> Reply {
     let (state, epoch) = match &*partition.state.borrow() {
         State::Live { epoch, .. } => ("live".to_owned(), *epoch),
         State::Loading(why) => (format!("loading: {why}"), 0),
+        State::Rebuilding(how_far) => (format!("rebuilding: {how_far}"), 0),
     };
     let applied = *partition.applied.borrow();
     let epoch = if epoch == 0 { applied.epoch } else { epoch };

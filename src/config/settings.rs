@@ -87,6 +87,12 @@ pub const SETTINGS: &[Setting] = &[
         doc: "The Postgres that every change is written to: `postgres://user:password@host:port/database`.",
     },
     Setting {
+        key: "outbox.copies_mib",
+        kind: Kind::Integer(limits::COPIES_MIB_MIN, limits::COPIES_MIB_MAX),
+        default: "512",
+        doc: "How much memory the copies of changes may take that Postgres does not have yet; when it is full, changes are refused.",
+    },
+    Setting {
         key: "idempotency.window_ms",
         kind: Kind::Milliseconds(limits::IDEMPOTENCY_WINDOW_MIN_MS, limits::IDEMPOTENCY_WINDOW_MAX_MS),
         default: "600000",

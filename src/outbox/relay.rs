@@ -174,7 +174,7 @@ impl Carrier {
     fn live_run_id(&self) -> Option<String> {
         match &*self.relay.partition.state.borrow() {
             State::Live { run_id, .. } => Some(run_id.clone()),
-            State::Loading(_) => None,
+            State::Loading(_) | State::Rebuilding(_) => None,
         }
     }
 

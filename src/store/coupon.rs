@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::copies::{Kept, Note};
 use super::lane::{Encoded, Family, Positions, Verdict};
 use super::pack::Pack;
 use super::requests::{self, Remembered, Request, RequestKeys};
@@ -157,6 +158,19 @@ impl Family for Coupon {
             other => return requests::verdict(other, words, CouponOutcome::Remembered),
         };
         Ok(Verdict::Decided(outcome))
+    }
+
+    fn note(_: &CouponOp, outcome: &CouponOutcome) -> Option<Note> {
+        let (position, serial, remaining) = match outcome {
+            CouponOutcome::Created { position } => (*position, 0, 0),
+            CouponOutcome::Issued { serial, remaining, position } => (*position, *serial, *remaining),
+            _ => return None,
+        };
+        Some(Note { position, serial, remaining, available: Vec::new() })
+    }
+
+    fn kept(op: CouponOp) -> Kept {
+        Kept::Coupon(op)
     }
 
     fn replayed(op: &CouponOp, line: &Operation, position: Position) -> Option<CouponOutcome> {

@@ -21,6 +21,7 @@ use tracing::{info, warn};
 
 use self::batch::Sent;
 use super::clock::Clock;
+use super::copies::{Kept, Note};
 use super::partition::State;
 use super::requests::Request;
 use super::script::Script;
@@ -91,6 +92,10 @@ pub trait Family: 'static {
     fn weight(op: &Self::Op) -> (usize, usize);
     fn encode<'a>(ops: impl Iterator<Item = &'a Self::Op> + Clone, generation: i64) -> Encoded;
     fn decode(op: &Self::Op, words: &mut Words, positions: &mut Positions) -> Result<Verdict<Self::Outcome>, Error>;
+    /// What a copy of the operation has to know of its outcome; `None` where Postgres has nothing to be told of it that it could lose.
+    fn note(op: &Self::Op, outcome: &Self::Outcome) -> Option<Note>;
+    /// The operation as a copy keeps it.
+    fn kept(op: Self::Op) -> Kept;
     /// The outcome of an operation that was accepted by a batch whose answer got lost, from its line in the outbox.
     fn replayed(op: &Self::Op, line: &Operation, position: Position) -> Option<Self::Outcome>;
 }
@@ -181,6 +186,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     pub fn submit_until(&self, op: F::Op, deadline: Instant, waiter: W) {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
+        }
+        if self.partition.copies.is_full() && F::changes(&op) {
+            return waiter.done(&op, Err(Failure::TryAgain("overloaded: Postgres is too far behind; nothing was changed".into())));
         }
         let mut queue = self.queue.borrow_mut();
         if queue.len() >= limits::LANE_QUEUE_MAX {
@@ -369,10 +377,11 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                     }
                     continue;
                 }
-                State::Loading(reason) => {
-                    self.close(match self.was_live.get() {
-                        true => Failure::TryAgain(format!("being verified: {reason}")),
-                        false => Failure::Loading(reason),
+                State::Loading(_) | State::Rebuilding(_) => {
+                    self.close(match current {
+                        State::Loading(reason) if self.was_live.get() => Failure::TryAgain(format!("being verified: {reason}")),
+                        State::Loading(reason) | State::Rebuilding(reason) => Failure::Loading(reason),
+                        State::Live { .. } => continue,
                     });
                     self.idle(connection, &mut state, unanswered).await?;
                     if cancel.is_cancelled() {

@@ -3,6 +3,7 @@
 
 mod clock;
 pub mod connection;
+pub mod copies;
 pub mod coupon;
 pub mod keys;
 pub mod lane;

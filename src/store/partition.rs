@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::copies::Copies;
 use super::lane::Failure;
 use super::stock::{StockOp, StockOutcome};
 use crate::domain::{Id, InboxMark, Position};
@@ -15,6 +16,8 @@ use crate::limits;
 pub enum State {
     /// Not yet, or not now; the reason is for people.
     Loading(String),
+    /// Being filled from Postgres; how far is for people.
+    Rebuilding(String),
     /// Verified: this Redis process, under this epoch.
     Live { epoch: u64, run_id: String },
 }
@@ -83,6 +86,8 @@ pub struct Partition {
     pub loads: mpsc::Sender<LoadRequest>,
     /// Reaches the lane that writes, see [`Partition::change`].
     changes: mpsc::Sender<ServerChange>,
+    /// What was answered and Postgres does not have yet.
+    pub copies: Copies,
     /// Asks the verifier to look now.
     pub verify: Notify,
     redis_up: AtomicBool,
@@ -92,7 +97,8 @@ pub struct Partition {
 
 impl Partition {
     /// A partition, and what its loader and its lane receive.
-    pub fn new(id: u32) -> (Self, Receivers) {
+    /// `copies_bytes_max`: see [`Copies::new`].
+    pub fn new(id: u32, copies_bytes_max: usize) -> (Self, Receivers) {
         let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
         let (changes, changing) = mpsc::channel(limits::SERVER_CHANGES_MAX);
         let partition = Self {
@@ -103,6 +109,7 @@ impl Partition {
             applied: watch::Sender::default(),
             relay_trouble: watch::Sender::default(),
             ended: watch::Sender::default(),
+            copies: Copies::new(copies_bytes_max),
             verify: Notify::new(),
             redis_up: AtomicBool::new(false),
             ledger_up: AtomicBool::new(false),
@@ -148,9 +155,25 @@ impl Partition {
         *head = position.max(*head);
     }
 
+    /// What this sidecar had seen is over: under a later epoch the newest change is this one. Only the verifier says so.
+    pub fn see_anew(&self, position: Position) {
+        *self.head.lock().unwrap_or_else(PoisonError::into_inner) = position;
+    }
+
+    /// Publishes which epochs have ended, and where.
+    pub fn set_ended(&self, ended: Vec<EndedEpoch>) {
+        self.copies.forget(*self.applied.borrow(), &ended);
+        self.ended.send_if_modified(|known| {
+            let new = *known != ended;
+            *known = ended;
+            new
+        });
+    }
+
     /// Publishes that Postgres has everything up to `position`.
     pub fn set_applied(&self, position: Position) {
         self.saw(position);
+        self.copies.forget(position, &self.ended.borrow());
         self.applied.send_if_modified(|applied| {
             let newer = position > *applied;
             if newer {
@@ -177,7 +200,7 @@ impl Partition {
     pub fn live_epoch(&self) -> Option<u64> {
         match &*self.state.borrow() {
             State::Live { epoch, .. } => Some(*epoch),
-            State::Loading(_) => None,
+            State::Loading(_) | State::Rebuilding(_) => None,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
+use super::copies::{Kept, Note};
 use super::lane::{Encoded, Family, Positions, Verdict};
 use super::pack::Pack;
 use super::requests::{self, Remembered, Request, RequestKeys};
@@ -275,6 +276,20 @@ impl Family for Stock {
             other => return requests::verdict(other, words, StockOutcome::Remembered),
         };
         Ok(Verdict::Decided(outcome))
+    }
+
+    fn note(op: &StockOp, outcome: &StockOutcome) -> Option<Note> {
+        match (op.action, outcome) {
+            (Action::Change(kind), StockOutcome::Done { available, position }) if kind.is_of_a_client() => {
+                let available = if op.request.is_some() { available.clone() } else { Vec::new() };
+                Some(Note { position: *position, serial: 0, remaining: 0, available })
+            }
+            _ => None,
+        }
+    }
+
+    fn kept(op: StockOp) -> Kept {
+        Kept::Stock(op)
     }
 
     fn replayed(op: &StockOp, line: &Operation, position: Position) -> Option<StockOutcome> {

@@ -25,7 +25,7 @@ impl Stage {
     async fn new() -> Self {
         let redis = RedisServer::start();
         let writer = Connection::open(&redis.url()).await.unwrap();
-        let partition = Arc::new(Partition::new(0).0);
+        let partition = Arc::new(Partition::new(0, 1 << 20).0);
         Self { redis, writer, partition, cancel: CancellationToken::new(), running: None, n: 0, prev: "-".into() }
     }
 

@@ -10,6 +10,7 @@ use super::{Failure, Family, Lane, Positions, Queued, Verdict, Waiter};
 use crate::domain::Position;
 use crate::limits;
 use crate::store::clock::Clock;
+use crate::store::copies::{CopiedBatch, Copy, Note};
 use crate::store::partition::State;
 use crate::store::script::Script;
 use crate::store::words::Words;
@@ -87,7 +88,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         again: bool,
         unanswered: &mut Option<Sent<F, W>>,
     ) -> Result<(), Error> {
-        let op = format!("{}:{}", self.name, sent.counter);
+        let op = self.op(sent.counter);
         let command = self.command(&sent, connection.run_id(), again, Script::evalsha);
         *unanswered = Some(sent);
         let started = Instant::now();
@@ -164,9 +165,10 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             self.doubt(&mut sent, |_| true);
             return Err(Error::Unexpected("an answer to another batch: the connection is out of step".into()));
         }
-        self.clock.set(Clock::heard(words.integer()?));
+        let now_ms = words.integer()?;
+        self.clock.set(Clock::heard(now_ms));
         match status.as_str() {
-            "ok" => self.decided(sent, &mut words),
+            "ok" => self.decided(sent, now_ms, &mut words),
             "replayed" => self.replayed(sent, &mut words),
             "clock" if !again => {
                 let mut queue = self.queue.borrow_mut();
@@ -198,14 +200,21 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
     }
 
-    fn decided(&self, mut sent: Sent<F, W>, words: &mut Words) -> Result<(), Error> {
+    fn decided(&self, mut sent: Sent<F, W>, now_ms: i64, words: &mut Words) -> Result<(), Error> {
         let n = u64::try_from(words.integer()?).unwrap_or(0);
         let mut positions = Positions { epoch: sent.epoch, before: n, n };
+        let mut notes = Vec::with_capacity(sent.operations.len());
         for k in 0..sent.operations.len() {
             let queued = &mut sent.operations[k];
             match F::decode(&queued.op, words, &mut positions) {
-                Ok(Verdict::Decided(outcome)) => queued.finish(Ok(outcome)),
-                Ok(Verdict::Again(reason)) => queued.again = Some(reason),
+                Ok(Verdict::Decided(outcome)) => {
+                    notes.push(F::note(&queued.op, &outcome));
+                    queued.finish(Ok(outcome));
+                }
+                Ok(Verdict::Again(reason)) => {
+                    notes.push(None);
+                    queued.again = Some(reason);
+                }
                 Err(error) => {
                     self.doubt(&mut sent, |_| true);
                     return Err(error);
@@ -215,13 +224,34 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if let Some(newest) = positions.newest() {
             self.partition.saw(newest);
         }
-        let again: Vec<_> = sent.operations.into_iter().filter(|queued| queued.waiter.is_some()).collect();
+        let op = self.op(sent.counter);
+        let again = self.keep(op, now_ms, sent.operations, notes);
         let mut parked = self.parked.borrow_mut();
         if parked.is_empty() && !again.is_empty() {
             self.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
         }
         parked.extend(again);
         Ok(())
+    }
+
+    /// Keeps copies of what was accepted. No reply has been written yet: that happens on this thread, after this. Returns the operations
+    /// that somebody still waits for.
+    fn keep(&self, op: String, at_ms: i64, operations: Vec<Queued<F, W>>, notes: Vec<Option<Note>>) -> Vec<Queued<F, W>> {
+        let mut copies = Vec::with_capacity(operations.len());
+        let mut waiting = Vec::new();
+        for (k, (queued, note)) in (0..).zip(operations.into_iter().zip(notes)) {
+            match note {
+                Some(note) => copies.push(Copy { k, kept: F::kept(queued.op), note }),
+                None if queued.waiter.is_some() => waiting.push(queued),
+                None => {}
+            }
+        }
+        self.partition.copies.keep(CopiedBatch { op, at_ms, copies });
+        waiting
+    }
+
+    fn op(&self, counter: u64) -> String {
+        format!("{}:{counter}", self.name)
     }
 
     /// The batch had run, and only its answer was lost: its entry in the outbox says what it granted.
@@ -236,14 +266,18 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             }
             value => Some(stream::entry(value)?),
         };
+        let mut notes = Vec::with_capacity(sent.operations.len());
         for (k, queued) in sent.operations.iter_mut().enumerate() {
             let granted = entry.iter().flat_map(|entry| (entry.first_n..).zip(&entry.operations));
             let line = granted.into_iter().find(|(_, line)| usize::try_from(line.k) == Ok(k));
             let outcome = line.and_then(|(n, line)| F::replayed(&queued.op, line, Position::new(sent.epoch, n)));
+            notes.push(outcome.as_ref().and_then(|outcome| F::note(&queued.op, outcome)));
             queued.finish(outcome.ok_or_else(|| Failure::TryAgain("the answer was lost; nothing was changed".into())));
         }
         if let Some(entry) = entry {
             self.partition.saw(entry.last);
+            let op = self.op(sent.counter);
+            self.keep(op, entry.at_ms, sent.operations, notes);
         }
         Ok(())
     }

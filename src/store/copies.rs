@@ -1,0 +1,290 @@
+//! What this process has answered and Postgres does not have yet: kept here, so that it survives a Redis that loses its data.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::coupon::{self, CouponOp};
+use super::partition::EndedEpoch;
+use super::requests::Request;
+use super::stock::{Action, StockOp};
+use crate::domain::Position;
+use crate::domain::change::{Detail, Effect, Item, Operation, Remembered, StockKind};
+use crate::limits;
+
+/// What the script said of an accepted operation, as far as its copy needs it.
+#[derive(Clone, Debug)]
+pub struct Note {
+    pub position: Position,
+    /// Of a coupon that was issued.
+    pub serial: i64,
+    pub remaining: i64,
+    /// What was available after it; only where a REQUEST may ask for it again.
+    pub available: Vec<i64>,
+}
+
+/// An accepted operation.
+#[derive(Debug)]
+pub enum Kept {
+    Stock(StockOp),
+    Coupon(CouponOp),
+}
+
+/// One accepted operation of a batch.
+#[derive(Debug)]
+pub struct Copy {
+    /// Its place in the batch.
+    pub k: u32,
+    pub kept: Kept,
+    pub note: Note,
+}
+
+/// The accepted operations of one batch.
+#[derive(Debug)]
+pub struct CopiedBatch {
+    /// `<instance>:<lane>:<counter>`.
+    pub op: String,
+    /// When, by Redis's clock, in Unix ms.
+    pub at_ms: i64,
+    pub copies: Vec<Copy>,
+}
+
+impl CopiedBatch {
+    fn last(&self) -> Position {
+        self.copies.last().map(|copy| copy.note.position).unwrap_or_default()
+    }
+
+    fn bytes(&self) -> usize {
+        self.op.len() + self.copies.iter().map(Copy::bytes).sum::<usize>()
+    }
+}
+
+/// An operation out of a copy, as the ledger takes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Salvaged {
+    pub op: String,
+    /// What was answered.
+    pub origin: Position,
+    pub at_ms: i64,
+    pub operation: Operation,
+}
+
+/// See the module. Bounded: when full, nothing more is accepted until Postgres has caught up.
+#[derive(Debug)]
+pub struct Copies {
+    batches: Mutex<VecDeque<CopiedBatch>>,
+    bytes: AtomicUsize,
+    bytes_max: usize,
+    full: AtomicBool,
+}
+
+impl Copies {
+    /// `bytes_max`: about how much memory they may take.
+    pub fn new(bytes_max: usize) -> Self {
+        Self { batches: Mutex::default(), bytes: AtomicUsize::new(0), bytes_max, full: AtomicBool::new(false) }
+    }
+
+    fn batches(&self) -> MutexGuard<'_, VecDeque<CopiedBatch>> {
+        self.batches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// About how many bytes they take.
+    pub fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// How many operations there are.
+    pub fn len(&self) -> usize {
+        self.batches().iter().map(|batch| batch.copies.len()).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.batches().is_empty()
+    }
+
+    /// Whether nothing more may be accepted. Once full it stays so until an eighth is free again, so that it does not flap.
+    pub fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    fn resized(&self, bytes: usize) {
+        self.bytes.store(bytes, Ordering::Relaxed);
+        if bytes >= self.bytes_max {
+            self.full.store(true, Ordering::Relaxed);
+        } else if bytes < self.bytes_max / 8 * 7 {
+            self.full.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Takes a batch in, before any of its replies is written.
+    pub fn keep(&self, batch: CopiedBatch) {
+        if batch.copies.is_empty() {
+            return;
+        }
+        let mut batches = self.batches();
+        self.resized(self.bytes() + batch.bytes());
+        batches.push_back(batch);
+    }
+
+    /// Gives up what Postgres has: up to `applied` in its epoch, and up to where the `ended` ones ended.
+    pub fn forget(&self, applied: Position, ended: &[EndedEpoch]) {
+        self.retain(|batch| {
+            let last = batch.last();
+            let ended = ended.iter().find(|ended| ended.epoch == last.epoch);
+            !(last.epoch == applied.epoch && last.n <= applied.n || ended.is_some_and(|ended| last.n <= ended.last_n))
+        });
+    }
+
+    /// Gives up these batches: Postgres has them, or was handed them.
+    pub fn forget_ops(&self, ops: &std::collections::HashSet<String>) {
+        self.retain(|batch| !ops.contains(&batch.op));
+    }
+
+    fn retain(&self, keep: impl Fn(&CopiedBatch) -> bool) {
+        let mut gone = Vec::new();
+        let mut batches = self.batches();
+        // They come nearly in order, so what may go stands in front but for the few of another lane or epoch.
+        while batches.front().is_some_and(|batch| !keep(batch)) {
+            gone.extend(batches.pop_front());
+        }
+        if batches.iter().take(limits::COPIES_LOOK_BEHIND).any(|batch| !keep(batch)) {
+            let (stay, go) = std::mem::take(&mut *batches).into_iter().partition(keep);
+            *batches = stay;
+            let go: VecDeque<_> = go;
+            gone.extend(go);
+        }
+        if !gone.is_empty() {
+            self.resized(self.bytes().saturating_sub(gone.iter().map(CopiedBatch::bytes).sum()));
+        }
+        drop(batches);
+    }
+
+    /// The operations of every epoch before `epoch`, in the order in which they took effect.
+    pub fn before_epoch(&self, epoch: u64) -> Vec<Salvaged> {
+        let batches = self.batches();
+        let old = batches.iter().filter(|batch| batch.last().epoch < epoch);
+        let mut all: Vec<Salvaged> = old.flat_map(|batch| batch.copies.iter().map(|copy| copy.salvage(batch))).collect();
+        drop(batches);
+        all.sort_by_key(|salvaged| salvaged.origin);
+        all
+    }
+
+    /// Of every batch its op and the position of its last accepted operation.
+    pub fn ops(&self) -> Vec<(String, Position)> {
+        self.batches().iter().map(|batch| (batch.op.clone(), batch.last())).collect()
+    }
+}
+
+impl Copy {
+    fn bytes(&self) -> usize {
+        let (_, request) = self.parts();
+        let items = if let Kept::Stock(op) = &self.kept { op.items.len() } else { 2 };
+        // The ids share the buffer that their request was read into.
+        size_of::<Self>() + items * 160 + request.map_or(0, |_| 160)
+    }
+
+    fn parts(&self) -> (&Kept, Option<&Request>) {
+        let request = match &self.kept {
+            Kept::Stock(op) => op.request.as_ref(),
+            Kept::Coupon(op) => op.request.as_ref(),
+        };
+        (&self.kept, request)
+    }
+
+    fn salvage(&self, batch: &CopiedBatch) -> Salvaged {
+        let (kept, request) = self.parts();
+        let remembered = request.map(|request| Remembered { request: request.id.escaped(), digest: request.digest.clone() });
+        let effect = match kept {
+            Kept::Stock(op) => stock_effect(op, &self.note),
+            Kept::Coupon(CouponOp { coupon, action: coupon::Action::Create(terms), .. }) => {
+                Effect::CouponCreate { coupon: coupon.to_string(), terms: terms.clone() }
+            }
+            Kept::Coupon(CouponOp { coupon, action: coupon::Action::Issue { user }, .. }) => Effect::CouponIssue {
+                coupon: coupon.to_string(),
+                user: user.to_string(),
+                serial: self.note.serial,
+                remaining: self.note.remaining,
+            },
+        };
+        let operation = Operation { k: self.k, remembered, effect };
+        Salvaged { op: batch.op.clone(), origin: self.note.position, at_ms: batch.at_ms, operation }
+    }
+}
+
+/// What the operation did. A SET's difference is not known here, so it is told as one that creates: it leaves what was set. What was
+/// available afterwards is not known where no REQUEST may ask for it: 0.
+fn stock_effect(op: &StockOp, note: &Note) -> Effect {
+    let kind = if let Action::Change(kind) = op.action { kind } else { StockKind::Incr };
+    let item = |(i, (product, quantity)): (usize, &(crate::domain::Id, i64))| Item {
+        product: product.to_string(),
+        delta: match kind {
+            StockKind::Decr => -quantity,
+            StockKind::Incr => *quantity,
+            _ => 0,
+        },
+        available: if kind == StockKind::Set { *quantity } else { note.available.get(i).copied().unwrap_or_default() },
+    };
+    let detail = Detail { low: op.low, created: kind == StockKind::Set, ..Detail::default() };
+    Effect::Stock { kind, items: op.items.iter().enumerate().map(item).collect(), detail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Id;
+
+    fn batch(op: &str, epoch: u64, first_n: u64, count: u32) -> CopiedBatch {
+        let copies = (0..count).map(|k| Copy {
+            k,
+            kept: Kept::Stock(StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 2)])),
+            note: Note { position: Position::new(epoch, first_n + u64::from(k)), serial: 0, remaining: 0, available: Vec::new() },
+        });
+        CopiedBatch { op: op.into(), at_ms: 7, copies: copies.collect() }
+    }
+
+    #[test]
+    fn what_postgres_has_is_given_up_and_nothing_else() {
+        let copies = Copies::new(1 << 20);
+        copies.keep(batch("i:stock:1", 1, 1, 2));
+        copies.keep(batch("i:stock:2", 1, 3, 2));
+        copies.forget(Position::new(1, 3), &[]);
+        assert_eq!(copies.len(), 2, "its last is not applied");
+        copies.forget(Position::new(2, 9), &[]);
+        assert_eq!(copies.len(), 2, "where the first epoch ended is not known yet");
+        copies.forget(Position::new(2, 9), &[EndedEpoch { epoch: 1, last_n: 4 }]);
+        assert_eq!((copies.len(), copies.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn what_stands_in_front_holds_nothing_back() {
+        let copies = Copies::new(1 << 20);
+        copies.keep(batch("i:coupon:1", 2, 5, 1));
+        copies.keep(batch("i:stock:1", 2, 4, 1));
+        copies.forget(Position::new(2, 4), &[]);
+        assert_eq!(copies.ops(), [("i:coupon:1".to_owned(), Position::new(2, 5))]);
+    }
+
+    #[test]
+    fn they_are_told_in_the_order_in_which_they_took_effect() {
+        let copies = Copies::new(1 << 20);
+        copies.keep(batch("i:coupon:1", 1, 5, 1));
+        copies.keep(batch("i:stock:1", 1, 4, 1));
+        copies.keep(batch("i:stock:2", 2, 6, 1));
+        let old = copies.before_epoch(2);
+        assert_eq!(old.iter().map(|salvaged| salvaged.origin.n).collect::<Vec<_>>(), [4, 5]);
+        let Effect::Stock { items, .. } = &old[0].operation.effect else { panic!() };
+        assert_eq!(items[0].delta, -2);
+    }
+
+    #[test]
+    fn full_is_said_until_an_eighth_is_free() {
+        let one = batch("i:stock:1", 1, 1, 1).bytes();
+        let copies = Copies::new(one * 8);
+        (1..=8).for_each(|n| copies.keep(batch(&format!("i:stock:{n}"), 1, n, 1)));
+        assert!(copies.is_full());
+        copies.forget(Position::new(1, 1), &[]);
+        assert!(copies.is_full());
+        copies.forget(Position::new(1, 2), &[]);
+        assert!(!copies.is_full());
+    }
+}
