@@ -70,17 +70,18 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
+    let instance = Uuid::new_v4().simple().to_string();
     let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&pulse));
     let web = tokio::spawn(http::serve(http_listener, metrics.clone(), readiness, back.clone()));
     let upkeep = tokio::spawn(metrics::upkeep(metrics, back.clone()));
-    let front = Front::start(&config, listener, Arc::clone(&partition), changes, shutdown.clone(), pulse)?;
+    let front = Front::start(&config, listener, Arc::clone(&partition), instance.clone(), changes, shutdown.clone(), pulse)?;
 
     let postgres_url = config.postgres.url.expose().to_owned();
     let redis_url = config.redis.url.expose().to_owned();
     let relay =
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
-    let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
+    let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, &instance, config.idempotency.window);
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
@@ -161,6 +162,7 @@ impl Front {
         config: &Config,
         listener: TcpListener,
         partition: Arc<Partition>,
+        instance: String,
         changes: mpsc::Receiver<ServerChange>,
         shutdown: CancellationToken,
         pulse: Arc<Mutex<Instant>>,
@@ -174,7 +176,6 @@ impl Front {
             let local = LocalSet::new();
             local.block_on(&runtime, async {
                 let Ok(listener) = TcpListener::from_std(listener) else { return };
-                let instance = Uuid::new_v4().simple().to_string();
                 let lanes = CancellationToken::new();
                 let backend = Backend::new(partition, config.redis.url.expose(), &instance, config.idempotency.window, config.reply_within);
                 let driving = backend.drive(changes, &lanes);

@@ -112,6 +112,26 @@ pub const COPIES_MIB_MAX: u64 = 1 << 20;
 /// How many copies are looked at behind the first that stays: there are two lanes, which take turns.
 pub const COPIES_LOOK_BEHIND: usize = 8;
 
+// Rebuilding Redis from Postgres.
+
+/// For how long the sidecar that fills Redis keeps the others from it without a sign of life. It gives one with each page, which takes
+/// milliseconds; one that died is replaced after this time.
+pub const REBUILD_LEASE: Duration = Duration::from_secs(10);
+
+/// Rows of Postgres that are given to Redis at a time: a few milliseconds of each.
+pub const REFILL_PAGE: usize = 5_000;
+
+/// Entries of the outbox that a rebuild carries over at a time, and changes that it saves by name: a transaction of some tens of
+/// milliseconds.
+pub const REBUILD_READ_ENTRIES: usize = 16;
+pub const SALVAGE_CHANGES_MAX: usize = 1_000;
+
+/// Changes handed over by other sidecars that one verification takes up: more wait for the next.
+pub const HANDOVER_MAX: i64 = 256;
+
+/// Keys of one command that removes or sets many: Redis serves nobody else meanwhile, which is about a millisecond.
+pub const REFILL_KEYS: usize = 500;
+
 // The relay: from the outbox to Postgres.
 
 /// At how many changes a batch is full: from here on one more change hardly makes the transaction cheaper for each.

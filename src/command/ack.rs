@@ -71,7 +71,7 @@ impl AckQueue {
 
     fn is_applied(&self, position: Position, applied: Position) -> bool {
         let ended = self.partition.ended.borrow();
-        let ended_with_it = || ended.iter().any(|end| end.epoch == position.epoch && position.n <= end.last_n);
+        let ended_with_it = || ended.iter().any(|end| end.epoch == position.epoch && end.has(position.n));
         position <= applied && (position.epoch == applied.epoch || ended_with_it())
     }
 

@@ -43,8 +43,8 @@ async fn wait(cx: Rc<Context>, position: Position, timeout: Duration) -> Reply {
         let of_it = |ended: &Vec<EndedEpoch>| ended.iter().any(|ended| ended.epoch == position.epoch);
         partition.verify.notify_one();
         let ended = ended.wait_for(of_it).await.ok()?;
-        let last_n = ended.iter().find(|ended| ended.epoch == position.epoch)?.last_n;
-        Some(if position.n <= last_n { "APPLIED" } else { "LOST" })
+        let ended = ended.iter().find(|ended| ended.epoch == position.epoch)?;
+        Some(if ended.has(position.n) { "APPLIED" } else { "LOST" })
     };
     match tokio::time::timeout(timeout, whether).await {
         Ok(Some(word)) => change::outcome(word, [Reply::text(position.to_string())]),

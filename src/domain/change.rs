@@ -210,6 +210,25 @@ impl Operation {
         decoded.map_or_else(|| malformed(format!("line {line:?}")), Ok)
     }
 
+    /// The products that it is about; none for a coupon's.
+    pub fn products(&self) -> impl Iterator<Item = &str> {
+        let items: &[Item] = if let Effect::Stock { items, .. } = &self.effect { items } else { &[] };
+        items.iter().map(|item| item.product.as_str())
+    }
+
+    /// The coupon that it is about.
+    pub fn coupon(&self) -> Option<&str> {
+        match &self.effect {
+            Effect::CouponCreate { coupon, .. } | Effect::CouponIssue { coupon, .. } => Some(coupon),
+            Effect::Stock { .. } => None,
+        }
+    }
+
+    /// The serial that it issued.
+    pub fn serial(&self) -> Option<i64> {
+        if let Effect::CouponIssue { serial, .. } = &self.effect { Some(*serial) } else { None }
+    }
+
     fn decode_words(line: &str) -> Option<Self> {
         let mut words = line.split(' ');
         let k = words.next()?.parse().ok()?;
@@ -262,6 +281,48 @@ impl Operation {
             _ => return None,
         };
         Some(Self { k, remembered, effect })
+    }
+}
+
+impl std::fmt::Display for Operation {
+    /// Writes the line that [`Operation::decode`] reads.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = match &self.effect {
+            Effect::Stock { kind, .. } => kind.as_str(),
+            Effect::CouponCreate { .. } => "coupon.create",
+            Effect::CouponIssue { .. } => "coupon.issue",
+        };
+        write!(f, "{} {kind}", self.k)?;
+        if let Some(Remembered { request, digest }) = &self.remembered {
+            write!(f, " request={request} digest={digest}")?;
+        }
+        match &self.effect {
+            Effect::Stock { items, detail, .. } => {
+                detail.fmt(f)?;
+                f.write_str(" |")?;
+                items.iter().try_for_each(|item| write!(f, " {} {} {}", item.product, item.delta, item.available))
+            }
+            Effect::CouponCreate { coupon, terms } => {
+                write!(f, " coupon={coupon} total={} peruser={}", terms.total, terms.per_user)?;
+                terms.start_ms.map_or(Ok(()), |start| write!(f, " start={start}"))?;
+                terms.end_ms.map_or(Ok(()), |end| write!(f, " end={end}"))?;
+                f.write_str(" |")
+            }
+            Effect::CouponIssue { coupon, user, serial, remaining } => {
+                write!(f, " coupon={coupon} user={user} serial={serial} remaining={remaining} |")
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Detail {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let numbers = [("low", self.low), ("new", self.created.then_some(1)), ("pg", self.pg), ("short", self.short)];
+        for (name, number) in numbers {
+            number.map_or(Ok(()), |number| write!(f, " {name}={number}"))?;
+        }
+        self.mark.map_or(Ok(()), |mark| write!(f, " inbox={mark}"))?;
+        self.reason.as_ref().map_or(Ok(()), |reason| write!(f, " reason={}", text::escape(reason.as_bytes())))
     }
 }
 
@@ -322,6 +383,7 @@ mod tests {
             entry.operations[3].effect,
             Effect::CouponIssue { coupon: "c-1".into(), user: "u=7".into(), serial: 12, remaining: 988 }
         );
+        assert_eq!(entry.operations.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"), text, "written as read");
         let Effect::CouponCreate { terms, .. } = &entry.operations[4].effect else { panic!() };
         assert_eq!(*terms, CouponTerms { total: 10, per_user: 1, start_ms: None, end_ms: Some(7) });
     }

@@ -22,6 +22,11 @@ impl RequestId {
         fits.then(|| Self(bytes.clone()))
     }
 
+    /// The id whose [`RequestId::escaped`] form this is: out of the ledger.
+    pub fn of_escaped(escaped: &str) -> Self {
+        Self(text::unescape_bytes(escaped).into())
+    }
+
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }

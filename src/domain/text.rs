@@ -15,8 +15,13 @@ pub fn escape(bytes: &[u8]) -> String {
     text
 }
 
-/// Undoes [`escape`]. What is not UTF-8 is replaced; a `%` that begins no byte stays as it is.
+/// Undoes [`escape`] for what was text. What is not UTF-8 is replaced.
 pub fn unescape(text: &str) -> String {
+    String::from_utf8_lossy(&unescape_bytes(text)).into_owned()
+}
+
+/// Undoes [`escape`]; a `%` that begins no byte stays as it is.
+pub fn unescape_bytes(text: &str) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&byte, behind)) = rest.split_first() {
@@ -32,7 +37,7 @@ pub fn unescape(text: &str) -> String {
             }
         }
     }
-    String::from_utf8_lossy(&bytes).into_owned()
+    bytes
 }
 
 #[cfg(test)]

@@ -64,7 +64,7 @@ async fn apply_in(connection: &mut PgConnection, partition: u32, entries: &[Entr
 }
 
 /// Writes where the epochs from that of `reached` up to, not including, `next` have ended.
-async fn end_epochs(connection: &mut PgConnection, partition: u32, reached: Position, next: u64) -> Result<(), Error> {
+pub(super) async fn end_epochs(connection: &mut PgConnection, partition: u32, reached: Position, next: u64) -> Result<(), Error> {
     sqlx::query("UPDATE holdfast.partition_epoch SET last_n = $2 WHERE partition = $1 AND epoch >= $3 AND epoch < $4 AND last_n IS NULL")
         .bind(partition::id(partition))
         .bind(to_bigint(reached.n))

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::Error;
-use crate::domain::InboxMark;
 use crate::domain::change::{CouponTerms, Effect, Entry, Item, Operation, StockKind};
+use crate::domain::{InboxMark, Position};
 
 /// What an operation's ledger rows have in common.
 #[derive(Clone, Copy)]
@@ -16,6 +16,8 @@ pub(super) struct Place<'a> {
     pub request: Option<&'a str>,
     pub digest: Option<&'a str>,
     pub at_ms: i64,
+    /// What the caller was answered, where that is another place.
+    pub origin: Option<Position>,
 }
 
 /// One row of `stock_ledger`.
@@ -106,6 +108,7 @@ impl<'a> Changes<'a> {
                     request: remembered.map(|remembered| remembered.request.as_str()),
                     digest: remembered.map(|remembered| remembered.digest.as_str()),
                     at_ms: entry.at_ms,
+                    origin: None,
                 };
                 changes.add(place, operation, units)?;
             }
@@ -189,7 +192,6 @@ impl<'a> Changes<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::Position;
 
     fn entry(lines: &[&str]) -> Entry {
         let operations: Vec<_> = lines.iter().map(|line| Operation::decode(line).unwrap()).collect();

@@ -11,6 +11,8 @@ pub mod coupon;
 pub mod error;
 pub mod migrate;
 pub mod partition;
+pub mod refill;
+pub mod salvage;
 pub mod stock;
 mod write;
 

@@ -4,6 +4,7 @@ use sqlx::PgConnection;
 
 use super::{Error, from_bigint, to_bigint};
 use crate::domain::{InboxMark, Position};
+use crate::limits::REBUILD_LEASE;
 
 /// The op that stands for "none yet", in the first entry's `prev` and in a new row.
 pub const NO_OP: &str = "-";
@@ -82,18 +83,80 @@ pub(super) async fn lock(connection: &mut PgConnection, partition: u32) -> Resul
 }
 
 /// Takes the epoch after `from_epoch` for the Redis process `run_id`, and returns it; `None` where somebody else was faster and
-/// the row is no longer at `from_epoch`. Of several that try, one succeeds.
+/// the row is no longer at `from_epoch`, or fills Redis. Of several that try, one succeeds.
 pub async fn take_epoch(connection: &mut PgConnection, partition: u32, from_epoch: u64, run_id: &str) -> Result<Option<u64>, Error> {
+    take(connection, partition, from_epoch, from_epoch + 1, run_id, None).await
+}
+
+/// Takes the epoch `to` as [`take_epoch`] does, to fill Redis under it: for [`REBUILD_LEASE`] nobody but `owner` may take another.
+pub async fn take_epoch_to_rebuild(
+    connection: &mut PgConnection,
+    partition: u32,
+    from_epoch: u64,
+    to: u64,
+    run_id: &str,
+    owner: &str,
+) -> Result<Option<u64>, Error> {
+    take(connection, partition, from_epoch, to, run_id, Some(owner)).await
+}
+
+async fn take(
+    connection: &mut PgConnection,
+    partition: u32,
+    from: u64,
+    to: u64,
+    run_id: &str,
+    owner: Option<&str>,
+) -> Result<Option<u64>, Error> {
     let epoch: Option<i64> = sqlx::query_scalar(
-        "WITH taken AS (UPDATE holdfast.partition SET epoch = epoch + 1 WHERE id = $1 AND epoch = $2 RETURNING id, epoch) \
-         INSERT INTO holdfast.partition_epoch (partition, epoch, run_id) SELECT id, epoch, $3 FROM taken RETURNING epoch",
+        "WITH taken AS (UPDATE holdfast.partition SET epoch = $3, owner = $5, \
+         lease_until = CASE WHEN $5::text IS NULL THEN NULL ELSE now() + $6 * interval '1 millisecond' END \
+         WHERE id = $1 AND epoch = $2 AND (lease_until IS NULL OR lease_until < now() OR owner = $5) RETURNING id, epoch) \
+         INSERT INTO holdfast.partition_epoch (partition, epoch, run_id) SELECT id, epoch, $4 FROM taken RETURNING epoch",
     )
     .bind(id(partition))
-    .bind(to_bigint(from_epoch))
+    .bind(to_bigint(from))
+    .bind(to_bigint(to))
     .bind(run_id)
+    .bind(owner)
+    .bind(lease_ms())
     .fetch_optional(connection)
     .await?;
     Ok(epoch.map(from_bigint))
+}
+
+fn lease_ms() -> i64 {
+    i64::try_from(REBUILD_LEASE.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// Goes on holding the right to fill Redis. `false` where it was lost.
+pub async fn renew_rebuild(connection: &mut PgConnection, partition: u32, epoch: u64, owner: &str) -> Result<bool, Error> {
+    let renewed = sqlx::query(
+        "UPDATE holdfast.partition SET lease_until = now() + $4 * interval '1 millisecond' WHERE id = $1 AND epoch = $2 AND owner = $3",
+    )
+    .bind(id(partition))
+    .bind(to_bigint(epoch))
+    .bind(owner)
+    .bind(lease_ms())
+    .execute(connection)
+    .await?;
+    Ok(renewed.rows_affected() == 1)
+}
+
+/// Redis has been filled under `epoch`: every epoch before it has ended where Postgres is. `false` where the right to fill it was lost.
+pub async fn finish_rebuild(connection: &mut PgConnection, partition: u32, epoch: u64, owner: &str) -> Result<bool, Error> {
+    let finished = sqlx::query(
+        "WITH done AS (UPDATE holdfast.partition SET owner = NULL, lease_until = NULL WHERE id = $1 AND epoch = $2 AND owner = $3 \
+         RETURNING id, applied_n) \
+         UPDATE holdfast.partition_epoch e SET last_n = coalesce(e.last_n, done.applied_n) FROM done \
+         WHERE e.partition = done.id AND e.epoch < $2",
+    )
+    .bind(id(partition))
+    .bind(to_bigint(epoch))
+    .bind(owner)
+    .execute(connection)
+    .await?;
+    Ok(finished.rows_affected() > 0)
 }
 
 /// A row of `holdfast.partition_epoch`.

@@ -33,6 +33,8 @@ struct Places<'a> {
     request: Vec<Option<&'a str>>,
     digest: Vec<Option<&'a str>>,
     at_ms: Vec<i64>,
+    origin_epoch: Vec<Option<i64>>,
+    origin_n: Vec<Option<i64>>,
 }
 
 impl<'a> Places<'a> {
@@ -44,13 +46,15 @@ impl<'a> Places<'a> {
             k: places.clone().map(|place| small(place.k)).collect(),
             request: places.clone().map(|place| place.request).collect(),
             digest: places.clone().map(|place| place.digest).collect(),
-            at_ms: places.map(|place| place.at_ms).collect(),
+            at_ms: places.clone().map(|place| place.at_ms).collect(),
+            origin_epoch: places.clone().map(|place| place.origin.map(|origin| to_bigint(origin.epoch))).collect(),
+            origin_n: places.map(|place| place.origin.map(|origin| to_bigint(origin.n))).collect(),
         }
     }
 }
 
 /// A place in a batch, of which there are some hundreds.
-fn small(number: impl TryInto<i32>) -> i32 {
+pub(super) fn small(number: impl TryInto<i32>) -> i32 {
     number.try_into().unwrap_or(i32::MAX)
 }
 
@@ -58,12 +62,12 @@ async fn stock_ledger(connection: &mut PgConnection, partition: u32, lines: &[St
     let places = Places::of(lines.iter().map(|line| line.place));
     sqlx::query(
         "INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after, \
-         request_id, request_digest, at) \
+         request_id, request_digest, at, origin_epoch, origin_n) \
          SELECT $1, l.epoch, l.n, l.i, l.op, l.k, l.product, l.kind, l.redis_delta, l.pg_delta, l.available, l.request, l.digest, \
-         timestamptz 'epoch' + l.at_ms * interval '1 millisecond' \
+         timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n \
          FROM unnest($2::bigint[], $3::bigint[], $4::int[], $5::text[], $6::int[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
-         $11::bigint[], $12::text[], $13::text[], $14::bigint[]) \
-         AS l (epoch, n, i, op, k, product, kind, redis_delta, pg_delta, available, request, digest, at_ms)",
+         $11::bigint[], $12::text[], $13::text[], $14::bigint[], $15::bigint[], $16::bigint[]) \
+         AS l (epoch, n, i, op, k, product, kind, redis_delta, pg_delta, available, request, digest, at_ms, origin_epoch, origin_n)",
     )
     .bind(partition::id(partition))
     .bind(places.epoch)
@@ -79,6 +83,8 @@ async fn stock_ledger(connection: &mut PgConnection, partition: u32, lines: &[St
     .bind(places.request)
     .bind(places.digest)
     .bind(places.at_ms)
+    .bind(places.origin_epoch)
+    .bind(places.origin_n)
     .execute(connection)
     .await?;
     Ok(())
@@ -162,12 +168,12 @@ async fn coupon_ledger(connection: &mut PgConnection, partition: u32, lines: &[C
     let places = Places::of(lines.iter().map(|line| line.place));
     sqlx::query(
         "INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, user_id, serial, remaining_after, request_id, \
-         request_digest, at) \
+         request_digest, at, origin_epoch, origin_n) \
          SELECT $1, l.epoch, l.n, l.op, l.k, l.coupon, l.kind, l.user_id, l.serial, l.remaining, l.request, l.digest, \
-         timestamptz 'epoch' + l.at_ms * interval '1 millisecond' \
+         timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n \
          FROM unnest($2::bigint[], $3::bigint[], $4::text[], $5::int[], $6::text[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
-         $11::text[], $12::text[], $13::bigint[]) \
-         AS l (epoch, n, op, k, coupon, kind, user_id, serial, remaining, request, digest, at_ms)",
+         $11::text[], $12::text[], $13::bigint[], $14::bigint[], $15::bigint[]) \
+         AS l (epoch, n, op, k, coupon, kind, user_id, serial, remaining, request, digest, at_ms, origin_epoch, origin_n)",
     )
     .bind(partition::id(partition))
     .bind(places.epoch)
@@ -182,6 +188,8 @@ async fn coupon_ledger(connection: &mut PgConnection, partition: u32, lines: &[C
     .bind(places.request)
     .bind(places.digest)
     .bind(places.at_ms)
+    .bind(places.origin_epoch)
+    .bind(places.origin_n)
     .execute(connection)
     .await?;
     Ok(())

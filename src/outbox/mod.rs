@@ -1,8 +1,10 @@
-//! From what the scripts appended in Redis to Postgres: the relay; the verifier, which compares both before anything is sold; the loader,
-//! which finds in Postgres what Redis does not have.
+//! From what the scripts appended in Redis to Postgres: the relay; the verifier, which compares both before anything is sold; the rebuild
+//! of a Redis that lost its data; the loader, which finds in Postgres what Redis does not have.
 
+mod handover;
 pub mod loader;
 mod proof;
+mod rebuild;
 pub mod relay;
 mod retry;
 mod slice;

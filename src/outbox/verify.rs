@@ -1,26 +1,38 @@
 //! Compares Redis with Postgres before anything is sold: at start, whenever a script's guard does not match, and every few seconds.
 //! Decides whether the partition is live, and under which epoch.
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use super::handover;
+use super::proof::continues;
+use super::rebuild::Rebuild;
+use crate::domain::Position;
 use crate::ledger;
-use crate::ledger::partition::{NO_OP, PartitionRow};
+use crate::ledger::partition::{EpochRow, NO_OP, PartitionRow};
 use crate::limits;
-use crate::store::meta::{self, Look};
+use crate::store::meta::{self, Look, Meta};
 use crate::store::partition::{EndedEpoch, State, Trouble};
-use crate::store::{Connection, Partition};
+use crate::store::stream::OutboxReader;
+use crate::store::{self, Connection, Partition};
 
 /// See the module.
 pub struct Verifier {
     partition: Arc<Partition>,
     redis_url: String,
     postgres_url: String,
+    /// This process, among the sidecars.
+    instance: String,
+    /// How long a REQUEST id is remembered.
+    window_ms: i64,
     /// The epoch and run id that both sides agreed on last.
     verified: Option<(u64, String)>,
+    /// The epochs as they were published last.
+    epochs: Vec<EpochRow>,
 }
 
 /// What was found, and what follows from it.
@@ -30,30 +42,49 @@ enum Finding {
     Live { epoch: u64 },
     /// Everything Postgres has is here and chained: open it under the next epoch.
     NextEpoch,
-    /// A person has to decide, or Redis has to be filled from Postgres. Says what was found and what to do.
+    /// Redis has lost something or holds another history: fill it from Postgres. Says what was found.
+    Rebuild(String),
+    /// A person has to decide. Says what was found and what to do.
     Closed(String),
 }
 
-/// What a comparison came to.
-enum Compared {
-    Found(Finding),
-    /// The epoch has moved, by us or by another sidecar: compare again.
-    Moved,
+/// Both sides, looked at one after the other.
+struct Sight {
+    row: PartitionRow,
+    /// The newest change that this sidecar knew of before Redis was asked: what is sold from then on is no loss.
+    seen: Position,
+    look: Look,
+}
+
+/// What a look at both sides came to.
+enum Verified {
+    /// The state says it.
+    Settled,
+    /// Redis has to be filled.
+    Rebuild { row: PartitionRow, meta: Option<Meta>, why: String },
 }
 
 impl Verifier {
-    pub fn new(partition: Arc<Partition>, redis_url: &str, postgres_url: &str) -> Self {
-        Self { partition, redis_url: redis_url.to_owned(), postgres_url: postgres_url.to_owned(), verified: None }
+    pub fn new(partition: Arc<Partition>, redis_url: &str, postgres_url: &str, instance: &str, window: Duration) -> Self {
+        Self {
+            partition,
+            redis_url: redis_url.to_owned(),
+            postgres_url: postgres_url.to_owned(),
+            instance: instance.to_owned(),
+            window_ms: i64::try_from(window.as_millis()).unwrap_or(i64::MAX),
+            verified: None,
+            epochs: Vec::new(),
+        }
     }
 
     /// Verifies until `cancel`.
     pub async fn run(mut self, cancel: CancellationToken) {
         let mut troubled = String::new();
         loop {
-            let trouble = match tokio::time::timeout(limits::VERIFY_WITHIN, self.verify()).await {
-                Ok(Ok(())) => String::new(),
-                Ok(Err(trouble)) => trouble,
-                Err(_) => "Redis or Postgres does not answer".to_owned(),
+            let trouble = match cancel.run_until_cancelled(self.once()).await {
+                None => return,
+                Some(Ok(())) => String::new(),
+                Some(Err(trouble)) => trouble,
             };
             if trouble != troubled {
                 match trouble.as_str() {
@@ -73,25 +104,51 @@ impl Verifier {
         }
     }
 
-    async fn verify(&mut self) -> Result<(), String> {
-        let mut redis = Connection::open(&self.redis_url).await.map_err(|error| self.starting(error.to_string()))?;
+    async fn once(&mut self) -> Result<(), String> {
+        loop {
+            let verified = match tokio::time::timeout(limits::VERIFY_WITHIN, self.verify()).await {
+                Ok(verified) => verified?,
+                Err(_) => return Err("Redis or Postgres does not answer".to_owned()),
+            };
+            let Verified::Rebuild { row, meta, why } = verified else { return Ok(()) };
+            let mut redis = Connection::open(&self.redis_url).await.map_err(|error| self.starting(&error))?;
+            let mut postgres = ledger::connect(&self.postgres_url).await.map_err(|error| self.starting(&error))?;
+            let rebuild = Rebuild {
+                partition: &self.partition,
+                redis_url: &self.redis_url,
+                postgres_url: &self.postgres_url,
+                redis: &mut redis,
+                postgres: &mut postgres,
+                owner: &self.instance,
+                window_ms: self.window_ms,
+            };
+            // Opened, but sold on only once both sides have been compared.
+            rebuild.run(&row, meta.as_ref(), &why).await?;
+        }
+    }
+
+    async fn verify(&mut self) -> Result<Verified, String> {
+        let mut redis = Connection::open(&self.redis_url).await.map_err(|error| self.starting(&error))?;
         let mut postgres = match ledger::connect(&self.postgres_url).await {
             Ok(postgres) => postgres,
             Err(error) => return self.without_postgres(&mut redis, &error.to_string()).await,
         };
-        let mut closed_before = false;
+        let mut found_before = false;
         loop {
-            match self.compare(&mut redis, &mut postgres).await? {
-                Compared::Moved => {}
-                Compared::Found(Finding::Live { epoch }) => {
-                    self.verified = Some((epoch, redis.run_id().to_owned()));
-                    self.set(State::Live { epoch, run_id: redis.run_id().to_owned() });
-                    return Ok(());
+            let sight = self.look(&mut redis, &mut postgres).await?;
+            match self.compare(&mut redis, &mut postgres, &sight).await? {
+                Finding::NextEpoch => self.next_epoch(&mut redis, &mut postgres, &sight).await?,
+                Finding::Live { epoch } => {
+                    self.go_live(&redis, &mut postgres, epoch, &sight.look).await?;
+                    return Ok(Verified::Settled);
                 }
-                Compared::Found(Finding::NextEpoch) => return Err("the epoch was not taken".to_owned()),
                 // Both sides cannot be read at one moment, and another sidecar may be at it: what shows twice is real.
-                Compared::Found(Finding::Closed(_)) if !closed_before => closed_before = true,
-                Compared::Found(Finding::Closed(why)) => {
+                Finding::Closed(_) | Finding::Rebuild(_) if !found_before => found_before = true,
+                Finding::Rebuild(why) => {
+                    self.set(State::Rebuilding(why.clone()));
+                    return Ok(Verified::Rebuild { row: sight.row, meta: sight.look.meta, why });
+                }
+                Finding::Closed(why) => {
                     self.set(State::Loading(why.clone()));
                     return Err(why);
                 }
@@ -99,8 +156,94 @@ impl Verifier {
         }
     }
 
+    async fn look(&mut self, redis: &mut Connection, postgres: &mut ledger::PgConnection) -> Result<Sight, String> {
+        let row = ledger::partition::load(postgres, self.partition.id).await.map_err(|error| self.starting(&error))?;
+        let seen = self.partition.head();
+        let look = Look::at(redis, row.applied).await.map_err(|error| self.starting(&error))?;
+        self.note_epochs(postgres).await.map_err(|error| self.starting(&error))?;
+        self.partition.set_applied(row.applied);
+        Ok(Sight { row, seen, look })
+    }
+
+    async fn compare(&mut self, redis: &mut Connection, postgres: &mut ledger::PgConnection, sight: &Sight) -> Result<Finding, String> {
+        let Sight { row, seen, look } = sight;
+        let finding = match decide(row, look, redis.run_id(), *seen) {
+            Finding::Closed(why) => return Ok(Finding::Closed(why)),
+            finding => finding,
+        };
+        let trouble = self.partition.relay_trouble.borrow().clone();
+        if let Some(Trouble::Broken(_)) = trouble {
+            // The relay may have met what a rebuild has put right since.
+            match self.proof(row).await.map_err(|error| self.starting(&error))? {
+                Ok(()) => _ = self.partition.relay_trouble.send_replace(None),
+                Err(found) => return Ok(Finding::Rebuild(found)),
+            }
+        }
+        if finding == Finding::NextEpoch && self.misses_copies(postgres, row).await.map_err(|error| self.starting(&error))? {
+            return Ok(Finding::Rebuild("changes that were answered are neither in Redis nor in Postgres".to_owned()));
+        }
+        Ok(finding)
+    }
+
+    /// Whether the outbox continues what Postgres has, or what was found instead.
+    async fn proof(&self, row: &PartitionRow) -> Result<Result<(), String>, store::Error> {
+        let mut reader = OutboxReader::open(&self.redis_url).await?;
+        let there = reader.entry_at(row.applied).await?;
+        let after = reader.read_after(row.applied, 1, Duration::ZERO).await?.entries.pop();
+        let last = if there.is_none() && after.is_none() { reader.last().await? } else { None };
+        Ok(continues(row, there, after, last))
+    }
+
+    /// Whether anything that this process answered stands neither in the outbox nor in the ledger.
+    async fn misses_copies(&self, postgres: &mut ledger::PgConnection, row: &PartitionRow) -> Result<bool, String> {
+        let copied = self.partition.copies.ops();
+        if copied.is_empty() {
+            return Ok(false);
+        }
+        let mut reader = OutboxReader::open(&self.redis_url).await.map_err(|error| error.to_string())?;
+        let (mut after, mut there) = (row.applied, std::collections::HashSet::new());
+        loop {
+            let read = reader.read_after(after, limits::RELAY_READ_ENTRIES_MAX, Duration::ZERO).await.map_err(|error| error.to_string())?;
+            let Some(last) = read.entries.last() else { break };
+            after = last.last;
+            there.extend(read.entries.into_iter().map(|entry| entry.op));
+        }
+        let absent: Vec<String> = copied.into_iter().map(|(op, _)| op).filter(|op| !there.contains(op)).collect();
+        let known = ledger::salvage::known_ops(postgres, &absent).await.map_err(|error| error.to_string())?;
+        Ok(known < absent.len())
+    }
+
+    async fn next_epoch(&mut self, redis: &mut Connection, postgres: &mut ledger::PgConnection, sight: &Sight) -> Result<(), String> {
+        let taken = ledger::partition::take_epoch(postgres, self.partition.id, sight.row.epoch, redis.run_id()).await;
+        let Some(epoch) = taken.map_err(|error| self.starting(&error))? else {
+            // Another sidecar took it, or is filling Redis.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            return Ok(());
+        };
+        if meta::attach(redis, sight.look.meta.as_ref(), epoch).await.map_err(|error| self.starting(&error))? {
+            info!(epoch, run_id = redis.run_id(), n = sight.look.meta.as_ref().map_or(0, |meta| meta.n), "opened under a new epoch");
+        }
+        Ok(())
+    }
+
+    /// Both sides agree. What this process answered under an earlier epoch, and neither side has, is handed over first.
+    async fn go_live(&mut self, redis: &Connection, postgres: &mut ledger::PgConnection, epoch: u64, look: &Look) -> Result<(), String> {
+        handover::hand_over(&self.partition, postgres, epoch).await.map_err(|error| self.starting(&error))?;
+        let head = self.partition.head();
+        if head.epoch < epoch && head.n > look.meta.as_ref().map_or(0, |meta| meta.n) {
+            self.partition.see_anew(look.newest.as_ref().map_or(*self.partition.applied.borrow(), |newest| newest.last));
+        }
+        if let Some(newest) = &look.newest {
+            self.partition.saw(newest.last);
+        }
+        self.verified = Some((epoch, redis.run_id().to_owned()));
+        self.set(State::Live { epoch, run_id: redis.run_id().to_owned() });
+        handover::take_up(&self.partition, postgres).await.map_err(|error| error.to_string())
+    }
+
     /// Before the first time, the reason is what a client is told; later the state stays, and the lanes see for themselves.
-    fn starting(&self, why: String) -> String {
+    fn starting(&self, error: &impl Display) -> String {
+        let why = error.to_string();
         self.partition.state.send_if_modified(|state| match state {
             State::Loading(reason) if *reason != why => {
                 *reason = format!("waiting: {why}");
@@ -122,9 +265,9 @@ impl Verifier {
     }
 
     /// Postgres is away: a sidecar that was live goes on where nothing in Redis has changed.
-    async fn without_postgres(&self, redis: &mut Connection, error: &str) -> Result<(), String> {
+    async fn without_postgres(&self, redis: &mut Connection, error: &str) -> Result<Verified, String> {
         let (seen, applied) = (self.partition.head(), *self.partition.applied.borrow());
-        let found = Look::at(redis, applied).await.map_err(|error| self.starting(error.to_string()))?;
+        let found = Look::at(redis, applied).await.map_err(|error| self.starting(&error))?;
         if let (Some(meta), Some((epoch, run_id))) = (&found.meta, &self.verified)
             && meta.live
             && meta.epoch == *epoch
@@ -133,91 +276,74 @@ impl Verifier {
             && meta.n >= seen.n
         {
             self.set(State::Live { epoch: *epoch, run_id: run_id.clone() });
+            return Ok(Verified::Settled);
+        }
+        Err(self.starting(&error))
+    }
+
+    async fn note_epochs(&mut self, postgres: &mut ledger::PgConnection) -> Result<(), ledger::Error> {
+        let epochs = ledger::partition::epochs(postgres, self.partition.id).await?;
+        if epochs == self.epochs {
             return Ok(());
         }
-        Err(self.starting(error.to_owned()))
-    }
-
-    async fn compare(&self, redis: &mut Connection, postgres: &mut ledger::PgConnection) -> Result<Compared, String> {
-        let text = |error: &dyn std::fmt::Display| self.starting(error.to_string());
-        let row = ledger::partition::load(postgres, self.partition.id).await.map_err(|error| text(&error))?;
-        // Before Redis is asked: what is sold from now on is no loss.
-        let seen = self.partition.head();
-        let look = Look::at(redis, row.applied).await.map_err(|error| text(&error))?;
-        self.partition.set_applied(row.applied);
-        if let Some(newest) = &look.newest {
-            self.partition.saw(newest.last);
+        let mut ended = Vec::with_capacity(epochs.len());
+        for row in &epochs {
+            let Some(last_n) = row.last_n else { continue };
+            let saved = ledger::salvage::saved_of(postgres, self.partition.id, row.epoch).await?;
+            ended.push(EndedEpoch { epoch: row.epoch, last_n, saved });
         }
-        self.note_ended_epochs(postgres).await.map_err(|error| text(&error))?;
-        let trouble = self.partition.relay_trouble.borrow().clone();
-        let finding = match trouble {
-            Some(Trouble::Broken(found)) => Finding::Closed(found),
-            _ => decide(&row, &look, redis.run_id(), seen.n),
-        };
-        if finding != Finding::NextEpoch {
-            return Ok(Compared::Found(finding));
-        }
-        let taken =
-            ledger::partition::take_epoch(postgres, self.partition.id, row.epoch, redis.run_id()).await.map_err(|error| text(&error))?;
-        let Some(epoch) = taken else { return Ok(Compared::Moved) };
-        let attached = meta::attach(redis, look.meta.as_ref(), epoch).await.map_err(|error| text(&error))?;
-        if attached {
-            info!(epoch, run_id = redis.run_id(), n = look.meta.map_or(0, |meta| meta.n), "opened under a new epoch");
-        }
-        Ok(Compared::Moved)
-    }
-
-    async fn note_ended_epochs(&self, postgres: &mut ledger::PgConnection) -> Result<(), ledger::Error> {
-        let epochs = ledger::partition::epochs(postgres, self.partition.id).await?;
-        let ended = epochs.into_iter().filter_map(|row| Some(EndedEpoch { epoch: row.epoch, last_n: row.last_n? }));
-        self.partition.ended.send_replace(ended.collect());
+        self.epochs = epochs;
+        self.partition.set_ended(ended);
         Ok(())
     }
 }
 
-/// The table of design 8 as far as it needs no rebuild; the first that fits counts. `seen` is n of the newest change this
-/// sidecar knows of.
-fn decide(row: &PartitionRow, look: &Look, run_id: &str, seen: u64) -> Finding {
+/// The table of design 8; the first row that fits counts. `seen` is the newest change this sidecar knows of.
+fn decide(row: &PartitionRow, look: &Look, run_id: &str, seen: Position) -> Finding {
     let Some(meta) = &look.meta else {
         // Nothing was ever applied, and nothing has been seen: an installation that begins.
-        if row.applied.n == 0 && seen == 0 && look.newest.is_none() {
+        if row.applied.n == 0 && seen.n == 0 && look.newest.is_none() {
             return Finding::NextEpoch;
         }
-        return Finding::Closed(format!(
-            "this Redis is empty, but Postgres has changes up to {}: give Redis its data back, or point redis.url at the right one",
-            row.applied
-        ));
+        return Finding::Rebuild(format!("this Redis is empty, but Postgres has changes up to {}", row.applied));
     };
     if meta.epoch > row.epoch {
         return Finding::Closed(format!(
-            "Redis is at epoch {} and Postgres at {}: Postgres was restored from a backup or is another one; point postgres.url at the right one",
+            "Redis is at epoch {} and Postgres at {}: Postgres was restored from a backup, or is another one; give postgres.url the right one, \
+             or say which side is right with holdfast rebuild --from redis or --from postgres",
             meta.epoch, row.epoch
         ));
     }
-    let newest = seen.max(row.applied.n);
-    if meta.n < newest {
+    if let Some(oldest) = look.oldest.as_ref().filter(|oldest| oldest.first_n > row.applied.n + 1) {
         return Finding::Closed(format!(
-            "Redis is at {} and has lost changes up to {newest}: it was restored from an older copy; give it its newest data back",
-            meta.n
+            "the outbox in Redis begins at n {}, but Postgres has changes only up to {}: Postgres was restored from a backup, or the outbox was cut; \
+             say which side is right with holdfast rebuild --from redis or --from postgres",
+            oldest.first_n, row.applied
         ));
+    }
+    // What was seen under an earlier epoch may have been lost and counted anew under this one.
+    let newest = if seen.epoch >= meta.epoch { seen.n.max(row.applied.n) } else { row.applied.n };
+    if meta.n < newest {
+        return Finding::Rebuild(format!("Redis is at {} and has lost changes up to {newest}", meta.n));
     }
     let tail_fits = match &look.newest {
         Some(newest) => newest.last.n == meta.n && newest.op == meta.last,
-        // Cut to the end, by hand: nothing is lost if Postgres has all of it.
+        // Cut to the end, by hand, or filled anew: nothing is lost if Postgres has all of it.
         None => meta.n == 0 || (meta.n == row.applied.n && meta.last == row.last_op),
     };
-    let chained = if row.applied.n == 0 {
-        look.oldest.as_ref().is_none_or(|oldest| oldest.prev == NO_OP)
-    } else {
-        look.newest.is_none() || look.at_applied.as_ref().is_some_and(|entry| entry.op == row.last_op)
+    let continued = |entry: &crate::domain::change::Entry| entry.first_n == row.applied.n + 1 && entry.prev == row.last_op;
+    let chained = match &look.at_applied {
+        Some(entry) => entry.op == row.last_op,
+        None if row.applied.n == 0 => look.oldest.as_ref().is_none_or(|oldest| oldest.prev == NO_OP),
+        None => look.oldest.as_ref().is_none_or(continued),
     };
     if !tail_fits || !chained {
-        return Finding::Closed(format!(
-            "the outbox in Redis does not continue what Postgres has at {}: it was cut, or belongs to another history; give Redis its own data back",
-            row.applied
-        ));
+        return Finding::Rebuild(format!("the outbox in Redis does not continue what Postgres has at {}", row.applied));
     }
-    if meta.live && meta.epoch == row.epoch && meta.run_id == run_id {
+    if !meta.live {
+        return Finding::Rebuild("filling Redis was broken off".to_owned());
+    }
+    if meta.epoch == row.epoch && meta.run_id == run_id {
         return Finding::Live { epoch: meta.epoch };
     }
     Finding::NextEpoch
@@ -226,7 +352,6 @@ fn decide(row: &PartitionRow, look: &Look, run_id: &str, seen: u64) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::Position;
     use crate::domain::change::Entry;
     use crate::store::meta::Meta;
 
@@ -250,40 +375,63 @@ mod tests {
         }
     }
 
-    fn is_closed(finding: &Finding) -> bool {
-        matches!(finding, Finding::Closed(_))
+    fn is_rebuild(finding: &Finding) -> bool {
+        matches!(finding, Finding::Rebuild(_))
     }
 
     #[test]
     fn a_fresh_installation_opens_under_the_first_epoch() {
-        assert_eq!(decide(&row(0, 0), &Look::default(), "r", 0), Finding::NextEpoch);
+        assert_eq!(decide(&row(0, 0), &Look::default(), "r", Position::new(3, 0)), Finding::NextEpoch);
     }
 
     #[test]
     fn the_same_process_and_epoch_is_live_at_once() {
-        assert_eq!(decide(&row(3, 5), &look(3, "r", 5, 9), "r", 9), Finding::Live { epoch: 3 });
+        assert_eq!(decide(&row(3, 5), &look(3, "r", 5, 9), "r", Position::new(3, 9)), Finding::Live { epoch: 3 });
     }
 
     #[test]
     fn another_process_with_everything_in_it_gets_the_next_epoch() {
-        assert_eq!(decide(&row(3, 5), &look(3, "old", 5, 9), "new", 9), Finding::NextEpoch);
-        assert_eq!(decide(&row(4, 5), &look(3, "old", 5, 9), "old", 9), Finding::NextEpoch, "an attach was interrupted");
+        assert_eq!(decide(&row(3, 5), &look(3, "old", 5, 9), "new", Position::new(3, 9)), Finding::NextEpoch);
+        assert_eq!(decide(&row(4, 5), &look(3, "old", 5, 9), "old", Position::new(3, 9)), Finding::NextEpoch, "an attach was interrupted");
+    }
+
+    #[test]
+    fn what_was_seen_under_an_earlier_epoch_is_no_measure_of_a_later_one() {
+        assert_eq!(decide(&row(3, 5), &look(3, "r", 5, 9), "r", Position::new(2, 50)), Finding::Live { epoch: 3 });
+    }
+
+    #[test]
+    fn what_was_filled_anew_is_live_before_and_after_its_first_sale() {
+        let filled = Look { newest: None, at_applied: None, oldest: None, ..look(3, "r", 5, 5) };
+        assert_eq!(decide(&row(3, 5), &filled, "r", Position::new(3, 5)), Finding::Live { epoch: 3 });
+        let sold = entry(6, "op6", "op5");
+        let sold = Look { newest: Some(sold.clone()), at_applied: None, oldest: Some(sold), ..look(3, "r", 5, 6) };
+        assert_eq!(decide(&row(3, 5), &sold, "r", Position::new(3, 6)), Finding::Live { epoch: 3 });
+        let mut broken_off = filled;
+        broken_off.meta.as_mut().unwrap().live = false;
+        assert!(is_rebuild(&decide(&row(3, 5), &broken_off, "r", Position::new(3, 5))));
     }
 
     #[test]
     fn nothing_is_sold_on_an_empty_older_cut_or_foreign_redis() {
-        assert!(is_closed(&decide(&row(3, 5), &Look::default(), "r", 0)), "emptied");
-        assert!(is_closed(&decide(&row(3, 5), &look(3, "r", 4, 4), "r", 0)), "below what Postgres has");
-        assert!(is_closed(&decide(&row(3, 5), &look(3, "r", 5, 7), "r", 8)), "below what this sidecar saw");
-        assert!(is_closed(&decide(&row(2, 5), &look(3, "r", 5, 9), "r", 0)), "Postgres is older");
+        assert!(is_rebuild(&decide(&row(3, 5), &Look::default(), "r", Position::new(3, 0))), "emptied");
+        assert!(is_rebuild(&decide(&row(3, 5), &look(3, "r", 4, 4), "r", Position::new(3, 0))), "below what Postgres has");
+        assert!(is_rebuild(&decide(&row(3, 5), &look(3, "r", 5, 7), "r", Position::new(3, 8))), "below what this sidecar saw");
+        assert!(matches!(decide(&row(2, 5), &look(3, "r", 5, 9), "r", Position::new(3, 0)), Finding::Closed(_)), "Postgres is older");
+        let behind = Look { oldest: Some(entry(8, "op8", "op7")), ..look(3, "r", 5, 9) };
+        assert!(matches!(decide(&row(3, 5), &behind, "r", Position::new(3, 0)), Finding::Closed(_)), "Postgres is older, or it was cut");
         let cut = Look { at_applied: None, ..look(3, "r", 5, 9) };
-        assert!(is_closed(&decide(&row(3, 5), &cut, "r", 0)), "trimmed beyond what was applied");
+        assert!(is_rebuild(&decide(&row(3, 5), &cut, "r", Position::new(3, 0))), "trimmed beyond what was applied");
         let fork = Look { at_applied: Some(entry(5, "other", "-")), ..look(3, "r", 5, 9) };
-        assert!(is_closed(&decide(&row(3, 5), &fork, "r", 0)), "another history");
+        assert!(is_rebuild(&decide(&row(3, 5), &fork, "r", Position::new(3, 0))), "another history");
         let end = Look { newest: Some(entry(8, "op8", "-")), ..look(3, "r", 5, 9) };
-        assert!(is_closed(&decide(&row(3, 5), &end, "r", 0)), "the stream's end is not meta's");
+        assert!(is_rebuild(&decide(&row(3, 5), &end, "r", Position::new(3, 0))), "the stream's end is not meta's");
         let gone = Look { newest: None, at_applied: None, oldest: None, ..look(3, "r", 5, 9) };
-        assert!(is_closed(&decide(&row(3, 5), &gone, "r", 0)), "the stream is gone, with changes in it");
-        assert_eq!(decide(&row(3, 9), &gone, "r", 0), Finding::Live { epoch: 3 }, "the stream is gone, and Postgres has all of it");
+        assert!(is_rebuild(&decide(&row(3, 5), &gone, "r", Position::new(3, 0))), "the stream is gone, with changes in it");
+        assert_eq!(
+            decide(&row(3, 9), &gone, "r", Position::new(3, 0)),
+            Finding::Live { epoch: 3 },
+            "the stream is gone, and Postgres has all of it"
+        );
     }
 }

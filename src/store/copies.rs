@@ -251,7 +251,7 @@ mod tests {
         assert_eq!(copies.len(), 2, "its last is not applied");
         copies.forget(Position::new(2, 9), &[]);
         assert_eq!(copies.len(), 2, "where the first epoch ended is not known yet");
-        copies.forget(Position::new(2, 9), &[EndedEpoch { epoch: 1, last_n: 4 }]);
+        copies.forget(Position::new(2, 9), &[EndedEpoch { epoch: 1, last_n: 4, saved: Vec::new() }]);
         assert_eq!((copies.len(), copies.bytes()), (0, 0));
     }
 

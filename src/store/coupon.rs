@@ -184,6 +184,12 @@ impl Family for Coupon {
     }
 }
 
+/// What a user has of a coupon (serial, state, when it was issued in Unix ms), as lua/coupon_write.lua keeps it: one line each.
+pub fn field(coupons: &[(i64, String, i64)]) -> String {
+    let lines: Vec<String> = coupons.iter().map(|(serial, state, issued_at_ms)| format!("{serial} {state} {issued_at_ms} -")).collect();
+    lines.join("\n")
+}
+
 /// The operation's line in the outbox: whole for a creation, up to what only the script knows for an issue.
 fn line(k: usize, op: &CouponOp) -> String {
     let kind = if matches!(op.action, Action::Create(_)) { "coupon.create" } else { "coupon.issue" };

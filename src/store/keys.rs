@@ -19,6 +19,13 @@ pub const PRODUCT_PREFIX: &str = "stock:product:";
 /// What stands before a coupon's id in the key of its terms.
 pub const COUPON_INFO_PREFIX: &str = "coupon:info:";
 
+/// What stands before a coupon's id in the key of its users.
+const COUPON_USERS_PREFIX: &str = "coupon:users:";
+/// What stands in the keys of the memory of REQUEST ids.
+const REQUEST_PREFIX: &str = "holdfast:request:";
+/// What the keys begin with that a rebuild removes and makes anew.
+pub const REBUILT_PREFIXES: [&str; 4] = [PRODUCT_PREFIX, COUPON_INFO_PREFIX, COUPON_USERS_PREFIX, REQUEST_PREFIX];
+
 /// String: a product's available units in decimal.
 pub fn product(product: &Id) -> String {
     format!("{PRODUCT_PREFIX}{product}")
@@ -36,10 +43,10 @@ pub fn coupon_info(coupon: &Id) -> String {
 
 /// Hash: user → serials and their states.
 pub fn coupon_users(coupon: &Id) -> String {
-    format!("coupon:users:{coupon}")
+    format!("{COUPON_USERS_PREFIX}{coupon}")
 }
 
 /// Hash: request id → digest and reply. The bucket says which stretch of time and which of 64 parts.
 pub fn request(bucket: impl std::fmt::Display, part: u16) -> String {
-    format!("holdfast:request:{bucket}.{part}")
+    format!("{REQUEST_PREFIX}{bucket}.{part}")
 }

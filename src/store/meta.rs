@@ -5,8 +5,8 @@ use redis::Value;
 use super::script;
 use super::words::Words;
 use super::{Connection, Error, keys, stream};
-use crate::domain::Position;
 use crate::domain::change::Entry;
+use crate::domain::{InboxMark, Position};
 
 /// A partition as Redis has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +59,23 @@ pub async fn attach(connection: &mut Connection, seen: Option<&Meta>, epoch: u64
     let (to, n, run_id) = (epoch.to_string(), n.to_string(), connection.run_id().to_owned());
     let args = [from.as_bytes(), to.as_bytes(), run_id.as_bytes(), n.as_bytes(), last.as_bytes()];
     let answer = connection.run(&script::ATTACH, &[keys::META], &args).await?;
+    Ok(matches!(answer, Value::BulkString(word) if word == b"ok"))
+}
+
+/// Takes the partition for a rebuild under `epoch`: no script writes until it is opened. `false` if it is under that epoch or a later one
+/// already.
+pub async fn fence(connection: &mut Connection, epoch: u64) -> Result<bool, Error> {
+    let answer = connection.run(&script::FENCE, &[keys::META], &[epoch.to_string().as_bytes()]).await?;
+    Ok(matches!(answer, Value::BulkString(word) if word == b"ok"))
+}
+
+/// Opens a partition that was filled anew under `epoch` to the process at the other end: `applied` is what it was filled with, `last_op` the
+/// op there, `mark` up to where it has the inbox. `false` if it is no longer being filled under this epoch.
+pub async fn open(connection: &mut Connection, epoch: u64, applied: Position, last_op: &str, mark: InboxMark) -> Result<bool, Error> {
+    let (epoch, n, id, mark) = (epoch.to_string(), applied.n.to_string(), applied.to_string(), mark.to_string());
+    let run_id = connection.run_id().to_owned();
+    let args = [epoch.as_bytes(), run_id.as_bytes(), n.as_bytes(), last_op.as_bytes(), id.as_bytes(), mark.as_bytes()];
+    let answer = connection.run(&script::OPEN, &[keys::META], &args).await?;
     Ok(matches!(answer, Value::BulkString(word) if word == b"ok"))
 }
 

@@ -11,6 +11,7 @@ pub mod meta;
 mod pack;
 pub mod partition;
 pub mod reads;
+pub mod refill;
 pub mod requests;
 pub mod script;
 pub mod stock;

@@ -31,11 +31,21 @@ pub enum Trouble {
     Held(String),
 }
 
-/// An epoch that is over, and n of its last change.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// An epoch that is over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EndedEpoch {
     pub epoch: u64,
+    /// n of its last change that Postgres has at its own place.
     pub last_n: u64,
+    /// n of those beyond it that were saved and have another place, in order.
+    pub saved: Vec<u64>,
+}
+
+impl EndedEpoch {
+    /// Whether Postgres has its change n; it never will, if not.
+    pub fn has(&self, n: u64) -> bool {
+        n <= self.last_n || self.saved.binary_search(&n).is_ok()
+    }
 }
 
 /// Asks for a product that Redis does not have and Postgres may.

@@ -30,10 +30,9 @@ impl Request {
 
     /// The keys of the buckets that may know the id: one for a UUIDv7; else those of the generations before, at and after `generation`.
     pub fn buckets(&self, generation: i64) -> Vec<String> {
-        let part = crate::resp::keyslot(self.id.as_bytes()) % PARTS;
         match self.id.uuid_v7_ms() {
-            Some(ms) => vec![keys::request(format_args!("m{}", ms / 60_000), part)],
-            None => (generation - 1..=generation + 1).map(|generation| keys::request(generation, part)).collect(),
+            Some(_) => vec![bucket(&self.id, generation)],
+            None => (generation - 1..=generation + 1).map(|generation| bucket(&self.id, generation)).collect(),
         }
     }
 
@@ -52,6 +51,30 @@ impl Request {
         let (digest, reply) = remembered.split_once(' ')?;
         (digest == self.digest).then_some(reply)
     }
+}
+
+/// The key of the bucket that an id which comes in `generation` is remembered in.
+pub fn bucket(id: &RequestId, generation: i64) -> String {
+    let part = crate::resp::keyslot(id.as_bytes()) % PARTS;
+    match id.uuid_v7_ms() {
+        Some(ms) => keys::request(format_args!("m{}", ms / 60_000), part),
+        None => keys::request(generation, part),
+    }
+}
+
+/// A reply as it is remembered: what [`KnownReply::parse`] reads.
+pub fn reply(word: &str, integers: &[i64], position: Position) -> String {
+    let mut reply = word.to_owned();
+    for integer in integers {
+        let _ = write!(reply, " :{integer}");
+    }
+    let _ = write!(reply, " {position}");
+    reply
+}
+
+/// After how many ms a bucket goes by itself, as lua/include/requests.lua has it.
+pub fn expiry_ms(window_ms: i64) -> i64 {
+    window_ms * 4 + 3_600_000
 }
 
 /// What the memory of REQUEST ids says of one.
@@ -153,6 +176,7 @@ mod tests {
 
     #[test]
     fn a_known_reply_is_read_back() {
+        assert_eq!(reply("OK", &[97, 4], Position::new(1, 5)), "OK :97 :4 1-5");
         let reply = KnownReply::parse("OK :97 :4 1-5").unwrap();
         assert_eq!((reply.word, reply.integers, reply.position), ("OK", vec![97, 4], Position::new(1, 5)));
         assert_eq!(KnownReply::parse("OK :97"), None);

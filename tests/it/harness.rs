@@ -267,6 +267,14 @@ impl Database {
         })
     }
 
+    /// Runs a statement as another program would.
+    pub fn change(&self, statement: &str) {
+        self.runtime.block_on(async {
+            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut connection).await.unwrap();
+        });
+    }
+
     /// The only value that a query returns.
     pub fn value(&self, query: &str) -> String {
         self.column(query).join(" ")

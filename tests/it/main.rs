@@ -11,5 +11,6 @@ mod faults;
 mod http;
 mod protocol;
 mod proxy;
+mod rebuild;
 mod stock;
 mod tidy;

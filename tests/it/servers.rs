@@ -169,9 +169,6 @@ impl Drop for Postgres {
     }
 }
 
-/// Where in its directory Redis keeps its data.
-const DATA: &str = "appendonlydir";
-
 /// A Redis server. It appends to a file, so that a restart finds everything again.
 pub struct RedisServer {
     directory: PathBuf,
@@ -223,26 +220,24 @@ impl RedisServer {
         self.child = Self::spawn(&self.directory, self.port);
     }
 
-    /// Starts it again after a kill, without its data.
+    /// Starts it again after a kill, with nothing.
     pub fn restart_empty(&mut self) {
-        std::fs::remove_dir_all(self.directory.join(DATA)).unwrap();
+        std::fs::remove_dir_all(&self.directory).unwrap();
+        std::fs::create_dir_all(&self.directory).unwrap();
         self.restart();
     }
 
-    /// Copies its data as they are now; the copy goes with the server.
-    pub fn copy_data(&self) -> PathBuf {
-        let copy = self.directory.join(format!("copy-{}", number()));
-        std::fs::create_dir(&copy).unwrap();
-        for file in std::fs::read_dir(self.directory.join(DATA)).unwrap().map(Result::unwrap) {
-            std::fs::copy(file.path(), copy.join(file.file_name())).unwrap();
-        }
+    /// A copy of what it has on disk now, to be given back by [`RedisServer::restart_from`].
+    pub fn copy_of_data(&self) -> PathBuf {
+        let copy = temporary_directory("redis-copy");
+        assert!(Command::new("cp").arg("-a").arg(self.directory.join(".")).arg(&copy).status().unwrap().success());
         copy
     }
 
-    /// Starts it again after a kill, with the data of a copy made earlier.
-    pub fn restart_with(&mut self, copy: &Path) {
-        std::fs::remove_dir_all(self.directory.join(DATA)).unwrap();
-        std::fs::rename(copy, self.directory.join(DATA)).unwrap();
+    /// Starts it again after a kill, with an earlier copy of its data.
+    pub fn restart_from(&mut self, copy: &Path) {
+        std::fs::remove_dir_all(&self.directory).unwrap();
+        assert!(Command::new("cp").arg("-a").arg(copy).arg(&self.directory).status().unwrap().success());
         self.restart();
     }
 

@@ -1,0 +1,8 @@
+-- Opens a partition that was filled anew to this Redis process, if it still is being filled under this epoch.
+-- keys: meta
+-- args: epoch, run, n, last, id, inbox
+-- returns: 'ok', or 'moved'
+local found = redis.call('HMGET', meta, 'epoch', 'state')
+if found[1] ~= epoch or found[2] ~= 'rebuild' then return 'moved' end
+redis.call('HSET', meta, 'run', run, 'state', 'live', 'n', n, 'last', last, 'id', id, 'inbox', inbox)
+return 'ok'

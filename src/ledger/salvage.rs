@@ -1,0 +1,380 @@
+//! Saves changes that were answered out of a Redis that lost its data: they get new places in the ledger, and keep the old ones as origin.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use sqlx::{Connection, PgConnection};
+
+use super::changes::{Changes, CouponLine, CouponMove, Issue, Lifecycle, Place, StockLine};
+use super::{Error, apply, from_bigint, partition, to_bigint, write};
+use crate::domain::Position;
+use crate::domain::change::{Effect, Item, Operation, StockKind};
+
+/// A change that was answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answered {
+    /// `<instance>:<lane>:<counter>` of its batch; with its place there it is found again.
+    pub op: String,
+    /// The position that was answered.
+    pub origin: Position,
+    /// When, by Redis's clock, in Unix ms.
+    pub at_ms: i64,
+    pub operation: Operation,
+}
+
+/// What became of a run of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Saved {
+    /// Written.
+    pub saved: usize,
+    /// Written, but what they took is no longer there: parked as dead letters.
+    pub owed: usize,
+    /// Were in the ledger already.
+    pub known: usize,
+}
+
+/// Saves them in their order, in one transaction, under `epoch`, which must be the partition's. A change that is in the ledger already, by
+/// op and k, is passed over, so that a call whose outcome is not known is simply repeated. What the stock or the coupon does not permit is
+/// written all the same, and owed: nothing that was answered is hidden.
+pub async fn save(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered]) -> Result<Saved, Error> {
+    let mut transaction = connection.begin().await?;
+    let saved = save_in(&mut transaction, partition, epoch, answered).await?;
+    transaction.commit().await?;
+    Ok(saved)
+}
+
+async fn save_in(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered]) -> Result<Saved, Error> {
+    let Some(row) = partition::lock(connection, partition).await?.filter(|row| row.epoch == epoch) else {
+        return Err(Error::Broken(format!("partition {partition} is no longer under epoch {epoch}: another sidecar took it")));
+    };
+    let known = known(connection, answered).await?;
+    let new: Vec<&Answered> = answered.iter().filter(|one| !known.contains(&(one.op.clone(), one.operation.k))).collect();
+    if new.is_empty() {
+        return Ok(Saved { known: answered.len(), ..Saved::default() });
+    }
+    let mut shelf = Shelf::load(connection, &new).await?;
+    let mut changes = Changes::default();
+    let mut owed = Vec::new();
+    let told: Vec<(Operation, bool)> = new.iter().map(|one| shelf.told(&one.operation)).collect();
+    let mut n = row.applied.n;
+    for (one, (operation, fits)) in new.iter().zip(&told) {
+        n += 1;
+        let remembered = operation.remembered.as_ref();
+        let place = Place {
+            epoch,
+            n,
+            op: &one.op,
+            k: operation.k,
+            request: remembered.map(|remembered| remembered.request.as_str()),
+            digest: remembered.map(|remembered| remembered.digest.as_str()),
+            at_ms: one.at_ms,
+            origin: Some(one.origin),
+        };
+        if let Err(why) = shelf.take(place, operation, *fits, &mut changes) {
+            owed.push((place, operation, why));
+        }
+    }
+    let owing: BTreeSet<&str> = owed.iter().flat_map(|(_, operation, _)| operation.products()).collect();
+    for product in owing {
+        changes.frozen.insert(product, Some("units that were sold before Redis lost its data are missing: see holdfast.dead_letter"));
+    }
+    write::changes(connection, partition, &changes).await?;
+    park(connection, partition, &owed).await?;
+    if row.applied.epoch < epoch {
+        apply::end_epochs(connection, partition, row.applied, epoch).await?;
+    }
+    partition::advance(connection, partition, Position::new(epoch, n), &format!("salvage:{epoch}"), None).await?;
+    Ok(Saved { saved: new.len() - owed.len(), owed: owed.len(), known: answered.len() - new.len() })
+}
+
+/// Which of them are in the ledger.
+pub async fn known(connection: &mut PgConnection, answered: &[Answered]) -> Result<HashSet<(String, u32)>, Error> {
+    let rows: Vec<(String, i32)> = sqlx::query_as(
+        "SELECT a.op, a.k FROM unnest($1::text[], $2::int[]) AS a (op, k) \
+         WHERE EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.op = a.op AND l.k = a.k) \
+         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op AND l.k = a.k)",
+    )
+    .bind(answered.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().filter_map(|(op, k)| Some((op, u32::try_from(k).ok()?))).collect())
+}
+
+/// What Postgres has of the products and coupons that are touched, as far as it has been worked through.
+struct Shelf {
+    /// The available units; `None` where it was deleted. Missing where there is no row.
+    stock: HashMap<String, Option<i64>>,
+    coupons: HashMap<String, Terms>,
+    serials: HashSet<(String, i64)>,
+}
+
+struct Terms {
+    total: i64,
+    issued: i64,
+}
+
+impl Shelf {
+    async fn load(connection: &mut PgConnection, answered: &[&Answered]) -> Result<Self, Error> {
+        let products: BTreeSet<&str> = answered.iter().flat_map(|one| one.operation.products()).collect();
+        let coupons: BTreeSet<&str> = answered.iter().filter_map(|one| one.operation.coupon()).collect();
+        let stock: Vec<(String, i64, bool)> = sqlx::query_as(
+            "SELECT product_id, available, deleted_at IS NOT NULL FROM holdfast.stock WHERE product_id = ANY($1) ORDER BY product_id FOR UPDATE",
+        )
+        .bind(products.into_iter().collect::<Vec<_>>())
+        .fetch_all(&mut *connection)
+        .await?;
+        let coupons: Vec<&str> = coupons.into_iter().collect();
+        let terms: Vec<(String, i64, i64)> =
+            sqlx::query_as("SELECT coupon_id, total, issued FROM holdfast.coupon WHERE coupon_id = ANY($1) ORDER BY coupon_id FOR UPDATE")
+                .bind(&coupons)
+                .fetch_all(&mut *connection)
+                .await?;
+        let serials: Vec<i64> = answered.iter().filter_map(|one| one.operation.serial()).collect();
+        let taken: Vec<(String, i64)> =
+            sqlx::query_as("SELECT coupon_id, serial FROM holdfast.coupon_issue WHERE coupon_id = ANY($1) AND serial = ANY($2)")
+                .bind(&coupons)
+                .bind(serials)
+                .fetch_all(connection)
+                .await?;
+        Ok(Self {
+            stock: stock.into_iter().map(|(product, available, deleted)| (product, (!deleted).then_some(available))).collect(),
+            coupons: terms.into_iter().map(|(coupon, total, issued)| (coupon, Terms { total, issued })).collect(),
+            serials: taken.into_iter().collect(),
+        })
+    }
+
+    /// The operation with its differences, which a SET and a DELETE out of a copy do not know, and whether the stock permits it.
+    fn told(&mut self, operation: &Operation) -> (Operation, bool) {
+        let mut told = operation.clone();
+        let Effect::Stock { kind, items, .. } = &mut told.effect else { return (told, true) };
+        let before = |item: &Item| self.stock.get(&item.product).copied().flatten();
+        let replaces = matches!(kind, StockKind::Set | StockKind::Delete);
+        let fits = replaces || items.iter().all(|item| before(item).is_some_and(|before| before + item.delta >= 0));
+        for item in items {
+            let before = self.stock.get(&item.product).copied().flatten();
+            let after = match kind {
+                StockKind::Set => Some(item.available),
+                StockKind::Delete => None,
+                _ if fits => before.map(|before| before + item.delta),
+                _ => before,
+            };
+            if replaces {
+                item.delta = after.unwrap_or(0) - before.unwrap_or(0);
+            }
+            // A copy without a REQUEST does not know it.
+            if item.available == 0 {
+                item.available = after.unwrap_or(0);
+            }
+            self.stock.insert(item.product.clone(), after);
+        }
+        (told, fits)
+    }
+
+    /// Adds what the operation changes. Errors with why it is owed instead; then only its ledger rows are added.
+    fn take<'a>(&mut self, place: Place<'a>, operation: &'a Operation, fits: bool, changes: &mut Changes<'a>) -> Result<(), String> {
+        match &operation.effect {
+            Effect::Stock { kind, items, detail } => {
+                for (i, item) in items.iter().enumerate() {
+                    changes.stock_lines.push(StockLine { place, i, kind: *kind, item, pg_delta: item.delta });
+                    if fits {
+                        let moved = changes.stock.entry(&item.product).or_default();
+                        moved.delta += item.delta;
+                        match kind {
+                            StockKind::Set => {
+                                moved.created = true;
+                                moved.lifecycle = Some(Lifecycle::Set);
+                                moved.low = detail.low.map(Some).or(moved.low);
+                            }
+                            StockKind::Delete => {
+                                moved.lifecycle = Some(Lifecycle::Deleted(place.at_ms));
+                                moved.low = Some(None);
+                            }
+                            _ => {}
+                        }
+                    }
+                }
+                if fits { Ok(()) } else { Err("Postgres no longer has these units".to_owned()) }
+            }
+            Effect::CouponCreate { coupon, terms } => {
+                changes.coupon_lines.push(CouponLine { place, coupon, kind: "create", user: None, serial: None, remaining: terms.total });
+                if self.coupons.contains_key(coupon) {
+                    return Err(format!("coupon '{coupon}' exists already"));
+                }
+                self.coupons.insert(coupon.clone(), Terms { total: terms.total, issued: 0 });
+                changes.created.push((coupon, terms.clone()));
+                Ok(())
+            }
+            Effect::CouponIssue { coupon, user, serial, remaining } => {
+                changes.coupon_lines.push(CouponLine {
+                    place,
+                    coupon,
+                    kind: "issue",
+                    user: Some(user),
+                    serial: Some(*serial),
+                    remaining: *remaining,
+                });
+                let Some(terms) = self.coupons.get_mut(coupon) else { return Err(format!("there is no coupon '{coupon}'")) };
+                if terms.issued >= terms.total {
+                    return Err(format!("coupon '{coupon}' is sold out"));
+                }
+                if !self.serials.insert((coupon.clone(), *serial)) {
+                    return Err(format!("serial {serial} of coupon '{coupon}' was issued to somebody else"));
+                }
+                terms.issued += 1;
+                let moved: &mut CouponMove = changes.coupons.entry(coupon).or_default();
+                moved.issued += 1;
+                moved.last_serial = moved.last_serial.max(*serial);
+                changes.issues.push(Issue { coupon, user, serial: *serial, at_ms: place.at_ms });
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Parks what is owed: Redis no longer has moved by it.
+async fn park(connection: &mut PgConnection, partition: u32, owed: &[(Place<'_>, &Operation, String)]) -> Result<(), Error> {
+    let nothing: [Item; 0] = [];
+    for (place, operation, why) in owed {
+        let (kind, items) = match &operation.effect {
+            Effect::Stock { kind, items, .. } => (kind.as_str(), items.as_slice()),
+            Effect::CouponCreate { .. } => ("coupon.create", nothing.as_slice()),
+            Effect::CouponIssue { .. } => ("coupon.issue", nothing.as_slice()),
+        };
+        let lines: Vec<(i32, Option<&str>, i64)> = match items {
+            [] => vec![(0, None, 0)],
+            items => (0..).zip(items).map(|(i, item)| (i, Some(item.product.as_str()), item.delta)).collect(),
+        };
+        for (i, product, delta) in lines {
+            sqlx::query(
+                "INSERT INTO holdfast.dead_letter (partition, epoch, n, i, op, k, product_id, kind, delta, in_redis, reason, line) \
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, false, $10, $11)",
+            )
+            .bind(partition::id(partition))
+            .bind(to_bigint(place.epoch))
+            .bind(to_bigint(place.n))
+            .bind(i)
+            .bind(place.op)
+            .bind(write::small(place.k))
+            .bind(product)
+            .bind(kind)
+            .bind(delta)
+            .bind(why)
+            .bind(operation.to_string())
+            .execute(&mut *connection)
+            .await?;
+        }
+    }
+    Ok(())
+}
+
+/// How many of these batches are in the ledger.
+pub async fn known_ops(connection: &mut PgConnection, ops: &[String]) -> Result<usize, Error> {
+    let known: i64 = sqlx::query_scalar(
+        "SELECT count(*) FROM unnest($1::text[]) AS a (op) WHERE EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.op = a.op) \
+         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op)",
+    )
+    .bind(ops)
+    .fetch_one(connection)
+    .await?;
+    Ok(usize::try_from(known).unwrap_or_default())
+}
+
+/// The changes of an epoch that have another place in the ledger, in order.
+pub async fn saved_of(connection: &mut PgConnection, partition: u32, epoch: u64) -> Result<Vec<u64>, Error> {
+    let saved: Vec<i64> = sqlx::query_scalar(
+        "SELECT origin_n FROM holdfast.stock_ledger WHERE partition = $1 AND origin_epoch = $2 \
+         UNION SELECT origin_n FROM holdfast.coupon_ledger WHERE partition = $1 AND origin_epoch = $2 ORDER BY 1",
+    )
+    .bind(partition::id(partition))
+    .bind(to_bigint(epoch))
+    .fetch_all(connection)
+    .await?;
+    Ok(saved.into_iter().map(from_bigint).collect())
+}
+
+/// Hands changes over to whoever sells. One that was handed over before is passed over.
+pub async fn hand_over(connection: &mut PgConnection, partition: u32, answered: &[Answered]) -> Result<(), Error> {
+    sqlx::query(
+        "INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms) \
+         SELECT $1, * FROM unnest($2::text[], $3::int[], $4::bigint[], $5::bigint[], $6::text[], $7::bigint[]) ON CONFLICT DO NOTHING",
+    )
+    .bind(partition::id(partition))
+    .bind(answered.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| to_bigint(one.origin.epoch)).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| to_bigint(one.origin.n)).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| one.operation.to_string()).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| one.at_ms).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Whether anything was handed over that nobody has taken up.
+pub async fn is_anything_handed_over(connection: &mut PgConnection) -> Result<bool, Error> {
+    Ok(sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM holdfast.salvage WHERE NOT done)").fetch_one(connection).await?)
+}
+
+/// The key of the advisory lock on what was handed over; the partition is its other half.
+const HANDED_OVER_LOCK: i32 = 0x686f_6c64;
+
+/// Takes the right to take up what was handed over, until [`unlock_handed_over`] or the end of the session. `false` where another has it.
+pub async fn lock_handed_over(connection: &mut PgConnection, partition: u32) -> Result<bool, Error> {
+    let locked = sqlx::query_scalar("SELECT pg_try_advisory_lock($1, $2)").bind(HANDED_OVER_LOCK).bind(partition::id(partition));
+    Ok(locked.fetch_one(connection).await?)
+}
+
+/// Gives it back.
+pub async fn unlock_handed_over(connection: &mut PgConnection, partition: u32) -> Result<(), Error> {
+    let unlocked = sqlx::query("SELECT pg_advisory_unlock($1, $2)").bind(HANDED_OVER_LOCK).bind(partition::id(partition));
+    unlocked.execute(connection).await?;
+    Ok(())
+}
+
+/// What was handed over and nobody has taken up, in the order in which it took effect.
+pub async fn handed_over(connection: &mut PgConnection, partition: u32, max: i64) -> Result<Vec<Answered>, Error> {
+    let rows: Vec<(String, i64, i64, String, i64)> = sqlx::query_as(
+        "SELECT op, origin_epoch, origin_n, line, at_ms FROM holdfast.salvage WHERE partition = $1 AND NOT done \
+         ORDER BY origin_epoch, origin_n LIMIT $2",
+    )
+    .bind(partition::id(partition))
+    .bind(max)
+    .fetch_all(connection)
+    .await?;
+    let answered = |(op, epoch, n, line, at_ms): (String, i64, i64, String, i64)| {
+        let operation = Operation::decode(&line).map_err(|error| Error::Unfit(format!("holdfast.salvage, op {op}: {error}")))?;
+        Ok(Answered { op, origin: Position::new(from_bigint(epoch), from_bigint(n)), at_ms, operation })
+    };
+    rows.into_iter().map(answered).collect()
+}
+
+/// Whether a change that carried this REQUEST of the server's own is in the ledger.
+pub async fn is_request_known(connection: &mut PgConnection, request: &str) -> Result<bool, Error> {
+    let known = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM holdfast.stock_ledger WHERE request_id = $1 AND request_id LIKE 'hf-%')");
+    Ok(known.bind(request).fetch_one(connection).await?)
+}
+
+/// Notes that a change which was handed over has been taken up, or why it is owed.
+pub async fn taken_up(connection: &mut PgConnection, answered: &Answered, owed: Option<&str>) -> Result<(), Error> {
+    let mut transaction = connection.begin().await?;
+    if let Some(why) = owed {
+        let place = Place {
+            epoch: answered.origin.epoch,
+            n: answered.origin.n,
+            op: &answered.op,
+            k: answered.operation.k,
+            request: None,
+            digest: None,
+            at_ms: answered.at_ms,
+            origin: None,
+        };
+        park(&mut transaction, 0, &[(place, &answered.operation, why.to_owned())]).await?;
+    }
+    sqlx::query("UPDATE holdfast.salvage SET done = true WHERE op = $1 AND k = $2")
+        .bind(&answered.op)
+        .bind(write::small(answered.operation.k))
+        .execute(&mut *transaction)
+        .await?;
+    transaction.commit().await?;
+    Ok(())
+}

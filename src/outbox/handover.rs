@@ -1,0 +1,80 @@
+//! What this process answered, and what got lost with a Redis that another sidecar filled anew: handed over through Postgres, and taken off
+//! Redis by whoever sells.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use metrics::counter;
+use tracing::{info, warn};
+
+use crate::domain::change::{Effect, Operation, StockKind};
+use crate::domain::{Id, RequestId};
+use crate::ledger::salvage::{self, Answered};
+use crate::ledger::{self, PgConnection};
+use crate::limits::HANDOVER_MAX;
+use crate::store::Partition;
+use crate::store::requests::Request;
+use crate::store::stock::{Action, StockOp, StockOutcome};
+
+/// Hands over the copies of ended epochs that the ledger does not have. Those of an epoch that has not ended are still on their way.
+pub async fn hand_over(partition: &Partition, postgres: &mut PgConnection, epoch: u64) -> Result<(), ledger::Error> {
+    let beyond = {
+        let ended = partition.ended.borrow();
+        let lost = |copy: &Answered| ended.iter().any(|end| end.epoch == copy.origin.epoch && !end.has(copy.origin.n));
+        let copies = partition.copies.before_epoch(epoch).into_iter().map(Answered::from);
+        copies.filter(lost).collect::<Vec<_>>()
+    };
+    if beyond.is_empty() {
+        return Ok(());
+    }
+    let known = salvage::known(postgres, &beyond).await?;
+    let lost: Vec<Answered> = beyond.iter().filter(|copy| !known.contains(&(copy.op.clone(), copy.operation.k))).cloned().collect();
+    salvage::hand_over(postgres, partition.id, &lost).await?;
+    if !lost.is_empty() {
+        warn!(partition = partition.id, changes = lost.len(), "handed over what was answered before redis was filled anew");
+        counter!("holdfast_salvaged_total", "what" => "handed_over").increment(lost.len() as u64);
+    }
+    partition.copies.forget_ops(&beyond.into_iter().map(|copy| copy.op).collect::<HashSet<_>>());
+    Ok(())
+}
+
+/// Takes off Redis what sidecars handed over, each once: under the name that the server gives to it, as a REQUEST. What cannot be taken
+/// off is owed.
+pub async fn take_up(partition: &Arc<Partition>, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
+    if !salvage::is_anything_handed_over(postgres).await? || !salvage::lock_handed_over(postgres, partition.id).await? {
+        return Ok(());
+    }
+    let taken_up = take_up_locked(partition, postgres).await;
+    salvage::unlock_handed_over(postgres, partition.id).await?;
+    taken_up
+}
+
+async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
+    for answered in salvage::handed_over(postgres, partition.id, HANDOVER_MAX).await? {
+        let id = format!("hf-{}-{}", answered.op, answered.operation.k);
+        if salvage::is_request_known(postgres, &id).await? {
+            salvage::taken_up(postgres, &answered, None).await?;
+            continue;
+        }
+        let owed = match again(&answered.operation, &id) {
+            None => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
+            Some(op) => match partition.change(op).await {
+                Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(_)) => None,
+                Ok(refused) => Some(format!("it was answered before Redis lost its data, and cannot be repeated: {refused:?}")),
+                // Perhaps it ran: under its name it runs once.
+                Err(_) => return Ok(()),
+            },
+        };
+        info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
+        salvage::taken_up(postgres, &answered, owed.as_deref()).await?;
+    }
+    Ok(())
+}
+
+/// The operation, to be done again under its name; `None` for what would overwrite, or give another serial than was answered.
+fn again(operation: &Operation, id: &str) -> Option<StockOp> {
+    let Effect::Stock { kind: kind @ (StockKind::Decr | StockKind::Incr), items, .. } = &operation.effect else { return None };
+    let items = items.iter().map(|item| (Id::from(item.product.as_str()), item.delta.abs())).collect();
+    let request = Request { id: RequestId::of_escaped(id), digest: "handed-over".to_owned() };
+    Some(StockOp { request: Some(request), ..StockOp::new(Action::Change(*kind), items) })
+}

@@ -1,0 +1,323 @@
+//! Fills Redis anew from Postgres, after it lost its data or holds another history than Postgres.
+//!
+//! One sidecar does it, the one that takes the next epoch. It fences Redis, so that nothing is decided meanwhile; saves into Postgres what
+//! was answered and has not got there: what still stands in the outbox and what this process kept copies of; removes what is ours from
+//! Redis; fills in what Postgres has at one moment; and opens it. What fails is begun anew by whoever verifies next.
+
+use std::fmt::Display;
+use std::time::{Duration, Instant};
+
+use metrics::counter;
+use tracing::{info, warn};
+
+use crate::domain::change::{Effect, Entry};
+use crate::domain::{Id, Position, RequestId};
+use crate::ledger::refill::Snapshot;
+use crate::ledger::salvage::{self, Answered, Saved};
+use crate::ledger::{self, PartitionRow, PgConnection};
+use crate::limits::{REBUILD_LEASE, REBUILD_READ_ENTRIES, SALVAGE_CHANGES_MAX};
+use crate::store::meta::{self, Meta};
+use crate::store::partition::State;
+use crate::store::stream::OutboxReader;
+use crate::store::{self, Connection, Partition, refill};
+
+/// What a rebuild works with.
+pub struct Rebuild<'a> {
+    pub partition: &'a Partition,
+    pub redis_url: &'a str,
+    pub postgres_url: &'a str,
+    pub redis: &'a mut Connection,
+    pub postgres: &'a mut PgConnection,
+    /// This process.
+    pub owner: &'a str,
+    /// How long a REQUEST id is remembered.
+    pub window_ms: i64,
+}
+
+/// What may take no longer than the right to rebuild lasts: a step that hangs is given up.
+async fn step<T, E: Display>(doing: impl Future<Output = Result<T, E>>) -> Result<T, String> {
+    match tokio::time::timeout(REBUILD_LEASE, doing).await {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(_) => Err("Redis or Postgres does not answer".to_owned()),
+    }
+}
+
+impl Rebuild<'_> {
+    /// Does it; `why` is what was found. Errors with what went wrong, for the log: then the partition stays closed.
+    pub async fn run(mut self, row: &PartitionRow, meta: Option<&Meta>, why: &str) -> Result<(), String> {
+        let began = Instant::now();
+        let id = self.partition.id;
+        let to = meta.map_or(0, |meta| meta.epoch).max(row.epoch) + 1;
+        let run_id = self.redis.run_id().to_owned();
+        let taken = ledger::partition::take_epoch_to_rebuild(self.postgres, id, row.epoch, to, &run_id, self.owner);
+        let Some(epoch) = step(taken).await? else {
+            let wait = "another sidecar is filling Redis from Postgres";
+            self.partition.state.send_replace(State::Rebuilding(wait.to_owned()));
+            return Err(wait.to_owned());
+        };
+        warn!(partition = id, epoch, why, "filling redis from postgres");
+        self.say("saving what was answered".to_owned());
+        if !step(meta::fence(self.redis, epoch)).await? {
+            return Err("another sidecar was faster".to_owned());
+        }
+        let newest = meta.map_or(0, |meta| meta.n).max(self.partition.head().n);
+        let mut saved = self.salvage_outbox(epoch).await?;
+        self.salvage_copies(epoch, &mut saved).await?;
+        counter!("holdfast_salvaged_total", "what" => "saved").increment(saved.saved as u64);
+        counter!("holdfast_salvaged_total", "what" => "owed").increment(saved.owed as u64);
+        self.say("removing what is there".to_owned());
+        let removed = self.clear(epoch).await?;
+        let (products, coupons, requests) = self.fill(epoch).await?;
+        counter!("holdfast_rebuilds_total").increment(1);
+        let applied = *self.partition.applied.borrow();
+        let lost = newest.saturating_sub(applied.n);
+        if lost > 0 {
+            warn!(partition = id, lost, "so many changes were only in what redis lost");
+        }
+        if saved.owed > 0 {
+            warn!(partition = id, owed = saved.owed, "more was sold than there is now: see holdfast.dead_letter");
+        }
+        info!(
+            partition = id,
+            epoch,
+            %applied,
+            saved = saved.saved,
+            owed = saved.owed,
+            removed,
+            products,
+            coupons,
+            requests,
+            ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "redis is filled and open"
+        );
+        Ok(())
+    }
+
+    fn say(&self, how_far: String) {
+        self.partition.state.send_replace(State::Rebuilding(format!("filling Redis from Postgres: {how_far}")));
+    }
+
+    /// Errors where the right to rebuild has been lost.
+    async fn renew(postgres: &mut PgConnection, partition: u32, epoch: u64, owner: &str) -> Result<(), String> {
+        match step(ledger::partition::renew_rebuild(postgres, partition, epoch, owner)).await? {
+            true => Ok(()),
+            false => Err("another sidecar has taken the rebuild over".to_owned()),
+        }
+    }
+
+    /// Brings to Postgres what the outbox still holds: what continues Postgres at its own place, the rest by name at a new one.
+    async fn salvage_outbox(&mut self, epoch: u64) -> Result<Saved, String> {
+        let id = self.partition.id;
+        let mut saved = Saved::default();
+        let mut reader = step(OutboxReader::open(self.redis_url)).await?;
+        if reader.run_id() != self.redis.run_id() {
+            return Err("Redis was restarted meanwhile".to_owned());
+        }
+        let row = step(ledger::partition::load(self.postgres, id)).await?;
+        let there = match reader.entry_at(row.applied).await {
+            Ok(there) => there,
+            Err(store::Error::Unexpected(what)) => return self.set_aside(epoch, &what).await.map(|()| saved),
+            Err(error) => return Err(error.to_string()),
+        };
+        let mut chained = there.is_none_or(|entry| entry.op == row.last_op);
+        let mut after = if chained { row.applied } else { Position::default() };
+        loop {
+            let entries = match step(reader.read_after(after, REBUILD_READ_ENTRIES, Duration::ZERO)).await {
+                Ok(read) => read.entries,
+                Err(what) if what.contains("malformed") => {
+                    self.set_aside(epoch, &what).await?;
+                    return Ok(saved);
+                }
+                Err(error) => return Err(error),
+            };
+            let Some(last) = entries.last() else { return Ok(saved) };
+            after = last.last;
+            if chained {
+                match ledger::apply(self.postgres, id, &entries).await {
+                    Ok(applied) => saved.saved += usize::try_from(applied.operations).unwrap_or(usize::MAX),
+                    Err(ledger::Error::Broken(_) | ledger::Error::Data(_)) => chained = false,
+                    Err(error) => return Err(error.to_string()),
+                }
+            }
+            if !chained {
+                let answered: Vec<Answered> = entries.iter().flat_map(answered).collect();
+                self.save(epoch, &answered, &mut saved).await?;
+            }
+            Self::renew(self.postgres, id, epoch, self.owner).await?;
+        }
+    }
+
+    /// What cannot be read is kept for a person, under another name.
+    async fn set_aside(&mut self, epoch: u64, what: &str) -> Result<(), String> {
+        let name = step(refill::set_outbox_aside(self.redis, epoch)).await?;
+        warn!(partition = self.partition.id, what, name, "the outbox cannot be read to its end: it is kept under another name");
+        Ok(())
+    }
+
+    async fn save(&mut self, epoch: u64, answered: &[Answered], saved: &mut Saved) -> Result<(), String> {
+        for answered in answered.chunks(SALVAGE_CHANGES_MAX) {
+            let more = step(salvage::save(self.postgres, self.partition.id, epoch, answered)).await?;
+            saved.saved += more.saved;
+            saved.owed += more.owed;
+            saved.known += more.known;
+        }
+        Ok(())
+    }
+
+    async fn salvage_copies(&mut self, epoch: u64, saved: &mut Saved) -> Result<(), String> {
+        let copies: Vec<Answered> = self.partition.copies.before_epoch(epoch).into_iter().map(Answered::from).collect();
+        self.save(epoch, &copies, saved).await?;
+        self.partition.copies.forget_ops(&copies.into_iter().map(|copy| copy.op).collect());
+        Ok(())
+    }
+
+    /// Removes what is ours, giving signs of life.
+    async fn clear(&mut self, epoch: u64) -> Result<u64, String> {
+        let Self { redis, postgres, partition, owner, .. } = self;
+        let clearing = refill::clear(redis);
+        tokio::pin!(clearing);
+        loop {
+            tokio::select! {
+                removed = &mut clearing => return removed.map_err(|error| error.to_string()),
+                () = tokio::time::sleep(REBUILD_LEASE / 3) => Self::renew(postgres, partition.id, epoch, owner).await?,
+            }
+        }
+    }
+
+    /// Fills in what Postgres has, and opens. Returns how many products, coupons and REQUESTs there were.
+    async fn fill(&mut self, epoch: u64) -> Result<(usize, usize, usize), String> {
+        let id = self.partition.id;
+        // The snapshot keeps its connection busy; signs of life go over another.
+        let mut other = step(ledger::connect(self.postgres_url)).await?;
+        let since_ms = step(self.redis.time_ms()).await? - self.window_ms;
+        let (partition, owner) = (self.partition, self.owner);
+        let mut snapshot = step(Snapshot::take(self.postgres, id)).await?;
+        let (mut products, mut coupons, mut requests) = (0, 0, 0);
+
+        let pages = step(snapshot.products()).await?;
+        loop {
+            let rows = step(snapshot.next(&pages)).await?;
+            if rows.is_empty() {
+                break;
+            }
+            products += rows.len();
+            let rows: Vec<_> = rows
+                .into_iter()
+                .map(|row| refill::Product {
+                    available: snapshot.expected(&row),
+                    product: Id::from(row.product.as_str()),
+                    held: row.held,
+                    low: row.low,
+                    frozen: row.frozen,
+                })
+                .collect();
+            step(refill::products(self.redis, &rows)).await?;
+            Self::renew(&mut other, id, epoch, owner).await?;
+            partition.state.send_replace(State::Rebuilding(format!("filling Redis from Postgres: {products} products")));
+        }
+        let deleted = step(snapshot.deleted()).await?;
+        step(refill::deleted(self.redis, &deleted, snapshot.applied.n)).await?;
+
+        let pages = step(snapshot.coupons()).await?;
+        loop {
+            let rows = step(snapshot.next(&pages)).await?;
+            if rows.is_empty() {
+                break;
+            }
+            coupons += rows.len();
+            let rows: Vec<_> = rows
+                .into_iter()
+                .map(|row| refill::Coupon {
+                    coupon: Id::from(row.coupon.as_str()),
+                    total: row.total,
+                    issued: row.issued,
+                    used: row.used,
+                    serial: row.last_serial,
+                    per_user: row.per_user,
+                    start_ms: row.start_ms,
+                    end_ms: row.end_ms,
+                })
+                .collect();
+            step(refill::coupons(self.redis, &rows)).await?;
+            Self::renew(&mut other, id, epoch, owner).await?;
+        }
+
+        let pages = step(snapshot.issued()).await?;
+        let mut open: Vec<refill::Held> = Vec::new();
+        loop {
+            let rows = step(snapshot.next(&pages)).await?;
+            let ended = rows.is_empty();
+            for row in rows {
+                let one = (row.serial, row.state, row.issued_at_ms);
+                match open.last_mut().filter(|held| held.coupon.as_str() == row.coupon && held.user.as_str() == row.user) {
+                    Some(held) => held.coupons.push(one),
+                    None => open.push(refill::Held {
+                        coupon: Id::from(row.coupon.as_str()),
+                        user: Id::from(row.user.as_str()),
+                        coupons: vec![one],
+                    }),
+                }
+            }
+            // The last user's coupons may go on with the next page.
+            let whole = if ended { open.len() } else { open.len().saturating_sub(1) };
+            step(refill::held(self.redis, &open[..whole])).await?;
+            open.drain(..whole);
+            if ended {
+                break;
+            }
+            Self::renew(&mut other, id, epoch, owner).await?;
+        }
+
+        let pages = step(snapshot.requests(since_ms)).await?;
+        loop {
+            let rows = step(snapshot.next(&pages)).await?;
+            if rows.is_empty() {
+                break;
+            }
+            requests += rows.len();
+            let rows: Vec<_> = rows.into_iter().map(request).collect();
+            step(refill::requests(self.redis, &rows, self.window_ms)).await?;
+            Self::renew(&mut other, id, epoch, owner).await?;
+        }
+
+        let (applied, last_op, mark) = (snapshot.applied, snapshot.last_op.clone(), snapshot.mark);
+        step(snapshot.end()).await?;
+        if !step(ledger::partition::finish_rebuild(&mut other, id, epoch, owner)).await? {
+            return Err("another sidecar has taken the rebuild over".to_owned());
+        }
+        partition.set_applied(applied);
+        partition.see_anew(applied);
+        partition.relay_trouble.send_replace(None);
+        if !step(meta::open(self.redis, epoch, applied, &last_op, mark)).await? {
+            return Err("another sidecar was faster".to_owned());
+        }
+        Ok((products, coupons, requests))
+    }
+}
+
+/// The changes of an entry that clients asked for. What the server did by itself brought Redis and Postgres together, and is done anew.
+fn answered(entry: &Entry) -> impl Iterator<Item = Answered> {
+    let of_a_client = |effect: &Effect| !matches!(effect, Effect::Stock { kind, .. } if !kind.is_of_a_client());
+    (entry.first_n..).zip(&entry.operations).filter(move |(_, operation)| of_a_client(&operation.effect)).map(|(n, operation)| Answered {
+        op: entry.op.clone(),
+        origin: Position::new(entry.last.epoch, n),
+        at_ms: entry.at_ms,
+        operation: operation.clone(),
+    })
+}
+
+impl From<store::copies::Salvaged> for Answered {
+    fn from(copy: store::copies::Salvaged) -> Self {
+        Self { op: copy.op, origin: copy.origin, at_ms: copy.at_ms, operation: copy.operation }
+    }
+}
+
+fn request(row: ledger::refill::Request) -> refill::Request {
+    let position = row.position();
+    let (word, integers) = match row.kind.as_str() {
+        "coupon.issue" => ("ISSUED", row.numbers),
+        "coupon.create" | "delete" => ("OK", Vec::new()),
+        _ => ("OK", row.numbers),
+    };
+    refill::Request { id: RequestId::of_escaped(&row.id), digest: row.digest, word, integers, position, at_ms: row.at_ms }
+}
