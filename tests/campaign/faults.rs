@@ -12,6 +12,8 @@ mod times {
     pub const SIDECAR_KILLED: usize = 100;
     pub const REDIS_KILLED: usize = 30;
     pub const POSTGRES_KILLED: usize = 30;
+    pub const REDIS_EMPTIED: usize = 10;
+    pub const REDIS_OLDER: usize = 10;
     pub const STOPPED: usize = 20;
     pub const REPLIES_LOST: usize = 1_000;
     pub const SENT_TWICE: usize = 100;
@@ -53,6 +55,24 @@ fn a_killed_postgres_loses_and_repeats_nothing() {
 }
 
 #[test]
+fn an_emptied_redis_loses_and_repeats_nothing() {
+    let mut world = World::start(Plan::default());
+    for _ in 0..times::REDIS_EMPTIED {
+        empty_redis(&mut world);
+    }
+    world.check("redis emptied");
+}
+
+#[test]
+fn an_older_redis_loses_and_repeats_nothing() {
+    let mut world = World::start(Plan::default());
+    for _ in 0..times::REDIS_OLDER {
+        age_redis(&mut world);
+    }
+    world.check("redis older");
+}
+
+#[test]
 fn stopped_processes_lose_and_repeat_nothing() {
     let mut world = World::start(Plan::default());
     for _ in 0..times::STOPPED {
@@ -86,13 +106,14 @@ fn cut_held_and_slow_connections_lose_and_repeat_nothing() {
 
 #[test]
 fn all_kinds_of_faults_in_any_order_lose_and_repeat_nothing() {
-    const KINDS: [fn(&mut World); 6] = [kill_sidecar, kill_redis, kill_postgres, stop_one, lose_a_reply, cut];
+    const KINDS: [fn(&mut World); 8] = [kill_sidecar, kill_redis, kill_postgres, empty_redis, age_redis, stop_one, lose_a_reply, cut];
     let mut world = World::start(Plan::default());
     for _ in 0..times::MIXED {
         let kind = world.random.below(KINDS.len() as u64);
         KINDS[usize::try_from(kind).unwrap()](&mut world);
+        // One failure at a time.
+        world.wait_until_it_sells();
     }
-    world.wait_until_it_sells();
     world.check("mixed");
 }
 
@@ -115,6 +136,29 @@ fn kill_postgres(world: &mut World) {
     world.postgres().kill();
     world.go_on(BETWEEN);
     world.postgres().restart();
+    world.wait_until_it_sells();
+}
+
+/// By a command, or as a server that comes up with an empty disk.
+fn empty_redis(world: &mut World) {
+    world.go_on(BETWEEN);
+    if world.random.chance(50) {
+        world.tell_redis("FLUSHALL");
+    } else {
+        world.redis.kill();
+        world.redis.restart_empty();
+    }
+    world.wait_until_it_sells();
+}
+
+/// As a backup that is some moments old brings it back.
+fn age_redis(world: &mut World) {
+    world.go_on(BETWEEN);
+    let copy = world.redis.copy_of_data();
+    world.go_on(BETWEEN);
+    world.redis.kill();
+    world.redis.restart_from(&copy);
+    std::fs::remove_dir_all(copy).unwrap();
     world.wait_until_it_sells();
 }
 

@@ -161,6 +161,11 @@ impl World {
         signal("-CONT");
     }
 
+    /// Sends the backing Redis a command.
+    pub fn tell_redis(&self, command: &str) {
+        redis::cmd(command).exec(&mut self.backing()).unwrap();
+    }
+
     fn backing(&self) -> redis::Connection {
         redis::Client::open(self.redis.url()).unwrap().get_connection().unwrap()
     }
