@@ -25,6 +25,7 @@ use crate::ledger;
 use crate::limits;
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
+use crate::outbox::sweep::Sweeper;
 use crate::outbox::verify::Verifier;
 use crate::server::listener;
 use crate::session::registry::Registry;
@@ -82,11 +83,17 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, &instance, config.idempotency.window);
+    let sweeper = Sweeper {
+        partition: Arc::clone(&partition),
+        redis_url: config.redis.url.expose().to_owned(),
+        postgres_url: postgres_url.clone(),
+        window_ms: i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX),
+    };
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
-                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back));
+                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back.clone()), sweeper.run(back));
             }
         })
     };

@@ -13,6 +13,7 @@ pub mod migrate;
 pub mod partition;
 pub mod refill;
 pub mod salvage;
+pub mod sidecar;
 pub mod stock;
 mod write;
 

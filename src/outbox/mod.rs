@@ -8,6 +8,7 @@ mod rebuild;
 pub mod relay;
 mod retry;
 mod slice;
+pub mod sweep;
 mod trim;
 pub mod verify;
 
