@@ -58,7 +58,7 @@ pub struct Books {
     pub coupon_rows: Vec<CouponRow>,
     pub redis: Side,
     pub postgres: Side,
-    /// Whether what Redis had may have been lost on the way, for which this installation gives no promise.
+    /// Whether what was answered may have been lost: where more died at a time than the promises cover.
     pub may_lose: bool,
 }
 
@@ -78,6 +78,16 @@ pub fn check(history: &[Record], books: &Books) -> Vec<String> {
     let failed = history.iter().filter(|record| matches!(record.outcome, Outcome::Failed(_)));
     wrong.extend(failed.map(|record| format!("no fault explains this answer: {record}")));
     wrong
+}
+
+/// The accepted operations that the ledger does not have, with the positions they were answered with.
+pub fn lost<'a>(history: &'a [Record], books: &Books) -> Vec<(Position, &'a Record)> {
+    let ledger = Ledger::of(books);
+    let position = |record: &Record| match record.outcome {
+        Outcome::Accepted { position, .. } if ledger.find(record).is_empty() => Some(position),
+        _ => None,
+    };
+    history.iter().filter_map(|record| Some((position(record)?, record))).collect()
 }
 
 fn both_sides_agree(books: &Books, wrong: &mut Vec<String>) {

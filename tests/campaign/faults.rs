@@ -1,8 +1,9 @@
 //! The campaigns: each kind of fault many times, under load, and what must be true afterwards.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crate::harness::wait_until;
 use crate::load::Plan;
 use crate::proxy::Direction;
 use crate::world::World;
@@ -19,13 +20,24 @@ mod times {
     pub const SENT_TWICE: usize = 100;
     pub const CUT: usize = 200;
     pub const MIXED: usize = 40;
+    pub const REDIS_AND_SIDECAR_LOST: usize = 30;
 }
+
+/// How long Postgres is away, and how many changes a second there are meanwhile.
+const OUTAGE: Duration = Duration::from_secs(60);
+const OUTAGE_RATE: u32 = 2_000;
+
+/// By how much the sidecar may grow: a copy of a change takes less than 512 bytes, and buffers some MiB.
+const OUTAGE_KIB_MAX: u64 = OUTAGE.as_secs() * OUTAGE_RATE as u64 / 2 + 16 * 1024;
 
 /// How long a process is stopped, in ms.
 const STOPPED_FOR: (u64, u64) = (50, 500);
 
 /// How long the load goes on between two faults, in ms.
 const BETWEEN: (u64, u64) = (20, 120);
+
+/// And between two double failures: Postgres shall have got something.
+const BETWEEN_DOUBLE: (u64, u64) = (100, 400);
 
 #[test]
 fn a_killed_sidecar_loses_and_repeats_nothing() {
@@ -117,6 +129,60 @@ fn all_kinds_of_faults_in_any_order_lose_and_repeat_nothing() {
     world.check("mixed");
 }
 
+#[test]
+fn what_postgres_acknowledged_survives_redis_and_the_sidecar() {
+    let mut world = World::start(Plan { ack_postgres: true, ..Plan::default() });
+    for _ in 0..times::REDIS_AND_SIDECAR_LOST {
+        world.go_on(BETWEEN_DOUBLE);
+        world.lose_redis_and_sidecar();
+        world.wait_until_it_sells();
+    }
+    world.check("redis and sidecar lost, with ACK postgres");
+}
+
+#[test]
+fn redis_and_the_sidecar_take_with_them_only_what_postgres_did_not_have() {
+    let mut world = World::start(Plan::default());
+    let mut deaths = Vec::new();
+    for _ in 0..times::REDIS_AND_SIDECAR_LOST {
+        world.go_on(BETWEEN_DOUBLE);
+        fall_behind(&mut world);
+        deaths.push(world.lose_redis_and_sidecar());
+        world.wait_until_it_sells();
+    }
+    world.check_but("redis and sidecar lost, with ACK redis", &deaths);
+}
+
+#[test]
+fn postgres_away_for_a_minute_stops_no_sale_and_is_caught_up() {
+    let mut world = World::start(Plan { rate: Some(OUTAGE_RATE), ..Plan::default() });
+    let before = world.memory_kib();
+    world.postgres().kill();
+    let (accepted, began) = (world.accepted(), Instant::now());
+    thread::sleep(OUTAGE);
+    let rate = u64::try_from(u128::from(world.accepted() - accepted) * 1000 / began.elapsed().as_millis()).unwrap();
+    assert!(rate >= u64::from(OUTAGE_RATE) * 8 / 10, "sales went on, but only {rate} a second");
+    let grown = world.memory_kib().saturating_sub(before);
+    assert!(grown <= OUTAGE_KIB_MAX, "the sidecar has grown by {grown} KiB");
+    let behind = world.behind();
+    world.postgres().restart();
+    let restarted = Instant::now();
+    wait_until("the relay carries on", || world.behind() < behind);
+    let (began, accepted) = (Instant::now(), world.accepted());
+    let from = world.behind();
+    wait_until("postgres has caught up", || world.behind() < u64::from(OUTAGE_RATE) / 10);
+    let carried = from + world.accepted() - accepted;
+    let speed = u128::from(carried) * 1000 / began.elapsed().as_millis().max(1);
+    eprintln!(
+        "postgres away for {OUTAGE:?} at {rate} changes a second: {behind} behind, {grown} KiB more, caught up {:?} after its start, at {speed} a second",
+        restarted.elapsed()
+    );
+    // What is not optimised gets less.
+    let times = if cfg!(debug_assertions) { 2 } else { 5 };
+    assert!(speed >= u128::from(rate) * times, "caught up at {speed} a second");
+    world.check("postgres away");
+}
+
 fn kill_sidecar(world: &mut World) {
     world.go_on(BETWEEN);
     world.kill_sidecar();
@@ -142,13 +208,23 @@ fn kill_postgres(world: &mut World) {
 /// By a command, or as a server that comes up with an empty disk.
 fn empty_redis(world: &mut World) {
     world.go_on(BETWEEN);
+    fall_behind(world);
     if world.random.chance(50) {
         world.tell_redis("FLUSHALL");
     } else {
         world.redis.kill();
         world.redis.restart_empty();
     }
+    world.to_postgres.release();
     world.wait_until_it_sells();
+}
+
+/// Often: lets Postgres fall behind, so that there is something to be saved when Redis loses its data.
+fn fall_behind(world: &mut World) {
+    if world.random.chance(70) {
+        world.to_postgres.hold(Direction::Requests);
+        world.go_on(BETWEEN);
+    }
 }
 
 /// As a backup that is some moments old brings it back.
@@ -156,9 +232,11 @@ fn age_redis(world: &mut World) {
     world.go_on(BETWEEN);
     let copy = world.redis.copy_of_data();
     world.go_on(BETWEEN);
+    fall_behind(world);
     world.redis.kill();
     world.redis.restart_from(&copy);
     std::fs::remove_dir_all(copy).unwrap();
+    world.to_postgres.release();
     world.wait_until_it_sells();
 }
 

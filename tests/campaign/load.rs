@@ -27,11 +27,13 @@ pub struct Plan {
     pub pause_us: u64,
     /// Whether every change waits for Postgres.
     pub ack_postgres: bool,
+    /// How many operations a second all of them send together, each of which can be accepted. Else as many as they can, of all kinds.
+    pub rate: Option<u32>,
 }
 
 impl Default for Plan {
     fn default() -> Self {
-        Self { clients: 8, pause_us: 6_000, ack_postgres: false }
+        Self { clients: 8, pause_us: 6_000, ack_postgres: false, rate: None }
     }
 }
 
@@ -116,10 +118,20 @@ impl Client {
                 self.shared.accepted.fetch_add(1, Ordering::Relaxed);
             }
             self.records.push(record);
-            let pause = self.random.below(self.shared.plan.pause_us + 1);
-            thread::sleep(Duration::from_micros(pause));
+            thread::sleep(self.pause());
         }
         self.records
+    }
+
+    fn pause(&mut self) -> Duration {
+        let Plan { rate, clients, pause_us, .. } = self.shared.plan;
+        match rate {
+            None => Duration::from_micros(self.random.below(pause_us + 1)),
+            Some(rate) => {
+                let each = Duration::from_secs(1) * u32::try_from(clients).unwrap() / rate;
+                (each * u32::try_from(self.records.len()).unwrap()).saturating_sub(self.shared.began.elapsed())
+            }
+        }
     }
 
     fn next_operation(&mut self) -> Operation {
@@ -130,6 +142,10 @@ impl Client {
         };
         let quantity = |random: &mut Random| i64::try_from(random.between(1, 3)).unwrap();
         let random = &mut self.random;
+        if self.shared.plan.rate.is_some() {
+            let (product, quantity) = (PRODUCTS[usize::try_from(2 + random.below(4)).unwrap()].0.into(), quantity(random));
+            return if random.chance(50) { Operation::Incr(product, quantity) } else { Operation::Decr(vec![(product, quantity)]) };
+        }
         match random.below(100) {
             0..50 => {
                 let (product, quantity) = (product(random), quantity(random));

@@ -153,12 +153,43 @@ impl World {
         self.to_sidecar.lead_to(self.sidecar.port);
     }
 
+    /// Kills Redis, with all it has, and the sidecar at once. Returns up to where Postgres has come.
+    pub fn lose_redis_and_sidecar(&mut self) -> Position {
+        self.count_late_replies();
+        if self.random.chance(50) {
+            self.redis.kill();
+            self.sidecar.kill();
+        } else {
+            self.sidecar.kill();
+            self.redis.kill();
+        }
+        self.to_postgres.cut();
+        self.to_postgres.release();
+        // Waits for a transaction that ends only now.
+        let applied = self.database.value("SELECT epoch || '-' || applied_n FROM holdfast.partition FOR UPDATE");
+        self.redis.restart_empty();
+        self.restart_sidecar();
+        position(&applied).unwrap()
+    }
+
     /// Stops a process for a random while.
     pub fn stall(&mut self, pid: u32, ms: (u64, u64)) {
         let signal = |name: &str| assert!(Command::new("kill").args([name, &pid.to_string()]).status().unwrap().success());
         signal("-STOP");
         self.go_on(ms);
         signal("-CONT");
+    }
+
+    /// How much memory the sidecar has, in KiB.
+    pub fn memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.sidecar.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim_end_matches("kB").trim().parse().unwrap()
+    }
+
+    /// By how many changes Postgres is behind Redis.
+    pub fn behind(&self) -> u64 {
+        self.sidecar.connect().field("HOLDFAST.STATUS", "lag").parse().unwrap()
     }
 
     /// Sends the backing Redis a command.
@@ -192,10 +223,24 @@ impl World {
     }
 
     /// Ends the load and checks everything.
-    pub fn check(mut self, what: &str) {
+    pub fn check(self, what: &str) {
+        self.check_but(what, &[]);
+    }
+
+    /// The same where Redis and the sidecar died at once, at these positions of Postgres: what was answered beyond them may be lost, nothing
+    /// else.
+    pub fn check_but(mut self, what: &str, deaths: &[Position]) {
         let (history, mut books) = self.rest();
         leave_out_the_filling(&mut books);
+        books.may_lose = !deaths.is_empty();
         self.assert_sound(&history, &books);
+        if books.may_lose {
+            let lost = checker::lost(&history, &books);
+            let at_risk = |position: Position| deaths.iter().any(|applied| applied.0 == position.0 && applied.1 < position.1);
+            let wrong = lost.iter().find(|(position, _)| !at_risk(*position));
+            assert!(wrong.is_none(), "seed {}: lost, though Postgres had come further when all died: {wrong:?}", self.seed);
+            eprintln!("{what}: {} changes lost in {} double failures", lost.len(), deaths.len());
+        }
         let count = |wanted: fn(&Record) -> bool| history.iter().filter(|record| wanted(record)).count();
         let (accepted, tried_again) = (count(Record::is_accepted), count(|record| record.tries.len() > 1));
         eprintln!(
