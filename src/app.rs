@@ -23,6 +23,7 @@ use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::Config;
 use crate::ledger;
 use crate::limits;
+use crate::outbox::by_hand::{self, Side};
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
 use crate::outbox::sweep::Sweeper;
@@ -129,6 +130,12 @@ pub async fn migrate(config: &Config) -> Result<(), Error> {
     ledger::migrate(config.postgres.url.expose()).await.map_err(error)?;
     info!("postgres has this version's tables");
     Ok(())
+}
+
+/// Makes the other side as `from` is.
+pub async fn rebuild(config: &Config, from: Side) -> Result<(), Error> {
+    let window_ms = i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX);
+    by_hand::rebuild(from, config.redis.url.expose(), config.postgres.url.expose(), window_ms).await.map_err(error)
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {

@@ -16,6 +16,7 @@ pub mod requests;
 pub mod script;
 pub mod stock;
 pub mod stream;
+pub mod survey;
 pub mod sweep;
 mod words;
 

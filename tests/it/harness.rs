@@ -267,6 +267,22 @@ impl Database {
         })
     }
 
+    /// Copies the database as it is now, as a backup would, and returns the copy's address. Nobody may be connected to it.
+    pub fn copy(&self, name: &str) -> String {
+        let (server, database) = self.url.split_once("/test_").unwrap();
+        let (database, options) = database.split_once('?').unwrap();
+        self.runtime.block_on(async {
+            let mut connection = PgConnection::connect(&format!("{server}/postgres?{options}")).await.unwrap();
+            // A killed sidecar's session may take a moment to end.
+            let began = Instant::now();
+            let copy = format!("CREATE DATABASE test_{database}_{name} TEMPLATE test_{database}");
+            while let Err(error) = sqlx::raw_sql(AssertSqlSafe(copy.clone())).execute(&mut connection).await {
+                assert!(began.elapsed() < PATIENCE, "{error}");
+            }
+        });
+        format!("{server}/test_{database}_{name}?{options}")
+    }
+
     /// Runs a statement as another program would.
     pub fn change(&self, statement: &str) {
         self.runtime.block_on(async {
