@@ -3,7 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::harness::wait_until;
+use crate::harness::{PATIENCE, wait_until};
 use crate::load::Plan;
 use crate::proxy::Direction;
 use crate::world::World;
@@ -257,8 +257,10 @@ fn lose_a_reply(world: &mut World) {
         1 | 2 => &world.to_redis,
         _ => &world.to_sidecar,
     };
+    let began = Instant::now();
     proxy.lose(1);
     while proxy.left_to_lose() > 0 {
+        assert!(began.elapsed() < PATIENCE, "nothing asks any more");
         thread::sleep(Duration::from_millis(1));
     }
 }
