@@ -20,14 +20,19 @@ use uuid::Uuid;
 use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, Stats};
-use crate::config::Config;
+use crate::config::{Config, Prefer};
+use crate::domain::Side;
 use crate::ledger;
 use crate::limits;
-use crate::outbox::by_hand::{self, Side};
+use crate::outbox::by_hand;
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
 use crate::outbox::sweep::Sweeper;
 use crate::outbox::verify::Verifier;
+use crate::reconcile::Settings;
+use crate::reconcile::examine::Examiner;
+use crate::reconcile::request::Requests;
+use crate::reconcile::schedule::Scheduler;
 use crate::server::listener;
 use crate::session::registry::Registry;
 use crate::store::Partition;
@@ -68,7 +73,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let (partition, Receivers { loads, changes }) = Partition::new(0, config.outbox.copies_bytes);
+    let (partition, Receivers { loads, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
@@ -90,11 +95,16 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         postgres_url: postgres_url.clone(),
         window_ms: i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX),
     };
+    let settings = reconciling(&config);
+    let examiner = || Examiner::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, settings);
+    let (scheduler, requests) = (Scheduler::new(examiner(), settings), Requests::new(examiner(), syncs));
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
-                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back.clone()), sweeper.run(back));
+                let reconciling = async { tokio::join!(scheduler.run(back.clone()), requests.run(back.clone())) };
+                let loading = async { tokio::join!(loader.run(back.clone()), sweeper.run(back.clone())) };
+                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loading, reconciling);
             }
         })
     };
@@ -123,6 +133,15 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     _ = upkeep.await;
     info!("stopped");
     Ok(())
+}
+
+fn reconciling(config: &Config) -> Settings {
+    let prefer = match config.reconcile.prefer {
+        Prefer::Postgres => Side::Postgres,
+        Prefer::Redis => Side::Redis,
+    };
+    let (sync_every, initialise_every) = (config.reconcile.sync_every, config.reconcile.initialise_every);
+    Settings { sync_every, initialise_every, prefer, auto_limit: config.reconcile.auto_limit }
 }
 
 /// Brings Postgres to this version's tables.

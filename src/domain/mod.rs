@@ -1,14 +1,18 @@
 //! What is sold and how it is written down: ids, quantities, positions, changes. Pure: no IO, no async, no clock.
 
 pub mod change;
+pub mod drift;
 pub mod id;
 pub mod mark;
 pub mod position;
 pub mod quantity;
 pub mod request;
+pub mod side;
 pub mod text;
 
+pub use drift::{Drift, Remedy};
 pub use id::Id;
 pub use mark::InboxMark;
 pub use position::Position;
 pub use request::RequestId;
+pub use side::Side;

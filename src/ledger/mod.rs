@@ -9,6 +9,7 @@ pub mod apply;
 mod changes;
 pub mod connection;
 pub mod coupon;
+pub mod drift;
 pub mod error;
 pub mod migrate;
 pub mod partition;

@@ -14,6 +14,7 @@ pub mod reads;
 pub mod refill;
 pub mod requests;
 pub mod script;
+pub mod snapshot;
 pub mod stock;
 pub mod stream;
 pub mod survey;

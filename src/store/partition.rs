@@ -2,13 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::copies::Copies;
 use super::lane::Failure;
 use super::stock::{StockOp, StockOutcome};
-use crate::domain::{Id, InboxMark, Position};
+use crate::domain::{Drift, Id, InboxMark, Position};
 use crate::limits;
 
 /// Whether a partition sells.
@@ -59,12 +60,31 @@ pub struct LoadRequest {
 }
 
 /// A product that Postgres has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     /// The units that Redis is to be given.
     pub available: i64,
     /// Up to where of the inbox they count.
     pub mark: InboxMark,
+    /// n of the newest change that they count.
+    pub n: u64,
+    /// Threshold of the low-stock event.
+    pub low: Option<i64>,
+    /// Why a person has to look at it.
+    pub frozen: Option<String>,
+}
+
+/// Asks for a comparison of Redis with Postgres now.
+#[derive(Debug)]
+pub struct SyncRequest {
+    /// These; everything where it is empty.
+    pub products: Vec<Id>,
+    /// Nothing may be changed.
+    pub dry_run: bool,
+    /// When the answer is needed: what has been found by then.
+    pub deadline: Instant,
+    /// The products that differ, or why that cannot be said now; nothing was changed then.
+    pub answer: oneshot::Sender<Result<Vec<Drift>, String>>,
 }
 
 /// A change that the server itself asks for, and where to say what became of it.
@@ -76,6 +96,7 @@ pub struct ServerChange {
 /// What the other end of a partition's channels receives.
 pub struct Receivers {
     pub loads: mpsc::Receiver<LoadRequest>,
+    pub syncs: mpsc::Receiver<SyncRequest>,
     pub changes: mpsc::Receiver<ServerChange>,
 }
 
@@ -94,6 +115,8 @@ pub struct Partition {
     pub ended: watch::Sender<Vec<EndedEpoch>>,
     /// Reaches the loader. Bounded: where it is full, the client is told to try again.
     pub loads: mpsc::Sender<LoadRequest>,
+    /// Reaches the reconciler. Bounded likewise.
+    pub syncs: mpsc::Sender<SyncRequest>,
     /// Reaches the lane that writes, see [`Partition::change`].
     changes: mpsc::Sender<ServerChange>,
     /// What was answered and Postgres does not have yet.
@@ -106,14 +129,16 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// A partition, and what its loader and its lane receive.
+    /// A partition, and what its loader, its reconciler and its lane receive.
     /// `copies_bytes_max`: see [`Copies::new`].
     pub fn new(id: u32, copies_bytes_max: usize) -> (Self, Receivers) {
         let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
+        let (syncs, syncing) = mpsc::channel(limits::SYNCS_MAX);
         let (changes, changing) = mpsc::channel(limits::SERVER_CHANGES_MAX);
         let partition = Self {
             id,
             loads,
+            syncs,
             changes,
             state: watch::Sender::new(State::Loading("starting".into())),
             applied: watch::Sender::default(),
@@ -125,7 +150,7 @@ impl Partition {
             ledger_up: AtomicBool::new(false),
             head: Mutex::default(),
         };
-        (partition, Receivers { loads: requests, changes: changing })
+        (partition, Receivers { loads: requests, syncs: syncing, changes: changing })
     }
 
     /// Makes a change that the server itself asks for. It goes through the lane like a client's, and has its time.
@@ -134,6 +159,22 @@ impl Partition {
         let gone = || Failure::TryAgain("shutting down".into());
         self.changes.send(ServerChange { op, answer }).await.map_err(|_| gone())?;
         answered.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// Makes several of them at once, so that they share a batch. Returns their outcomes in their order.
+    pub async fn change_all(&self, ops: Vec<StockOp>) -> Vec<Result<StockOutcome, Failure>> {
+        let mut answers = Vec::with_capacity(ops.len());
+        for op in ops {
+            let (answer, answered) = oneshot::channel();
+            // Where nobody takes it the answer is dropped, which says so.
+            _ = self.changes.send(ServerChange { op, answer }).await;
+            answers.push(answered);
+        }
+        let mut outcomes = Vec::with_capacity(answers.len());
+        for answered in answers {
+            outcomes.push(answered.await.unwrap_or_else(|_| Err(Failure::TryAgain("shutting down".into()))));
+        }
+        outcomes
     }
 
     /// Whether Redis answered last.

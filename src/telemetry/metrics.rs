@@ -160,6 +160,55 @@ pub const METRICS: &[Metric] = &[
         labels: &["partition"],
         doc: "Failures on Postgres after which the relay tried again.",
     },
+    Metric {
+        name: "holdfast_rebuilds_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "How often this process has filled Redis from Postgres.",
+    },
+    Metric {
+        name: "holdfast_salvaged_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["what"],
+        doc: "Changes that were answered and saved out of a Redis that lost its data (`what`: saved, owed, handed_over).",
+    },
+    Metric {
+        name: "holdfast_reconcile_rounds_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["round", "result"],
+        doc: "Rounds of the reconciler, `sync` or `initialise`; `result` is `done`, `elsewhere` (another sidecar does it) or `skipped`.",
+    },
+    Metric {
+        name: "holdfast_reconcile_round_seconds",
+        kind: Kind::Histogram,
+        unit: Unit::Seconds,
+        labels: &["round"],
+        doc: "How long a round took.",
+    },
+    Metric {
+        name: "holdfast_reconcile_last_round_timestamp_seconds",
+        kind: Kind::Gauge,
+        unit: Unit::Seconds,
+        labels: &["round"],
+        doc: "When the last round was done, in Unix time.",
+    },
+    Metric {
+        name: "holdfast_reconcile_products_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "Products compared, in rounds and by STOCK.SYNC.",
+    },
+    Metric {
+        name: "holdfast_reconcile_drift_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["action"],
+        doc: "Differences that were `corrected`, `frozen` or `initialised`.",
+    },
 ];
 
 /// Collects metrics from now on, and returns what renders them. Called again, returns the same.

@@ -58,6 +58,8 @@ pub struct Books {
     pub coupon_rows: Vec<CouponRow>,
     pub redis: Side,
     pub postgres: Side,
+    /// The differences that the reconciler has found: nobody has made any.
+    pub drifts: Vec<String>,
     /// Whether what was answered may have been lost: where more died at a time than the promises cover.
     pub may_lose: bool,
 }
@@ -75,6 +77,7 @@ pub fn check(history: &[Record], books: &Books) -> Vec<String> {
     refused_are_not_there(history, books, &mut wrong);
     rows_come_from_the_history(history, books, &mut wrong);
     positions_respect_time(history, &mut wrong);
+    wrong.extend(books.drifts.iter().map(|drift| format!("what was on its way was taken for a difference: {drift}")));
     let failed = history.iter().filter(|record| matches!(record.outcome, Outcome::Failed(_)));
     wrong.extend(failed.map(|record| format!("no fault explains this answer: {record}")));
     wrong
@@ -341,6 +344,7 @@ mod tests {
             coupon_rows: vec![coupon("create", 0, None, 4), coupon("issue", 1, Some("s"), 5)],
             redis: side.clone(),
             postgres: side,
+            drifts: Vec::new(),
             may_lose: false,
         };
         (history, books)

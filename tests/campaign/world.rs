@@ -22,9 +22,6 @@ const SELLS_AGAIN_WITHIN: Duration = Duration::from_secs(20);
 /// How many operations have to be accepted before it counts as selling.
 const SELLS: u64 = 5;
 
-/// The time for a reply that is promised, in ms.
-const REPLY_WITHIN_MS: u32 = 100;
-
 /// How many installations run at a time: more would only wait for the machine.
 const AT_A_TIME: usize = 2;
 
@@ -109,7 +106,9 @@ impl World {
     fn sidecar(to_redis: &Proxy, to_postgres: &Proxy, database: &Database) -> Sidecar {
         let server = database.own.as_ref().unwrap().port();
         let postgres_url = database.url.replace(&format!(":{server}/"), &format!(":{}/", to_postgres.port()));
-        Sidecar::with_deadline(&to_redis.redis_url(), &postgres_url, REPLY_WITHIN_MS)
+        // The default for replies; compared so often that it falls together with the faults.
+        let flags = ["--reply-within-ms", "100", "--reconcile-sync-every-ms", "1000"];
+        Sidecar::with_settings(&to_redis.redis_url(), &postgres_url, &flags)
     }
 
     pub fn postgres(&mut self) -> &mut Postgres {
@@ -306,6 +305,7 @@ impl World {
                 .collect(),
             redis: self.redis_side(client),
             postgres: self.postgres_side(),
+            drifts: self.database.column("SELECT to_jsonb(drift) FROM holdfast.drift"),
             may_lose: false,
         }
     }

@@ -37,6 +37,11 @@ impl Sidecar {
 
     /// The same, with so many ms for each reply.
     pub fn with_deadline(redis_url: &str, postgres_url: &str, reply_within_ms: u32) -> Self {
+        Self::with_settings(redis_url, postgres_url, &["--reply-within-ms", &reply_within_ms.to_string()])
+    }
+
+    /// The same, with these flags.
+    pub fn with_settings(redis_url: &str, postgres_url: &str, flags: &[&str]) -> Self {
         let log = std::env::temp_dir().join(format!(
             "holdfast-it-{}-{:?}-{:?}.log",
             std::process::id(),
@@ -55,7 +60,7 @@ impl Sidecar {
                 "--postgres-url",
                 postgres_url,
             ])
-            .args(["--reply-within-ms", &reply_within_ms.to_string()])
+            .args(flags)
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap())
             .spawn()
@@ -249,7 +254,7 @@ pub struct Database {
 }
 
 impl Database {
-    /// A database of the Postgres that tests share, or one of its `own` Postgres.
+    /// One on the server that tests share, or on one of its `own`.
     pub fn new(own: bool) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (shared, own) = if own { (None, Some(Postgres::start())) } else { (Some(Postgres::shared()), None) };
@@ -283,11 +288,11 @@ impl Database {
         format!("{server}/test_{database}_{name}?{options}")
     }
 
-    /// Runs a statement as another program would.
-    pub fn change(&self, statement: &str) {
+    /// Runs statements.
+    pub fn execute(&self, statements: &str) {
         self.runtime.block_on(async {
             let mut connection = PgConnection::connect(&self.url).await.unwrap();
-            sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut connection).await.unwrap();
+            sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&mut connection).await.unwrap();
         });
     }
 
@@ -311,6 +316,15 @@ impl Stack {
     /// The same with a Postgres of its own, to be killed.
     pub fn with_own_postgres() -> Self {
         Self::with(Database::new(true), UNHURRIED)
+    }
+
+    /// The same with these flags of the sidecar.
+    pub fn with_settings(flags: &[&str]) -> Self {
+        let (redis, postgres) = (RedisServer::start(), Database::new(false));
+        let sidecar = Sidecar::with_settings(&redis.url(), &postgres.url, flags);
+        let stack = Self { sidecar, redis, postgres };
+        stack.wait_until_ready();
+        stack
     }
 
     fn with(postgres: Database, reply_within_ms: u32) -> Self {

@@ -12,5 +12,6 @@ mod http;
 mod protocol;
 mod proxy;
 mod rebuild;
+mod reconcile;
 mod stock;
 mod tidy;
