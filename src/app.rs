@@ -227,6 +227,7 @@ impl Front {
                 let commands = Rc::new(Commands::new(TABLE));
                 let stats = Arc::new(Stats::new(&commands));
                 let cx = Rc::new(Context::new(commands, registry, stats, backend));
+                spawn_local(Rc::clone(&cx.heartbeat).beat());
                 cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
                 let partition = Arc::clone(&cx.backend.partition);
                 let render = Box::new(move |text: &mut String| show_partition(&partition, text));

@@ -325,6 +325,12 @@ pub const LOAD_WITHIN: Duration = Duration::from_secs(2);
 pub const ABSENT_FOR: Duration = Duration::from_secs(1);
 pub const ABSENT_MAX: usize = 10_000;
 
+/// How often the thread that serves clients looks whether it stood still, from how long a stretch on that counts (timers are a ms or two late
+/// by themselves, and work may begin when the wait for a tick ends), and how many stretches are remembered: those of the last seconds, and no reply is late by more.
+pub const STALL_EVERY: Duration = Duration::from_millis(5);
+pub const STALL_MIN: Duration = Duration::from_millis(6);
+pub const STALLS_MAX: usize = 512;
+
 /// How often the thread that serves clients shows that it lives, and after how long a silence it counts as dead: far beyond any stall of
 /// the machine's scheduler.
 pub const PULSE_EVERY: Duration = Duration::from_millis(500);

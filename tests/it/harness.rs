@@ -1,5 +1,7 @@
 //! A whole installation for one test: its own Redis, its own database, the built program.
 
+#![allow(dead_code, reason = "each of the test binaries uses its own part")]
+
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
