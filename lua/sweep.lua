@@ -3,9 +3,11 @@
 -- args: fields
 -- returns: how many there were
 --
--- fields is msgpack: the names of lanes.
+-- fields is msgpack: the names of lanes, each with what it held at the sweep before. One that has moved since is alive.
 local removed = 0
-for _, field in ipairs(cmsgpack.unpack(fields)) do
-  if string.find(field, ':', 1, true) then removed = removed + redis.call('HDEL', meta, field) end
+for _, lane in ipairs(cmsgpack.unpack(fields)) do
+  if string.find(lane[1], ':', 1, true) and redis.call('HGET', meta, lane[1]) == lane[2] then
+    removed = removed + redis.call('HDEL', meta, lane[1])
+  end
 end
 return removed

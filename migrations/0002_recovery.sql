@@ -11,6 +11,8 @@ COMMENT ON COLUMN holdfast.partition.inbox_xid IS 'With inbox_id: up to which ro
 
 ALTER TABLE holdfast.stock_ledger ADD COLUMN origin_epoch bigint NULL, ADD COLUMN origin_n bigint NULL;
 ALTER TABLE holdfast.coupon_ledger ADD COLUMN origin_epoch bigint NULL, ADD COLUMN origin_n bigint NULL;
+ALTER TABLE holdfast.partition_epoch ADD COLUMN after_n bigint NULL;
+COMMENT ON COLUMN holdfast.partition_epoch.after_n IS 'n of the last change before this epoch, where that was known when it was taken: what an earlier epoch has beyond it got lost, and is not applied later.';
 CREATE INDEX stock_ledger_origin ON holdfast.stock_ledger (partition, origin_epoch, origin_n) WHERE origin_epoch IS NOT NULL;
 CREATE INDEX coupon_ledger_origin ON holdfast.coupon_ledger (partition, origin_epoch, origin_n) WHERE origin_epoch IS NOT NULL;
 CREATE INDEX stock_ledger_server_request ON holdfast.stock_ledger (request_id) WHERE request_id LIKE 'hf-%';
@@ -63,15 +65,18 @@ CREATE TABLE holdfast.salvage (
     done         boolean NOT NULL DEFAULT false,
     PRIMARY KEY (op, k)
 );
+CREATE INDEX salvage_open ON holdfast.salvage (partition, origin_epoch, origin_n) WHERE NOT done;
 COMMENT ON TABLE holdfast.salvage IS 'Changes that a sidecar had answered and handed over after Redis had been filled anew without them. They are taken off Redis as soon as possible (done).';
 
 CREATE TABLE holdfast.sidecar (
     id          text NOT NULL PRIMARY KEY,
     started_at  timestamptz NOT NULL DEFAULT now(),
     lease_until timestamptz NOT NULL,
-    window_ms   bigint NOT NULL
+    window_ms   bigint NOT NULL,
+    handed_epoch bigint NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE holdfast.sidecar IS 'The sidecars that run; a lease that has passed belongs to one that is gone.';
+COMMENT ON COLUMN holdfast.sidecar.handed_epoch IS 'Up to which epoch it has handed over what it had answered and this database did not have.';
 COMMENT ON COLUMN holdfast.sidecar.window_ms IS 'Its idempotency.window_ms, which all that run at a time must have in common.';
 
 CREATE TABLE holdfast.drift (

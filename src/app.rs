@@ -28,6 +28,7 @@ use crate::outbox::by_hand;
 use crate::outbox::clerk::Clerk;
 use crate::outbox::inbox::Inbox;
 use crate::outbox::loader::Loader;
+use crate::outbox::presence::Presence;
 use crate::outbox::relay::Relay;
 use crate::outbox::sweep::Sweeper;
 use crate::outbox::verify::Verifier;
@@ -93,11 +94,13 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let clerk = Clerk::new(Arc::clone(&partition), &postgres_url, letters);
     let inbox = Inbox::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, &instance, config.idempotency.window);
+    let window_ms = i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX);
+    let presence = Presence { partition: Arc::clone(&partition), postgres_url: postgres_url.clone(), instance, window_ms };
     let sweeper = Sweeper {
         partition: Arc::clone(&partition),
         redis_url: config.redis.url.expose().to_owned(),
         postgres_url: postgres_url.clone(),
-        window_ms: i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX),
+        window_ms,
     };
     let settings = reconciling(&config);
     let examiner = || Examiner::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, settings);
@@ -114,6 +117,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
                     inbox.run(back.clone()),
                     clerk.run(back.clone()),
                     sweeper.run(back.clone()),
+                    presence.run(back.clone()),
                     reconciling,
                 );
             }

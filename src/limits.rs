@@ -75,7 +75,7 @@ pub const ACK_WITHIN: Duration = Duration::from_millis(100);
 /// How often Redis and Postgres are compared anyway; how soon again where it could not be done; how long one comparison may take.
 pub const VERIFY_EVERY: Duration = Duration::from_secs(5);
 pub const VERIFY_AGAIN_AFTER: Duration = Duration::from_millis(200);
-pub const VERIFY_WITHIN: Duration = Duration::from_secs(5);
+pub const VERIFY_WITHIN: Duration = Duration::from_secs(15);
 
 // Postgres: the connections of the relay and of the verifier.
 
@@ -109,8 +109,9 @@ pub const LEDGER_TRANSACTION_MAX: Duration = Duration::from_secs(30);
 pub const COPIES_MIB_MIN: u64 = 1;
 pub const COPIES_MIB_MAX: u64 = 1 << 20;
 
-/// How many copies are looked at behind the first that stays: there are two lanes, which take turns.
+/// How many batches of copies are looked at behind the first that stays: there are two lanes, which take turns. And how often all of them are.
 pub const COPIES_LOOK_BEHIND: usize = 8;
+pub const COPIES_LOOK_EVERY: usize = 64;
 
 // The inbox: what other programs changed in Postgres.
 
@@ -145,8 +146,10 @@ pub const DEAD_LETTERS_LISTED_MAX: i64 = 10_000;
 pub const DEAD_LETTERS_EVERY: Duration = Duration::from_secs(2);
 pub const DEAD_LETTERS_FROZEN_AT_ONCE: usize = SERVER_CHANGES_MAX / 2;
 
-/// For how long a sidecar counts as running after it was heard of last: a few verifications.
-pub const SIDECAR_LEASE: Duration = Duration::from_secs(30);
+/// How often a sidecar says in Postgres that it runs, and for how long it counts as running afterwards: a rebuild waits so long for what one
+/// that died may have answered.
+pub const SIDECAR_RENEW_EVERY: Duration = Duration::from_secs(1);
+pub const SIDECAR_LEASE: Duration = Duration::from_secs(3);
 
 /// How long after that what it left behind in Redis is kept: any batch of it that is still on its way is far too late by then.
 pub const SIDECAR_KEEP: Duration = Duration::from_secs(600);
@@ -163,6 +166,9 @@ pub const SWEEP_STRETCHES: i64 = 15;
 /// For how long the sidecar that fills Redis keeps the others from it without a sign of life. It gives one with each page, which takes
 /// milliseconds; one that died is replaced after this time.
 pub const REBUILD_LEASE: Duration = Duration::from_secs(10);
+
+/// How long Postgres may take for a page that it has to sort for: all the coupons of a shop.
+pub const REBUILD_SORT: Duration = Duration::from_secs(120);
 
 /// Rows of Postgres that are given to Redis at a time: a few milliseconds of each.
 pub const REFILL_PAGE: usize = 5_000;

@@ -40,7 +40,8 @@ async fn wait(cx: Rc<Context>, position: Position, timeout: Duration) -> Reply {
         }
         // Postgres is beyond that epoch: where it ended says whether it ever had this position.
         let mut ended = partition.ended.subscribe();
-        let of_it = |ended: &Vec<EndedEpoch>| ended.iter().any(|ended| ended.epoch == position.epoch);
+        let settled = |ended: &EndedEpoch| ended.epoch == position.epoch && (ended.has(position.n) || ended.has_lost(position.n));
+        let of_it = |ended: &Vec<EndedEpoch>| ended.iter().any(settled);
         partition.verify.notify_one();
         let ended = ended.wait_for(of_it).await.ok()?;
         let ended = ended.iter().find(|ended| ended.epoch == position.epoch)?;

@@ -43,6 +43,11 @@ impl Id {
         Self(Bytes::copy_from_slice(&self.0))
     }
 
+    /// The id in memory of its own, where it is to be kept: it shares the buffer that its request was read into.
+    pub fn detached(&self) -> Self {
+        Self(Bytes::copy_from_slice(&self.0))
+    }
+
     /// The id's bytes, shared.
     pub fn bytes(&self) -> &Bytes {
         &self.0

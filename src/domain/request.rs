@@ -22,6 +22,11 @@ impl RequestId {
         fits.then(|| Self(bytes.clone()))
     }
 
+    /// The id in memory of its own, see [`Id::detached`](super::Id::detached).
+    pub fn detached(&self) -> Self {
+        Self(Bytes::copy_from_slice(&self.0))
+    }
+
     /// The id whose [`RequestId::escaped`] form this is: out of the ledger.
     pub fn of_escaped(escaped: &str) -> Self {
         Self(text::unescape_bytes(escaped).into())

@@ -49,12 +49,27 @@ async fn apply_in(connection: &mut PgConnection, partition: u32, entries: &[Entr
     let Some(last) = new.last() else {
         return Ok(Applied { position: row.applied, last_op: row.last_op, operations: 0 });
     };
+    check_epochs(connection, partition, &row, new).await?;
     let mark = partition::mark(connection, partition).await?;
     let created = what_is_created(connection, mark, new).await?;
     let changes = Changes::gather(new, &created)?;
     write::changes(connection, partition, &changes).await?;
     advance(connection, partition, &row, new, changes.mark).await?;
     Ok(Applied { position: last.last, last_op: last.op.clone(), operations: last.last.n - row.applied.n })
+}
+
+/// Checks that no entry lies beyond where its epoch ended: Redis has lost it, and has gone on without it.
+pub(super) async fn check_epochs(connection: &mut PgConnection, partition: u32, row: &PartitionRow, new: &[Entry]) -> Result<(), Error> {
+    for of_one in new.chunk_by(|a, b| a.last.epoch == b.last.epoch) {
+        let Some(last) = of_one.last().map(|entry| entry.last).filter(|last| last.epoch < row.epoch) else { continue };
+        let newest = partition::newest_of_epoch(connection, partition, last.epoch).await?;
+        if let Some(newest) = newest.filter(|newest| last.n > *newest) {
+            return Err(Error::Broken(format!(
+                "entry {last} lies beyond n {newest}, after which a later epoch goes on: Redis has lost it"
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Moves the partition's row to the end of these entries, and writes where the epochs have ended that they went beyond.
@@ -236,7 +251,7 @@ mod tests {
         let op = "instance:stock:2".to_owned();
         assert_eq!(lines[2], (1, 2, 1, op, 0, "decr".into(), -1, -1, 6, request.0, request.1, "2023-11-14 22:13:20.123000".into()));
         let row = partition::load(&mut database.connection, 0).await.unwrap();
-        assert_eq!(row, PartitionRow { epoch: 1, applied: Position::new(1, 4), last_op: "instance:stock:3".into() });
+        assert_eq!(row, PartitionRow { epoch: 1, applied: Position::new(1, 4), last_op: "instance:stock:3".into(), owner: None });
     }
 
     #[tokio::test]
@@ -341,9 +356,10 @@ mod tests {
     #[tokio::test]
     async fn crossing_into_an_epoch_writes_where_the_one_before_ended() {
         let (mut database, mut outbox) = (database().await, Outbox::new());
-        for epoch in 1..4 {
-            assert_eq!(partition::take_epoch(&mut database.connection, 0, epoch, "run-x").await.unwrap(), Some(epoch + 1));
-            assert_eq!(partition::take_epoch(&mut database.connection, 0, epoch, "run-y").await.unwrap(), None, "taken already");
+        for (epoch, n) in [(1, 2), (2, 2), (3, 3)] {
+            let row = partition::load(&mut database.connection, 0).await.unwrap();
+            assert_eq!(partition::take_epoch(&mut database.connection, 0, &row, "run-x", n).await.unwrap(), Some(epoch + 1));
+            assert_eq!(partition::take_epoch(&mut database.connection, 0, &row, "run-y", n).await.unwrap(), None, "taken already");
         }
         let first = outbox.entry(&["0 set | a 1 1", "1 incr | a 1 2"]);
         outbox.epoch = 3;
@@ -354,5 +370,30 @@ mod tests {
         let epochs = partition::epochs(&mut database.connection, 0).await.unwrap();
         let ends: Vec<_> = epochs.iter().map(|row| (row.epoch, row.run_id.as_str(), row.last_n)).collect();
         assert_eq!(ends, [(1, "run-1", Some(2)), (2, "run-x", Some(2)), (3, "run-x", Some(3)), (4, "run-x", None)]);
+    }
+
+    #[tokio::test]
+    async fn what_redis_lost_before_a_later_epoch_is_not_applied_after_it() {
+        let (mut database, mut outbox) = (database().await, Outbox::new());
+        let kept = outbox.entry(&["0 set | a 9 9"]);
+        let lost = outbox.entry(&["0 decr | a -1 8"]);
+        let row = partition::load(&mut database.connection, 0).await.unwrap();
+        partition::take_epoch(&mut database.connection, 0, &row, "run-2", 1).await.unwrap().unwrap();
+        match apply_all(&mut database, &[kept.clone(), lost.clone()]).await {
+            Err(Error::Broken(found)) => assert!(found.contains("entry 1-2 lies beyond n 1"), "{found}"),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(apply_all(&mut database, &[kept]).await.unwrap().operations, 1);
+        // Filled anew, and nothing was saved: what a relay still holds is passed over.
+        let row = partition::load(&mut database.connection, 0).await.unwrap();
+        let taken = partition::take_epoch_to_rebuild(&mut database.connection, 0, &row, 5, "run-2", "me").await.unwrap();
+        assert_eq!(taken, Some(5));
+        assert_eq!(partition::take_epoch(&mut database.connection, 0, &row, "run-3", 1).await.unwrap(), None, "somebody fills redis");
+        crate::ledger::salvage::seal(&mut database.connection, 0, 5, false).await.unwrap();
+        assert_eq!(apply_all(&mut database, &[lost]).await.unwrap().operations, 0);
+        assert!(partition::finish_rebuild(&mut database.connection, 0, 5, "me").await.unwrap());
+        let epochs = partition::epochs(&mut database.connection, 0).await.unwrap();
+        let ends: Vec<_> = epochs.iter().map(|row| (row.epoch, row.last_n)).collect();
+        assert_eq!(ends, [(1, Some(1)), (2, Some(1)), (3, Some(1)), (4, Some(1)), (5, None)]);
     }
 }

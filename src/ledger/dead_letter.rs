@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use sqlx::{Connection, PgConnection};
 
-use super::apply::{Applied, advance, continuation, what_is_created};
+use super::apply::{Applied, advance, check_epochs, continuation, what_is_created};
 use super::changes::{Changes, Created};
 use super::partition::{self, id};
 use super::{Error, from_bigint, inbox, to_bigint, write};
@@ -46,6 +46,7 @@ async fn park_in(connection: &mut PgConnection, partition: u32, entry: &Entry) -
     if continuation(&row, std::slice::from_ref(entry)).map_err(Error::Broken)?.is_empty() {
         return Ok((Applied { position: row.applied, last_op: row.last_op, operations: 0 }, 0));
     }
+    check_epochs(connection, partition, &row, std::slice::from_ref(entry)).await?;
     let mut mark = partition::mark(connection, partition).await?;
     let mut parked = 0;
     // From the front, since what an operation comes to depends on those before it.

@@ -18,18 +18,22 @@ pub struct PartitionRow {
     pub applied: Position,
     /// The op of the entry that was applied last; [`NO_OP`] before the first.
     pub last_op: String,
+    /// The sidecar that fills Redis, or was when it died.
+    pub owner: Option<String>,
 }
 
+type Columns = (i64, i64, i64, String, Option<String>);
+
 impl PartitionRow {
-    fn from_columns((epoch, applied_epoch, applied_n, last_op): (i64, i64, i64, String)) -> Self {
-        Self { epoch: from_bigint(epoch), applied: Position::new(from_bigint(applied_epoch), from_bigint(applied_n)), last_op }
+    fn from_columns((epoch, applied_epoch, applied_n, last_op, owner): Columns) -> Self {
+        Self { epoch: from_bigint(epoch), applied: Position::new(from_bigint(applied_epoch), from_bigint(applied_n)), last_op, owner }
     }
 }
 
 /// Reads a partition's row. A partition that was never seen gets one: epoch 0, nothing applied.
 pub async fn load(connection: &mut PgConnection, partition: u32) -> Result<PartitionRow, Error> {
     loop {
-        let row = sqlx::query_as("SELECT epoch, applied_epoch, applied_n, last_op FROM holdfast.partition WHERE id = $1")
+        let row = sqlx::query_as("SELECT epoch, applied_epoch, applied_n, last_op, owner FROM holdfast.partition WHERE id = $1")
             .bind(id(partition))
             .fetch_optional(&mut *connection)
             .await?;
@@ -72,14 +76,14 @@ pub(super) async fn advance(
 /// Reads and locks a partition's row until the transaction ends, in which what Holdfast itself writes is no news to the inbox. `None` where
 /// there is no such row.
 pub(super) async fn lock(connection: &mut PgConnection, partition: u32) -> Result<Option<PartitionRow>, Error> {
-    let row: Option<(i64, i64, i64, String, String)> = sqlx::query_as(
-        "SELECT epoch, applied_epoch, applied_n, last_op, set_config('holdfast.writer', 'holdfast', true) \
+    let row: Option<Columns> = sqlx::query_as(
+        "SELECT epoch, applied_epoch, applied_n, last_op, nullif(set_config('holdfast.writer', 'holdfast', true), 'holdfast') \
          FROM holdfast.partition WHERE id = $1 FOR UPDATE",
     )
     .bind(id(partition))
     .fetch_optional(connection)
     .await?;
-    Ok(row.map(|(epoch, applied_epoch, applied_n, last_op, _)| PartitionRow::from_columns((epoch, applied_epoch, applied_n, last_op))))
+    Ok(row.map(PartitionRow::from_columns))
 }
 
 /// Up to where Redis has the inbox, as far as the outbox has been applied.
@@ -89,44 +93,56 @@ pub(super) async fn mark(connection: &mut PgConnection, partition: u32) -> Resul
     Ok(InboxMark { xid: from_bigint(xid), id: from_bigint(id) })
 }
 
-/// Takes the epoch after `from_epoch` for the Redis process `run_id`, and returns it; `None` where somebody else was faster and
-/// the row is no longer at `from_epoch`, or fills Redis. Of several that try, one succeeds.
-pub async fn take_epoch(connection: &mut PgConnection, partition: u32, from_epoch: u64, run_id: &str) -> Result<Option<u64>, Error> {
-    take(connection, partition, from_epoch, from_epoch + 1, run_id, None).await
+/// Takes the epoch after that of `seen` for the Redis process `run_id`, whose newest change is `n`, and returns it; `None` where somebody else
+/// was faster and the row is no longer as seen, or fills Redis. Of several that try, one succeeds.
+pub async fn take_epoch(
+    connection: &mut PgConnection,
+    partition: u32,
+    seen: &PartitionRow,
+    run_id: &str,
+    n: u64,
+) -> Result<Option<u64>, Error> {
+    take(connection, partition, seen, seen.epoch + 1, run_id, None, Some(n)).await
 }
 
 /// Takes the epoch `to` as [`take_epoch`] does, to fill Redis under it: for [`REBUILD_LEASE`] nobody but `owner` may take another.
 pub async fn take_epoch_to_rebuild(
     connection: &mut PgConnection,
     partition: u32,
-    from_epoch: u64,
+    seen: &PartitionRow,
     to: u64,
     run_id: &str,
     owner: &str,
 ) -> Result<Option<u64>, Error> {
-    take(connection, partition, from_epoch, to, run_id, Some(owner)).await
+    take(connection, partition, seen, to, run_id, Some(owner), None).await
 }
 
 async fn take(
     connection: &mut PgConnection,
     partition: u32,
-    from: u64,
+    seen: &PartitionRow,
     to: u64,
     run_id: &str,
     owner: Option<&str>,
+    after_n: Option<u64>,
 ) -> Result<Option<u64>, Error> {
     let epoch: Option<i64> = sqlx::query_scalar(
         "WITH taken AS (UPDATE holdfast.partition SET epoch = $3, owner = $5, \
          lease_until = CASE WHEN $5::text IS NULL THEN NULL ELSE now() + $6 * interval '1 millisecond' END \
-         WHERE id = $1 AND epoch = $2 AND (lease_until IS NULL OR lease_until < now() OR owner = $5) RETURNING id, epoch) \
-         INSERT INTO holdfast.partition_epoch (partition, epoch, run_id) SELECT id, epoch, $4 FROM taken RETURNING epoch",
+         WHERE id = $1 AND epoch = $2 AND owner IS NOT DISTINCT FROM $7 \
+         AND (lease_until IS NULL OR lease_until < now() OR owner = $5) RETURNING id, epoch), \
+         numbered AS (INSERT INTO holdfast.partition_epoch (partition, epoch, run_id, after_n) \
+         SELECT id, e, $4, CASE WHEN e = epoch THEN $8 END FROM taken, generate_series($2 + 1, epoch) AS e) \
+         SELECT epoch FROM taken",
     )
     .bind(id(partition))
-    .bind(to_bigint(from))
+    .bind(to_bigint(seen.epoch))
     .bind(to_bigint(to))
     .bind(run_id)
     .bind(owner)
     .bind(lease_ms())
+    .bind(&seen.owner)
+    .bind(after_n.map(to_bigint))
     .fetch_optional(connection)
     .await?;
     Ok(epoch.map(from_bigint))
@@ -150,24 +166,30 @@ pub async fn renew_rebuild(connection: &mut PgConnection, partition: u32, epoch:
     Ok(renewed.rows_affected() == 1)
 }
 
-/// Redis has been filled under `epoch`: every epoch before it has ended where Postgres is. `false` where the right to fill it was lost.
+/// Redis has been filled under `epoch`, and may be opened. `false` where the right to fill it was lost.
 pub async fn finish_rebuild(connection: &mut PgConnection, partition: u32, epoch: u64, owner: &str) -> Result<bool, Error> {
-    let finished = sqlx::query(
-        "WITH done AS (UPDATE holdfast.partition SET owner = NULL, lease_until = NULL WHERE id = $1 AND epoch = $2 AND owner = $3 \
-         RETURNING id, applied_n) \
-         UPDATE holdfast.partition_epoch e SET last_n = coalesce(e.last_n, done.applied_n) FROM done \
-         WHERE e.partition = done.id AND e.epoch < $2",
-    )
-    .bind(id(partition))
-    .bind(to_bigint(epoch))
-    .bind(owner)
-    .execute(connection)
-    .await?;
-    Ok(finished.rows_affected() > 0)
+    let finished =
+        sqlx::query("UPDATE holdfast.partition SET owner = NULL, lease_until = NULL WHERE id = $1 AND epoch = $2 AND owner = $3")
+            .bind(id(partition))
+            .bind(to_bigint(epoch))
+            .bind(owner)
+            .execute(connection)
+            .await?;
+    Ok(finished.rows_affected() == 1)
+}
+
+/// The newest n that an entry of `epoch` may have: where the epochs behind it began.
+pub(super) async fn newest_of_epoch(connection: &mut PgConnection, partition: u32, epoch: u64) -> Result<Option<u64>, Error> {
+    let newest: Option<i64> = sqlx::query_scalar("SELECT min(after_n) FROM holdfast.partition_epoch WHERE partition = $1 AND epoch > $2")
+        .bind(id(partition))
+        .bind(to_bigint(epoch))
+        .fetch_one(connection)
+        .await?;
+    Ok(newest.map(from_bigint))
 }
 
 /// What other programs changed counts as told: Redis is about to be filled with it.
-pub async fn give_up_inbox(connection: &mut PgConnection, partition: u32) -> Result<(), Error> {
+pub(super) async fn give_up_inbox(connection: &mut PgConnection, partition: u32) -> Result<(), Error> {
     sqlx::query("WITH inbox AS (DELETE FROM holdfast.inbox) UPDATE holdfast.partition SET inbox_xid = 0, inbox_id = 0 WHERE id = $1")
         .bind(id(partition))
         .execute(connection)

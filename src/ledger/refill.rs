@@ -47,7 +47,7 @@ pub struct Issued {
     pub issued_at_ms: i64,
 }
 
-/// A REQUEST that may be repeated.
+/// One product's part of a REQUEST that may be repeated, or a coupon's.
 #[derive(Clone, Debug, PartialEq, Eq, FromRow)]
 pub struct Request {
     /// In its escaped form.
@@ -56,8 +56,8 @@ pub struct Request {
     #[sqlx(rename = "request_digest")]
     pub digest: String,
     pub kind: String,
-    /// What was answered besides the outcome word: available units by item, or serial and remaining.
-    pub numbers: Vec<i64>,
+    one: Option<i64>,
+    two: Option<i64>,
     epoch: i64,
     n: i64,
     pub at_ms: i64,
@@ -67,6 +67,11 @@ impl Request {
     /// The position that was answered.
     pub fn position(&self) -> Position {
         Position::new(from_bigint(self.epoch), from_bigint(self.n))
+    }
+
+    /// What was answered besides the outcome word: the available units, or serial and remaining.
+    pub fn numbers(&self) -> Vec<i64> {
+        [self.one, self.two].into_iter().flatten().collect()
     }
 }
 
@@ -93,14 +98,15 @@ impl<'c> Snapshot<'c> {
     pub async fn take(connection: &'c mut PgConnection, partition: u32) -> Result<Self, Error> {
         let mut transaction = connection.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
         // A page takes long to reach Redis; the transaction is not idle because it is forgotten.
-        let row: (i64, i64, i64, i64, String, String) = sqlx::query_as(
+        let row: (i64, i64, i64, i64, String, String, String) = sqlx::query_as(
             "SELECT inbox_xid, inbox_id, applied_epoch, applied_n, last_op, \
-             set_config('idle_in_transaction_session_timeout', '60s', true) FROM holdfast.partition WHERE id = $1",
+             set_config('idle_in_transaction_session_timeout', '60s', true), set_config('statement_timeout', '0', true) \
+             FROM holdfast.partition WHERE id = $1",
         )
         .bind(partition::id(partition))
         .fetch_one(&mut *transaction)
         .await?;
-        let (xid, id, applied_epoch, applied_n, last_op, _) = row;
+        let (xid, id, applied_epoch, applied_n, last_op, ..) = row;
         let differences: Vec<(String, i64)> = sqlx::query_as(
             "SELECT product_id, sum(delta)::bigint FROM ( \
              SELECT product_id, delta FROM holdfast.dead_letter WHERE in_redis AND product_id IS NOT NULL \
@@ -168,21 +174,17 @@ impl<'c> Snapshot<'c> {
         .await
     }
 
-    /// The REQUESTs since `since_ms` (Unix ms, Redis's clock), with what was answered.
+    /// The REQUESTs since `since_ms` (Unix ms, Redis's clock), with what was answered: one row a product, those of one REQUEST together.
     pub async fn requests(&mut self, since_ms: i64) -> Result<Pages<Request>, Error> {
         let since = format!("at > timestamptz 'epoch' + {since_ms} * interval '1 millisecond' AND request_id IS NOT NULL");
-        let place = "coalesce(origin_epoch, epoch) AS epoch, coalesce(origin_n, n) AS n, \
-                     (extract(epoch FROM min(at)) * 1000)::bigint AS at_ms";
+        let place = "coalesce(origin_epoch, epoch) AS epoch, coalesce(origin_n, n) AS n, (extract(epoch FROM at) * 1000)::bigint AS at_ms";
         self.open(
             "requests",
             &format!(
-                "SELECT request_id, request_digest, kind, array_agg(available_after ORDER BY i) AS numbers, {place} \
-                 FROM holdfast.stock_ledger WHERE {since} \
-                 GROUP BY request_id, request_digest, kind, coalesce(origin_epoch, epoch), coalesce(origin_n, n) \
-                 UNION ALL SELECT request_id, request_digest, 'coupon.' || kind, \
-                 CASE kind WHEN 'issue' THEN ARRAY[min(serial), min(remaining_after)] ELSE '{{}}'::bigint[] END, {place} \
-                 FROM holdfast.coupon_ledger WHERE {since} \
-                 GROUP BY request_id, request_digest, kind, coalesce(origin_epoch, epoch), coalesce(origin_n, n)"
+                "(SELECT request_id, request_digest, kind, CASE WHEN kind <> 'delete' THEN available_after END AS one, NULL::bigint AS two, \
+                 {place} FROM holdfast.stock_ledger WHERE {since} ORDER BY at, stock_ledger.epoch, stock_ledger.n, i) \
+                 UNION ALL (SELECT request_id, request_digest, 'coupon.' || kind, serial, CASE WHEN kind = 'issue' THEN remaining_after END, \
+                 {place} FROM holdfast.coupon_ledger WHERE {since})"
             ),
         )
         .await

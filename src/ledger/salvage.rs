@@ -8,6 +8,7 @@ use super::changes::{Changes, CouponLine, CouponMove, Issue, Lifecycle, Place, S
 use super::{Error, apply, from_bigint, partition, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
+use crate::domain::quantity::TOTAL_MAX;
 
 /// A change that was answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,15 +37,44 @@ pub struct Saved {
 /// op and k, is passed over, so that a call whose outcome is not known is simply repeated. What the stock or the coupon does not permit is
 /// written all the same, and owed: nothing that was answered is hidden.
 pub async fn save(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered]) -> Result<Saved, Error> {
-    let mut transaction = connection.begin().await?;
-    let saved = save_in(&mut transaction, partition, epoch, answered).await?;
-    transaction.commit().await?;
-    Ok(saved)
+    // The parts that are to be tried, the next one last.
+    let mut parts = vec![answered];
+    let mut all = Saved::default();
+    while let Some(part) = parts.pop() {
+        let saved = match save_part(connection, partition, epoch, part, false).await {
+            // What Postgres refuses for its data is owed, once it stands alone.
+            Err(Error::Data(_)) if part.len() > 1 => {
+                let (first, second) = part.split_at(part.len() / 2);
+                parts.extend([second, first]);
+                continue;
+            }
+            Err(Error::Data(_)) => save_part(connection, partition, epoch, part, true).await?,
+            saved => saved?,
+        };
+        all.saved += saved.saved;
+        all.owed += saved.owed;
+        all.known += saved.known;
+    }
+    Ok(all)
 }
 
-async fn save_in(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered]) -> Result<Saved, Error> {
+async fn save_part(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered], owe: bool) -> Result<Saved, Error> {
+    let mut transaction = connection.begin().await?;
+    match save_in(&mut transaction, partition, epoch, answered, owe).await {
+        Ok(saved) => {
+            transaction.commit().await?;
+            Ok(saved)
+        }
+        Err(error) => {
+            transaction.rollback().await?;
+            Err(error)
+        }
+    }
+}
+
+async fn save_in(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered], owe: bool) -> Result<Saved, Error> {
     let Some(row) = partition::lock(connection, partition).await?.filter(|row| row.epoch == epoch) else {
-        return Err(Error::Broken(format!("partition {partition} is no longer under epoch {epoch}: another sidecar took it")));
+        return Err(taken_over(partition, epoch));
     };
     let known = known(connection, answered).await?;
     let new: Vec<&Answered> = answered.iter().filter(|one| !known.contains(&(one.op.clone(), one.operation.k))).collect();
@@ -69,7 +99,11 @@ async fn save_in(connection: &mut PgConnection, partition: u32, epoch: u64, answ
             at_ms: one.at_ms,
             origin: Some(one.origin),
         };
-        if let Err(why) = shelf.take(place, operation, *fits, &mut changes) {
+        let taken = match owe {
+            true => shelf.owe(place, operation, &mut changes),
+            false => shelf.take(place, operation, *fits, &mut changes),
+        };
+        if let Err(why) = taken {
             owed.push((place, operation, why));
         }
     }
@@ -79,11 +113,35 @@ async fn save_in(connection: &mut PgConnection, partition: u32, epoch: u64, answ
     }
     write::changes(connection, partition, &changes).await?;
     park(connection, partition, &owed).await?;
+    settled(connection, answered).await?;
     if row.applied.epoch < epoch {
         apply::end_epochs(connection, partition, row.applied, epoch).await?;
     }
     partition::advance(connection, partition, Position::new(epoch, n), &format!("salvage:{epoch}"), None).await?;
     Ok(Saved { saved: new.len() - owed.len(), owed: owed.len(), known: answered.len() - new.len() })
+}
+
+/// Ends it: every epoch before `epoch` ended where Postgres is, and what a relay still holds of them is passed over. `give_up_inbox`: what other
+/// programs changed counts as told, since Redis is filled with it. Errors with [`Error::Broken`] where another sidecar has taken over.
+pub async fn seal(connection: &mut PgConnection, partition: u32, epoch: u64, give_up_inbox: bool) -> Result<(), Error> {
+    let mut transaction = connection.begin().await?;
+    let Some(row) = partition::lock(&mut transaction, partition).await?.filter(|row| row.epoch == epoch) else {
+        return Err(taken_over(partition, epoch));
+    };
+    if row.applied.epoch < epoch {
+        apply::end_epochs(&mut transaction, partition, Position::new(0, row.applied.n), epoch).await?;
+        let applied = Position::new(epoch, row.applied.n);
+        partition::advance(&mut transaction, partition, applied, &format!("salvage:{epoch}"), None).await?;
+    }
+    if give_up_inbox {
+        partition::give_up_inbox(&mut transaction, partition).await?;
+    }
+    transaction.commit().await?;
+    Ok(())
+}
+
+fn taken_over(partition: u32, epoch: u64) -> Error {
+    Error::Broken(format!("partition {partition} is no longer under epoch {epoch}: another sidecar took it"))
 }
 
 /// Which of them are in the ledger.
@@ -104,6 +162,8 @@ pub async fn known(connection: &mut PgConnection, answered: &[Answered]) -> Resu
 struct Shelf {
     /// The available units; `None` where it was deleted. Missing where there is no row.
     stock: HashMap<String, Option<i64>>,
+    /// The products that have a row, deleted or not.
+    rows: HashSet<String>,
     coupons: HashMap<String, Terms>,
     serials: HashSet<(String, i64)>,
 }
@@ -137,6 +197,7 @@ impl Shelf {
                 .fetch_all(connection)
                 .await?;
         Ok(Self {
+            rows: stock.iter().map(|(product, ..)| product.clone()).collect(),
             stock: stock.into_iter().map(|(product, available, deleted)| (product, (!deleted).then_some(available))).collect(),
             coupons: terms.into_iter().map(|(coupon, total, issued)| (coupon, Terms { total, issued })).collect(),
             serials: taken.into_iter().collect(),
@@ -149,7 +210,7 @@ impl Shelf {
         let Effect::Stock { kind, items, .. } = &mut told.effect else { return (told, true) };
         let before = |item: &Item| self.stock.get(&item.product).copied().flatten();
         let replaces = matches!(kind, StockKind::Set | StockKind::Delete);
-        let fits = replaces || items.iter().all(|item| before(item).is_some_and(|before| before + item.delta >= 0));
+        let fits = replaces || items.iter().all(|item| before(item).is_some_and(|before| (0..=TOTAL_MAX).contains(&(before + item.delta))));
         for item in items {
             let before = self.stock.get(&item.product).copied().flatten();
             let after = match kind {
@@ -162,12 +223,30 @@ impl Shelf {
                 item.delta = after.unwrap_or(0) - before.unwrap_or(0);
             }
             // A copy without a REQUEST does not know it.
-            if item.available == 0 {
+            if item.available == 0 && operation.remembered.is_none() {
                 item.available = after.unwrap_or(0);
             }
             self.stock.insert(item.product.clone(), after);
         }
         (told, fits)
+    }
+
+    /// Adds only the ledger rows of an operation that Postgres refuses. Always errors with why it is owed.
+    fn owe<'a>(&self, place: Place<'a>, operation: &'a Operation, changes: &mut Changes<'a>) -> Result<(), String> {
+        match &operation.effect {
+            Effect::Stock { kind, items, .. } => {
+                let line = |(i, item): (usize, &'a Item)| StockLine { place, i, kind: *kind, item, pg_delta: item.delta };
+                changes.stock_lines.extend(items.iter().enumerate().map(line));
+            }
+            Effect::CouponCreate { coupon, terms } => {
+                changes.coupon_lines.push(CouponLine { place, coupon, kind: "create", user: None, serial: None, remaining: terms.total });
+            }
+            Effect::CouponIssue { coupon, user, serial, remaining } => {
+                let (user, serial) = (Some(user.as_str()), Some(*serial));
+                changes.coupon_lines.push(CouponLine { place, coupon, kind: "issue", user, serial, remaining: *remaining });
+            }
+        }
+        Err("Postgres refuses it for its data".to_owned())
     }
 
     /// Adds what the operation changes. Errors with why it is owed instead; then only its ledger rows are added.
@@ -176,7 +255,12 @@ impl Shelf {
             Effect::Stock { kind, items, detail } => {
                 for (i, item) in items.iter().enumerate() {
                     changes.stock_lines.push(StockLine { place, i, kind: *kind, item, pg_delta: item.delta });
-                    if fits {
+                    // What was deleted and never came here has nothing to move.
+                    let is_here = *kind != StockKind::Delete || self.rows.contains(&item.product);
+                    if *kind == StockKind::Set {
+                        self.rows.insert(item.product.clone());
+                    }
+                    if fits && is_here {
                         let moved = changes.stock.entry(&item.product).or_default();
                         moved.delta += item.delta;
                         match kind {
@@ -279,17 +363,36 @@ pub async fn known_ops(connection: &mut PgConnection, ops: &[String]) -> Result<
     Ok(usize::try_from(known).unwrap_or_default())
 }
 
-/// The changes of an epoch that have another place in the ledger, in order.
-pub async fn saved_of(connection: &mut PgConnection, partition: u32, epoch: u64) -> Result<Vec<u64>, Error> {
-    let saved: Vec<i64> = sqlx::query_scalar(
-        "SELECT origin_n FROM holdfast.stock_ledger WHERE partition = $1 AND origin_epoch = $2 \
-         UNION SELECT origin_n FROM holdfast.coupon_ledger WHERE partition = $1 AND origin_epoch = $2 ORDER BY 1",
+/// What became of changes at places that no longer are: by epoch, those that have another place in the ledger, or were taken off again, and
+/// those that were handed over and wait; each in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Origins {
+    pub saved: HashMap<u64, Vec<u64>>,
+    pub waiting: HashMap<u64, Vec<u64>>,
+}
+
+/// Reads them.
+pub async fn origins(connection: &mut PgConnection, partition: u32) -> Result<Origins, Error> {
+    let rows: Vec<(i64, i64, bool)> = sqlx::query_as(
+        "SELECT origin_epoch, origin_n, true FROM holdfast.stock_ledger WHERE partition = $1 AND origin_epoch IS NOT NULL \
+         UNION SELECT origin_epoch, origin_n, true FROM holdfast.coupon_ledger WHERE partition = $1 AND origin_epoch IS NOT NULL \
+         UNION SELECT origin_epoch, origin_n, done FROM holdfast.salvage WHERE partition = $1 ORDER BY 1, 2",
     )
     .bind(partition::id(partition))
-    .bind(to_bigint(epoch))
     .fetch_all(connection)
     .await?;
-    Ok(saved.into_iter().map(from_bigint).collect())
+    let mut origins = Origins::default();
+    for (epoch, n, saved) in rows {
+        let of = if saved { &mut origins.saved } else { &mut origins.waiting };
+        of.entry(from_bigint(epoch)).or_default().push(from_bigint(n));
+    }
+    Ok(origins)
+}
+
+/// Something that changes whenever [`Origins`] may have.
+pub async fn origins_version(connection: &mut PgConnection, partition: u32) -> Result<(i64, i64), Error> {
+    let version = sqlx::query_as("SELECT count(*), count(*) FILTER (WHERE done) FROM holdfast.salvage WHERE partition = $1");
+    Ok(version.bind(partition::id(partition)).fetch_one(connection).await?)
 }
 
 /// Hands changes over to whoever sells. One that was handed over before is passed over.
@@ -346,6 +449,18 @@ pub async fn handed_over(connection: &mut PgConnection, partition: u32, max: i64
         Ok(Answered { op, origin: Position::new(from_bigint(epoch), from_bigint(n)), at_ms, operation })
     };
     rows.into_iter().map(answered).collect()
+}
+
+/// Notes that these have been settled: they are in the ledger.
+pub async fn settled(connection: &mut PgConnection, answered: &[Answered]) -> Result<(), Error> {
+    sqlx::query(
+        "UPDATE holdfast.salvage s SET done = true FROM unnest($1::text[], $2::int[]) AS a (op, k) WHERE s.op = a.op AND s.k = a.k",
+    )
+    .bind(answered.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
 }
 
 /// Whether a change that carried this REQUEST of the server's own is in the ledger.
@@ -452,7 +567,7 @@ mod tests {
         assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.coupon_issue").await, 1);
         let row = partition::load(connection, 0).await.unwrap();
         assert_eq!((row.applied, row.last_op.as_str()), (Position::new(1, 11), "salvage:1"));
-        assert_eq!(saved_of(connection, 0, 1).await.unwrap().len(), 11);
+        assert_eq!(origins(connection, 0).await.unwrap().saved[&1], [1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15]);
         assert!(matches!(save(connection, 0, 7, &more).await, Err(Error::Broken(_))), "another sidecar took the partition");
     }
 

@@ -4,21 +4,40 @@ use std::time::Duration;
 
 use sqlx::PgConnection;
 
-use super::Error;
+use super::{Error, to_bigint};
 use crate::limits::{SIDECAR_KEEP, SIDECAR_LEASE};
 
 fn ms(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
-/// Says that this sidecar runs. Returns the `window_ms` of another one that runs with a different one, which must not be.
+/// Says that this sidecar runs. Returns the `window_ms` of one that has run for longer with a different one, which must not be.
 pub async fn renew(connection: &mut PgConnection, id: &str, window_ms: i64) -> Result<Option<i64>, Error> {
     let other = sqlx::query_scalar(
         "WITH me AS (INSERT INTO holdfast.sidecar (id, lease_until, window_ms) VALUES ($1, now() + $3 * interval '1 millisecond', $2) \
          ON CONFLICT (id) DO UPDATE SET lease_until = excluded.lease_until) \
-         SELECT window_ms FROM holdfast.sidecar WHERE id <> $1 AND lease_until > now() AND window_ms <> $2 ORDER BY started_at LIMIT 1",
+         SELECT o.window_ms FROM holdfast.sidecar o WHERE o.id <> $1 AND o.lease_until > now() AND o.window_ms <> $2 \
+         AND NOT EXISTS (SELECT 1 FROM holdfast.sidecar m WHERE m.id = $1 AND (m.started_at, m.id) < (o.started_at, o.id)) LIMIT 1",
     );
     Ok(other.bind(id).bind(window_ms).bind(ms(SIDECAR_LEASE)).fetch_optional(connection).await?)
+}
+
+/// Says that this sidecar has handed over, before `epoch`, all that it answered and Postgres does not have.
+pub async fn handed_over(connection: &mut PgConnection, id: &str, epoch: u64) -> Result<(), Error> {
+    sqlx::query("UPDATE holdfast.sidecar SET handed_epoch = greatest(handed_epoch, $2) WHERE id = $1")
+        .bind(id)
+        .bind(to_bigint(epoch))
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Whether every sidecar that runs has, but for this one.
+pub async fn have_all_handed_over(connection: &mut PgConnection, id: &str, epoch: u64) -> Result<bool, Error> {
+    let all = sqlx::query_scalar(
+        "SELECT NOT EXISTS (SELECT 1 FROM holdfast.sidecar WHERE id <> $1 AND lease_until > now() AND handed_epoch < $2)",
+    );
+    Ok(all.bind(id).bind(to_bigint(epoch)).fetch_one(connection).await?)
 }
 
 /// This sidecar stops.

@@ -23,8 +23,8 @@ pub async fn database() -> Database {
     let url = server.database().await;
     super::migrate(&url).await.unwrap();
     let mut connection = super::connect(&url).await.unwrap();
-    super::partition::load(&mut connection, 0).await.unwrap();
-    super::partition::take_epoch(&mut connection, 0, 0, "run-1").await.unwrap().unwrap();
+    let row = super::partition::load(&mut connection, 0).await.unwrap();
+    super::partition::take_epoch(&mut connection, 0, &row, "run-1", 0).await.unwrap().unwrap();
     Database { url, connection, _server: server }
 }
 

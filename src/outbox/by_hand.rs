@@ -24,7 +24,6 @@ pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms:
     let owner = format!("holdfast rebuild {}", Uuid::new_v4().simple());
     match from {
         Side::Postgres => {
-            ledger::partition::give_up_inbox(&mut postgres, partition.id).await.map_err(|error| text(&error))?;
             let rebuild = Rebuild {
                 partition: &partition,
                 redis_url,
@@ -34,12 +33,12 @@ pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms:
                 owner: &owner,
                 window_ms,
             };
-            rebuild.run(&row, look.meta.as_ref(), "a person said that Postgres is right").await
+            rebuild.run(&row, look.meta.as_ref(), "a person said that Postgres is right", true).await
         }
         Side::Redis => {
             let Some(found) = look.meta else { return Err("this Redis holds nothing of Holdfast's: it cannot be the right side".into()) };
             let to = found.epoch.max(row.epoch) + 1;
-            let taken = ledger::partition::take_epoch_to_rebuild(&mut postgres, partition.id, row.epoch, to, redis.run_id(), &owner);
+            let taken = ledger::partition::take_epoch_to_rebuild(&mut postgres, partition.id, &row, to, redis.run_id(), &owner);
             let Some(epoch) = taken.await.map_err(|error| text(&error))? else {
                 return Err("a sidecar is filling Redis from Postgres, or took the partition: look at HOLDFAST.STATUS and try again".into());
             };
@@ -112,7 +111,7 @@ async fn adopt(
         }
     }
     let (applied, last_op) = adoption.end().await.map_err(|error| text(&error))?;
-    refill::remove_outbox(redis).await.map_err(|error| text(&error))?;
+    refill::remove_outbox(redis, epoch).await.map_err(|error| text(&error))?;
     if !meta::open(redis, epoch, applied, &last_op, InboxMark::default()).await.map_err(|error| text(&error))? {
         return Err("another process was faster: try again".into());
     }

@@ -11,30 +11,40 @@ use crate::domain::change::{Effect, Operation, StockKind};
 use crate::domain::{Id, RequestId};
 use crate::ledger::salvage::{self, Answered};
 use crate::ledger::{self, PgConnection};
-use crate::limits::HANDOVER_MAX;
+use crate::limits::{HANDOVER_MAX, SALVAGE_CHANGES_MAX};
 use crate::store::Partition;
 use crate::store::requests::Request;
 use crate::store::stock::{Action, StockOp, StockOutcome};
 
 /// Hands over the copies of ended epochs that the ledger does not have. Those of an epoch that has not ended are still on their way.
 pub async fn hand_over(partition: &Partition, postgres: &mut PgConnection, epoch: u64) -> Result<(), ledger::Error> {
-    let beyond = {
+    let beyond: Vec<Answered> = {
         let ended = partition.ended.borrow();
-        let lost = |copy: &Answered| ended.iter().any(|end| end.epoch == copy.origin.epoch && !end.has(copy.origin.n));
-        let copies = partition.copies.before_epoch(epoch).into_iter().map(Answered::from);
-        copies.filter(lost).collect::<Vec<_>>()
+        let beyond = |copy: &Answered| ended.iter().any(|end| end.epoch == copy.origin.epoch && !end.has(copy.origin.n));
+        partition.copies.before_epoch(epoch).into_iter().map(Answered::from).filter(beyond).collect()
     };
-    if beyond.is_empty() {
-        return Ok(());
-    }
-    let known = salvage::known(postgres, &beyond).await?;
-    let lost: Vec<Answered> = beyond.iter().filter(|copy| !known.contains(&(copy.op.clone(), copy.operation.k))).cloned().collect();
-    salvage::hand_over(postgres, partition.id, &lost).await?;
-    if !lost.is_empty() {
-        warn!(partition = partition.id, changes = lost.len(), "handed over what was answered before redis was filled anew");
-        counter!("holdfast_salvaged_total", "what" => "handed_over").increment(lost.len() as u64);
-    }
+    hand_over_these(partition, postgres, &beyond).await?;
     partition.copies.forget_ops(&beyond.into_iter().map(|copy| copy.op).collect::<HashSet<_>>());
+    Ok(())
+}
+
+/// Hands over all copies of the epochs before `epoch`, under which another sidecar fills Redis: it waits for them. They are kept until they
+/// are known to be saved.
+pub async fn hand_over_all(partition: &Partition, postgres: &mut PgConnection, epoch: u64) -> Result<(), ledger::Error> {
+    let copies: Vec<Answered> = partition.copies.before_epoch(epoch).into_iter().map(Answered::from).collect();
+    hand_over_these(partition, postgres, &copies).await
+}
+
+async fn hand_over_these(partition: &Partition, postgres: &mut PgConnection, copies: &[Answered]) -> Result<(), ledger::Error> {
+    for copies in copies.chunks(SALVAGE_CHANGES_MAX) {
+        let known = salvage::known(postgres, copies).await?;
+        let lost: Vec<Answered> = copies.iter().filter(|copy| !known.contains(&(copy.op.clone(), copy.operation.k))).cloned().collect();
+        if !lost.is_empty() {
+            salvage::hand_over(postgres, partition.id, &lost).await?;
+            warn!(partition = partition.id, changes = lost.len(), "handed over what was answered before redis lost its data");
+            counter!("holdfast_salvaged_total", "what" => "handed_over").increment(lost.len() as u64);
+        }
+    }
     Ok(())
 }
 
@@ -52,7 +62,8 @@ pub async fn take_up(partition: &Arc<Partition>, postgres: &mut PgConnection) ->
 async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
     for answered in salvage::handed_over(postgres, partition.id, HANDOVER_MAX).await? {
         let id = format!("hf-{}-{}", answered.op, answered.operation.k);
-        if salvage::is_request_known(postgres, &id).await? {
+        let is_there = !salvage::known(postgres, std::slice::from_ref(&answered)).await?.is_empty();
+        if is_there || salvage::is_request_known(postgres, &id).await? {
             salvage::taken_up(postgres, &answered, None).await?;
             continue;
         }

@@ -6,6 +6,7 @@ pub mod clerk;
 mod handover;
 pub mod inbox;
 pub mod loader;
+pub mod presence;
 mod proof;
 mod rebuild;
 pub mod relay;

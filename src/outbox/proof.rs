@@ -24,7 +24,7 @@ mod tests {
 
     #[test]
     fn an_outbox_continues_the_row_or_says_why_not() {
-        let row = PartitionRow { epoch: 2, applied: Position::new(1, 3), last_op: "i:stock:3".into() };
+        let row = PartitionRow { epoch: 2, applied: Position::new(1, 3), last_op: "i:stock:3".into(), owner: None };
         let entry = |position, first_n, prev: &str, op: &str| {
             let operation = crate::domain::change::Operation::decode("0 incr | a 1 1").unwrap();
             Some(Entry { last: position, first_n, prev: prev.into(), op: op.into(), at_ms: 0, operations: vec![operation] })
@@ -38,7 +38,7 @@ mod tests {
         assert!(continues(&row, None, None, Some(Position::new(1, 2))).unwrap_err().contains("went back"));
         assert!(continues(&row, entry(Position::new(1, 3), 3, "i:stock:2", "x:stock:1"), after, None).unwrap_err().contains("fork"));
         assert!(continues(&row, None, entry(Position::new(2, 9), 9, "j:stock:1", "j:stock:2"), None).unwrap_err().contains("gap"));
-        let new = PartitionRow { epoch: 1, applied: Position::default(), last_op: "-".into() };
+        let new = PartitionRow { epoch: 1, applied: Position::default(), last_op: "-".into(), owner: None };
         assert_eq!(continues(&new, None, entry(Position::new(1, 1), 1, "-", "i:stock:1"), None), Ok(()));
         assert!(continues(&new, None, entry(Position::new(1, 2), 2, "i:stock:1", "i:stock:2"), None).unwrap_err().contains("gap"));
     }

@@ -15,7 +15,7 @@ use crate::domain::{Id, Position, RequestId};
 use crate::ledger::refill::Snapshot;
 use crate::ledger::salvage::{self, Answered, Saved};
 use crate::ledger::{self, PartitionRow, PgConnection};
-use crate::limits::{REBUILD_LEASE, REBUILD_READ_ENTRIES, SALVAGE_CHANGES_MAX};
+use crate::limits::{HANDOVER_MAX, REBUILD_LEASE, REBUILD_READ_ENTRIES, REBUILD_SORT, SALVAGE_CHANGES_MAX, SIDECAR_RENEW_EVERY};
 use crate::store::meta::{self, Meta};
 use crate::store::partition::State;
 use crate::store::stream::OutboxReader;
@@ -42,31 +42,68 @@ async fn step<T, E: Display>(doing: impl Future<Output = Result<T, E>>) -> Resul
     }
 }
 
+/// A step that Postgres may have to sort for first.
+async fn slow_step<T, E: Display>(doing: impl Future<Output = Result<T, E>>) -> Result<T, String> {
+    match tokio::time::timeout(REBUILD_SORT, doing).await {
+        Ok(done) => done.map_err(|error| error.to_string()),
+        Err(_) => Err("Postgres does not answer".to_owned()),
+    }
+}
+
 impl Rebuild<'_> {
-    /// Does it; `why` is what was found. Errors with what went wrong, for the log: then the partition stays closed.
-    pub async fn run(mut self, row: &PartitionRow, meta: Option<&Meta>, why: &str) -> Result<(), String> {
-        let began = Instant::now();
-        let id = self.partition.id;
-        let to = meta.map_or(0, |meta| meta.epoch).max(row.epoch) + 1;
-        let run_id = self.redis.run_id().to_owned();
-        let taken = ledger::partition::take_epoch_to_rebuild(self.postgres, id, row.epoch, to, &run_id, self.owner);
-        let Some(epoch) = step(taken).await? else {
+    /// Does it; `why` is what was found. `adopt_inbox`: what other programs changed in Postgres counts as told to Redis. Errors with what went
+    /// wrong, for the log: then the partition stays closed.
+    pub async fn run(mut self, row: &PartitionRow, meta: Option<&Meta>, why: &str, adopt_inbox: bool) -> Result<(), String> {
+        let (id, owner) = (self.partition.id, self.owner);
+        let Some(epoch) = self.take(row, meta).await? else {
             let wait = "another sidecar is filling Redis from Postgres";
             self.partition.state.send_replace(State::Rebuilding(wait.to_owned()));
             return Err(wait.to_owned());
         };
         warn!(partition = id, epoch, why, "filling redis from postgres");
-        self.say("saving what was answered".to_owned());
+        // Signs of life go over a connection of their own, beside the work.
+        let mut lease = step(ledger::connect(self.postgres_url)).await?;
+        let working = self.work(epoch, meta, adopt_inbox);
+        tokio::pin!(working);
+        loop {
+            tokio::select! {
+                done = &mut working => return done,
+                () = tokio::time::sleep(REBUILD_LEASE / 4) => {
+                    if !step(ledger::partition::renew_rebuild(&mut lease, id, epoch, owner)).await? {
+                        return Err("another sidecar has taken the rebuild over".to_owned());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes the next epoch, or goes on under the one that this process took for a rebuild that failed.
+    async fn take(&mut self, row: &PartitionRow, meta: Option<&Meta>) -> Result<Option<u64>, String> {
+        let not_opened = meta.is_none_or(|meta| meta.epoch < row.epoch || (meta.epoch == row.epoch && !meta.live));
+        if row.owner.as_deref() == Some(self.owner) && not_opened {
+            let renewed = ledger::partition::renew_rebuild(self.postgres, self.partition.id, row.epoch, self.owner);
+            return Ok(step(renewed).await?.then_some(row.epoch));
+        }
+        let to = meta.map_or(0, |meta| meta.epoch).max(row.epoch) + 1;
+        let run_id = self.redis.run_id().to_owned();
+        step(ledger::partition::take_epoch_to_rebuild(self.postgres, self.partition.id, row, to, &run_id, self.owner)).await
+    }
+
+    async fn work(&mut self, epoch: u64, meta: Option<&Meta>, adopt_inbox: bool) -> Result<(), String> {
+        let (id, began) = (self.partition.id, Instant::now());
+        self.say("saving what was answered");
         if !step(meta::fence(self.redis, epoch)).await? {
             return Err("another sidecar was faster".to_owned());
         }
         let newest = meta.map_or(0, |meta| meta.n).max(self.partition.head().n);
         let mut saved = self.salvage_outbox(epoch).await?;
         self.salvage_copies(epoch, &mut saved).await?;
+        self.salvage_of_others(epoch, &mut saved).await?;
+        step(salvage::seal(self.postgres, id, epoch, adopt_inbox)).await?;
         counter!("holdfast_salvaged_total", "what" => "saved").increment(saved.saved as u64);
         counter!("holdfast_salvaged_total", "what" => "owed").increment(saved.owed as u64);
-        self.say("removing what is there".to_owned());
-        let removed = self.clear(epoch).await?;
+        self.say("removing what is there");
+        let removed = refill::clear(self.redis, epoch).await.map_err(|error| error.to_string())?;
         let (products, coupons, requests) = self.fill(epoch).await?;
         counter!("holdfast_rebuilds_total").increment(1);
         let applied = *self.partition.applied.borrow();
@@ -93,16 +130,8 @@ impl Rebuild<'_> {
         Ok(())
     }
 
-    fn say(&self, how_far: String) {
+    fn say(&self, how_far: &str) {
         self.partition.state.send_replace(State::Rebuilding(format!("filling Redis from Postgres: {how_far}")));
-    }
-
-    /// Errors where the right to rebuild has been lost.
-    async fn renew(postgres: &mut PgConnection, partition: u32, epoch: u64, owner: &str) -> Result<(), String> {
-        match step(ledger::partition::renew_rebuild(postgres, partition, epoch, owner)).await? {
-            true => Ok(()),
-            false => Err("another sidecar has taken the rebuild over".to_owned()),
-        }
     }
 
     /// Brings to Postgres what the outbox still holds: what continues Postgres at its own place, the rest by name at a new one.
@@ -116,19 +145,16 @@ impl Rebuild<'_> {
         let row = step(ledger::partition::load(self.postgres, id)).await?;
         let there = match reader.entry_at(row.applied).await {
             Ok(there) => there,
-            Err(store::Error::Unexpected(what)) => return self.set_aside(epoch, &what).await.map(|()| saved),
+            Err(error) if error.is_about_what_is_there() => return self.set_aside(epoch, &error).await.map(|()| saved),
             Err(error) => return Err(error.to_string()),
         };
         let mut chained = there.is_none_or(|entry| entry.op == row.last_op);
         let mut after = if chained { row.applied } else { Position::default() };
         loop {
-            let entries = match step(reader.read_after(after, REBUILD_READ_ENTRIES, Duration::ZERO)).await {
+            let entries = match reader.read_after(after, REBUILD_READ_ENTRIES, Duration::ZERO).await {
                 Ok(read) => read.entries,
-                Err(what) if what.contains("malformed") => {
-                    self.set_aside(epoch, &what).await?;
-                    return Ok(saved);
-                }
-                Err(error) => return Err(error),
+                Err(error) if error.is_about_what_is_there() => return self.set_aside(epoch, &error).await.map(|()| saved),
+                Err(error) => return Err(error.to_string()),
             };
             let Some(last) = entries.last() else { return Ok(saved) };
             after = last.last;
@@ -143,14 +169,13 @@ impl Rebuild<'_> {
                 let answered: Vec<Answered> = entries.iter().flat_map(answered).collect();
                 self.save(epoch, &answered, &mut saved).await?;
             }
-            Self::renew(self.postgres, id, epoch, self.owner).await?;
         }
     }
 
     /// What cannot be read is kept for a person, under another name.
-    async fn set_aside(&mut self, epoch: u64, what: &str) -> Result<(), String> {
+    async fn set_aside(&mut self, epoch: u64, error: &store::Error) -> Result<(), String> {
         let name = step(refill::set_outbox_aside(self.redis, epoch)).await?;
-        warn!(partition = self.partition.id, what, name, "the outbox cannot be read to its end: it is kept under another name");
+        warn!(partition = self.partition.id, %error, name, "the outbox cannot be read to its end: it is kept under another name");
         Ok(())
     }
 
@@ -171,32 +196,34 @@ impl Rebuild<'_> {
         Ok(())
     }
 
-    /// Removes what is ours, giving signs of life.
-    async fn clear(&mut self, epoch: u64) -> Result<u64, String> {
-        let Self { redis, postgres, partition, owner, .. } = self;
-        let clearing = refill::clear(redis);
-        tokio::pin!(clearing);
+    /// Saves what the other sidecars that run have answered: waits until each has handed it over, or its lease has passed.
+    async fn salvage_of_others(&mut self, epoch: u64, saved: &mut Saved) -> Result<(), String> {
+        self.say("waiting for what other sidecars have answered");
+        while !step(ledger::sidecar::have_all_handed_over(self.postgres, self.owner, epoch)).await? {
+            tokio::time::sleep(SIDECAR_RENEW_EVERY / 10).await;
+        }
         loop {
-            tokio::select! {
-                removed = &mut clearing => return removed.map_err(|error| error.to_string()),
-                () = tokio::time::sleep(REBUILD_LEASE / 3) => Self::renew(postgres, partition.id, epoch, owner).await?,
+            let handed = step(salvage::handed_over(self.postgres, self.partition.id, HANDOVER_MAX)).await?;
+            if handed.is_empty() {
+                return Ok(());
             }
+            self.save(epoch, &handed, saved).await?;
+            step(salvage::settled(self.postgres, &handed)).await?;
         }
     }
 
     /// Fills in what Postgres has, and opens. Returns how many products, coupons and REQUESTs there were.
     async fn fill(&mut self, epoch: u64) -> Result<(usize, usize, usize), String> {
         let id = self.partition.id;
-        // The snapshot keeps its connection busy; signs of life go over another.
-        let mut other = step(ledger::connect(self.postgres_url)).await?;
-        let since_ms = step(self.redis.time_ms()).await? - self.window_ms;
+        // A UUIDv7 may be a minute ahead of its time, and is asked for that much longer.
+        let since_ms = step(self.redis.time_ms()).await? - self.window_ms - 60_000;
         let (partition, owner) = (self.partition, self.owner);
         let mut snapshot = step(Snapshot::take(self.postgres, id)).await?;
         let (mut products, mut coupons, mut requests) = (0, 0, 0);
 
         let pages = step(snapshot.products()).await?;
         loop {
-            let rows = step(snapshot.next(&pages)).await?;
+            let rows = slow_step(snapshot.next(&pages)).await?;
             if rows.is_empty() {
                 break;
             }
@@ -211,16 +238,15 @@ impl Rebuild<'_> {
                     frozen: row.frozen,
                 })
                 .collect();
-            step(refill::products(self.redis, &rows)).await?;
-            Self::renew(&mut other, id, epoch, owner).await?;
+            step(refill::products(self.redis, epoch, &rows)).await?;
             partition.state.send_replace(State::Rebuilding(format!("filling Redis from Postgres: {products} products")));
         }
         let deleted = step(snapshot.deleted()).await?;
-        step(refill::deleted(self.redis, &deleted, snapshot.applied.n)).await?;
+        step(refill::deleted(self.redis, epoch, &deleted, snapshot.applied.n)).await?;
 
         let pages = step(snapshot.coupons()).await?;
         loop {
-            let rows = step(snapshot.next(&pages)).await?;
+            let rows = slow_step(snapshot.next(&pages)).await?;
             if rows.is_empty() {
                 break;
             }
@@ -238,14 +264,13 @@ impl Rebuild<'_> {
                     end_ms: row.end_ms,
                 })
                 .collect();
-            step(refill::coupons(self.redis, &rows)).await?;
-            Self::renew(&mut other, id, epoch, owner).await?;
+            step(refill::coupons(self.redis, epoch, &rows)).await?;
         }
 
         let pages = step(snapshot.issued()).await?;
         let mut open: Vec<refill::Held> = Vec::new();
         loop {
-            let rows = step(snapshot.next(&pages)).await?;
+            let rows = slow_step(snapshot.next(&pages)).await?;
             let ended = rows.is_empty();
             for row in rows {
                 let one = (row.serial, row.state, row.issued_at_ms);
@@ -260,29 +285,38 @@ impl Rebuild<'_> {
             }
             // The last user's coupons may go on with the next page.
             let whole = if ended { open.len() } else { open.len().saturating_sub(1) };
-            step(refill::held(self.redis, &open[..whole])).await?;
+            step(refill::held(self.redis, epoch, &open[..whole])).await?;
             open.drain(..whole);
             if ended {
                 break;
             }
-            Self::renew(&mut other, id, epoch, owner).await?;
         }
 
         let pages = step(snapshot.requests(since_ms)).await?;
+        let mut open: Vec<refill::Request> = Vec::new();
         loop {
-            let rows = step(snapshot.next(&pages)).await?;
-            if rows.is_empty() {
+            let rows = slow_step(snapshot.next(&pages)).await?;
+            let ended = rows.is_empty();
+            for row in rows {
+                let row: ledger::refill::Request = row;
+                match open.last_mut().filter(|last| last.position == row.position()) {
+                    Some(last) => last.integers.extend(row.numbers()),
+                    None => open.push(request(&row)),
+                }
+            }
+            // The last one's products may go on with the next page.
+            let whole = if ended { open.len() } else { open.len().saturating_sub(1) };
+            requests += whole;
+            step(refill::requests(self.redis, epoch, &open[..whole], self.window_ms)).await?;
+            open.drain(..whole);
+            if ended {
                 break;
             }
-            requests += rows.len();
-            let rows: Vec<_> = rows.into_iter().map(request).collect();
-            step(refill::requests(self.redis, &rows, self.window_ms)).await?;
-            Self::renew(&mut other, id, epoch, owner).await?;
         }
 
         let (applied, last_op, mark) = (snapshot.applied, snapshot.last_op.clone(), snapshot.mark);
         step(snapshot.end()).await?;
-        if !step(ledger::partition::finish_rebuild(&mut other, id, epoch, owner)).await? {
+        if !step(ledger::partition::finish_rebuild(self.postgres, id, epoch, owner)).await? {
             return Err("another sidecar has taken the rebuild over".to_owned());
         }
         partition.set_applied(applied);
@@ -312,12 +346,14 @@ impl From<store::copies::Salvaged> for Answered {
     }
 }
 
-fn request(row: ledger::refill::Request) -> refill::Request {
-    let position = row.position();
-    let (word, integers) = match row.kind.as_str() {
-        "coupon.issue" => ("ISSUED", row.numbers),
-        "coupon.create" | "delete" => ("OK", Vec::new()),
-        _ => ("OK", row.numbers),
-    };
-    refill::Request { id: RequestId::of_escaped(&row.id), digest: row.digest, word, integers, position, at_ms: row.at_ms }
+fn request(row: &ledger::refill::Request) -> refill::Request {
+    let word = if row.kind == "coupon.issue" { "ISSUED" } else { "OK" };
+    refill::Request {
+        id: RequestId::of_escaped(&row.id),
+        digest: row.digest.clone(),
+        word,
+        integers: row.numbers(),
+        position: row.position(),
+        at_ms: row.at_ms,
+    }
 }

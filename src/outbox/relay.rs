@@ -250,12 +250,16 @@ impl Carrier {
         self.redis.failed(self.id, error)
     }
 
-    /// What to do about an error of Redis: a broken connection is replaced, everything else needs a person.
+    /// What to do about an error of Redis: a broken connection is replaced. What cannot be read a newer version may have written, which carries
+    /// it; until then it waits, and sales go on.
     fn outbox_failed(&mut self, error: store::Error) -> Next {
-        match error {
-            store::Error::Connection(_) => Next::After(self.lose_outbox(&error)),
-            _ => self.stop_for(error.to_string(), RELAY_BROKEN_RETRY),
+        if let store::Error::Connection(_) = error {
+            return Next::After(self.lose_outbox(&error));
         }
+        self.stuck.failed(self.id, &error);
+        self.say(Some(Obstacle::Held(error.to_string())));
+        self.start_over();
+        Next::After(RELAY_BROKEN_RETRY)
     }
 
     /// Says what is in the way, asks the verifier to look if it does not already, and begins again after a while.

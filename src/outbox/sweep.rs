@@ -1,5 +1,6 @@
 //! Removes from Redis what nobody asks for any more: the lanes of sidecars that have ended, and past windows of REQUEST ids.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
@@ -22,11 +23,12 @@ pub struct Sweeper {
 impl Sweeper {
     /// Sweeps now and then until `cancel`.
     pub async fn run(self, cancel: CancellationToken) {
+        let mut before = BTreeMap::new();
         while cancel.run_until_cancelled(tokio::time::sleep(SWEEP_EVERY)).await.is_some() {
             if !matches!(*self.partition.state.borrow(), State::Live { .. }) {
                 continue;
             }
-            match tokio::time::timeout(SWEEP_EVERY, self.sweep()).await {
+            match tokio::time::timeout(SWEEP_EVERY, self.sweep(&mut before)).await {
                 Ok(Ok((lanes, buckets))) => debug!(partition = self.partition.id, lanes, buckets, "swept"),
                 Ok(Err(error)) => warn!(partition = self.partition.id, error, "could not sweep, trying again in a minute"),
                 Err(_) => warn!(partition = self.partition.id, "sweeping took too long, trying again"),
@@ -34,15 +36,17 @@ impl Sweeper {
         }
     }
 
-    async fn sweep(&self) -> Result<(u64, u64), String> {
+    /// `before`: the lanes as the sweep before saw them. One that has moved since is alive, although Postgres has not heard of it.
+    async fn sweep(&self, before: &mut BTreeMap<String, String>) -> Result<(u64, u64), String> {
         let mut redis = Connection::open(&self.redis_url).await.map_err(|error| error.to_string())?;
         let buckets = sweep::remove_buckets(&mut redis, self.window_ms).await.map_err(|error| error.to_string())?;
         let mut postgres = ledger::connect(&self.postgres_url).await.map_err(|error| error.to_string())?;
         let lanes = sweep::lanes(&mut redis).await.map_err(|error| error.to_string())?;
         let instance = |lane: &String| lane.split(':').next().unwrap_or_default().to_owned();
-        let instances: Vec<String> = lanes.iter().map(instance).collect();
+        let instances: Vec<String> = lanes.keys().map(instance).collect();
         let gone = ledger::sidecar::gone(&mut postgres, &instances).await.map_err(|error| error.to_string())?;
-        let ended: Vec<String> = lanes.into_iter().filter(|lane| gone.contains(&instance(lane))).collect();
+        let mut ended = std::mem::replace(before, lanes);
+        ended.retain(|lane, value| before.get(lane) == Some(value) && gone.contains(&instance(lane)));
         if ended.is_empty() {
             return Ok((0, buckets));
         }
@@ -72,8 +76,11 @@ mod tests {
         execute(&mut database.connection, "UPDATE holdfast.sidecar SET lease_until = now() - interval '1 hour' WHERE id = 'dead'").await;
         let partition = Arc::new(Partition::new(0, 1 << 20).0);
         let sweeper = Sweeper { partition, redis_url: server.url(), postgres_url: database.url.clone(), window_ms: 600_000 };
-        assert_eq!(sweeper.sweep().await.unwrap(), (1, 1));
-        assert_eq!(sweep::lanes(&mut redis).await.unwrap(), ["alive:stock"]);
-        assert_eq!(sweeper.sweep().await.unwrap(), (0, 0));
+        let mut before = BTreeMap::new();
+        assert_eq!(sweeper.sweep(&mut before).await.unwrap(), (0, 1), "whether a lane moves is not known yet");
+        send(&mut redis, &["HSET", "holdfast:meta", "dead:stock", "8:1-5"]).await;
+        assert_eq!(sweeper.sweep(&mut before).await.unwrap(), (0, 0), "it moves");
+        assert_eq!(sweeper.sweep(&mut before).await.unwrap(), (1, 0));
+        assert_eq!(sweep::lanes(&mut redis).await.unwrap().into_keys().collect::<Vec<_>>(), ["alive:stock"]);
     }
 }

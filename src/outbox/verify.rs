@@ -31,8 +31,8 @@ pub struct Verifier {
     window_ms: i64,
     /// The epoch and run id that both sides agreed on last.
     verified: Option<(u64, String)>,
-    /// The epochs as they were published last.
-    epochs: Vec<EpochRow>,
+    /// The epochs as they were published last, and the version of what else was; `None` where that may have changed since.
+    epochs: Option<(Vec<EpochRow>, (i64, i64))>,
 }
 
 /// What was found, and what follows from it.
@@ -73,7 +73,7 @@ impl Verifier {
             instance: instance.to_owned(),
             window_ms: i64::try_from(window.as_millis()).unwrap_or(i64::MAX),
             verified: None,
-            epochs: Vec::new(),
+            epochs: None,
         }
     }
 
@@ -134,7 +134,7 @@ impl Verifier {
                 window_ms: self.window_ms,
             };
             // Opened, but sold on only once both sides have been compared.
-            rebuild.run(&row, meta.as_ref(), &why).await?;
+            rebuild.run(&row, meta.as_ref(), &why, false).await?;
         }
     }
 
@@ -177,8 +177,19 @@ impl Verifier {
         }
         let row = ledger::partition::load(postgres, self.partition.id).await.map_err(|error| self.starting(&error))?;
         let seen = self.partition.head();
-        let look = Look::at(redis, row.applied).await.map_err(|error| self.starting(&error))?;
-        self.note_epochs(postgres).await.map_err(|error| self.starting(&error))?;
+        let look = match Look::at(redis, row.applied).await {
+            Ok(look) => look,
+            Err(error) if error.is_about_what_is_there() => {
+                let why = format!(
+                    "holdfast:meta or holdfast:outbox holds what does not belong there: {error}; a newer Holdfast may have written it, else say which \
+                     side is right with holdfast rebuild --from postgres"
+                );
+                self.set(State::Loading(why.clone()));
+                return Err(why);
+            }
+            Err(error) => return Err(self.starting(&error)),
+        };
+        self.note_epochs(postgres, &row).await.map_err(|error| self.starting(&error))?;
         self.partition.set_applied(row.applied);
         Ok(Sight { row, seen, look })
     }
@@ -232,14 +243,15 @@ impl Verifier {
     }
 
     async fn next_epoch(&mut self, redis: &mut Connection, postgres: &mut ledger::PgConnection, sight: &Sight) -> Result<(), String> {
-        let taken = ledger::partition::take_epoch(postgres, self.partition.id, sight.row.epoch, redis.run_id()).await;
+        let n = sight.look.meta.as_ref().map_or(0, |meta| meta.n);
+        let taken = ledger::partition::take_epoch(postgres, self.partition.id, &sight.row, redis.run_id(), n).await;
         let Some(epoch) = taken.map_err(|error| self.starting(&error))? else {
             // Another sidecar took it, or is filling Redis.
             tokio::time::sleep(Duration::from_millis(20)).await;
             return Ok(());
         };
         if meta::attach(redis, sight.look.meta.as_ref(), epoch).await.map_err(|error| self.starting(&error))? {
-            info!(epoch, run_id = redis.run_id(), n = sight.look.meta.as_ref().map_or(0, |meta| meta.n), "opened under a new epoch");
+            info!(epoch, run_id = redis.run_id(), n, "opened under a new epoch");
         }
         Ok(())
     }
@@ -299,19 +311,22 @@ impl Verifier {
         Err(self.starting(&error))
     }
 
-    async fn note_epochs(&mut self, postgres: &mut ledger::PgConnection) -> Result<(), ledger::Error> {
+    async fn note_epochs(&mut self, postgres: &mut ledger::PgConnection, row: &PartitionRow) -> Result<(), ledger::Error> {
         let epochs = ledger::partition::epochs(postgres, self.partition.id).await?;
-        if epochs == self.epochs {
+        let version = ledger::salvage::origins_version(postgres, self.partition.id).await?;
+        let known = self.epochs.as_ref().is_some_and(|known| *known == (epochs.clone(), version));
+        if known {
             return Ok(());
         }
-        let mut ended = Vec::with_capacity(epochs.len());
-        for row in &epochs {
-            let Some(last_n) = row.last_n else { continue };
-            let saved = ledger::salvage::saved_of(postgres, self.partition.id, row.epoch).await?;
-            ended.push(EndedEpoch { epoch: row.epoch, last_n, saved });
-        }
-        self.epochs = epochs;
-        self.partition.set_ended(ended);
+        let mut origins = ledger::salvage::origins(postgres, self.partition.id).await?;
+        let ended = epochs.iter().filter_map(|row| {
+            let (saved, waiting) = (origins.saved.remove(&row.epoch), origins.waiting.remove(&row.epoch));
+            let (saved, waiting) = (saved.unwrap_or_default(), waiting.unwrap_or_default());
+            Some(EndedEpoch { epoch: row.epoch, last_n: row.last_n?, saved, waiting })
+        });
+        self.partition.set_ended(ended.collect());
+        // While somebody fills Redis more may be saved at any time.
+        self.epochs = row.owner.is_none().then_some((epochs, version));
         Ok(())
     }
 }
@@ -374,7 +389,8 @@ mod tests {
     use crate::store::meta::Meta;
 
     fn row(epoch: u64, n: u64) -> PartitionRow {
-        PartitionRow { epoch, applied: Position::new(epoch, n), last_op: if n == 0 { "-".into() } else { format!("op{n}") } }
+        let last_op = if n == 0 { "-".into() } else { format!("op{n}") };
+        PartitionRow { epoch, applied: Position::new(epoch, n), last_op, owner: None }
     }
 
     fn entry(n: u64, op: &str, prev: &str) -> Entry {

@@ -67,6 +67,11 @@ impl Error {
         matches!(self, Self::Refused(_)) && before.contains(&self.code())
     }
 
+    /// Whether what stands in Redis is not what belongs there: it cannot be read, or is of another type.
+    pub fn is_about_what_is_there(&self) -> bool {
+        matches!(self, Self::Unexpected(_)) || self.code() == "WRONGTYPE"
+    }
+
     /// Whether this server is not the one to write to (any more).
     pub fn is_of_the_role(&self) -> bool {
         matches!(self.code(), "READONLY" | "MASTERDOWN")

@@ -76,12 +76,13 @@ pub struct Copies {
     bytes: AtomicUsize,
     bytes_max: usize,
     full: AtomicBool,
+    turns: AtomicUsize,
 }
 
 impl Copies {
     /// `bytes_max`: about how much memory they may take.
     pub fn new(bytes_max: usize) -> Self {
-        Self { batches: Mutex::default(), bytes: AtomicUsize::new(0), bytes_max, full: AtomicBool::new(false) }
+        Self { batches: Mutex::default(), bytes: AtomicUsize::new(0), bytes_max, full: AtomicBool::new(false), turns: AtomicUsize::new(1) }
     }
 
     fn batches(&self) -> MutexGuard<'_, VecDeque<CopiedBatch>> {
@@ -130,8 +131,9 @@ impl Copies {
     pub fn forget(&self, applied: Position, ended: &[EndedEpoch]) {
         self.retain(|batch| {
             let last = batch.last();
-            let ended = ended.iter().find(|ended| ended.epoch == last.epoch);
-            !(last.epoch == applied.epoch && last.n <= applied.n || ended.is_some_and(|ended| last.n <= ended.last_n))
+            let of_it = ended.iter().find(|ended| ended.epoch == last.epoch);
+            let is_there = |ended: &EndedEpoch| batch.copies.iter().all(|copy| ended.has(copy.note.position.n));
+            !(last.epoch == applied.epoch && last.n <= applied.n || of_it.is_some_and(is_there))
         });
     }
 
@@ -147,7 +149,9 @@ impl Copies {
         while batches.front().is_some_and(|batch| !keep(batch)) {
             gone.extend(batches.pop_front());
         }
-        if batches.iter().take(limits::COPIES_LOOK_BEHIND).any(|batch| !keep(batch)) {
+        // What stays in front may do so for long: now and then all are looked at.
+        let turn = self.turns.fetch_add(1, Ordering::Relaxed);
+        if turn.is_multiple_of(limits::COPIES_LOOK_EVERY) || batches.iter().take(limits::COPIES_LOOK_BEHIND).any(|batch| !keep(batch)) {
             let (stay, go) = std::mem::take(&mut *batches).into_iter().partition(keep);
             *batches = stay;
             let go: VecDeque<_> = go;
@@ -258,7 +262,7 @@ mod tests {
         assert_eq!(copies.len(), 2, "its last is not applied");
         copies.forget(Position::new(2, 9), &[]);
         assert_eq!(copies.len(), 2, "where the first epoch ended is not known yet");
-        copies.forget(Position::new(2, 9), &[EndedEpoch { epoch: 1, last_n: 4, saved: Vec::new() }]);
+        copies.forget(Position::new(2, 9), &[EndedEpoch { epoch: 1, last_n: 4, ..EndedEpoch::default() }]);
         assert_eq!((copies.len(), copies.bytes()), (0, 0));
     }
 
@@ -281,6 +285,16 @@ mod tests {
         assert_eq!(old.iter().map(|salvaged| salvaged.origin.n).collect::<Vec<_>>(), [4, 5]);
         let Effect::Stock { items, .. } = &old[0].operation.effect else { panic!() };
         assert_eq!(items[0].delta, -2);
+    }
+
+    #[test]
+    fn what_was_saved_at_another_place_is_given_up_also_behind_many_that_stay() {
+        let copies = Copies::new(1 << 20);
+        (1..=20).for_each(|n| copies.keep(batch(&format!("i:stock:{n}"), 1, 10 + n, 1)));
+        copies.keep(batch("i:stock:21", 1, 40, 2));
+        let ended = [EndedEpoch { epoch: 1, last_n: 5, saved: vec![40, 41], waiting: vec![] }];
+        (0..limits::COPIES_LOOK_EVERY).for_each(|_| copies.forget(Position::new(2, 6), &ended));
+        assert_eq!(copies.len(), 20);
     }
 
     #[test]

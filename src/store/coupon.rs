@@ -175,7 +175,11 @@ impl Family for Coupon {
             *user = user.unshared();
         }
         op.request.iter_mut().for_each(Request::unshare);
-        Kept::Coupon(op)
+        let action = match op.action {
+            Action::Issue { user } => Action::Issue { user: user.detached() },
+            create @ Action::Create(_) => create,
+        };
+        Kept::Coupon(CouponOp { coupon: op.coupon.detached(), action, request: op.request.map(Request::detached) })
     }
 
     fn replayed(op: &CouponOp, line: &Operation, position: Position) -> Option<CouponOutcome> {

@@ -40,12 +40,19 @@ pub struct EndedEpoch {
     pub last_n: u64,
     /// n of those beyond it that were saved and have another place, in order.
     pub saved: Vec<u64>,
+    /// n of those beyond it that were handed over and are to be saved yet, in order.
+    pub waiting: Vec<u64>,
 }
 
 impl EndedEpoch {
-    /// Whether Postgres has its change n; it never will, if not.
+    /// Whether Postgres has its change n.
     pub fn has(&self, n: u64) -> bool {
         n <= self.last_n || self.saved.binary_search(&n).is_ok()
+    }
+
+    /// Whether Postgres will never have its change n.
+    pub fn has_lost(&self, n: u64) -> bool {
+        !self.has(n) && self.waiting.binary_search(&n).is_err()
     }
 }
 
@@ -229,6 +236,14 @@ impl Partition {
     pub fn saw(&self, position: Position) {
         let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
         *head = position.max(*head);
+    }
+
+    /// Notes that a script has found n changes under this epoch, of whichever sidecar.
+    pub fn saw_n(&self, epoch: u64, n: u64) {
+        let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
+        if n > head.n && epoch >= head.epoch {
+            *head = Position::new(epoch, n);
+        }
     }
 
     /// What this sidecar had seen is over: under a later epoch the newest change is this one. Only the verifier says so.

@@ -28,6 +28,11 @@ impl Request {
         self.id = self.id.unshared();
     }
 
+    /// The same in memory of its own.
+    pub fn detached(self) -> Self {
+        Self { id: self.id.detached(), ..self }
+    }
+
     /// The id's own time in Unix ms; 0 where it has none.
     pub fn stamp_ms(&self) -> u64 {
         self.id.uuid_v7_ms().unwrap_or(0)

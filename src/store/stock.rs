@@ -312,7 +312,8 @@ impl Family for Stock {
     fn kept(mut op: StockOp) -> Kept {
         op.items.iter_mut().for_each(|(product, _)| *product = product.unshared());
         op.request.iter_mut().for_each(Request::unshare);
-        Kept::Stock(op)
+        let items = op.items.iter().map(|(product, quantity)| (product.detached(), *quantity)).collect();
+        Kept::Stock(StockOp { items, request: op.request.map(Request::detached), ..op })
     }
 
     fn replayed(op: &StockOp, line: &Operation, position: Position) -> Option<StockOutcome> {

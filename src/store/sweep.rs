@@ -1,23 +1,25 @@
 //! What ended sidecars and past windows left behind in Redis.
 
+use std::collections::BTreeMap;
+
 use super::pack::Pack;
 use super::requests;
 use super::{Connection, Error, keys, script};
 use crate::limits::{REFILL_KEYS, SWEEP_STRETCHES};
 
-/// The lanes that meta knows, as `<instance>:<lane>`.
-pub async fn lanes(connection: &mut Connection) -> Result<Vec<String>, Error> {
-    let answer = connection.send(redis::cmd("HKEYS").arg(keys::META)).await?;
-    let fields: Vec<String> = redis::from_redis_value(answer).map_err(redis::RedisError::from)?;
-    Ok(fields.into_iter().filter(|field| field.contains(':')).collect())
+/// The lanes that meta knows, as `<instance>:<lane>`, each with what it says of its last batch.
+pub async fn lanes(connection: &mut Connection) -> Result<BTreeMap<String, String>, Error> {
+    let answer = connection.send(redis::cmd("HGETALL").arg(keys::META)).await?;
+    let fields: BTreeMap<String, String> = redis::from_redis_value(answer).map_err(redis::RedisError::from)?;
+    Ok(fields.into_iter().filter(|(field, _)| field.contains(':')).collect())
 }
 
-/// Removes lanes whose sidecars have ended. Returns how many there were.
-pub async fn remove_lanes(connection: &mut Connection, lanes: &[String]) -> Result<u64, Error> {
+/// Removes lanes that still are as they were. Returns how many there were.
+pub async fn remove_lanes(connection: &mut Connection, lanes: &BTreeMap<String, String>) -> Result<u64, Error> {
     let mut fields = Pack::default();
     fields.array(lanes.len());
-    for lane in lanes {
-        fields.text(lane);
+    for (lane, value) in lanes {
+        fields.array(2).text(lane).text(value);
     }
     let answer = connection.run(&script::SWEEP, &[keys::META], &[&fields.into_bytes()]).await?;
     Ok(redis::from_redis_value(answer).map_err(redis::RedisError::from)?)

@@ -163,8 +163,8 @@ async fn a_postgres_that_dies_and_comes_back_has_everything_once() {
     let url = server.database().await;
     ledger::migrate(&url).await.unwrap();
     let mut connection = ledger::connect(&url).await.unwrap();
-    ledger::partition::load(&mut connection, 0).await.unwrap();
-    ledger::partition::take_epoch(&mut connection, 0, 0, "run-1").await.unwrap().unwrap();
+    let row = ledger::partition::load(&mut connection, 0).await.unwrap();
+    ledger::partition::take_epoch(&mut connection, 0, &row, "run-1", 0).await.unwrap().unwrap();
     let mut stage = Stage::new().await;
     stage.live();
     stage.start(&url);

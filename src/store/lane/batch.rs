@@ -202,6 +202,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     fn decided(&self, mut sent: Sent<F, W>, now_ms: i64, words: &mut Words) -> Result<(), Error> {
         let n = u64::try_from(words.integer()?).unwrap_or(0);
+        self.partition.saw_n(sent.epoch, n);
         let mut positions = Positions { epoch: sent.epoch, before: n, n };
         let mut notes = Vec::with_capacity(sent.operations.len());
         for k in 0..sent.operations.len() {
@@ -217,6 +218,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 }
                 Err(error) => {
                     self.doubt(&mut sent, |_| true);
+                    let op = self.op(sent.counter);
+                    self.keep(op, now_ms, sent.operations, notes);
                     return Err(error);
                 }
             }
