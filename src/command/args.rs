@@ -10,6 +10,7 @@ use crate::limits::{PATTERN_MAX, SPEC_ARGS_MAX};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Ack {
     Redis,
+    Replica,
     Postgres,
 }
 
@@ -275,6 +276,7 @@ impl Args {
         }
         self.maybe_word("ack").map(|word| match word {
             "redis" => Ack::Redis,
+            "replica" => Ack::Replica,
             _ => Ack::Postgres,
         })
     }

@@ -13,5 +13,6 @@ mod slice;
 pub mod sweep;
 mod trim;
 pub mod verify;
+pub mod weigh;
 
 pub use relay::Relay;

@@ -77,7 +77,10 @@ fn poisoned_changes_are_parked_and_the_rest_goes_on() {
     let left = (1_000_000 - sold - POISONED * 2).to_string();
     assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock WHERE product_id = 'good'"), left);
     assert_eq!(stack.backing().ask("GET stock:product:good"), left);
-    assert_eq!(stack.postgres.value("SELECT sum(pg_delta) FROM holdfast.stock_ledger WHERE kind = 'decr' AND product_id LIKE 'bad-%'"), "-150");
+    assert_eq!(
+        stack.postgres.value("SELECT sum(pg_delta) FROM holdfast.stock_ledger WHERE kind = 'decr' AND product_id LIKE 'bad-%'"),
+        "-150"
+    );
     (0..POISONED).for_each(|i| until_frozen(&mut client, &format!("bad-{i}")));
     client.ok("STOCK.DECR good 1");
     wait_until("they are counted", || client.field("HOLDFAST.STATUS", "dead_letters").trim_end_matches(']') == POISONED.to_string());
@@ -139,7 +142,8 @@ fn a_conflict_about_a_coupon_is_parked_and_freezes_nothing() {
     let (mut client, mut program) = (stack.connect(), Program::new(&stack.postgres));
     client.ok("COUPON.CREATE spring 10");
     client.ok("STOCK.SET a 10");
-    program.run("INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at) VALUES ('spring', 1, 'x', 'issued', now())");
+    program
+        .run("INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at) VALUES ('spring', 1, 'x', 'issued', now())");
     assert!(client.ask("COUPON.ISSUE spring u").starts_with("[ISSUED, 1, 9, "));
     assert!(client.ask("COUPON.ISSUE spring v ACK postgres").starts_with("[ISSUED, 2, 8, "));
     let words = letter(&mut client);

@@ -35,6 +35,11 @@ impl Sidecar {
 
     /// The same, with so many ms for each reply.
     pub fn with_deadline(redis_url: &str, postgres_url: &str, reply_within_ms: u32) -> Self {
+        Self::with_flags(redis_url, postgres_url, &["--reply-within-ms", &reply_within_ms.to_string()])
+    }
+
+    /// The same, with these flags.
+    pub fn with_flags(redis_url: &str, postgres_url: &str, flags: &[&str]) -> Self {
         let log = std::env::temp_dir().join(format!(
             "holdfast-it-{}-{:?}-{:?}.log",
             std::process::id(),
@@ -53,7 +58,7 @@ impl Sidecar {
                 "--postgres-url",
                 postgres_url,
             ])
-            .args(["--reply-within-ms", &reply_within_ms.to_string()])
+            .args(flags)
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap())
             .spawn()
@@ -332,16 +337,29 @@ impl Stack {
         Self::with(Database::new(true), UNHURRIED)
     }
 
+    /// The same with a Postgres of its own, and these flags.
+    pub fn with_flags(flags: &[&str]) -> Self {
+        Self::over(Database::new(true), &[&["--reply-within-ms", &UNHURRIED.to_string()], flags].concat())
+    }
+
     fn with(postgres: Database, reply_within_ms: u32) -> Self {
+        Self::over(postgres, &["--reply-within-ms", &reply_within_ms.to_string()])
+    }
+
+    fn over(postgres: Database, flags: &[&str]) -> Self {
         let redis = RedisServer::start();
-        let sidecar = Sidecar::with_deadline(&redis.url(), &postgres.url, reply_within_ms);
+        let sidecar = Sidecar::with_flags(&redis.url(), &postgres.url, flags);
         let stack = Self { sidecar, redis, postgres };
         stack.wait_until_ready();
         stack
     }
 
     pub fn wait_until_ready(&self) {
-        wait_until("the sidecar is ready", || self.sidecar.get("/readyz").0 == 200);
+        // The relay's connection to Postgres may come a moment after all else.
+        wait_until("the sidecar is ready", || {
+            let (status, text) = self.sidecar.get("/readyz");
+            status == 200 && !text.contains("postgres degraded")
+        });
     }
 
     pub fn connect(&self) -> Client {

@@ -6,6 +6,7 @@ mod harness;
 mod servers;
 
 mod bad_input;
+mod bounds;
 mod coupons;
 mod dead_letters;
 mod faults;
@@ -14,5 +15,6 @@ mod inbox;
 mod protocol;
 mod proxy;
 mod rebuild;
+mod replica;
 mod stock;
 mod tidy;

@@ -240,5 +240,8 @@ async fn a_refused_change_is_parked_and_the_rest_goes_on() {
     stage.trouble("").await;
     stage.stop().await;
     assert_eq!(units_and_lines(&mut database.connection).await, (58, 44));
-    assert_eq!(number_of(&mut database.connection, "SELECT sum(delta)::bigint FROM holdfast.dead_letter WHERE product_id = 'ghost'").await, -1);
+    assert_eq!(
+        number_of(&mut database.connection, "SELECT sum(delta)::bigint FROM holdfast.dead_letter WHERE product_id = 'ghost'").await,
+        -1
+    );
 }
