@@ -7,8 +7,9 @@
 -- KEYS goes on with the products, then the buckets of request ids. batch is msgpack {names, operations}; an operation is
 -- {kind, text, items, request or false, low or false, upkeep or false}: text is what its outbox line begins with, items are places in
 -- names with their quantities. A set that creates is marked new=1: what Postgres may have of the product gives way.
--- upkeep is what only the server itself asks for, each about one product: init {mark} · inbox {mark before, mark, row, reason} ·
--- correct and adopt {n, round, reason} · freeze {reason} · unfreeze {}. Their quantities have a sign.
+-- upkeep is what only the server itself asks for, each about one product: init {mark, n, low or false, reason or false} ·
+-- inbox {mark before, mark, row, reason} · correct and adopt {n, round, reason} · freeze {reason} · unfreeze {}. Their quantities
+-- have a sign.
 -- Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason · 'corrupt' item ·
 -- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'.
 local TOTAL_MAX = 9007199254740991
@@ -73,10 +74,12 @@ local function upkeep_refused(kind, items, upkeep)
     if marked().inbox ~= upkeep[1] then return say('moved') or true end
     return false
   end
-  if value == 'corrupt' then return say('corrupt', 1) or true end
+  if value == 'corrupt' and kind ~= 'freeze' then return say('corrupt', 1) or true end
   if kind == 'init' then
     if marked().inbox ~= upkeep[1] then return say('moved') or true end
-    if value or redis.call('HEXISTS', deleted, names[i]) == 1 then return say('absent', 1) or true end
+    -- A deletion that Postgres had at n is no longer news to what was read there.
+    local gone = redis.call('HGET', deleted, names[i])
+    if value or (gone and tonumber(gone) >= upkeep[2]) then return say('absent', 1) or true end
     if quantity > TOTAL_MAX then return say('over', 1, 0) or true end
     return false
   end
@@ -95,12 +98,13 @@ local function upkeep_refused(kind, items, upkeep)
 end
 
 local function keep(operation)
-  local kind, text, i, quantity, upkeep = operation[1], operation[2], operation[3][1], operation[3][2], operation[6]
+  local kind, text, i, quantity, request, upkeep = operation[1], operation[2], operation[3][1], operation[3][2], operation[4], operation[6]
   local value = values[i]
   local before = value and value ~= 'corrupt' and value or 0
   local after = before
   if kind == 'init' then
-    after, life[i] = quantity, 'alive'
+    after, life[i], lows[i] = quantity, 'alive', upkeep[3]
+    if upkeep[4] then reasons[i], freezes[i] = upkeep[4], upkeep[4] end
   elseif kind == 'inbox' then
     marks.inbox = upkeep[2]
     marks.dirty = true
@@ -135,6 +139,7 @@ local function keep(operation)
   reply[#reply + 1] = 'ok'
   reply[#reply + 1] = after
   lines[#lines + 1] = text .. ' ' .. names[i] .. ' ' .. whole(after - before) .. ' ' .. whole(after)
+  if request then remember(head, request, window, generation, 'OK ' .. head.epoch .. '-' .. whole(head.n + #lines)) end
 end
 
 for _, operation in ipairs(operations) do

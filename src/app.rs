@@ -20,9 +20,11 @@ use uuid::Uuid;
 use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, Stats};
-use crate::config::Config;
+use crate::config::{Config, Prefer};
+use crate::domain::Side;
 use crate::ledger;
 use crate::limits;
+use crate::outbox::by_hand;
 use crate::outbox::clerk::Clerk;
 use crate::outbox::inbox::Inbox;
 use crate::outbox::loader::Loader;
@@ -30,6 +32,10 @@ use crate::outbox::relay::Relay;
 use crate::outbox::sweep::Sweeper;
 use crate::outbox::verify::Verifier;
 use crate::outbox::weigh::weigh;
+use crate::reconcile::Settings;
+use crate::reconcile::examine::Examiner;
+use crate::reconcile::request::Requests;
+use crate::reconcile::schedule::Scheduler;
 use crate::server::listener;
 use crate::session::registry::Registry;
 use crate::store::Partition;
@@ -70,7 +76,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let (partition, Receivers { loads, letters, changes }) = Partition::new(0, config.outbox.copies_bytes);
+    let (partition, Receivers { letters, loads, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
     let partition = Arc::new(partition.bounded(config.outbox.max_changes, config.outbox.max_bytes as u64));
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
@@ -98,10 +104,14 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         let (partition, redis_url) = (Arc::clone(&partition), config.redis.url.expose().to_owned());
         |back| weigh(partition, redis_url, back)
     };
+    let settings = reconciling(&config);
+    let examiner = || Examiner::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, settings);
+    let (scheduler, requests) = (Scheduler::new(examiner(), settings), Requests::new(examiner(), syncs));
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
+                let reconciling = async { tokio::join!(scheduler.run(back.clone()), requests.run(back.clone())) };
                 tokio::join!(
                     relay.run(back.clone()),
                     verifier.run(back.clone()),
@@ -109,7 +119,8 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
                     inbox.run(back.clone()),
                     clerk.run(back.clone()),
                     sweeper.run(back.clone()),
-                    weighing(back),
+                    weighing(back.clone()),
+                    reconciling,
                 );
             }
         })
@@ -141,11 +152,26 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     Ok(())
 }
 
+fn reconciling(config: &Config) -> Settings {
+    let prefer = match config.reconcile.prefer {
+        Prefer::Postgres => Side::Postgres,
+        Prefer::Redis => Side::Redis,
+    };
+    let (sync_every, initialise_every) = (config.reconcile.sync_every, config.reconcile.initialise_every);
+    Settings { sync_every, initialise_every, prefer, auto_limit: config.reconcile.auto_limit }
+}
+
 /// Brings Postgres to this version's tables.
 pub async fn migrate(config: &Config) -> Result<(), Error> {
     ledger::migrate(config.postgres.url.expose()).await.map_err(error)?;
     info!("postgres has this version's tables");
     Ok(())
+}
+
+/// Makes the other side as `from` is.
+pub async fn rebuild(config: &Config, from: Side) -> Result<(), Error> {
+    let window_ms = i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX);
+    by_hand::rebuild(from, config.redis.url.expose(), config.postgres.url.expose(), window_ms).await.map_err(error)
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
@@ -207,6 +233,7 @@ impl Front {
                 let commands = Rc::new(Commands::new(TABLE));
                 let stats = Arc::new(Stats::new(&commands));
                 let cx = Rc::new(Context::new(commands, registry, stats, backend));
+                spawn_local(Rc::clone(&cx.heartbeat).beat());
                 cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
                 let partition = Arc::clone(&cx.backend.partition);
                 let render = Box::new(move |text: &mut String| show_partition(&partition, text));

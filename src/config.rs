@@ -46,6 +46,7 @@ pub struct Config {
     pub outbox: Outbox,
     pub idempotency: Idempotency,
     pub coupon: Coupon,
+    pub reconcile: Reconcile,
     pub log: Log,
 }
 
@@ -102,6 +103,27 @@ pub struct Coupon {
 pub enum CouponLock {
     /// One round trip: the script goes ahead only while nobody holds the coupon's lock.
     Elide,
+}
+
+/// The section `[reconcile]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reconcile {
+    #[serde(rename = "sync_every_ms", deserialize_with = "milliseconds")]
+    pub sync_every: Duration,
+    #[serde(rename = "initialise_every_ms", deserialize_with = "milliseconds")]
+    pub initialise_every: Duration,
+    pub prefer: Prefer,
+    /// In units.
+    pub auto_limit: i64,
+}
+
+/// Which side is right where Redis and Postgres differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Prefer {
+    Postgres,
+    Redis,
 }
 
 /// The section `[log]`.
@@ -422,6 +444,8 @@ mod tests {
         assert_eq!(config.shutdown_timeout, Duration::from_secs(10));
         assert_eq!(config.max_clients, 10_000);
         assert_eq!(config.coupon.lock, CouponLock::Elide);
+        assert_eq!((config.reconcile.sync_every, config.reconcile.initialise_every), (Duration::from_mins(1), Duration::from_mins(5)));
+        assert_eq!((config.reconcile.prefer, config.reconcile.auto_limit), (Prefer::Postgres, 100));
         assert_eq!(config.log, Log { format: LogFormat::Text, level: "info".into() });
         assert!(!config.insecure);
     }

@@ -10,6 +10,7 @@
 //! - [`store`]: everything on Redis: connections, keys, scripts, the combiner.
 //! - [`outbox`]: carries what the scripts appended from Redis to Postgres.
 //! - [`ledger`]: everything on Postgres.
+//! - [`reconcile`]: compares both while they are in use, and repairs what differs.
 //! - [`telemetry`]: metrics, logs, the HTTP endpoints.
 //! - [`app`]: builds all of it, and drains it in reverse.
 
@@ -23,6 +24,7 @@ pub mod telemetry;
 pub mod command;
 pub mod ledger;
 pub mod outbox;
+pub mod reconcile;
 pub mod server;
 pub mod session;
 pub mod store;

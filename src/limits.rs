@@ -336,7 +336,62 @@ pub const LOAD_WITHIN: Duration = Duration::from_secs(2);
 pub const ABSENT_FOR: Duration = Duration::from_secs(1);
 pub const ABSENT_MAX: usize = 10_000;
 
+/// How often the thread that serves clients looks whether it stood still, from how long a stretch on that counts (timers are a ms or two late
+/// by themselves, and work may begin when the wait for a tick ends), and how many stretches are remembered: those of the last seconds, and no reply is late by more.
+pub const STALL_EVERY: Duration = Duration::from_millis(5);
+pub const STALL_MIN: Duration = Duration::from_millis(6);
+pub const STALLS_MAX: usize = 512;
+
 /// How often the thread that serves clients shows that it lives, and after how long a silence it counts as dead: far beyond any stall of
 /// the machine's scheduler.
 pub const PULSE_EVERY: Duration = Duration::from_millis(500);
 pub const PULSE_MAX: Duration = Duration::from_secs(15);
+
+// The reconciler: Redis and Postgres compared at one position.
+
+/// What the reconciler's two intervals may be: below, rounds would only wait for one another; above, a day passes with a difference.
+pub const RECONCILE_EVERY_MIN_MS: u64 = 1_000;
+pub const RECONCILE_EVERY_MAX_MS: u64 = 86_400_000;
+
+/// Products in one comparison: the script that reads them keeps Redis busy for about half a millisecond, and every sale waits that long.
+pub const RECONCILE_PRODUCTS: usize = 500;
+
+/// The pause between two comparisons of a round: so at most a tenth of Redis's time goes into them.
+pub const RECONCILE_PAUSE: Duration = Duration::from_millis(5);
+
+/// The newest rows of the ledger that one round looks through for the products that have changed. At 2,000 changes a second it is all of
+/// a minute's; the others come with the pass over everything.
+pub const RECONCILE_CHANGES_MAX: i64 = 120_000;
+
+/// Products of the pass over everything that one round compares: a million products in 20 rounds, and a round within seconds.
+pub const RECONCILE_ROUND_PRODUCTS: usize = 50_000;
+
+/// Products that one round of initialising looks at: a million are looked at within half a minute.
+pub const INITIALISE_ROUND_PRODUCTS: usize = 1_000_000;
+
+/// Calls of SCAN in one round, in search of products that only Redis has, and keys that each looks at.
+pub const RECONCILE_SCANS: usize = 100;
+pub const RECONCILE_SCAN_COUNT: usize = 500;
+
+/// How often one comparison is repeated for what moved while it was made. Each time somebody else's correction came between.
+pub const RECONCILE_TRIES: usize = 10;
+
+/// Corrections in one go: they share a batch with the clients' operations, which shall not wait for them.
+pub const RECONCILE_CHANGES_AT_ONCE: usize = 100;
+
+/// How long one comparison of the schedule may take, the wait for Postgres included: a round that Postgres is too far behind for is
+/// left out.
+pub const RECONCILE_WITHIN: Duration = Duration::from_secs(5);
+
+/// The most units that `reconcile.auto_limit` may permit: as much as one command may move.
+pub const RECONCILE_AUTO_LIMIT_MAX: u64 = 1_000_000_000_000;
+
+/// STOCK.SYNCs that may wait: each may take seconds, and they are done one after the other.
+pub const SYNCS_MAX: usize = 16;
+
+/// By when after its arrival a STOCK.SYNC is answered, and by when the reconciler has to be done with it.
+pub const SYNC_REPLY_WITHIN: Duration = Duration::from_secs(5);
+pub const SYNC_WITHIN: Duration = Duration::from_millis(4_500);
+
+/// Products in the answer of one STOCK.SYNC: it stops when it has found so many.
+pub const SYNC_DRIFTS_MAX: usize = 1_000;

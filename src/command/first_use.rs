@@ -13,7 +13,7 @@ use super::stock::StockWaiter;
 use crate::domain::Id;
 use crate::limits;
 use crate::store::partition::LoadRequest;
-use crate::store::stock::{StockOp, StockOutcome, Upkeep};
+use crate::store::stock::{StockOp, StockOutcome};
 
 /// Why a product could not be looked up.
 const NOT_KNOWN: &str = "TRYAGAIN Redis does not have this product, and Postgres cannot say yet whether there is one; nothing was changed";
@@ -90,25 +90,30 @@ async fn load(cx: Rc<Context>, product: Id) -> bool {
     receiver.await.unwrap_or(false)
 }
 
-async fn look_up(cx: &Rc<Context>, product: &Id) -> bool {
-    let partition = &cx.backend.partition;
-    if !partition.ledger_up() {
-        return false;
-    }
-    let (answer, answered) = oneshot::channel();
-    let request = LoadRequest { product: product.clone(), absent_at: partition.head().n, answer };
-    if partition.loads.try_send(request).is_err() {
-        return false;
-    }
-    let Ok(Ok(found)) = tokio::time::timeout(limits::LOAD_WITHIN, answered).await else { return false };
-    match found {
-        None => cx.backend.first_use.remember_absent(product.clone()),
-        Some(found) => {
-            let init = StockOp::upkeep(product.clone(), found.available, Upkeep::Init { mark: found.mark });
+/// Gives Redis a product that Postgres has. `false` where that is not done within [`limits::LOAD_WITHIN`].
+async fn look_up(cx: &Context, product: &Id) -> bool {
+    let loading = async {
+        while cx.backend.partition.ledger_up() {
             let (answer, answered) = oneshot::channel();
-            cx.backend.stock.submit(init, Instant::now(), StockWaiter::Server(answer));
-            return answered.await.is_ok_and(|outcome| matches!(outcome, Ok(StockOutcome::Done { .. } | StockOutcome::Absent { .. })));
+            let request = LoadRequest { product: product.clone(), absent_at: cx.backend.partition.head().n, answer };
+            if cx.backend.partition.loads.try_send(request).is_err() {
+                return false;
+            }
+            let Ok(found) = answered.await else { return false };
+            let Some(found) = found else {
+                cx.backend.first_use.remember_absent(product.clone());
+                return true;
+            };
+            let (answer, answered) = oneshot::channel();
+            cx.backend.stock.submit(StockOp::init(product.clone(), found), Instant::now(), StockWaiter::Server(answer));
+            match answered.await {
+                // Another program has changed something in Postgres meanwhile, and Redis has been told.
+                Ok(Ok(StockOutcome::Moved)) => {}
+                Ok(Ok(StockOutcome::Done { .. } | StockOutcome::Absent { .. })) => return true,
+                _ => return false,
+            }
         }
-    }
-    true
+        false
+    };
+    tokio::time::timeout(limits::LOAD_WITHIN, loading).await.unwrap_or(false)
 }

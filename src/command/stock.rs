@@ -9,13 +9,14 @@ use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
 use super::spec::{self, ACK, FAST, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
 use super::{Call, Context, Step, first_use, read};
-use crate::domain::Id;
 use crate::domain::change::StockKind;
 use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
+use crate::domain::{Drift, Id};
 use crate::limits;
 use crate::resp::{Reply, Ticket};
 use crate::store::lane::{Failure, Waiter};
-use crate::store::stock::{Action, Stock, StockOp, StockOutcome};
+use crate::store::partition::SyncRequest;
+use crate::store::stock::{Action, Stock, StockOp, StockOutcome, Upkeep};
 
 pub static SET: Spec = Spec::new("STOCK.SET", "Creates a product, or overwrites its available units.")
     .family("stock")
@@ -118,6 +119,27 @@ pub static SCAN: Spec = Spec::new("STOCK.SCAN", "Iterates over the products.")
         })
     });
 
+pub static SYNC: Spec = Spec::new("STOCK.SYNC", "Compares products in Redis with Postgres and repairs what differs, all products if none is named.")
+    .family("stock")
+    .args(&[PRODUCT.any_number(), spec::flag("dryrun", "DRYRUN")])
+    .flags(WRITE)
+    .complexity("O(N) in the number of products")
+    .reply("array of maps, one a product that differs: `product redis postgres in_flight drift action`; action: `none`, `corrected`, `frozen`, `initialised`")
+    .example("STOCK.SYNC sku-1 DRYRUN")
+    .more_time(limits::SYNC_REPLY_WITHIN)
+    .run(sync);
+
+pub static UNFREEZE: Spec = Spec::new("STOCK.UNFREEZE", "Lets a frozen product change again, after a person has looked.")
+    .family("stock")
+    .args(&[PRODUCT, REQUEST, ACK, TIMEOUT])
+    .flags(WRITE | FAST)
+    .reply("`OK, position`")
+    .example("STOCK.UNFREEZE sku-1")
+    .run(|call| {
+        let op = StockOp::upkeep(call.args.id("product"), 0, Upkeep::Unfreeze);
+        submit_change(call, op, ACK_POSTGRES)
+    });
+
 fn too_many_products() -> Reply {
     Reply::error(format!("ERR too many products: at most {} in one command", limits::PRODUCTS_MAX))
 }
@@ -150,14 +172,14 @@ fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
         Err(reply) => return Step::Reply(reply),
     };
     op.request = change::request(&call.args);
-    let waiter = StockWaiter::client(call, Shape::Change(confirmation));
+    let waiter = StockWaiter::client(call, call.ticket_with(confirmation.waits_for_postgres()), Shape::Change(confirmation));
     call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
 }
 
 fn look(call: &mut Call<'_>, items: Vec<(Id, i64)>, shape: Shape) -> Step {
     let op = StockOp::new(Action::Read, items);
-    let waiter = StockWaiter::client(call, shape);
+    let waiter = StockWaiter::client(call, call.ticket(), shape);
     call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
 }
@@ -186,8 +208,8 @@ pub struct ClientWaiter {
 }
 
 impl StockWaiter {
-    fn client(call: &Call<'_>, shape: Shape) -> Self {
-        Self::Client(ClientWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), shape, arrived: call.arrived, lookups: 0 })
+    fn client(call: &Call<'_>, ticket: Ticket, shape: Shape) -> Self {
+        Self::Client(ClientWaiter { cx: Rc::clone(call.cx), ticket, shape, arrived: call.arrived, lookups: 0 })
     }
 
     /// Answers with an error.
@@ -255,7 +277,8 @@ impl ClientWaiter {
                 if op.action == Action::Change(StockKind::Set) {
                     op.items.iter().for_each(|(product, _)| self.cx.backend.first_use.exists(product));
                 }
-                let shown = if op.action == Action::Change(StockKind::Delete) { Vec::new() } else { available };
+                let names_no_units = matches!(op.action, Action::Change(StockKind::Delete | StockKind::Unfreeze));
+                let shown = if names_no_units { Vec::new() } else { available };
                 accepted_at(position, accepted("OK", shown, position))
             }
             Ok(StockOutcome::Remembered(remembered)) => {
@@ -297,6 +320,42 @@ fn refused(op: &StockOp, refusal: &StockOutcome) -> Reply {
             Reply::error("ERR internal error")
         }
     }
+}
+
+fn sync(call: &mut Call<'_>) -> Step {
+    let products: Vec<Id> = call.args.ids("product").collect();
+    if products.len() > limits::PRODUCTS_MAX {
+        return Step::Reply(too_many_products());
+    }
+    if let Some(failure) = call.cx.backend.stock.closed() {
+        return Step::Reply(failed(failure));
+    }
+    let (answer, answered) = oneshot::channel();
+    let (dry_run, arrived) = (call.args.has("dryrun"), call.arrived);
+    let request = SyncRequest { products, dry_run, deadline: arrived + limits::SYNC_WITHIN, answer };
+    if call.cx.backend.partition.syncs.try_send(request).is_err() {
+        return Step::Reply(Reply::error("TRYAGAIN overloaded: too many STOCK.SYNCs are waiting; nothing was changed"));
+    }
+    Step::Wait(Box::pin(async move {
+        match tokio::time::timeout_at((arrived + limits::SYNC_REPLY_WITHIN).into(), answered).await {
+            Ok(Ok(Ok(drifts))) => Reply::Array(drifts.iter().map(difference).collect()),
+            Ok(Ok(Err(why))) => Reply::error(format!("TRYAGAIN cannot compare now: {why}; nothing was changed")),
+            _ if dry_run => Reply::error("TRYAGAIN Redis and Postgres were not compared in time; nothing was changed"),
+            _ => Reply::error("INDOUBT STOCK.SYNC did not end in time: what it has corrected is in holdfast.drift; ask again"),
+        }
+    }))
+}
+
+fn difference(drift: &Drift) -> Reply {
+    let maybe = |units: Option<i64>| units.map_or(Reply::Nil, Reply::Integer);
+    Reply::map([
+        ("product", Reply::text(drift.product.clone())),
+        ("redis", maybe(drift.redis)),
+        ("postgres", maybe(drift.postgres)),
+        ("in_flight", Reply::Integer(drift.in_flight)),
+        ("drift", Reply::Integer(drift.units())),
+        ("action", Reply::text(drift.remedy.as_str())),
+    ])
 }
 
 async fn info(cx: Rc<Context>, product: Id) -> Reply {

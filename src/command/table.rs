@@ -18,6 +18,8 @@ pub static TABLE: &[&Spec] = &[
     &stock::INCR,
     &stock::DECR,
     &stock::SCAN,
+    &stock::SYNC,
+    &stock::UNFREEZE,
     &coupon::CREATE,
     &coupon::ISSUE,
     &coupon::GET,

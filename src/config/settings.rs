@@ -116,6 +116,30 @@ pub const SETTINGS: &[Setting] = &[
         default: "elide",
         doc: "How a coupon is locked while it is issued; `elide`: the script goes ahead only while nobody holds the lock.",
     },
+    Setting {
+        key: "reconcile.sync_every_ms",
+        kind: Kind::Milliseconds(limits::RECONCILE_EVERY_MIN_MS, limits::RECONCILE_EVERY_MAX_MS),
+        default: "60000",
+        doc: "How often Redis is compared with Postgres.",
+    },
+    Setting {
+        key: "reconcile.initialise_every_ms",
+        kind: Kind::Milliseconds(limits::RECONCILE_EVERY_MIN_MS, limits::RECONCILE_EVERY_MAX_MS),
+        default: "300000",
+        doc: "How often Redis is given the products that Postgres has and Redis does not.",
+    },
+    Setting {
+        key: "reconcile.prefer",
+        kind: Kind::Choice(&["postgres", "redis"]),
+        default: "postgres",
+        doc: "Which side is right where the two differ: the other one is moved.",
+    },
+    Setting {
+        key: "reconcile.auto_limit",
+        kind: Kind::Integer(0, limits::RECONCILE_AUTO_LIMIT_MAX),
+        default: "100",
+        doc: "By how many units a product may differ to be corrected; one that differs by more is frozen until a person has looked.",
+    },
     Setting { key: "log.format", kind: Kind::Choice(&["text", "json"]), default: "text", doc: "How log lines are written to stderr." },
     Setting {
         key: "log.level",

@@ -2,15 +2,19 @@
 
 pub mod change;
 pub mod dead_letter;
+pub mod drift;
 pub mod id;
 pub mod mark;
 pub mod position;
 pub mod quantity;
 pub mod request;
+pub mod side;
 pub mod text;
 
 pub use dead_letter::{DeadLetter, Settled};
+pub use drift::{Drift, Remedy};
 pub use id::Id;
 pub use mark::InboxMark;
 pub use position::Position;
 pub use request::RequestId;
+pub use side::Side;

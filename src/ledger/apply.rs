@@ -129,6 +129,9 @@ pub(super) async fn what_is_created(connection: &mut PgConnection, mark: InboxMa
 pub fn continuation<'a>(row: &PartitionRow, entries: &'a [Entry]) -> Result<&'a [Entry], String> {
     let known = entries.iter().take_while(|entry| entry.last <= row.applied).count();
     let (known, new) = entries.split_at(known);
+    if cfg!(feature = "sabotage-no-chain") {
+        return Ok(new);
+    }
     if let Some(entry) = known.last().filter(|entry| entry.last == row.applied && entry.op != row.last_op) {
         return Err(format!(
             "fork: at {} the outbox has batch {}, but Postgres applied {} there; Redis holds another history",

@@ -4,11 +4,13 @@
 //! [`apply`] is the heart: one transaction takes a run of outbox entries, and the row in `holdfast.partition` that it locks says
 //! which of them Postgres has already.
 
+pub mod adopt;
 pub mod apply;
 mod changes;
 pub mod connection;
 pub mod coupon;
 pub mod dead_letter;
+pub mod drift;
 pub mod error;
 pub mod inbox;
 pub mod migrate;

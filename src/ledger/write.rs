@@ -15,17 +15,6 @@ pub(super) async fn changes(connection: &mut PgConnection, partition: u32, chang
     moves(connection, changes).await
 }
 
-/// Writes the rows of the ledgers only.
-pub(super) async fn ledgers(connection: &mut PgConnection, partition: u32, changes: &Changes<'_>) -> Result<(), Error> {
-    if !changes.stock_lines.is_empty() {
-        stock_ledger(connection, partition, &changes.stock_lines).await?;
-    }
-    if !changes.coupon_lines.is_empty() {
-        coupon_ledger(connection, partition, &changes.coupon_lines).await?;
-    }
-    Ok(())
-}
-
 /// Writes everything but the ledgers.
 pub(super) async fn moves(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
     if !changes.stock_lines.is_empty() {
@@ -37,6 +26,17 @@ pub(super) async fn moves(connection: &mut PgConnection, changes: &Changes<'_>) 
     if !changes.coupon_lines.is_empty() {
         create_coupons(connection, changes).await?;
         issue_coupons(connection, changes).await?;
+    }
+    Ok(())
+}
+
+/// Writes the rows of the ledgers, and moves nothing.
+pub(super) async fn ledgers(connection: &mut PgConnection, partition: u32, changes: &Changes<'_>) -> Result<(), Error> {
+    if !changes.stock_lines.is_empty() {
+        stock_ledger(connection, partition, &changes.stock_lines).await?;
+    }
+    if !changes.coupon_lines.is_empty() {
+        coupon_ledger(connection, partition, &changes.coupon_lines).await?;
     }
     Ok(())
 }

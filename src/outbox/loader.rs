@@ -57,11 +57,11 @@ impl Loader {
             none => none.insert(ledger::connect(&self.postgres_url).await?),
         };
         let products: Vec<String> = batch.iter().map(|request| request.product.to_string()).collect();
-        let rows = ledger::stock::expected(connection, self.partition.id, &products).await?;
-        for request in batch.drain(..) {
-            let row = rows.iter().find(|row| row.product == request.product.as_str());
+        let Some((at, rows)) = ledger::stock::expected(connection, self.partition.id, &products, None).await? else { return Ok(()) };
+        for (request, row) in batch.drain(..).zip(rows) {
+            let found = |units: i64| Found { available: units.max(0), mark: at.mark, n: at.n, low: row.low, frozen: row.frozen };
             // Whoever has given up does not hear it.
-            _ = request.answer.send(row.map(|row| Found { available: row.available, mark: row.mark }));
+            _ = request.answer.send(row.units.map(found));
         }
         Ok(())
     }

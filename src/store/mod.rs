@@ -16,8 +16,10 @@ pub mod refill;
 pub mod replica;
 pub mod requests;
 pub mod script;
+pub mod snapshot;
 pub mod stock;
 pub mod stream;
+pub mod survey;
 pub mod sweep;
 mod words;
 

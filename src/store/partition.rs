@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
@@ -9,7 +10,7 @@ use super::bound::Bound;
 use super::copies::Copies;
 use super::lane::Failure;
 use super::stock::{StockOp, StockOutcome};
-use crate::domain::{DeadLetter, Id, InboxMark, Position, Settled};
+use crate::domain::{DeadLetter, Drift, Id, InboxMark, Position, Settled};
 use crate::limits;
 
 /// Whether a partition sells.
@@ -60,12 +61,31 @@ pub struct LoadRequest {
 }
 
 /// A product that Postgres has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
     /// The units that Redis is to be given.
     pub available: i64,
     /// Up to where of the inbox they count.
     pub mark: InboxMark,
+    /// n of the newest change that they count.
+    pub n: u64,
+    /// Threshold of the low-stock event.
+    pub low: Option<i64>,
+    /// Why a person has to look at it.
+    pub frozen: Option<String>,
+}
+
+/// Asks for a comparison of Redis with Postgres now.
+#[derive(Debug)]
+pub struct SyncRequest {
+    /// These; everything where it is empty.
+    pub products: Vec<Id>,
+    /// Nothing may be changed.
+    pub dry_run: bool,
+    /// When the answer is needed: what has been found by then.
+    pub deadline: Instant,
+    /// The products that differ, or why that cannot be said now; nothing was changed then.
+    pub answer: oneshot::Sender<Result<Vec<Drift>, String>>,
 }
 
 /// A change that the server itself asks for, and where to say what became of it.
@@ -89,6 +109,7 @@ pub enum LetterRequest {
 pub struct Receivers {
     pub letters: mpsc::Receiver<LetterRequest>,
     pub loads: mpsc::Receiver<LoadRequest>,
+    pub syncs: mpsc::Receiver<SyncRequest>,
     pub changes: mpsc::Receiver<ServerChange>,
 }
 
@@ -107,6 +128,8 @@ pub struct Partition {
     pub ended: watch::Sender<Vec<EndedEpoch>>,
     /// Reaches the loader. Bounded: where it is full, the client is told to try again.
     pub loads: mpsc::Sender<LoadRequest>,
+    /// Reaches the reconciler. Bounded likewise.
+    pub syncs: mpsc::Sender<SyncRequest>,
     /// Reaches the clerk. Bounded, like the loader's.
     pub letters: mpsc::Sender<LetterRequest>,
     /// Tells the clerk that there is a new dead letter.
@@ -126,15 +149,17 @@ pub struct Partition {
 }
 
 impl Partition {
-    /// A partition, and what its loader and its lane receive.
+    /// A partition, and what its loader, its reconciler and its lane receive.
     /// `copies_bytes_max`: see [`Copies::new`].
     pub fn new(id: u32, copies_bytes_max: usize) -> (Self, Receivers) {
         let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
+        let (syncs, syncing) = mpsc::channel(limits::SYNCS_MAX);
         let (letters, asked) = mpsc::channel(limits::DEAD_LETTER_REQUESTS_MAX);
         let (changes, changing) = mpsc::channel(limits::SERVER_CHANGES_MAX);
         let partition = Self {
             id,
             loads,
+            syncs,
             letters,
             parked: Notify::new(),
             dead_letters: AtomicU64::new(0),
@@ -150,7 +175,7 @@ impl Partition {
             ledger_up: AtomicBool::new(false),
             head: Mutex::default(),
         };
-        (partition, Receivers { letters: asked, loads: requests, changes: changing })
+        (partition, Receivers { letters: asked, loads: requests, syncs: syncing, changes: changing })
     }
 
     /// The same with an outbox of at most so many changes that are not applied, and so many bytes of Redis's memory.
@@ -168,6 +193,22 @@ impl Partition {
         let (answer, answered) = oneshot::channel();
         self.changes.send(ServerChange { op, answer }).await.map_err(|_| gone())?;
         Ok(answered)
+    }
+
+    /// Makes several of them at once, so that they share a batch. Returns their outcomes in their order.
+    pub async fn change_all(&self, ops: Vec<StockOp>) -> Vec<Result<StockOutcome, Failure>> {
+        let mut answers = Vec::with_capacity(ops.len());
+        for op in ops {
+            answers.push(self.submit(op).await);
+        }
+        let mut outcomes = Vec::with_capacity(answers.len());
+        for answered in answers {
+            outcomes.push(match answered {
+                Ok(answered) => answered.await.unwrap_or_else(|_| Err(gone())),
+                Err(failure) => Err(failure),
+            });
+        }
+        outcomes
     }
 
     /// Whether Redis answered last.

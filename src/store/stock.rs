@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use super::copies::{Kept, Note};
 use super::lane::{Encoded, Family, Positions, Verdict};
 use super::pack::Pack;
+use super::partition::Found;
 use super::requests::{self, Remembered, Request, RequestKeys};
 use super::script::{self, Script};
 use super::words::Words;
@@ -49,9 +50,13 @@ pub struct StockOp {
 /// What only the server itself asks for: it brings Redis and Postgres together. Each goes through the write script like any change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Upkeep {
-    /// Gives Redis a product that only Postgres has, if Redis still has none, never had it deleted since, and has the inbox up to `mark`.
+    /// Gives Redis a product that only Postgres has, with its threshold and why it is frozen, as Postgres had it at `n` with the inbox up to
+    /// `mark`. Refused where Redis has the product, had it deleted since, or has the inbox up to somewhere else.
     Init {
         mark: InboxMark,
+        n: u64,
+        low: Option<i64>,
+        frozen: Option<String>,
     },
     /// Moves Redis as another program moved Postgres, if Redis has the inbox up to `before`; from then on it has it up to `mark`.
     /// What would go below 0 goes to 0, and the product is frozen with `reason`.
@@ -121,7 +126,17 @@ impl Upkeep {
     fn write(&self, batch: &mut Pack) {
         let n = |n: &u64| i64::try_from(*n).unwrap_or(i64::MAX);
         match self {
-            Self::Init { mark } => batch.array(1).text(&mark.to_string()),
+            Self::Init { mark, n: at, low, frozen } => {
+                batch.array(4).text(&mark.to_string()).integer(n(at));
+                match low {
+                    Some(low) => batch.integer(*low),
+                    None => batch.no(),
+                };
+                match frozen {
+                    Some(reason) => batch.text(reason),
+                    None => batch.no(),
+                }
+            }
             Self::Inbox { before, mark, row, reason } => {
                 batch.array(4).text(&before.to_string()).text(&mark.to_string()).text(row.as_str()).text(reason)
             }
@@ -147,6 +162,12 @@ impl StockOp {
     /// What a client asks for.
     pub fn new(action: Action, items: Vec<(Id, i64)>) -> Self {
         Self { action, items, low: None, request: None, upkeep: None }
+    }
+
+    /// Gives Redis a product as it was found in Postgres.
+    pub fn init(product: Id, found: Found) -> Self {
+        let Found { available, mark, n, low, frozen } = found;
+        Self::upkeep(product, available, Upkeep::Init { mark, n, low, frozen })
     }
 
     /// What the server itself asks for. `quantity`: see [`Upkeep`]; 0 where there is none to give.
@@ -292,7 +313,9 @@ impl Family for Stock {
         }
     }
 
-    fn kept(op: StockOp) -> Kept {
+    fn kept(mut op: StockOp) -> Kept {
+        op.items.iter_mut().for_each(|(product, _)| *product = product.unshared());
+        op.request.iter_mut().for_each(Request::unshare);
         Kept::Stock(op)
     }
 
@@ -336,6 +359,16 @@ mod tests {
         let line = line(3, &op) + " a 5 5";
         assert_eq!(line, "3 set request=r%201 digest=9f86 low=2 | a 5 5");
         assert!(Operation::decode(&line).is_ok());
+    }
+
+    #[test]
+    fn what_is_kept_does_not_keep_the_buffer_of_its_request() {
+        let buffer = Bytes::from(vec![b'a'; 4096]);
+        let request = Request { id: RequestId::parse(&buffer.slice(..9)).unwrap(), digest: "9f86".into() };
+        let mut op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::parse(&buffer.slice(..3)).unwrap(), 1)]);
+        op.request = Some(request);
+        let _kept = Stock::kept(op);
+        assert!(buffer.is_unique());
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! A whole installation for one test: its own Redis, its own database, the built program.
 
+#![allow(dead_code, reason = "each of the test binaries uses its own part")]
+
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -35,11 +37,11 @@ impl Sidecar {
 
     /// The same, with so many ms for each reply.
     pub fn with_deadline(redis_url: &str, postgres_url: &str, reply_within_ms: u32) -> Self {
-        Self::with_flags(redis_url, postgres_url, &["--reply-within-ms", &reply_within_ms.to_string()])
+        Self::with_settings(redis_url, postgres_url, &["--reply-within-ms", &reply_within_ms.to_string()])
     }
 
     /// The same, with these flags.
-    pub fn with_flags(redis_url: &str, postgres_url: &str, flags: &[&str]) -> Self {
+    pub fn with_settings(redis_url: &str, postgres_url: &str, flags: &[&str]) -> Self {
         let log = std::env::temp_dir().join(format!(
             "holdfast-it-{}-{:?}-{:?}.log",
             std::process::id(),
@@ -252,6 +254,7 @@ pub struct Database {
 }
 
 impl Database {
+    /// One on the server that tests share, or on one of its `own`.
     pub fn new(own: bool) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (shared, own) = if own { (None, Some(Postgres::start())) } else { (Some(Postgres::shared()), None) };
@@ -269,11 +272,27 @@ impl Database {
         })
     }
 
-    /// Runs a statement as another program would.
-    pub fn change(&self, statement: &str) {
+    /// Copies the database as it is now, as a backup would, and returns the copy's address. Nobody may be connected to it.
+    pub fn copy(&self, name: &str) -> String {
+        let (server, database) = self.url.split_once("/test_").unwrap();
+        let (database, options) = database.split_once('?').unwrap();
+        self.runtime.block_on(async {
+            let mut connection = PgConnection::connect(&format!("{server}/postgres?{options}")).await.unwrap();
+            // A killed sidecar's session may take a moment to end.
+            let began = Instant::now();
+            let copy = format!("CREATE DATABASE test_{database}_{name} TEMPLATE test_{database}");
+            while let Err(error) = sqlx::raw_sql(AssertSqlSafe(copy.clone())).execute(&mut connection).await {
+                assert!(began.elapsed() < PATIENCE, "{error}");
+            }
+        });
+        format!("{server}/test_{database}_{name}?{options}")
+    }
+
+    /// Runs statements.
+    pub fn execute(&self, statements: &str) {
         self.runtime.block_on(async {
             let mut connection = PgConnection::connect(&self.url).await.unwrap();
-            sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut connection).await.unwrap();
+            sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&mut connection).await.unwrap();
         });
     }
 
@@ -342,13 +361,22 @@ impl Stack {
         Self::over(Database::new(true), &[&["--reply-within-ms", &UNHURRIED.to_string()], flags].concat())
     }
 
+    /// The same with these flags of the sidecar.
+    pub fn with_settings(flags: &[&str]) -> Self {
+        let (redis, postgres) = (RedisServer::start(), Database::new(false));
+        let sidecar = Sidecar::with_settings(&redis.url(), &postgres.url, flags);
+        let stack = Self { sidecar, redis, postgres };
+        stack.wait_until_ready();
+        stack
+    }
+
     fn with(postgres: Database, reply_within_ms: u32) -> Self {
         Self::over(postgres, &["--reply-within-ms", &reply_within_ms.to_string()])
     }
 
     fn over(postgres: Database, flags: &[&str]) -> Self {
         let redis = RedisServer::start();
-        let sidecar = Sidecar::with_flags(&redis.url(), &postgres.url, flags);
+        let sidecar = Sidecar::with_settings(&redis.url(), &postgres.url, flags);
         let stack = Self { sidecar, redis, postgres };
         stack.wait_until_ready();
         stack

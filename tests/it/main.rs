@@ -15,6 +15,7 @@ mod inbox;
 mod protocol;
 mod proxy;
 mod rebuild;
+mod reconcile;
 mod replica;
 mod stock;
 mod tidy;

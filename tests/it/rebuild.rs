@@ -1,5 +1,6 @@
 //! A Redis that lost its data, all or some of it, is filled from Postgres, and nothing that was answered is lost.
 
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::harness::{Stack, wait_until};
@@ -153,7 +154,7 @@ fn a_rebuild_of_many_products_is_quick_and_shows_how_far_it_is() {
         "SET holdfast.writer = 'holdfast'; \
          INSERT INTO holdfast.stock (product_id, available) SELECT 'sku-' || i, i FROM generate_series(1, {products}) i"
     );
-    stack.postgres.change(&insert);
+    stack.postgres.execute(&insert);
     stack.backing().ask("FLUSHALL");
     let began = Instant::now();
     client.until_not("STOCK.GET sku-77", LOADING);
@@ -162,4 +163,69 @@ fn a_rebuild_of_many_products_is_quick_and_shows_how_far_it_is() {
     assert_eq!(client.ask(&format!("STOCK.GET sku-{products}")), products.to_string());
     let log = stack.sidecar.log();
     assert!(log.contains("redis is filled and open"), "{log}");
+}
+
+/// Runs `holdfast rebuild` and returns whether it worked.
+fn by_hand(stack: &Stack, postgres_url: &str, from: &str) -> bool {
+    let command = Command::new(env!("CARGO_BIN_EXE_holdfast"))
+        .args(["rebuild", "--from", from, "--redis-url", &stack.redis.url(), "--postgres-url", postgres_url])
+        .stderr(Stdio::null())
+        .status();
+    command.unwrap().success()
+}
+
+#[test]
+fn a_postgres_from_a_backup_catches_up_or_waits_for_a_person() {
+    let mut stack = Stack::with_own_postgres();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 100");
+    client.ok("COUPON.CREATE c 9 PERUSER 2");
+    client.ok("STOCK.DECR a 10 ACK postgres TIMEOUT 20000");
+    stack.sidecar.kill();
+    let backups = ["near", "far", "wrong"].map(|name| stack.postgres.copy(name));
+    stack.restart_sidecar();
+    let mut client = stack.connect();
+    client.ok("STOCK.DECR a 5");
+    client.ok("STOCK.SET b 7 LOW 3");
+    assert!(client.ask("COUPON.ISSUE c u1").starts_with("[ISSUED, 1, "));
+    client.ask("COUPON.ISSUE c u1");
+    client.ok("STOCK.DECR a 1");
+    stack.wait_until_applied();
+    stack.sidecar.kill();
+
+    // What Postgres lacks still stands in the outbox: nobody has to do anything.
+    stack.postgres.url = backups[0].clone();
+    stack.restart_sidecar();
+    stack.wait_until_applied();
+    let units = "SELECT product_id || ' ' || available FROM holdfast.stock ORDER BY 1";
+    assert_eq!(stack.postgres.column(units), ["a 84", "b 7"]);
+    stack.sidecar.kill();
+
+    // It does not: a person has to say which side is right.
+    let newest = stack.backing().ask("HGET holdfast:meta id");
+    stack.backing().ask(&format!("XTRIM holdfast:outbox MINID = {newest}"));
+    for (url, from, units_then, issued) in [(&backups[1], "redis", vec!["a 84", "b 7"], "2"), (&backups[2], "postgres", vec!["a 89"], "0")]
+    {
+        stack.postgres.url.clone_from(url);
+        stack.sidecar = crate::harness::Sidecar::start(&stack.redis.url(), url);
+        wait_until("the reason is said", || stack.sidecar.get("/readyz").1.contains("holdfast rebuild --from redis"));
+        let mut client = stack.connect();
+        assert!(client.ask("STOCK.DECR a 1").starts_with("-LOADING "));
+        assert!(by_hand(&stack, url, from));
+        stack.wait_until_ready();
+        let left = client.until_not("STOCK.GET a", "-");
+        client.ok("STOCK.INCR a 1");
+        client.ok("STOCK.DECR a 1");
+        stack.wait_until_applied();
+        assert_eq!(stack.postgres.column(units), units_then, "from {from}");
+        assert!(units_then[0].ends_with(&left));
+        let explained = "SELECT count(*) FROM holdfast.stock s WHERE available <> \
+                         (SELECT sum(pg_delta) FROM holdfast.stock_ledger l WHERE l.product_id = s.product_id)";
+        assert_eq!(stack.postgres.value(explained), "0", "the ledger explains what there is");
+        assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.coupon_issue"), issued);
+        assert_eq!(client.field("COUPON.INFO c", "issued"), issued);
+        stack.sidecar.kill();
+        let newest = stack.backing().ask("HGET holdfast:meta id");
+        stack.backing().ask(&format!("XTRIM holdfast:outbox MINID = {newest}"));
+    }
 }

@@ -34,6 +34,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("ledger", &["ledger", "domain", "limits"]),
     ("store", &["store", "domain", "limits", "resp"]),
     ("outbox", &["outbox", "store", "ledger", "domain", "limits"]),
+    ("reconcile", &["reconcile", "store", "ledger", "domain", "limits"]),
     ("session", &["session", "resp", "limits"]),
     ("command", &["command", "session", "store", "domain", "limits", "resp"]),
     ("server", &["server", "command", "session", "resp", "limits"]),

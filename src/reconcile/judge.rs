@@ -1,0 +1,117 @@
+//! What a difference is, and what to do about it. Pure.
+
+use super::Settings;
+use crate::domain::Side;
+use crate::domain::{Drift, Id, Remedy};
+use crate::ledger::stock::{At, Expected};
+use crate::store::partition::Found;
+use crate::store::snapshot::{Seen, Units};
+use crate::store::stock::{StockOp, Upkeep};
+
+/// One product that differs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Finding {
+    pub what: What,
+    pub expected: Expected,
+    /// Why it waits for a person already.
+    pub frozen: Option<String>,
+}
+
+/// How it differs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum What {
+    /// Redis has so many units, which is another number than expected.
+    Units(i64),
+    /// Redis does not have the product.
+    Absent,
+    /// Only Redis has the product, with so many units.
+    Stray(i64),
+    /// Redis has something that is no number of units; says what.
+    Corrupt(String),
+}
+
+/// Compares what Redis had with what it should have had; `None` where that is the same, or where it is not known whether the product
+/// existed there.
+pub(super) fn judge(seen: Seen, expected: Expected) -> Option<Finding> {
+    let what = match (seen.units, expected.units) {
+        (Units::Available(units), Some(right)) if units != right => What::Units(units),
+        (Units::Absent, Some(_)) if !expected.unsettled => What::Absent,
+        (Units::Available(units), None) if !expected.unsettled => What::Stray(units),
+        (Units::Corrupt(text), _) => What::Corrupt(text),
+        _ => return None,
+    };
+    Some(Finding { what, expected, frozen: seen.frozen })
+}
+
+impl Finding {
+    /// By how many units Redis has more than it should.
+    fn drift(&self) -> i64 {
+        self.reported(Remedy::None).units()
+    }
+
+    /// Whether the second comparison shows the same as the first: then it was no accident of the moment.
+    pub fn is_again(&self, first: &Self) -> bool {
+        let alike = match (&self.what, &first.what) {
+            (What::Units(_), What::Units(_)) => self.drift() == first.drift(),
+            (What::Absent, What::Absent) | (What::Stray(_), What::Stray(_)) | (What::Corrupt(_), What::Corrupt(_)) => true,
+            _ => false,
+        };
+        alike && self.expected.product == first.expected.product
+    }
+
+    /// As it is written down and answered.
+    pub fn reported(&self, remedy: Remedy) -> Drift {
+        let redis = match self.what {
+            What::Units(units) | What::Stray(units) => Some(units),
+            What::Absent | What::Corrupt(_) => None,
+        };
+        Drift { product: self.expected.product.clone(), redis, postgres: self.expected.units, in_flight: self.expected.in_flight, remedy }
+    }
+
+    /// What was found, in words that a client is told when it asks for the frozen product.
+    fn reason(&self, auto_limit: i64) -> String {
+        let right = self.expected.units.unwrap_or(0);
+        match &self.what {
+            What::Units(units) if right < 0 => format!("Redis has {units} units, and Postgres says that {} too many are gone", -right),
+            What::Units(units) => {
+                format!("Redis has {units} units and Postgres says {right}: that is more than reconcile.auto_limit {auto_limit} apart")
+            }
+            What::Stray(units) => format!("Redis has {units} units, and Postgres does not know the product"),
+            What::Corrupt(text) => format!("Redis holds {text}, which is no number of units; Postgres says {right}"),
+            What::Absent => "Redis does not have it".into(),
+        }
+    }
+
+    /// The change that mends it, compared at `at` in this `round`, and what that does. `None` where there is nothing to do but to
+    /// report it.
+    pub fn repair(&self, at: At, round: &str, settings: &Settings) -> Option<(StockOp, Remedy)> {
+        let product = Id::from(self.expected.product.as_str());
+        let right = self.expected.units.unwrap_or(0);
+        if self.what == What::Absent {
+            let Expected { low, frozen, .. } = self.expected.clone();
+            let found = Found { available: right.max(0), mark: at.mark, n: at.n, low, frozen };
+            return Some((StockOp::init(product, found), Remedy::Initialised));
+        }
+        if self.frozen.is_some() {
+            return None;
+        }
+        let drift = self.drift();
+        let small = matches!(self.what, What::Units(_)) && drift.unsigned_abs() <= settings.auto_limit.unsigned_abs();
+        let stored = right.saturating_sub(self.expected.in_flight);
+        let round = round.to_owned();
+        Some(match settings.prefer {
+            Side::Postgres if small && right >= 0 => {
+                let reason = format!("{} by the reconciler, and Redis had fewer units than that", correction(-drift));
+                (StockOp::upkeep(product, -drift, Upkeep::Correct { n: at.n, round, reason }), Remedy::Corrected)
+            }
+            Side::Redis if small && stored.saturating_add(drift) >= 0 => {
+                (StockOp::upkeep(product, 0, Upkeep::Adopt { n: at.n, round, pg: drift }), Remedy::Corrected)
+            }
+            _ => (StockOp::upkeep(product, 0, Upkeep::Freeze { reason: self.reason(settings.auto_limit) }), Remedy::Frozen),
+        })
+    }
+}
+
+fn correction(units: i64) -> String {
+    format!("corrected by {units}")
+}

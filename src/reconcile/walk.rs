@@ -1,0 +1,125 @@
+//! Walks over all products: those that Postgres has, in the order of their ids, and those that only Redis has.
+
+use std::time::Instant;
+
+use super::examine::{Examiner, Mode, Scope, Skipped};
+use crate::domain::{Drift, Position, Remedy};
+use crate::ledger;
+use crate::limits;
+use crate::store::snapshot;
+
+/// What a walk has come to so far.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// How many products were compared.
+    pub products: usize,
+    /// How many differences were repaired.
+    pub repaired: usize,
+    /// How many wait for a person.
+    pub frozen: usize,
+    /// What differed, where it is kept.
+    pub drifts: Option<Vec<Drift>>,
+}
+
+impl Tally {
+    fn add(&mut self, products: usize, mut found: Vec<Drift>) {
+        let count = |remedies: &[Remedy]| found.iter().filter(|drift| remedies.contains(&drift.remedy)).count();
+        self.products += products;
+        self.repaired += count(&[Remedy::Corrected, Remedy::Initialised]);
+        self.frozen += count(&[Remedy::None, Remedy::Frozen]);
+        if let Some(drifts) = &mut self.drifts {
+            drifts.append(&mut found);
+        }
+    }
+
+    /// Whether no more fit into one answer.
+    fn is_full(&self) -> bool {
+        self.drifts.as_ref().is_some_and(|drifts| drifts.len() >= limits::SYNC_DRIFTS_MAX)
+    }
+}
+
+/// Where the walks over all products stand.
+pub(super) struct Walk {
+    pub mode: Mode,
+    /// When to stop at the latest.
+    pub until: Option<Instant>,
+    pub tally: Tally,
+}
+
+impl Walk {
+    /// Compares these products.
+    pub async fn over(&mut self, examiner: &mut Examiner, products: &[String], scope: Scope) -> Result<(), Skipped> {
+        for products in products.chunks(limits::RECONCILE_PRODUCTS) {
+            let deadline = Instant::now() + limits::RECONCILE_WITHIN;
+            let deadline = self.until.map_or(deadline, |until| until.min(deadline));
+            let found = examiner.examine(products, scope, self.mode, deadline).await?;
+            self.tally.add(products.len(), found);
+            tokio::time::sleep(limits::RECONCILE_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    fn is_over(&self) -> bool {
+        self.tally.is_full() || self.until.is_some_and(|until| Instant::now() >= until)
+    }
+
+    /// Compares what changed after `since`, and returns up to where that is.
+    pub async fn over_changed(&mut self, examiner: &mut Examiner, since: Position) -> Result<Position, Skipped> {
+        let partition = examiner.partition.id;
+        let applied = *examiner.partition.applied.borrow();
+        let changed = within(Box::pin(async {
+            Ok(ledger::stock::changed(examiner.postgres().await?, partition, since, limits::RECONCILE_CHANGES_MAX).await?)
+        }));
+        let changed = changed.await?;
+        self.over(examiner, &changed, Scope::Present).await?;
+        Ok(applied)
+    }
+
+    /// Compares the products of Postgres behind `after`, `count` of them; returns where to go on, empty at the end.
+    pub async fn over_postgres(
+        &mut self,
+        examiner: &mut Examiner,
+        mut after: String,
+        count: usize,
+        scope: Scope,
+    ) -> Result<String, Skipped> {
+        let mut left = count;
+        while left > 0 && !self.is_over() {
+            let limit = left.min(limits::RECONCILE_PRODUCTS);
+            let page = within(Box::pin(async { Ok(ledger::stock::page(examiner.postgres().await?, &after, limit).await?) })).await?;
+            self.over(examiner, &page, scope).await?;
+            left -= page.len();
+            match page.last() {
+                Some(last) if page.len() == limit => after.clone_from(last),
+                _ => return Ok(String::new()),
+            }
+        }
+        Ok(after)
+    }
+
+    /// Compares the products that Redis has and Postgres does not, from `cursor` on; returns where to go on, `0` at the end.
+    pub async fn over_strays(&mut self, examiner: &mut Examiner, mut cursor: String) -> Result<String, Skipped> {
+        for _ in 0..limits::RECONCILE_SCANS {
+            if self.is_over() {
+                break;
+            }
+            let scanning = async { Ok(snapshot::scan(examiner.redis().await?, &cursor, limits::RECONCILE_SCAN_COUNT).await?) };
+            let (next, found) = within(Box::pin(scanning)).await?;
+            if !found.is_empty() {
+                let unknown = within(Box::pin(async { Ok(ledger::stock::unknown(examiner.postgres().await?, &found).await?) })).await?;
+                self.over(examiner, &unknown, Scope::Present).await?;
+            }
+            cursor = next;
+            if cursor == "0" {
+                break;
+            }
+        }
+        Ok(cursor)
+    }
+}
+
+/// Gives up on what does not answer.
+pub(super) async fn within<T>(asking: impl Future<Output = Result<T, Skipped>>) -> Result<T, Skipped> {
+    let answered = tokio::time::timeout(limits::RECONCILE_WITHIN, asking).await;
+    answered.unwrap_or_else(|_| Err(Skipped("Redis or Postgres does not answer".into())))
+}
