@@ -379,7 +379,7 @@ mod tests {
         assert_eq!(syntax(&MGET), "STOCK.MGET product [product ...]");
         let table = markdown_table(&[&DECR, &MGET], &["stock"]);
         assert!(table.contains("| `STOCK.MGET product [product ...]` | Answers units. | `OK` |\n"), "{table}");
-        assert!(table.contains("redis\\|postgres"), "{table}");
+        assert!(table.contains("redis\\|replica\\|postgres"), "{table}");
     }
 
     #[test]
