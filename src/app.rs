@@ -32,6 +32,7 @@ use crate::outbox::presence::Presence;
 use crate::outbox::relay::Relay;
 use crate::outbox::sweep::Sweeper;
 use crate::outbox::verify::Verifier;
+use crate::outbox::weigh::weigh;
 use crate::reconcile::Settings;
 use crate::reconcile::examine::Examiner;
 use crate::reconcile::request::Requests;
@@ -77,7 +78,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
     let (partition, Receivers { letters, loads, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
-    let partition = Arc::new(partition);
+    let partition = Arc::new(partition.bounded(config.outbox.max_changes, config.outbox.max_bytes as u64));
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
     let instance = Uuid::new_v4().simple().to_string();
@@ -102,6 +103,10 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         postgres_url: postgres_url.clone(),
         window_ms,
     };
+    let weighing = {
+        let (partition, redis_url) = (Arc::clone(&partition), config.redis.url.expose().to_owned());
+        |back| weigh(partition, redis_url, back)
+    };
     let settings = reconciling(&config);
     let examiner = || Examiner::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, settings);
     let (scheduler, requests) = (Scheduler::new(examiner(), settings), Requests::new(examiner(), syncs));
@@ -118,6 +123,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
                     clerk.run(back.clone()),
                     sweeper.run(back.clone()),
                     presence.run(back.clone()),
+                    weighing(back.clone()),
                     reconciling,
                 );
             }
@@ -300,6 +306,12 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulse: Arc<
                 Check { name: "redis", ok: partition.redis_up(), optional: false, detail: reachable(partition.redis_up()) },
                 Check { name: "postgres", ok: partition.ledger_up(), optional: true, detail: reachable(partition.ledger_up()) },
                 Check { name: "relay", ok: trouble.is_empty(), optional: true, detail: relay },
+                Check {
+                    name: "outbox",
+                    ok: partition.bound.refusal().is_none(),
+                    optional: true,
+                    detail: partition.bound.refusal().map_or_else(|| format!("{} MiB", partition.bound.bytes() >> 20), String::from),
+                },
                 Check {
                     name: "dead_letters",
                     ok: partition.dead_letters() == 0,

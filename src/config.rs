@@ -77,6 +77,9 @@ pub struct Postgres {
 pub struct Outbox {
     #[serde(rename = "copies_mib", deserialize_with = "mebibytes")]
     pub copies_bytes: usize,
+    pub max_changes: u64,
+    #[serde(rename = "max_mib", deserialize_with = "mebibytes")]
+    pub max_bytes: usize,
 }
 
 /// The section `[idempotency]`.

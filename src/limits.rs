@@ -28,6 +28,10 @@ pub const LANE_QUEUE_MAX: usize = 100_000;
 /// What is not sent so long before its deadline is not sent at all: its answer would hardly be in time.
 pub const SEND_WITHIN: Duration = Duration::from_millis(5);
 
+/// How long one WAIT for a replica lasts. It ends as soon as the replica has everything, so a long one costs nothing; each reply has its own
+/// time-out.
+pub const REPLICA_WAIT: Duration = Duration::from_secs(1);
+
 /// How long an operation waits before it is tried again while somebody else holds its coupon's lock.
 pub const LOCKED_RETRY_AFTER: Duration = Duration::from_millis(5);
 
@@ -232,6 +236,13 @@ pub const OUTBOX_KEEP_TIME: Duration = Duration::from_secs(600);
 
 /// Applied entries never take more of Redis's memory than this.
 pub const OUTBOX_KEEP_BYTES: u64 = 256 << 20;
+
+/// How often it is looked how much of Redis's memory the outbox takes. At 40,000 changes a second some 20 MiB come in that time.
+pub const OUTBOX_WEIGH_EVERY: Duration = Duration::from_secs(2);
+
+/// What the settings `outbox.max_changes` and `outbox.max_mib` may be.
+pub const OUTBOX_CHANGES_MAX: u64 = 1_000_000_000;
+pub const OUTBOX_MIB_MAX: u64 = 1 << 20;
 
 /// How often the relay trims.
 pub const OUTBOX_TRIM_EVERY: Duration = Duration::from_secs(5);

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::replicas::ReplicaQueue;
 use crate::domain::Position;
 use crate::resp::{Reply, Ticket};
 use crate::store::Partition;
@@ -26,11 +27,20 @@ pub struct AckQueue {
     arrivals: Cell<u64>,
     sooner: Notify,
     next_until: Cell<Option<Instant>>,
+    /// The replies that wait for a replica instead.
+    pub replicas: ReplicaQueue,
 }
 
 impl AckQueue {
-    pub fn new(partition: Arc<Partition>) -> Rc<Self> {
-        Rc::new(Self { partition, waiting: RefCell::default(), arrivals: Cell::new(0), sooner: Notify::new(), next_until: Cell::new(None) })
+    pub fn new(partition: Arc<Partition>, redis_url: &str) -> Rc<Self> {
+        Rc::new(Self {
+            partition,
+            waiting: RefCell::default(),
+            arrivals: Cell::new(0),
+            sooner: Notify::new(),
+            next_until: Cell::new(None),
+            replicas: ReplicaQueue::new(redis_url),
+        })
     }
 
     /// Sends `reply` once Postgres has `position`, or `-PENDING` at the end of `timeout`.
@@ -97,14 +107,14 @@ impl AckQueue {
             waiting.ticket.complete(waiting.reply);
         }
         for (position, waiting) in late {
-            waiting.ticket.complete(pending(position));
+            waiting.ticket.complete(pending(position, "Postgres"));
         }
     }
 }
 
-/// The error for a change that is done in Redis and not confirmed further.
-pub fn pending(position: Position) -> Reply {
+/// The error for a change that is done in Redis and not confirmed further; `whom` it waited for.
+pub fn pending(position: Position, whom: &str) -> Reply {
     Reply::error(format!(
-        "PENDING {position} done in Redis, and not confirmed by Postgres in time: wait for it with HOLDFAST.AWAIT {position}"
+        "PENDING {position} done in Redis, and not confirmed by {whom} in time: wait for Postgres with HOLDFAST.AWAIT {position}"
     ))
 }

@@ -10,6 +10,7 @@ use crate::limits::{PATTERN_MAX, SPEC_ARGS_MAX};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Ack {
     Redis,
+    Replica,
     Postgres,
 }
 
@@ -275,6 +276,7 @@ impl Args {
         }
         self.maybe_word("ack").map(|word| match word {
             "redis" => Ack::Redis,
+            "replica" => Ack::Replica,
             _ => Ack::Postgres,
         })
     }
@@ -462,7 +464,7 @@ mod tests {
             (&DECR, "STOCK.DECR a 1 REQUEST r b 2", "ERR syntax error"),
             (&DECR, "STOCK.DECR a 1 REQUEST hf-1", "ERR invalid request id: 1 to 64 bytes, not beginning with 'hf-'"),
             (&DECR, "STOCK.DECR a 1 REQUEST ", "ERR invalid request id"),
-            (&DECR, "STOCK.DECR a 1 ACK disk", "ERR invalid ack: one of redis, postgres"),
+            (&DECR, "STOCK.DECR a 1 ACK disk", "ERR invalid ack: one of redis, replica, postgres"),
             (&DECR, "STOCK.DECR a 1 TIMEOUT 0", "ERR invalid timeout: a whole number from 1 to 600000 ms"),
             (&DECR, "STOCK.DECR a 1 ORDER a{", "ERR invalid order id"),
             (&SET, "STOCK.SET a 1 b 2", "ERR syntax error"),

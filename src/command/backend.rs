@@ -44,7 +44,7 @@ impl Backend {
         Self {
             stock: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within),
             coupon: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within),
-            acks: AckQueue::new(Arc::clone(&partition)),
+            acks: AckQueue::new(Arc::clone(&partition), redis_url),
             reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
             within,
@@ -72,6 +72,10 @@ impl Backend {
             spawn_local(Rc::clone(&self.stock).drive(cancel.clone())),
             spawn_local(Rc::clone(&self.coupon).drive(cancel.clone())),
             spawn_local(Rc::clone(&self.acks).drive(cancel.clone())),
+            spawn_local({
+                let (acks, cancel) = (Rc::clone(&self.acks), cancel.clone());
+                async move { acks.replicas.drive(cancel).await }
+            }),
         ];
         async {
             for task in tasks {

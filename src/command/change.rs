@@ -20,32 +20,33 @@ pub const ACK_POSTGRES: Ack = Ack::Postgres;
 /// What a change's reply waits for, and how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Confirmation {
-    postgres: bool,
+    ack: Ack,
     timeout: Duration,
 }
 
 impl Confirmation {
     /// From ACK and TIMEOUT, else the command's default. Errors with the reply where it is known beforehand that it cannot be had.
     pub fn of(args: &Args, default: Ack, partition: &Partition) -> Result<Self, Reply> {
-        let postgres = args.ack().unwrap_or(default) == Ack::Postgres;
+        let ack = args.ack().unwrap_or(default);
         let otherwise = if default == Ack::Postgres { limits::ACK_POSTGRES_WITHIN } else { limits::ACK_WITHIN };
         let asked = args.maybe_integer("timeout").and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
-        if postgres && !partition.ledger_up() && partition.live_epoch().is_some() {
+        if ack == Ack::Postgres && !partition.ledger_up() && partition.live_epoch().is_some() {
             return Err(Reply::error("TRYAGAIN Postgres cannot be reached, so ACK postgres cannot be given; nothing was changed"));
         }
-        Ok(Self { postgres, timeout: asked.unwrap_or(otherwise) })
+        Ok(Self { ack, timeout: asked.unwrap_or(otherwise) })
     }
 
     /// How long it may wait for Postgres.
     pub fn waits_for_postgres(self) -> Duration {
-        if self.postgres { self.timeout } else { Duration::ZERO }
+        if self.ack == Ack::Postgres { self.timeout } else { Duration::ZERO }
     }
 
     /// Sends the reply of a change that Redis has at `position`, as soon as it is confirmed as asked.
     pub fn confirm(self, acks: &AckQueue, position: Position, ticket: Ticket, reply: Reply) {
-        match self.postgres {
-            true => acks.wait(position, self.timeout, ticket, reply),
-            false => ticket.complete(reply),
+        match self.ack {
+            Ack::Redis => ticket.complete(reply),
+            Ack::Replica => acks.replicas.wait(position, self.timeout, ticket, reply),
+            Ack::Postgres => acks.wait(position, self.timeout, ticket, reply),
         }
     }
 }

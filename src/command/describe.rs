@@ -373,12 +373,13 @@ mod tests {
 
     #[test]
     fn syntax_reads_as_in_the_contract() {
-        let expected = "STOCK.DECR product quantity [product quantity ...] [ORDER order] [REQUEST id] [ACK redis|postgres] [TIMEOUT ms]";
+        let expected =
+            "STOCK.DECR product quantity [product quantity ...] [ORDER order] [REQUEST id] [ACK redis|replica|postgres] [TIMEOUT ms]";
         assert_eq!(syntax(&DECR), expected);
         assert_eq!(syntax(&MGET), "STOCK.MGET product [product ...]");
         let table = markdown_table(&[&DECR, &MGET], &["stock"]);
         assert!(table.contains("| `STOCK.MGET product [product ...]` | Answers units. | `OK` |\n"), "{table}");
-        assert!(table.contains("redis\\|postgres"), "{table}");
+        assert!(table.contains("redis\\|replica\\|postgres"), "{table}");
     }
 
     #[test]

@@ -282,7 +282,7 @@ pub const QUANTITY: Arg = integer("quantity", 1, QUANTITY_MAX, "");
 /// The idempotency key that every changing command takes.
 pub const REQUEST: Arg = Arg::new("request", Kind::RequestId).token("REQUEST");
 /// What the reply of a changing command waits for.
-pub const ACK: Arg = word("ack", &["redis", "postgres"]).token("ACK");
+pub const ACK: Arg = word("ack", &["redis", "replica", "postgres"]).token("ACK");
 /// How long it waits, in ms.
 pub const TIMEOUT: Arg = integer("timeout", 1, TIMEOUT_MS_MAX, "ms").token("TIMEOUT");
 

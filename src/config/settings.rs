@@ -93,6 +93,18 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How much memory the copies of changes may take that Postgres does not have yet; when it is full, changes are refused.",
     },
     Setting {
+        key: "outbox.max_changes",
+        kind: Kind::Integer(1, limits::OUTBOX_CHANGES_MAX),
+        default: "5000000",
+        doc: "How many changes may wait for Postgres; when it is reached, changes are refused until a tenth of it is free.",
+    },
+    Setting {
+        key: "outbox.max_mib",
+        kind: Kind::Integer(1, limits::OUTBOX_MIB_MAX),
+        default: "1024",
+        doc: "How much of Redis's memory the outbox may take; when it is reached, changes are refused until a tenth of it is free.",
+    },
+    Setting {
         key: "idempotency.window_ms",
         kind: Kind::Milliseconds(limits::IDEMPOTENCY_WINDOW_MIN_MS, limits::IDEMPOTENCY_WINDOW_MAX_MS),
         default: "600000",

@@ -15,5 +15,6 @@ mod slice;
 pub mod sweep;
 mod trim;
 pub mod verify;
+pub mod weigh;
 
 pub use relay::Relay;

@@ -90,6 +90,7 @@ impl Carrier {
         Self {
             id: relay.partition.id,
             label: relay.partition.id.to_string(),
+            marks: Marks::new(relay.partition.bound.kept_bytes_max()),
             relay,
             ledger: None,
             answered: Instant::now(),
@@ -98,7 +99,6 @@ impl Carrier {
             batch: Batch::default(),
             changes_max: RELAY_CHANGES_MAX,
             entries_max: RELAY_READ_ENTRIES_MAX,
-            marks: Marks::default(),
             trimmed: Instant::now(),
             postgres: Trouble::new("postgres"),
             redis: Trouble::new("reading the outbox"),

@@ -22,14 +22,21 @@ struct Mark {
 }
 
 /// What has been applied and not been cut yet, as a bounded list of places to cut at.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Marks {
     list: VecDeque<Mark>,
+    /// How many bytes of what is applied may stay.
+    bytes_max: u64,
     /// Where it was cut last.
     cut: Position,
 }
 
 impl Marks {
+    /// `bytes_max`: how many bytes of what is applied may stay, where that is less than [`OUTBOX_KEEP_BYTES`].
+    pub(super) fn new(bytes_max: u64) -> Self {
+        Self { list: VecDeque::new(), bytes_max: bytes_max.min(OUTBOX_KEEP_BYTES), cut: Position::default() }
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.list.is_empty()
     }
@@ -57,7 +64,7 @@ impl Marks {
     /// The entry before which everything may go: it stays itself, and the last one applied always does. `None` where nothing more may go
     /// than went before. Forgets the marks before it.
     pub(super) fn cut(&mut self, now: Instant) -> Option<Position> {
-        let index = choose(self.list.make_contiguous(), now)?;
+        let index = choose(self.list.make_contiguous(), self.bytes_max, now)?;
         self.list.drain(..index);
         let mark = self.list.front_mut()?;
         // Of its stretch only the last entry stays.
@@ -82,7 +89,7 @@ impl Marks {
 
 /// Which mark to cut at; `None` where everything stays. The newest that is old enough in changes and in time, or a newer one where else
 /// too many bytes would stay.
-fn choose(marks: &[Mark], now: Instant) -> Option<usize> {
+fn choose(marks: &[Mark], bytes_max: u64, now: Instant) -> Option<usize> {
     let applied = marks.last()?.position;
     let old = |mark: &Mark| {
         applied.n.saturating_sub(mark.position.n) >= OUTBOX_KEEP_CHANGES && now.saturating_duration_since(mark.ended) >= OUTBOX_KEEP_TIME
@@ -92,7 +99,7 @@ fn choose(marks: &[Mark], now: Instant) -> Option<usize> {
     let mut bytes = 0;
     let too_many = marks.iter().rposition(|mark| {
         bytes += mark.bytes;
-        bytes > OUTBOX_KEEP_BYTES
+        bytes > bytes_max
     });
     by_age.max(too_many)
 }
@@ -116,27 +123,27 @@ mod tests {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let list = marks(start, &[(10, 0, 1), (20, 100, 1), (100_010, 200, 1), (100_020, 300, 1)]);
-        assert_eq!(choose(&list, at(599)), None, "not old enough");
-        assert_eq!(choose(&list, at(600)), Some(0));
-        assert_eq!(choose(&list, at(700)), Some(1));
-        assert_eq!(choose(&list, at(1_000_000)), Some(1), "too few changes since");
-        assert_eq!(choose(&[], at(0)), None);
+        assert_eq!(choose(&list, OUTBOX_KEEP_BYTES, at(599)), None, "not old enough");
+        assert_eq!(choose(&list, OUTBOX_KEEP_BYTES, at(600)), Some(0));
+        assert_eq!(choose(&list, OUTBOX_KEEP_BYTES, at(700)), Some(1));
+        assert_eq!(choose(&list, OUTBOX_KEEP_BYTES, at(1_000_000)), Some(1), "too few changes since");
+        assert_eq!(choose(&[], OUTBOX_KEEP_BYTES, at(0)), None);
     }
 
     #[test]
     fn too_many_bytes_go_at_once_and_the_last_entry_stays() {
         let now = Instant::now();
         let list = marks(now, &[(1, 0, 100 * MIB), (2, 0, 100 * MIB), (3, 0, 100 * MIB)]);
-        assert_eq!(choose(&list, now), Some(0), "200 MiB stay");
-        assert_eq!(choose(&list[1..], now), None);
+        assert_eq!(choose(&list, OUTBOX_KEEP_BYTES, now), Some(0), "200 MiB stay");
+        assert_eq!(choose(&list[1..], OUTBOX_KEEP_BYTES, now), None);
         let list = marks(now, &[(1, 0, 1), (2, 0, 300 * MIB)]);
-        assert_eq!(choose(&list, now), Some(1), "all but the last entry");
+        assert_eq!(choose(&list, OUTBOX_KEEP_BYTES, now), Some(1), "all but the last entry");
     }
 
     #[test]
     fn a_cut_is_made_once() {
         let start = Instant::now();
-        let mut marks = Marks::default();
+        let mut marks = Marks::new(OUTBOX_KEEP_BYTES);
         for n in 1..=10_u64 {
             marks.push(Position::new(1, n * 20_000), MIB, start + Duration::from_secs(n * 60));
         }
@@ -149,7 +156,7 @@ mod tests {
     #[test]
     fn marks_close_together_are_one_and_their_number_is_bounded() {
         let start = Instant::now();
-        let mut marks = Marks::default();
+        let mut marks = Marks::new(OUTBOX_KEEP_BYTES);
         marks.push(Position::new(1, 1), 1, start);
         marks.push(Position::new(1, 2), 1, start + Duration::from_millis(500));
         marks.push(Position::new(1, 2), 1, start + Duration::from_millis(500));
@@ -164,7 +171,7 @@ mod tests {
 
     #[test]
     fn what_postgres_no_longer_has_is_never_cut() {
-        let mut marks = Marks::default();
+        let mut marks = Marks::new(OUTBOX_KEEP_BYTES);
         let start = Instant::now();
         marks.push(Position::new(1, 10), MIB, start);
         marks.push(Position::new(1, 20), MIB, start + Duration::from_secs(10));

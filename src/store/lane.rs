@@ -88,6 +88,10 @@ pub trait Family: 'static {
     /// Whether it may change anything: what only reads is never in doubt.
     fn changes(op: &Self::Op) -> bool;
     fn request(op: &Self::Op) -> Option<&Request>;
+    /// Whether a client asked for it. What the server itself asks for goes on while the outbox is full.
+    fn is_of_a_client(_: &Self::Op) -> bool {
+        true
+    }
     /// How many keys it may add to a batch, and about how many bytes.
     fn weight(op: &Self::Op) -> (usize, usize);
     fn encode<'a>(ops: impl Iterator<Item = &'a Self::Op> + Clone, generation: i64) -> Encoded;
@@ -186,6 +190,12 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     pub fn submit_until(&self, op: F::Op, deadline: Instant, waiter: W) {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
+        }
+        if F::changes(&op)
+            && F::is_of_a_client(&op)
+            && let Some(why) = self.partition.bound.refusal()
+        {
+            return waiter.done(&op, Err(Failure::TryAgain(format!("{why}; nothing was changed"))));
         }
         if self.partition.copies.is_full() && F::changes(&op) {
             return waiter.done(&op, Err(Failure::TryAgain("overloaded: Postgres is too far behind; nothing was changed".into())));

@@ -1,6 +1,7 @@
 //! Everything on Redis: connections with the run id of the process behind them, keys, scripts, the combiner. The only place
 //! that uses the `redis` crate.
 
+mod bound;
 mod clock;
 pub mod connection;
 pub mod copies;
@@ -12,6 +13,7 @@ mod pack;
 pub mod partition;
 pub mod reads;
 pub mod refill;
+pub mod replica;
 pub mod requests;
 pub mod script;
 pub mod snapshot;

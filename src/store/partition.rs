@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
+use super::bound::Bound;
 use super::copies::Copies;
 use super::lane::Failure;
 use super::stock::{StockOp, StockOutcome};
@@ -143,6 +144,8 @@ pub struct Partition {
     dead_letters: AtomicU64,
     /// Reaches the lane that writes, see [`Partition::change`].
     changes: mpsc::Sender<ServerChange>,
+    /// How much the outbox may hold.
+    pub bound: Bound,
     /// What was answered and Postgres does not have yet.
     pub copies: Copies,
     /// Asks the verifier to look now.
@@ -172,6 +175,7 @@ impl Partition {
             applied: watch::Sender::default(),
             relay_trouble: watch::Sender::default(),
             ended: watch::Sender::default(),
+            bound: Bound::new(u64::MAX, u64::MAX),
             copies: Copies::new(copies_bytes_max),
             verify: Notify::new(),
             redis_up: AtomicBool::new(false),
@@ -179,6 +183,11 @@ impl Partition {
             head: Mutex::default(),
         };
         (partition, Receivers { letters: asked, loads: requests, syncs: syncing, changes: changing })
+    }
+
+    /// The same with an outbox of at most so many changes that are not applied, and so many bytes of Redis's memory.
+    pub fn bounded(self, changes_max: u64, bytes_max: u64) -> Self {
+        Self { bound: Bound::new(changes_max, bytes_max), ..self }
     }
 
     /// Makes a change that the server itself asks for. It goes through the lane like a client's, and has its time.
@@ -236,6 +245,8 @@ impl Partition {
     pub fn saw(&self, position: Position) {
         let mut head = self.head.lock().unwrap_or_else(PoisonError::into_inner);
         *head = position.max(*head);
+        drop(head);
+        self.bound.note_changes(self.lag());
     }
 
     /// Notes that a script has found n changes under this epoch, of whichever sidecar.
@@ -272,6 +283,7 @@ impl Partition {
             }
             newer
         });
+        self.bound.note_changes(self.lag());
     }
 
     /// What stands in the relay's way, for people; empty while nothing does.

@@ -228,6 +228,10 @@ impl Family for Stock {
         op.action != Action::Read
     }
 
+    fn is_of_a_client(op: &StockOp) -> bool {
+        op.upkeep.is_none()
+    }
+
     fn request(op: &StockOp) -> Option<&Request> {
         op.request.as_ref()
     }

@@ -161,6 +161,20 @@ pub const METRICS: &[Metric] = &[
         doc: "Failures on Postgres after which the relay tried again.",
     },
     Metric {
+        name: "holdfast_outbox_bytes",
+        kind: Kind::Gauge,
+        unit: Unit::Bytes,
+        labels: &["partition"],
+        doc: "How much of Redis's memory the outbox takes, what is applied and kept for a while included.",
+    },
+    Metric {
+        name: "holdfast_outbox_full",
+        kind: Kind::Gauge,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "1 while changes are refused because the outbox is full.",
+    },
+    Metric {
         name: "holdfast_rebuilds_total",
         kind: Kind::Counter,
         unit: Unit::Count,

@@ -356,6 +356,11 @@ impl Stack {
         Self::with(Database::new(true), UNHURRIED)
     }
 
+    /// The same with a Postgres of its own, and these flags.
+    pub fn with_flags(flags: &[&str]) -> Self {
+        Self::over(Database::new(true), &[&["--reply-within-ms", &UNHURRIED.to_string()], flags].concat())
+    }
+
     /// The same with these flags of the sidecar.
     pub fn with_settings(flags: &[&str]) -> Self {
         let (redis, postgres) = (RedisServer::start(), Database::new(false));
@@ -366,15 +371,23 @@ impl Stack {
     }
 
     fn with(postgres: Database, reply_within_ms: u32) -> Self {
+        Self::over(postgres, &["--reply-within-ms", &reply_within_ms.to_string()])
+    }
+
+    fn over(postgres: Database, flags: &[&str]) -> Self {
         let redis = RedisServer::start();
-        let sidecar = Sidecar::with_deadline(&redis.url(), &postgres.url, reply_within_ms);
+        let sidecar = Sidecar::with_settings(&redis.url(), &postgres.url, flags);
         let stack = Self { sidecar, redis, postgres };
         stack.wait_until_ready();
         stack
     }
 
     pub fn wait_until_ready(&self) {
-        wait_until("the sidecar is ready", || self.sidecar.get("/readyz").0 == 200);
+        // The relay's connection to Postgres may come a moment after all else.
+        wait_until("the sidecar is ready", || {
+            let (status, text) = self.sidecar.get("/readyz");
+            status == 200 && !text.contains("postgres degraded")
+        });
     }
 
     pub fn connect(&self) -> Client {

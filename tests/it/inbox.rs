@@ -243,3 +243,15 @@ fn direct_changes_reach_redis_once_with_two_sidecars() {
         ports[1].store(stack.sidecar.port, Ordering::Relaxed);
     });
 }
+
+#[test]
+fn direct_changes_reach_redis_once_though_whoever_carries_them_hangs() {
+    let mut stack = Stack::start();
+    let second = Sidecar::start(&stack.redis.url(), &stack.postgres.url);
+    wait_until("the second is ready", || second.get("/readyz").0 == 200);
+    // It has the lock and does nothing, so that both take what has waited too long.
+    let mut hanging = Program::new(&stack.postgres);
+    hanging.run("SELECT pg_advisory_lock(x'696e626f'::int, 0)");
+    let ports = [AtomicU16::new(stack.sidecar.port), AtomicU16::new(second.port)];
+    direct_changes_under_load(&mut stack, 5, &ports, |_| {});
+}

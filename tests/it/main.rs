@@ -6,6 +6,7 @@ mod harness;
 mod servers;
 
 mod bad_input;
+mod bounds;
 mod coupons;
 mod dead_letters;
 mod faults;
@@ -15,5 +16,6 @@ mod protocol;
 mod proxy;
 mod rebuild;
 mod reconcile;
+mod replica;
 mod stock;
 mod tidy;

@@ -100,7 +100,7 @@ impl Postgres {
             let mut child = as_postgres(&program("postgres"))
                 .arg("-D")
                 .arg(directory.join("data"))
-                .args(["-p", &port.to_string(), "-h", "127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=60"])
+                .args(["-p", &port.to_string(), "-h", "127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=100"])
                 // Tests need no data after a power cut; a benchmark must pay for it.
                 .args(["-c", if std::env::var_os("HOLDFAST_TEST_FSYNC").is_some() { "fsync=on" } else { "fsync=off" }])
                 .stdout(Stdio::null())
@@ -199,6 +199,15 @@ impl RedisServer {
             std::thread::sleep(Duration::from_millis(10));
         }
         child
+    }
+
+    /// Makes it a replica of another one.
+    pub fn replicate(&self, master: &Self) {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).unwrap();
+        std::io::Write::write_all(&mut stream, format!("REPLICAOF 127.0.0.1 {}\r\n", master.port).as_bytes()).unwrap();
+        let mut answer = [0; 5];
+        std::io::Read::read_exact(&mut stream, &mut answer).unwrap();
+        assert_eq!(&answer, b"+OK\r\n");
     }
 
     pub fn url(&self) -> String {
