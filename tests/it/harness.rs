@@ -278,6 +278,18 @@ impl Database {
         });
     }
 
+    /// Runs statements, and `during` before their connection is closed: a lock that they took is held so long.
+    pub fn holding<R>(&self, statements: &str, during: impl FnOnce() -> R) -> R {
+        let connection = self.runtime.block_on(async {
+            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&mut connection).await.unwrap();
+            connection
+        });
+        let result = during();
+        self.runtime.block_on(connection.close()).unwrap();
+        result
+    }
+
     /// The only value that a query returns.
     pub fn value(&self, query: &str) -> String {
         self.column(query).join(" ")

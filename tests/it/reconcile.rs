@@ -426,3 +426,19 @@ fn unfreezing_opens_a_product_once_and_says_so_again() {
     assert!(client.ask("STOCK.DECR old 1").starts_with("[OK, 6, "));
     assert_eq!(client.ask("STOCK.UNFREEZE nowhere"), "-NOTFOUND no product 'nowhere'");
 }
+
+#[test]
+fn nothing_is_compared_while_postgres_is_too_far_behind() {
+    let stack = Stack::with_settings(NEVER);
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    stack.postgres.holding("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE", || {
+        client.ok("STOCK.DECR a 1 ACK redis");
+        let began = Instant::now();
+        let reply = client.ask("STOCK.SYNC a");
+        assert!(reply.starts_with("-TRYAGAIN cannot compare now: "), "{reply}");
+        assert!(began.elapsed() > Duration::from_secs(4), "it has waited for Postgres");
+    });
+    assert_eq!(client.ask("STOCK.SYNC a"), "[]");
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.drift"), "0");
+}
