@@ -68,9 +68,11 @@ COMMENT ON TABLE holdfast.salvage IS 'Changes that a sidecar had answered and ha
 CREATE TABLE holdfast.sidecar (
     id          text NOT NULL PRIMARY KEY,
     started_at  timestamptz NOT NULL DEFAULT now(),
-    lease_until timestamptz NOT NULL
+    lease_until timestamptz NOT NULL,
+    window_ms   bigint NOT NULL
 );
 COMMENT ON TABLE holdfast.sidecar IS 'The sidecars that run; a lease that has passed belongs to one that is gone.';
+COMMENT ON COLUMN holdfast.sidecar.window_ms IS 'Its idempotency.window_ms, which all that run at a time must have in common.';
 
 CREATE TABLE holdfast.drift (
     id         bigint NOT NULL PRIMARY KEY GENERATED ALWAYS AS IDENTITY,

@@ -23,13 +23,15 @@ use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::{Config, Prefer};
 use crate::ledger;
 use crate::limits;
+use crate::outbox::by_hand::{self, Side};
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
+use crate::outbox::sweep::Sweeper;
 use crate::outbox::verify::Verifier;
+use crate::reconcile;
 use crate::reconcile::examine::Examiner;
 use crate::reconcile::request::Requests;
 use crate::reconcile::schedule::Scheduler;
-use crate::reconcile::{Settings, Side};
 use crate::server::listener;
 use crate::session::registry::Registry;
 use crate::store::Partition;
@@ -89,12 +91,19 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let settings = reconciling(&config);
     let examiner = || Examiner::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, settings);
     let (scheduler, requests) = (Scheduler::new(examiner(), settings), Requests::new(examiner(), syncs));
+    let sweeper = Sweeper {
+        partition: Arc::clone(&partition),
+        redis_url: config.redis.url.expose().to_owned(),
+        postgres_url: postgres_url.clone(),
+        window_ms: i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX),
+    };
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
                 let reconciling = async { tokio::join!(scheduler.run(back.clone()), requests.run(back.clone())) };
-                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back.clone()), reconciling);
+                let writing = async { tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back.clone())) };
+                tokio::join!(writing, reconciling, sweeper.run(back.clone()));
             }
         })
     };
@@ -125,13 +134,13 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     Ok(())
 }
 
-fn reconciling(config: &Config) -> Settings {
+fn reconciling(config: &Config) -> reconcile::Settings {
     let prefer = match config.reconcile.prefer {
-        Prefer::Postgres => Side::Postgres,
-        Prefer::Redis => Side::Redis,
+        Prefer::Postgres => reconcile::Side::Postgres,
+        Prefer::Redis => reconcile::Side::Redis,
     };
     let (sync_every, initialise_every) = (config.reconcile.sync_every, config.reconcile.initialise_every);
-    Settings { sync_every, initialise_every, prefer, auto_limit: config.reconcile.auto_limit }
+    reconcile::Settings { sync_every, initialise_every, prefer, auto_limit: config.reconcile.auto_limit }
 }
 
 /// Brings Postgres to this version's tables.
@@ -139,6 +148,12 @@ pub async fn migrate(config: &Config) -> Result<(), Error> {
     ledger::migrate(config.postgres.url.expose()).await.map_err(error)?;
     info!("postgres has this version's tables");
     Ok(())
+}
+
+/// Makes the other side as `from` is.
+pub async fn rebuild(config: &Config, from: Side) -> Result<(), Error> {
+    let window_ms = i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX);
+    by_hand::rebuild(from, config.redis.url.expose(), config.postgres.url.expose(), window_ms).await.map_err(error)
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {

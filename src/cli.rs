@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{Arg, ArgMatches, Command, value_parser};
 
 use crate::config::{self, FILE_VARIABLE, Kind, Resolved, SETTINGS, Setting, Sources};
+use crate::outbox::by_hand::Side;
 use crate::telemetry::http;
 
 /// The exit code for a command line or a configuration that cannot be used: EX_USAGE of sysexits.h. Supervisors need not try again.
@@ -30,7 +31,7 @@ impl Invocation {
             Action::CheckConfig => Some(Ok("the configuration can be used".into())),
             Action::PrintConfig => Some(Ok(self.resolved.to_toml().trim_end().into())),
             Action::Healthcheck => Some(http::probe(self.resolved.config.http.listen)),
-            Action::Serve | Action::Dev(_) | Action::Migrate => None,
+            Action::Serve | Action::Dev(_) | Action::Migrate | Action::Rebuild(_) => None,
         }
     }
 }
@@ -44,6 +45,8 @@ pub enum Action {
     Dev(PathBuf),
     /// Bring Postgres to this version's tables.
     Migrate,
+    /// Make one of Redis and Postgres as this one is.
+    Rebuild(Side),
     /// Say whether the configuration can be used.
     CheckConfig,
     /// Show the configuration.
@@ -86,6 +89,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, variables: BTreeMap<Strin
     let (action, matches) = match matches.subcommand() {
         Some(("dev", matches)) => (Action::Dev(matches.get_one::<PathBuf>("dir").cloned().unwrap_or_default()), matches),
         Some(("migrate", matches)) => (Action::Migrate, matches),
+        Some(("rebuild", matches)) => {
+            let from = matches.get_one::<String>("from").is_some_and(|from| from == "redis");
+            (Action::Rebuild(if from { Side::Redis } else { Side::Postgres }), matches)
+        }
         Some(("check-config", matches)) => (Action::CheckConfig, matches),
         Some(("print-config", matches)) => (Action::PrintConfig, matches),
         Some(("healthcheck", matches)) => (Action::Healthcheck, matches),
@@ -129,6 +136,16 @@ fn command() -> Command {
                 .args(SETTINGS.iter().filter(|setting| !setting.is_secret()).map(flag)),
         )
         .subcommand(sub("migrate", "Brings Postgres to this version's tables, and ends"))
+        .subcommand(
+            sub("rebuild", "Makes Redis as Postgres is, or Postgres as Redis is, where a person has to say which is right").arg(
+                Arg::new("from")
+                    .long("from")
+                    .value_name("SIDE")
+                    .required(true)
+                    .value_parser(["redis", "postgres"])
+                    .help("The side that is right"),
+            ),
+        )
         .subcommand(sub("check-config", "Says whether the configuration can be used; connects to nothing"))
         .subcommand(sub("print-config", "Shows every setting and where it came from, without passwords"))
         .subcommand(sub("healthcheck", "Asks the server at http.listen whether it is ready: exit code 0 or 1"))
@@ -194,6 +211,8 @@ mod tests {
         assert_eq!(code("holdfast serve --max-clients 0"), usage);
         assert_eq!(code("holdfast serve --no-such-flag"), usage);
         assert_eq!(code("holdfast"), usage);
+        assert_eq!(code("holdfast rebuild"), usage);
+        assert_eq!(code("holdfast rebuild --from backup"), usage);
         assert_eq!(code("holdfast --version"), success);
         assert_eq!(code("holdfast serve --help"), success);
     }

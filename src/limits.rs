@@ -112,6 +112,19 @@ pub const COPIES_MIB_MAX: u64 = 1 << 20;
 /// How many copies are looked at behind the first that stays: there are two lanes, which take turns.
 pub const COPIES_LOOK_BEHIND: usize = 8;
 
+/// For how long a sidecar counts as running after it was heard of last: a few verifications.
+pub const SIDECAR_LEASE: Duration = Duration::from_secs(30);
+
+/// How long after that what it left behind in Redis is kept: any batch of it that is still on its way is far too late by then.
+pub const SIDECAR_KEEP: Duration = Duration::from_secs(600);
+
+/// How often what nobody asks for any more is removed from Redis.
+pub const SWEEP_EVERY: Duration = Duration::from_secs(60);
+
+/// How many stretches of time back a sweep looks for buckets of REQUEST ids: what a stop of a quarter of an hour left. Older ones go by their
+/// EXPIRE.
+pub const SWEEP_STRETCHES: i64 = 15;
+
 // Rebuilding Redis from Postgres.
 
 /// For how long the sidecar that fills Redis keeps the others from it without a sign of life. It gives one with each page, which takes

@@ -46,6 +46,10 @@ async fn until_signalled(Invocation { action, resolved }: Invocation) -> Result<
         match action {
             Action::Dev(dir) => Ok(dev::run(resolved.config, dir, shutdown.clone()).await?),
             Action::Migrate => Ok(shutdown.run_until_cancelled(app::migrate(&resolved.config)).await.ok_or("stopped by a signal")??),
+            Action::Rebuild(from) => {
+                let done = shutdown.run_until_cancelled(app::rebuild(&resolved.config, from)).await;
+                Ok(done.ok_or("stopped by a signal: Redis stays closed until it is done; run it again")??)
+            }
             _ => Ok(app::run(resolved.config, shutdown.clone(), None).await?),
         }
     };

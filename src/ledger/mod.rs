@@ -4,6 +4,7 @@
 //! [`apply`] is the heart: one transaction takes a run of outbox entries, and the row in `holdfast.partition` that it locks says
 //! which of them Postgres has already.
 
+pub mod adopt;
 pub mod apply;
 mod changes;
 pub mod connection;
@@ -14,6 +15,7 @@ pub mod migrate;
 pub mod partition;
 pub mod refill;
 pub mod salvage;
+pub mod sidecar;
 pub mod stock;
 mod write;
 

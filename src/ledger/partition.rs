@@ -159,6 +159,15 @@ pub async fn finish_rebuild(connection: &mut PgConnection, partition: u32, epoch
     Ok(finished.rows_affected() > 0)
 }
 
+/// What other programs changed counts as told: Redis is about to be filled with it.
+pub async fn give_up_inbox(connection: &mut PgConnection, partition: u32) -> Result<(), Error> {
+    sqlx::query("WITH inbox AS (DELETE FROM holdfast.inbox) UPDATE holdfast.partition SET inbox_xid = 0, inbox_id = 0 WHERE id = $1")
+        .bind(id(partition))
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
 /// A row of `holdfast.partition_epoch`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EpochRow {

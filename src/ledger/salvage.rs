@@ -378,3 +378,98 @@ pub async fn taken_up(connection: &mut PgConnection, answered: &Answered, owed: 
     transaction.commit().await?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::testing::{database, number_of, rows};
+
+    fn answered(op: &str, n: u64, line: &str) -> Answered {
+        Answered { op: op.into(), origin: Position::new(1, n), at_ms: 1_700_000_000_000, operation: Operation::decode(line).unwrap() }
+    }
+
+    #[tokio::test]
+    async fn what_was_answered_is_saved_once_with_its_origin_and_what_is_gone_is_owed() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let first = [
+            answered("i:stock:1", 1, "0 set low=3 new=1 | a 0 10"),
+            answered("i:stock:2", 2, "0 decr request=r digest=d | a -3 7"),
+            answered("i:coupon:1", 3, "0 coupon.create coupon=c total=1 peruser=1 |"),
+            answered("i:coupon:1", 4, "1 coupon.issue coupon=c user=u serial=1 remaining=0 |"),
+        ];
+        let all = Saved { saved: 4, owed: 0, known: 0 };
+        assert_eq!(save(connection, 0, 1, &first).await.unwrap(), all);
+        let again = Saved { saved: 0, owed: 0, known: 4 };
+        assert_eq!(save(connection, 0, 1, &first).await.unwrap(), again);
+        let more = [
+            first[1].clone(),
+            answered("j:stock:1", 9, "0 decr | a -8 0"),
+            answered("j:stock:1", 10, "1 decr | a -6 0 ghost -1 0"),
+            answered("j:stock:1", 11, "2 incr | a 1 0"),
+            answered("j:coupon:1", 12, "0 coupon.issue coupon=c user=v serial=1 remaining=0 |"),
+            answered("j:coupon:1", 13, "1 coupon.create coupon=c total=9 peruser=1 |"),
+            answered("j:stock:2", 14, "0 delete | a 0 0"),
+            answered("j:stock:2", 15, "1 set new=1 | a 0 4"),
+        ];
+        assert_eq!(save(connection, 0, 1, &more).await.unwrap(), Saved { saved: 3, owed: 4, known: 1 });
+        type Line = (i64, i64, String, i64, i64, Option<String>);
+        let lines: Vec<Line> = rows(
+            connection,
+            "SELECT n, origin_n, product_id, pg_delta, available_after, request_id FROM holdfast.stock_ledger ORDER BY n, i",
+        )
+        .await;
+        let line = |n, origin, product: &str, delta, after| (n, origin, product.to_owned(), delta, after, None);
+        assert_eq!(
+            lines,
+            [
+                line(1, 1, "a", 10, 10),
+                (2, 2, "a".to_owned(), -3, 7, Some("r".to_owned())),
+                line(5, 9, "a", -8, 7),
+                line(6, 10, "a", -6, 7),
+                line(6, 10, "ghost", -1, 0),
+                line(7, 11, "a", 1, 8),
+                line(10, 14, "a", -8, 0),
+                line(11, 15, "a", 4, 4),
+            ]
+        );
+        let stock: Vec<(i64, Option<i64>, bool)> =
+            rows(connection, "SELECT available, low, frozen LIKE 'units that were sold%' FROM holdfast.stock").await;
+        assert_eq!(stock, [(4, None, true)]);
+        let owed: Vec<(i64, Option<String>, String, i64, bool)> =
+            rows(connection, "SELECT n, product_id, kind, delta, in_redis FROM holdfast.dead_letter ORDER BY n, i").await;
+        let product = |name: &str| Some(name.to_owned());
+        assert_eq!(
+            owed,
+            [
+                (5, product("a"), "decr".to_owned(), -8, false),
+                (6, product("a"), "decr".to_owned(), -6, false),
+                (6, product("ghost"), "decr".to_owned(), -1, false),
+                (8, None, "coupon.issue".to_owned(), 0, false),
+                (9, None, "coupon.create".to_owned(), 0, false),
+            ]
+        );
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.coupon_issue").await, 1);
+        let row = partition::load(connection, 0).await.unwrap();
+        assert_eq!((row.applied, row.last_op.as_str()), (Position::new(1, 11), "salvage:1"));
+        assert_eq!(saved_of(connection, 0, 1).await.unwrap().len(), 11);
+        assert!(matches!(save(connection, 0, 7, &more).await, Err(Error::Broken(_))), "another sidecar took the partition");
+    }
+
+    #[tokio::test]
+    async fn what_is_handed_over_is_taken_up_once() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let change = answered("i:stock:2", 2, "0 decr | a -3 7");
+        hand_over(connection, 0, std::slice::from_ref(&change)).await.unwrap();
+        hand_over(connection, 0, std::slice::from_ref(&change)).await.unwrap();
+        assert!(is_anything_handed_over(connection).await.unwrap());
+        assert_eq!(handed_over(connection, 0, 9).await.unwrap(), std::slice::from_ref(&change));
+        assert!(!is_request_known(connection, "hf-i:stock:2-0").await.unwrap());
+        taken_up(connection, &change, Some("too few")).await.unwrap();
+        assert!(!is_anything_handed_over(connection).await.unwrap());
+        hand_over(connection, 0, &[change]).await.unwrap();
+        assert!(!is_anything_handed_over(connection).await.unwrap());
+        assert_eq!(number_of(connection, "SELECT sum(delta)::bigint FROM holdfast.dead_letter").await, -3);
+    }
+}

@@ -24,6 +24,17 @@ pub(super) async fn changes(connection: &mut PgConnection, partition: u32, chang
     Ok(())
 }
 
+/// Writes the rows of the ledgers, and moves nothing.
+pub(super) async fn ledgers(connection: &mut PgConnection, partition: u32, changes: &Changes<'_>) -> Result<(), Error> {
+    if !changes.stock_lines.is_empty() {
+        stock_ledger(connection, partition, &changes.stock_lines).await?;
+    }
+    if !changes.coupon_lines.is_empty() {
+        coupon_ledger(connection, partition, &changes.coupon_lines).await?;
+    }
+    Ok(())
+}
+
 /// The columns that both ledgers have.
 struct Places<'a> {
     epoch: Vec<i64>,

@@ -1,6 +1,7 @@
 //! From what the scripts appended in Redis to Postgres: the relay; the verifier, which compares both before anything is sold; the rebuild
 //! of a Redis that lost its data; the loader, which finds in Postgres what Redis does not have.
 
+pub mod by_hand;
 mod handover;
 pub mod loader;
 mod proof;
@@ -8,6 +9,7 @@ mod rebuild;
 pub mod relay;
 mod retry;
 mod slice;
+pub mod sweep;
 mod trim;
 pub mod verify;
 

@@ -82,7 +82,7 @@ impl Verifier {
         let mut troubled = String::new();
         loop {
             let trouble = match cancel.run_until_cancelled(self.once()).await {
-                None => return,
+                None => return self.leave().await,
                 Some(Ok(())) => String::new(),
                 Some(Err(trouble)) => trouble,
             };
@@ -95,12 +95,23 @@ impl Verifier {
             }
             let pause = if troubled.is_empty() { limits::VERIFY_EVERY } else { limits::VERIFY_AGAIN_AFTER };
             tokio::select! {
-                () = cancel.cancelled() => return,
+                () = cancel.cancelled() => return self.leave().await,
                 () = self.partition.verify.notified() => {}
                 () = tokio::time::sleep(pause) => {}
             }
             // Many may ask at once, and a guard that keeps refusing may not turn this into a busy loop.
             tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Says that this sidecar no longer runs, if Postgres is there to hear it: else its lease passes.
+    async fn leave(&self) {
+        let leaving = async {
+            let mut postgres = ledger::connect(&self.postgres_url).await?;
+            ledger::sidecar::leave(&mut postgres, &self.instance).await
+        };
+        if let Err(error) = leaving.await {
+            info!(%error, "postgres was not told that this sidecar stops");
         }
     }
 
@@ -157,6 +168,13 @@ impl Verifier {
     }
 
     async fn look(&mut self, redis: &mut Connection, postgres: &mut ledger::PgConnection) -> Result<Sight, String> {
+        let other = ledger::sidecar::renew(postgres, &self.instance, self.window_ms).await.map_err(|error| self.starting(&error))?;
+        if let Some(other) = other.filter(|_| self.verified.is_none()) {
+            return Err(self.starting(&format!(
+                "this sidecar has idempotency.window_ms {}, and one that runs already {other}: give all of them the same",
+                self.window_ms
+            )));
+        }
         let row = ledger::partition::load(postgres, self.partition.id).await.map_err(|error| self.starting(&error))?;
         let seen = self.partition.head();
         let look = Look::at(redis, row.applied).await.map_err(|error| self.starting(&error))?;

@@ -17,6 +17,8 @@ pub mod script;
 pub mod snapshot;
 pub mod stock;
 pub mod stream;
+pub mod survey;
+pub mod sweep;
 mod words;
 
 pub use connection::{Connection, Error};

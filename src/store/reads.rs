@@ -162,7 +162,7 @@ fn position(words: &mut Words) -> Result<Position, Error> {
 }
 
 /// Reads one line of a user's field: serial, state, issued at, order (`-`: none).
-fn held(line: &str) -> Result<Held, Error> {
+pub(super) fn held(line: &str) -> Result<Held, Error> {
     let mut words = line.split(' ');
     let read = || {
         let (serial, state, issued_at_ms) = (words.next()?.parse().ok()?, words.next()?.to_owned(), words.next()?.parse().ok()?);

@@ -77,6 +77,11 @@ pub async fn set_outbox_aside(connection: &mut Connection, epoch: u64) -> Result
     }
 }
 
+/// Removes the outbox: Postgres has all of it.
+pub async fn remove_outbox(connection: &mut Connection) -> Result<(), Error> {
+    unlink(connection, &[keys::OUTBOX.to_owned()]).await.map(drop)
+}
+
 async fn unlink(connection: &mut Connection, keys: &[String]) -> Result<u64, Error> {
     let mut removed = 0;
     for keys in keys.chunks(REFILL_KEYS) {

@@ -62,6 +62,19 @@ pub fn bucket(id: &RequestId, generation: i64) -> String {
     }
 }
 
+/// The keys of the buckets of the last `stretches` minutes and windows in which no id can be asked for any more.
+pub fn past_buckets(now_ms: i64, window_ms: i64, stretches: i64) -> Vec<String> {
+    // An id is stale once it is older than the window: a minute's bucket, when its last moment is.
+    let minute = (now_ms - window_ms).div_euclid(60_000) - 1;
+    // An id is looked for in the current window and in the one before; another sidecar's clock may be one behind.
+    let generation = now_ms.div_euclid(window_ms) - 3;
+    let parts = || 0..PARTS;
+    let minutes =
+        (minute - stretches + 1..=minute).flat_map(|minute| parts().map(move |part| keys::request(format_args!("m{minute}"), part)));
+    let generations = (generation - 1..=generation).flat_map(|generation| parts().map(move |part| keys::request(generation, part)));
+    minutes.chain(generations).collect()
+}
+
 /// A reply as it is remembered: what [`KnownReply::parse`] reads.
 pub fn reply(word: &str, integers: &[i64], position: Position) -> String {
     let mut reply = word.to_owned();
@@ -172,6 +185,24 @@ mod tests {
         let plain = request("r-1");
         assert_eq!(plain.buckets(5).len(), 3);
         assert_eq!(plain.buckets(5)[2], plain.buckets(6)[1]);
+    }
+
+    #[test]
+    fn only_buckets_that_nobody_asks_for_are_past() {
+        let (window, now) = (600_000, 1_700_000_000_000);
+        let past = past_buckets(now, window, 15);
+        assert_eq!(past.len(), 17 * 64);
+        // A UUIDv7 that is not quite stale, and the oldest that a retry may look for.
+        let oldest = bucket(
+            &RequestId::of_escaped(&format!("{:08x}-{:04x}-7cc3-98c4-dc0c0c07398f", (now - window) >> 16, (now - window) & 0xffff)),
+            0,
+        );
+        assert!(oldest.starts_with("holdfast:request:m") && !past.contains(&oldest), "{oldest}");
+        let generation = now / window;
+        for needed in request("r-1").buckets(generation - 1) {
+            assert!(!past.contains(&needed), "{needed}");
+        }
+        assert!(past.contains(&bucket(&RequestId::of_escaped("r-1"), generation - 3)));
     }
 
     #[test]

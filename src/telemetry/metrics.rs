@@ -167,6 +167,20 @@ pub const METRICS: &[Metric] = &[
         labels: &["action"],
         doc: "Differences that were `corrected`, `frozen` or `initialised`.",
     },
+    Metric {
+        name: "holdfast_rebuilds_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "How often this process has filled Redis from Postgres.",
+    },
+    Metric {
+        name: "holdfast_salvaged_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["what"],
+        doc: "Changes that were answered and saved out of a Redis that lost its data (`what`: saved, owed, handed_over).",
+    },
 ];
 
 /// Collects metrics from now on, and returns what renders them. Called again, returns the same.

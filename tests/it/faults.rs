@@ -143,20 +143,6 @@ fn a_redis_that_restarts_with_its_data_goes_on_under_the_next_epoch() {
 }
 
 #[test]
-fn nothing_is_sold_on_a_redis_that_lost_its_data() {
-    let stack = Stack::start();
-    let mut client = stack.connect();
-    fill(&mut client);
-    stack.backing().ask("FLUSHALL");
-    let refused = client.ask("STOCK.DECR sku-0 1");
-    assert!(refused.starts_with("-TRYAGAIN "), "{refused}");
-    wait_until("the reason is known", || {
-        stack.sidecar.get("/readyz").1.contains("this Redis is empty, but Postgres has changes up to 1-3")
-    });
-    assert_eq!(stack.backing().ask("GET stock:product:sku-0"), "nil");
-}
-
-#[test]
 fn a_sidecar_waits_for_its_backends_and_answers_meanwhile() {
     let mut sidecar = Sidecar::start("redis://127.0.0.1:1/", "postgres://nobody@127.0.0.1:1/none");
     let mut client = sidecar.connect();

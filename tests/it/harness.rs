@@ -270,14 +270,6 @@ impl Database {
         })
     }
 
-    /// Runs statements.
-    pub fn execute(&self, statements: &str) {
-        self.runtime.block_on(async {
-            let mut connection = PgConnection::connect(&self.url).await.unwrap();
-            sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&mut connection).await.unwrap();
-        });
-    }
-
     /// Runs statements, and `during` before their connection is closed: a lock that they took is held so long.
     pub fn holding<R>(&self, statements: &str, during: impl FnOnce() -> R) -> R {
         let connection = self.runtime.block_on(async {
@@ -288,6 +280,30 @@ impl Database {
         let result = during();
         self.runtime.block_on(connection.close()).unwrap();
         result
+    }
+
+    /// Copies the database as it is now, as a backup would, and returns the copy's address. Nobody may be connected to it.
+    pub fn copy(&self, name: &str) -> String {
+        let (server, database) = self.url.split_once("/test_").unwrap();
+        let (database, options) = database.split_once('?').unwrap();
+        self.runtime.block_on(async {
+            let mut connection = PgConnection::connect(&format!("{server}/postgres?{options}")).await.unwrap();
+            // A killed sidecar's session may take a moment to end.
+            let began = Instant::now();
+            let copy = format!("CREATE DATABASE test_{database}_{name} TEMPLATE test_{database}");
+            while let Err(error) = sqlx::raw_sql(AssertSqlSafe(copy.clone())).execute(&mut connection).await {
+                assert!(began.elapsed() < PATIENCE, "{error}");
+            }
+        });
+        format!("{server}/test_{database}_{name}?{options}")
+    }
+
+    /// Runs a statement as another program would.
+    pub fn change(&self, statement: &str) {
+        self.runtime.block_on(async {
+            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut connection).await.unwrap();
+        });
     }
 
     /// The only value that a query returns.

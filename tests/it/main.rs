@@ -11,6 +11,7 @@ mod faults;
 mod http;
 mod protocol;
 mod proxy;
+mod rebuild;
 mod reconcile;
 mod stock;
 mod tidy;

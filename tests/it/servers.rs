@@ -209,6 +209,27 @@ impl RedisServer {
         self.child = Self::spawn(&self.directory, self.port);
     }
 
+    /// Starts it again after a kill, with nothing.
+    pub fn restart_empty(&mut self) {
+        std::fs::remove_dir_all(&self.directory).unwrap();
+        std::fs::create_dir_all(&self.directory).unwrap();
+        self.restart();
+    }
+
+    /// A copy of what it has on disk now, to be given back by [`RedisServer::restart_from`].
+    pub fn copy_of_data(&self) -> PathBuf {
+        let copy = temporary_directory("redis-copy");
+        assert!(Command::new("cp").arg("-a").arg(self.directory.join(".")).arg(&copy).status().unwrap().success());
+        copy
+    }
+
+    /// Starts it again after a kill, with an earlier copy of its data.
+    pub fn restart_from(&mut self, copy: &Path) {
+        std::fs::remove_dir_all(&self.directory).unwrap();
+        assert!(Command::new("cp").arg("-a").arg(copy).arg(&self.directory).status().unwrap().success());
+        self.restart();
+    }
+
     /// The id of its process.
     pub fn pid(&self) -> u32 {
         self.child.id()

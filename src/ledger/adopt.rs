@@ -1,0 +1,165 @@
+//! Gives Postgres what Redis holds, after Postgres was restored from a backup: a person has said that Redis is right.
+
+use std::collections::HashSet;
+
+use sqlx::{Connection, PgConnection, Postgres, Transaction};
+
+use super::changes::Changes;
+use super::{Error, apply, from_bigint, partition, to_bigint, write};
+use crate::domain::Position;
+use crate::domain::change::Entry;
+
+/// A product as Redis has it.
+#[derive(Clone, Debug)]
+pub struct Product {
+    pub product: String,
+    pub available: i64,
+    pub held: i64,
+    pub low: Option<i64>,
+    pub frozen: Option<String>,
+}
+
+/// A coupon as Redis has it. Times in Unix ms, 0 for none.
+#[derive(Clone, Debug)]
+pub struct Coupon {
+    pub coupon: String,
+    pub total: i64,
+    pub issued: i64,
+    pub used: i64,
+    pub serial: i64,
+    pub per_user: i64,
+    pub start_ms: i64,
+    pub end_ms: i64,
+}
+
+/// A coupon that a user has.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    pub user: String,
+    pub serial: i64,
+    pub state: String,
+    pub issued_at_ms: i64,
+}
+
+/// One transaction that takes over what Redis holds: all of it or nothing.
+pub struct Adoption<'c> {
+    transaction: Transaction<'c, Postgres>,
+    partition: u32,
+    epoch: u64,
+    applied: Position,
+    n: u64,
+}
+
+impl<'c> Adoption<'c> {
+    /// Begins, under `epoch`, which must be the partition's. `n` is the newest change of Redis. Whatever other programs changed in Postgres
+    /// and Redis has not been told is given up.
+    pub async fn begin(connection: &'c mut PgConnection, partition: u32, epoch: u64, n: u64) -> Result<Self, Error> {
+        let mut transaction = connection.begin().await?;
+        let Some(row) = partition::lock(&mut transaction, partition).await?.filter(|row| row.epoch == epoch) else {
+            return Err(Error::Broken(format!("partition {partition} is no longer under epoch {epoch}: another process took it")));
+        };
+        sqlx::raw_sql(
+            "SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = '60s'; DELETE FROM holdfast.inbox",
+        )
+        .execute(&mut *transaction)
+        .await?;
+        Ok(Self { transaction, partition, epoch, applied: row.applied, n: n.max(row.applied.n) })
+    }
+
+    /// Adds to the ledger what it lacks of these entries, at their own places; the stock comes from Redis as it is.
+    pub async fn history(&mut self, entries: &[Entry]) -> Result<(), Error> {
+        let ops: Vec<&str> = entries.iter().map(|entry| entry.op.as_str()).collect();
+        let known: Vec<String> = sqlx::query_scalar(
+            "SELECT o FROM unnest($1::text[]) AS a (o) WHERE EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.op = o) \
+             OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = o)",
+        )
+        .bind(ops)
+        .fetch_all(&mut *self.transaction)
+        .await?;
+        let known: HashSet<String> = known.into_iter().collect();
+        let new = entries.iter().filter(|entry| !known.contains(&entry.op) && entry.last > self.applied);
+        let changes = Changes::gather(new, &std::collections::HashMap::new())?;
+        write::ledgers(&mut self.transaction, self.partition, &changes).await
+    }
+
+    /// Takes over products. What the ledger does not explain is a row of its own, of kind `adopt`.
+    pub async fn products(&mut self, products: &[Product]) -> Result<(), Error> {
+        let taken: i64 = sqlx::query_scalar(
+            "WITH r AS (SELECT * FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::text[]) \
+               AS r (product, available, held, low, frozen)), \
+             put AS (INSERT INTO holdfast.stock (product_id, available, held, low, frozen) \
+               SELECT product, available, held, low, frozen FROM r \
+               ON CONFLICT (product_id) DO UPDATE SET available = excluded.available, held = excluded.held, low = excluded.low, \
+               frozen = excluded.frozen, deleted_at = NULL), \
+             gap AS (SELECT product, available, available - coalesce( \
+               (SELECT sum(l.pg_delta) FROM holdfast.stock_ledger l WHERE l.product_id = product), 0) AS delta FROM r), \
+             told AS (INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, \
+               available_after, at) \
+               SELECT $1, $7, $8 + row_number() OVER (ORDER BY product), 0, 'rebuild:' || $7, \
+               ($8 + row_number() OVER (ORDER BY product)) % 2147483647, product, 'adopt', 0, delta, available, now() \
+               FROM gap WHERE delta <> 0 RETURNING 1) \
+             SELECT count(*) FROM told",
+        )
+        .bind(partition::id(self.partition))
+        .bind(products.iter().map(|product| product.product.as_str()).collect::<Vec<_>>())
+        .bind(products.iter().map(|product| product.available).collect::<Vec<_>>())
+        .bind(products.iter().map(|product| product.held).collect::<Vec<_>>())
+        .bind(products.iter().map(|product| product.low).collect::<Vec<_>>())
+        .bind(products.iter().map(|product| product.frozen.as_deref()).collect::<Vec<_>>())
+        .bind(to_bigint(self.epoch))
+        .bind(to_bigint(self.n))
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        self.n += from_bigint(taken);
+        Ok(())
+    }
+
+    /// Takes over a coupon and who has it.
+    pub async fn coupon(&mut self, coupon: &Coupon, issued: &[Issued]) -> Result<(), Error> {
+        sqlx::query(
+            "INSERT INTO holdfast.coupon (coupon_id, total, issued, used, per_user, start_ms, end_ms, last_serial) \
+             VALUES ($1, $2, $3, $4, $5, nullif($6, 0), nullif($7, 0), $8) ON CONFLICT (coupon_id) DO UPDATE SET \
+             total = excluded.total, issued = excluded.issued, used = excluded.used, per_user = excluded.per_user, \
+             start_ms = excluded.start_ms, end_ms = excluded.end_ms, last_serial = greatest(coupon.last_serial, excluded.last_serial)",
+        )
+        .bind(&coupon.coupon)
+        .bind(coupon.total)
+        .bind(coupon.issued)
+        .bind(coupon.used)
+        .bind(coupon.per_user)
+        .bind(coupon.start_ms)
+        .bind(coupon.end_ms)
+        .bind(coupon.serial)
+        .execute(&mut *self.transaction)
+        .await?;
+        for issued in issued.chunks(crate::limits::REFILL_PAGE) {
+            sqlx::query(
+                "INSERT INTO holdfast.coupon_issue (coupon_id, user_id, serial, state, issued_at) \
+                 SELECT $1, i.user_id, i.serial, i.state, timestamptz 'epoch' + i.at_ms * interval '1 millisecond' \
+                 FROM unnest($2::text[], $3::bigint[], $4::text[], $5::bigint[]) AS i (user_id, serial, state, at_ms) \
+                 ON CONFLICT (coupon_id, serial) DO UPDATE SET user_id = excluded.user_id, state = excluded.state",
+            )
+            .bind(&coupon.coupon)
+            .bind(issued.iter().map(|one| one.user.as_str()).collect::<Vec<_>>())
+            .bind(issued.iter().map(|one| one.serial).collect::<Vec<_>>())
+            .bind(issued.iter().map(|one| one.state.as_str()).collect::<Vec<_>>())
+            .bind(issued.iter().map(|one| one.issued_at_ms).collect::<Vec<_>>())
+            .execute(&mut *self.transaction)
+            .await?;
+        }
+        Ok(())
+    }
+
+    /// Ends it: Postgres has everything. Returns the position, and the op there, under which Redis is to be opened.
+    pub async fn end(mut self) -> Result<(Position, String), Error> {
+        let (applied, last_op) = (Position::new(self.epoch, self.n), format!("rebuild:{}", self.epoch));
+        apply::end_epochs(&mut self.transaction, self.partition, Position::new(0, self.n), self.epoch).await?;
+        partition::advance(&mut self.transaction, self.partition, applied, &last_op, Some(crate::domain::InboxMark::default())).await?;
+        sqlx::query("UPDATE holdfast.partition SET owner = NULL, lease_until = NULL WHERE id = $1")
+            .bind(partition::id(self.partition))
+            .execute(&mut *self.transaction)
+            .await?;
+        self.transaction.commit().await?;
+        Ok((applied, last_op))
+    }
+}

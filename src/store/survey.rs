@@ -1,0 +1,123 @@
+//! Reads everything that Redis holds, for Postgres to be given. Only behind [`meta::fence`](super::meta::fence): nothing changes meanwhile.
+
+use std::collections::{BTreeSet, HashMap};
+
+use redis::Value;
+
+use super::refill::{Coupon, Product};
+use super::{Connection, Error, keys, reads};
+use crate::domain::Id;
+use crate::limits::REFILL_KEYS;
+
+/// One step through the keys.
+#[derive(Default)]
+pub struct Page {
+    /// Products that hold a number of units.
+    pub products: Vec<Product>,
+    pub coupons: Vec<(Coupon, Vec<Holder>)>,
+    /// Keys of ours that hold something else.
+    pub unreadable: Vec<String>,
+}
+
+/// What a user has of a coupon.
+pub struct Holder {
+    pub user: String,
+    pub coupons: Vec<reads::Held>,
+}
+
+/// A walk through every key; a key may be met twice.
+pub struct Walk {
+    cursor: String,
+    begun: bool,
+}
+
+fn read<T: redis::FromRedisValue>(value: Value) -> Result<T, Error> {
+    Ok(redis::from_redis_value(value).map_err(redis::RedisError::from)?)
+}
+
+impl Walk {
+    pub fn new() -> Self {
+        Self { cursor: "0".to_owned(), begun: false }
+    }
+
+    /// The next step; `None` at the end.
+    pub async fn next(&mut self, connection: &mut Connection) -> Result<Option<Page>, Error> {
+        if self.begun && self.cursor == "0" {
+            return Ok(None);
+        }
+        self.begun = true;
+        let (cursor, found): (String, Vec<Vec<u8>>) =
+            read(connection.send(redis::cmd("SCAN").arg(&self.cursor).arg("COUNT").arg(REFILL_KEYS)).await?)?;
+        self.cursor = cursor;
+        // A step may return a key twice.
+        let found: BTreeSet<String> = found.into_iter().filter_map(|key| String::from_utf8(key).ok()).collect();
+        let named = |prefix: &'static str| found.iter().filter_map(move |key| key.strip_prefix(prefix)).map(Id::from).collect::<Vec<_>>();
+        let mut page = Page::default();
+        products(connection, &named(keys::PRODUCT_PREFIX), &mut page).await?;
+        for coupon in named(keys::COUPON_INFO_PREFIX) {
+            match self::coupon(connection, &coupon).await {
+                Ok(coupon) => page.coupons.push(coupon),
+                Err(Error::Connection(error)) => return Err(Error::Connection(error)),
+                Err(_) => page.unreadable.push(keys::coupon_info(&coupon)),
+            }
+        }
+        Ok(Some(page))
+    }
+}
+
+impl Default for Walk {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+async fn products(connection: &mut Connection, products: &[Id], page: &mut Page) -> Result<(), Error> {
+    if products.is_empty() {
+        return Ok(());
+    }
+    let keys: Vec<String> = products.iter().map(keys::product).collect();
+    let values: Vec<Option<String>> = read(connection.send(redis::cmd("MGET").arg(&keys)).await?)?;
+    let fields: Vec<&[u8]> = products.iter().map(Id::as_bytes).collect();
+    let mut beside: HashMap<&str, Vec<Option<String>>> = HashMap::new();
+    for key in [keys::HELD, keys::LOW, keys::FROZEN] {
+        beside.insert(key, read(connection.send(redis::cmd("HMGET").arg(key).arg(&fields)).await?)?);
+    }
+    let number = |key: &str, i: usize| beside.get(key).and_then(|values| values.get(i)?.as_ref()?.parse::<i64>().ok());
+    for (i, (product, value)) in products.iter().zip(values).enumerate() {
+        let Some(available) = value.as_ref().and_then(|value| value.parse().ok()).filter(|available| *available >= 0) else {
+            page.unreadable.push(keys::product(product));
+            continue;
+        };
+        let frozen = beside.get(keys::FROZEN).and_then(|values| values.get(i)?.clone());
+        let (held, low) = (number(keys::HELD, i).unwrap_or(0), number(keys::LOW, i));
+        page.products.push(Product { product: product.clone(), available, held, low, frozen });
+    }
+    Ok(())
+}
+
+async fn coupon(connection: &mut Connection, coupon: &Id) -> Result<(Coupon, Vec<Holder>), Error> {
+    let fields: HashMap<String, i64> = read(connection.send(redis::cmd("HGETALL").arg(keys::coupon_info(coupon))).await?)?;
+    let field = |name: &str| fields.get(name).copied().ok_or_else(|| Error::Unexpected(format!("coupon '{coupon}' has no {name}")));
+    let terms = Coupon {
+        coupon: coupon.clone(),
+        total: field("total")?,
+        issued: field("issued")?,
+        used: field("used")?,
+        serial: field("serial")?,
+        per_user: field("peruser")?,
+        start_ms: field("start")?,
+        end_ms: field("end")?,
+    };
+    let (mut holders, mut cursor) = (Vec::new(), "0".to_owned());
+    loop {
+        let step = connection.send(redis::cmd("HSCAN").arg(keys::coupon_users(coupon)).arg(&cursor).arg("COUNT").arg(REFILL_KEYS)).await?;
+        let (next, found): (String, Vec<(String, String)>) = read(step)?;
+        for (user, lines) in found {
+            holders.push(Holder { user, coupons: lines.lines().map(reads::held).collect::<Result<_, _>>()? });
+        }
+        cursor = next;
+        if cursor == "0" {
+            return Ok((terms, holders));
+        }
+    }
+}
