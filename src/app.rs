@@ -21,14 +21,15 @@ use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, Stats};
 use crate::config::{Config, Prefer};
+use crate::domain::Side;
 use crate::ledger;
 use crate::limits;
-use crate::outbox::by_hand::{self, Side};
+use crate::outbox::by_hand;
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
 use crate::outbox::sweep::Sweeper;
 use crate::outbox::verify::Verifier;
-use crate::reconcile;
+use crate::reconcile::Settings;
 use crate::reconcile::examine::Examiner;
 use crate::reconcile::request::Requests;
 use crate::reconcile::schedule::Scheduler;
@@ -88,22 +89,22 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, &instance, config.idempotency.window);
-    let settings = reconciling(&config);
-    let examiner = || Examiner::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, settings);
-    let (scheduler, requests) = (Scheduler::new(examiner(), settings), Requests::new(examiner(), syncs));
     let sweeper = Sweeper {
         partition: Arc::clone(&partition),
         redis_url: config.redis.url.expose().to_owned(),
         postgres_url: postgres_url.clone(),
         window_ms: i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX),
     };
+    let settings = reconciling(&config);
+    let examiner = || Examiner::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, settings);
+    let (scheduler, requests) = (Scheduler::new(examiner(), settings), Requests::new(examiner(), syncs));
     let working = {
         let (partition, back, shutdown) = (Arc::clone(&partition), back.clone(), shutdown.clone());
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
                 let reconciling = async { tokio::join!(scheduler.run(back.clone()), requests.run(back.clone())) };
-                let writing = async { tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loader.run(back.clone())) };
-                tokio::join!(writing, reconciling, sweeper.run(back.clone()));
+                let loading = async { tokio::join!(loader.run(back.clone()), sweeper.run(back.clone())) };
+                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loading, reconciling);
             }
         })
     };
@@ -134,13 +135,13 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     Ok(())
 }
 
-fn reconciling(config: &Config) -> reconcile::Settings {
+fn reconciling(config: &Config) -> Settings {
     let prefer = match config.reconcile.prefer {
-        Prefer::Postgres => reconcile::Side::Postgres,
-        Prefer::Redis => reconcile::Side::Redis,
+        Prefer::Postgres => Side::Postgres,
+        Prefer::Redis => Side::Redis,
     };
     let (sync_every, initialise_every) = (config.reconcile.sync_every, config.reconcile.initialise_every);
-    reconcile::Settings { sync_every, initialise_every, prefer, auto_limit: config.reconcile.auto_limit }
+    Settings { sync_every, initialise_every, prefer, auto_limit: config.reconcile.auto_limit }
 }
 
 /// Brings Postgres to this version's tables.

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::{Arg, ArgMatches, Command, value_parser};
 
 use crate::config::{self, FILE_VARIABLE, Kind, Resolved, SETTINGS, Setting, Sources};
-use crate::outbox::by_hand::Side;
+use crate::domain::Side;
 use crate::telemetry::http;
 
 /// The exit code for a command line or a configuration that cannot be used: EX_USAGE of sysexits.h. Supervisors need not try again.

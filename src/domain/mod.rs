@@ -7,6 +7,7 @@ pub mod mark;
 pub mod position;
 pub mod quantity;
 pub mod request;
+pub mod side;
 pub mod text;
 
 pub use drift::{Drift, Remedy};
@@ -14,3 +15,4 @@ pub use id::Id;
 pub use mark::InboxMark;
 pub use position::Position;
 pub use request::RequestId;
+pub use side::Side;

@@ -4,7 +4,7 @@ use tracing::{info, warn};
 use uuid::Uuid;
 
 use super::rebuild::Rebuild;
-use crate::domain::InboxMark;
+use crate::domain::{InboxMark, Side};
 use crate::ledger::adopt::{self, Adoption};
 use crate::ledger::{self, PgConnection};
 use crate::limits::RELAY_READ_ENTRIES_MAX;
@@ -12,13 +12,6 @@ use crate::store::meta::{self, Look};
 use crate::store::stream::OutboxReader;
 use crate::store::survey::Walk;
 use crate::store::{Connection, Partition, refill};
-
-/// The side that is right.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Side {
-    Redis,
-    Postgres,
-}
 
 /// Makes the other side as this one is, and opens Redis under the next epoch. Sidecars may run meanwhile: they sell on afterwards.
 pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms: i64) -> Result<(), String> {

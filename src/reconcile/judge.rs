@@ -1,6 +1,7 @@
 //! What a difference is, and what to do about it. Pure.
 
-use super::{Settings, Side};
+use super::Settings;
+use crate::domain::Side;
 use crate::domain::{Drift, Id, Remedy};
 use crate::ledger::stock::{At, Expected};
 use crate::store::partition::Found;

@@ -133,6 +133,20 @@ pub const METRICS: &[Metric] = &[
         doc: "Failures on Postgres after which the relay tried again.",
     },
     Metric {
+        name: "holdfast_rebuilds_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "How often this process has filled Redis from Postgres.",
+    },
+    Metric {
+        name: "holdfast_salvaged_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["what"],
+        doc: "Changes that were answered and saved out of a Redis that lost its data (`what`: saved, owed, handed_over).",
+    },
+    Metric {
         name: "holdfast_reconcile_rounds_total",
         kind: Kind::Counter,
         unit: Unit::Count,
@@ -166,20 +180,6 @@ pub const METRICS: &[Metric] = &[
         unit: Unit::Count,
         labels: &["action"],
         doc: "Differences that were `corrected`, `frozen` or `initialised`.",
-    },
-    Metric {
-        name: "holdfast_rebuilds_total",
-        kind: Kind::Counter,
-        unit: Unit::Count,
-        labels: &[],
-        doc: "How often this process has filled Redis from Postgres.",
-    },
-    Metric {
-        name: "holdfast_salvaged_total",
-        kind: Kind::Counter,
-        unit: Unit::Count,
-        labels: &["what"],
-        doc: "Changes that were answered and saved out of a Redis that lost its data (`what`: saved, owed, handed_over).",
     },
 ];
 

@@ -298,11 +298,11 @@ impl Database {
         format!("{server}/test_{database}_{name}?{options}")
     }
 
-    /// Runs a statement as another program would.
-    pub fn change(&self, statement: &str) {
+    /// Runs statements.
+    pub fn execute(&self, statements: &str) {
         self.runtime.block_on(async {
             let mut connection = PgConnection::connect(&self.url).await.unwrap();
-            sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut connection).await.unwrap();
+            sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&mut connection).await.unwrap();
         });
     }
 

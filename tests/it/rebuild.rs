@@ -154,7 +154,7 @@ fn a_rebuild_of_many_products_is_quick_and_shows_how_far_it_is() {
         "SET holdfast.writer = 'holdfast'; \
          INSERT INTO holdfast.stock (product_id, available) SELECT 'sku-' || i, i FROM generate_series(1, {products}) i"
     );
-    stack.postgres.change(&insert);
+    stack.postgres.execute(&insert);
     stack.backing().ask("FLUSHALL");
     let began = Instant::now();
     client.until_not("STOCK.GET sku-77", LOADING);

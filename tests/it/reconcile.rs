@@ -153,7 +153,7 @@ fn a_busy_stock_shows_no_false_difference() {
                 // Another program: Redis has not been told of it yet.
                 stack
                     .postgres
-                    .change(&format!("UPDATE holdfast.stock SET available = available + 3 WHERE product_id = 'outside-{}'", changed % 5));
+                    .execute(&format!("UPDATE holdfast.stock SET available = available + 3 WHERE product_id = 'outside-{}'", changed % 5));
                 changed += 1;
                 thread::sleep(Duration::from_millis(100));
             }
@@ -237,7 +237,7 @@ fn each_difference_is_repaired_once(prefer: &str) {
         let mut backing = stack.backing();
         for (redis, postgres) in damage.redis.iter().zip(&damage.postgres) {
             backing.ask(redis);
-            stack.postgres.change(&behind_the_trigger(postgres));
+            stack.postgres.execute(&behind_the_trigger(postgres));
         }
         wait_until("everything is found", || found_of_damage(&stack.postgres).len() >= damage.expected.len());
         wait_for_rounds(&stack.sidecar, 3.0);
@@ -294,7 +294,7 @@ fn eight_reconcilers_at_once_repair_each_difference_once() {
     let damage = damage();
     let mut backing = stack.backing();
     damage.redis.iter().for_each(|command| _ = backing.ask(command));
-    stack.postgres.change(&behind_the_trigger(&damage.postgres.join("; ")));
+    stack.postgres.execute(&behind_the_trigger(&damage.postgres.join("; ")));
     thread::scope(|scope| {
         for sidecar in others.iter().chain([&stack.sidecar]) {
             scope.spawn(move || {
@@ -414,7 +414,7 @@ fn a_dry_run_says_what_differs_and_changes_nothing() {
 fn unfreezing_opens_a_product_once_and_says_so_again() {
     let stack = Stack::with_settings(NEVER);
     let mut client = stack.connect();
-    stack.postgres.change(&behind_the_trigger(
+    stack.postgres.execute(&behind_the_trigger(
         "INSERT INTO holdfast.stock (product_id, available, low, frozen) VALUES ('old', 7, 5, 'counted wrong')",
     ));
     assert_eq!(client.until_not("STOCK.DECR old 1", "-TRYAGAIN"), "-FROZEN counted wrong", "loaded with all that Postgres has of it");
