@@ -1,7 +1,7 @@
 # Everything builds with the release profile: tests, lints and programs share one build of the dependencies.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run demo test test-clients bench lint fmt docs
+.PHONY: help setup build run demo test test-clients test-sabotage bench lint fmt docs
 
 # short: a smoke test of the benchmark; full: numbers to publish.
 BENCH ?= full
@@ -26,6 +26,9 @@ test: setup ## Runs every test
 
 test-clients: build ## Runs the clients of other languages against it
 	tests/clients/run
+
+test-sabotage: setup ## Shows that builds which break a promise fail the tests
+	tests/sabotage
 
 bench: setup ## Measures it; BENCH=short for a minute
 	BENCH=$(BENCH) HOLDFAST_TEST_FSYNC=1 cargo bench --locked

@@ -14,7 +14,6 @@
     reason = "as in tests: what fails shall end it, and the table goes to stdout"
 )]
 
-#[allow(dead_code, reason = "uses a part of what the tests do")]
 #[path = "../tests/it/harness.rs"]
 mod harness;
 #[path = "../tests/it/servers.rs"]

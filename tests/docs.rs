@@ -79,7 +79,8 @@ fn every_guarantee_names_tests_that_exist() {
     let text = fs::read_to_string(path("ARCHITECTURE.md")).unwrap();
     let (_, rest) = text.split_once("\n## Guarantees\n").expect("a section Guarantees");
     let table = rest.split("\n## ").next().unwrap();
-    let code: String = ["src", "tests/it"].iter().flat_map(|folder| rust_files(&path(folder))).map(|(_, text)| text).collect();
+    let code: String =
+        ["src", "tests/it", "tests/campaign"].iter().flat_map(|folder| rust_files(&path(folder))).map(|(_, text)| text).collect();
     let named: Vec<&str> = table.split('`').skip(1).step_by(2).filter(|word| word.matches('_').count() > 2).collect();
     assert!(named.len() > 20, "{named:?}");
     for test in named {

@@ -31,6 +31,8 @@ pub struct Backend {
     pub first_use: FirstUse,
     /// How long an operation may take, from the arrival of its command.
     pub within: Duration,
+    /// How long its reply may take.
+    pub reply_within: Duration,
 }
 
 impl Backend {
@@ -46,6 +48,7 @@ impl Backend {
             reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
             within,
+            reply_within,
             partition,
         }
     }

@@ -89,7 +89,8 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
         Err(reply) => return Step::Reply(reply),
     };
     let op = CouponOp { coupon: call.args.id("coupon"), action, request: change::request(&call.args) };
-    let waiter = CouponWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), confirmation };
+    let ticket = call.ticket_with(confirmation.waits_for_postgres());
+    let waiter = CouponWaiter { cx: Rc::clone(call.cx), ticket, confirmation };
     call.cx.backend.coupon.submit(op, call.arrived, waiter);
     Step::Later
 }

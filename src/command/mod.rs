@@ -5,7 +5,7 @@
 //! - [`describe`]: COMMAND, COMMAND DOCS and the README's table, from the specs.
 //! - [`stats`]: what INFO and the metrics count; [`info`]: INFO's text; [`glob`]: patterns.
 //! - [`connection`], [`client`], [`server`]: the session's and the server's own commands.
-//! - [`stock`], [`coupon`], [`holdfast`]: what Holdfast is for; [`backend`]: what they work with; [`ack`]: replies that wait for Postgres.
+//! - [`stock`], [`coupon`], [`holdfast`], [`dead_letter`]: what Holdfast is for; [`backend`]: what they work with; [`ack`]: replies that wait for Postgres.
 
 pub mod ack;
 pub mod args;
@@ -14,9 +14,11 @@ mod change;
 pub mod client;
 pub mod connection;
 pub mod coupon;
+pub mod dead_letter;
 pub mod describe;
 pub mod first_use;
 pub mod glob;
+mod heartbeat;
 pub mod holdfast;
 pub mod info;
 mod read;
@@ -31,12 +33,13 @@ use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 pub use args::{Ack, Args};
 pub use backend::Backend;
+pub use heartbeat::Heartbeat;
 pub use spec::Spec;
 pub use stats::Stats;
 pub use table::Commands;
@@ -82,6 +85,12 @@ impl Call<'_> {
         self.pipeline.ticket()
     }
 
+    /// Reserves this command's place in the replies, with so much more time than a reply has by itself.
+    pub fn ticket_with(&self, more: Duration) -> Ticket {
+        self.pipeline.allow(more);
+        self.pipeline.ticket()
+    }
+
     /// The connection's replies: a command that sends several pushes all but the last here, and what sends messages keeps it.
     pub fn pipeline(&self) -> &Rc<Pipeline> {
         self.pipeline
@@ -93,6 +102,7 @@ pub struct Context {
     pub commands: Rc<Commands>,
     pub registry: Arc<Registry>,
     pub stats: Arc<Stats>,
+    pub heartbeat: Rc<Heartbeat>,
     /// While set, the error that every command without the LOADING flag gets: `LOADING ...`.
     pub refusal: Cell<Option<&'static str>>,
     /// What CONFIG GET shows, secrets left out.
@@ -110,6 +120,7 @@ impl Context {
             commands,
             registry,
             stats,
+            heartbeat: Heartbeat::new(),
             refusal: Cell::new(None),
             settings: RefCell::new(settings),
             sections: RefCell::new(Vec::new()),
@@ -142,7 +153,7 @@ pub enum After {
 pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>, request: Request, arrived: Instant) -> After {
     let silent = session.mute_next();
     let replies = session.replies;
-    let stamp = Stamp { tag: cx.commands.len(), arrived, protocol: session.protocol, silent };
+    let stamp = Stamp { tag: cx.commands.len(), arrived, due: None, protocol: session.protocol, silent };
     let (index, spec) = match cx.commands.find(&request.args) {
         Ok(found) => found,
         Err(_) if is_http(&request.args[0]) => {
@@ -155,7 +166,8 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
             return After::Next;
         }
     };
-    let stamp = Stamp { tag: index, ..stamp };
+    let due = spec.is_timed().then(|| arrived + cx.backend.reply_within + spec.more_time);
+    let stamp = Stamp { tag: index, due, ..stamp };
     pipeline.stamp(stamp);
     session.last_command = spec.name;
     let step = match check(cx, session, spec, request) {

@@ -1,6 +1,8 @@
 //! A command, declared once: dispatch, argument matching, COMMAND, COMMAND DOCS, ACL categories, metric labels and the README's table
 //! all come from its [`Spec`].
 
+use std::time::Duration;
+
 use super::Handler;
 use crate::domain::quantity::QUANTITY_MAX;
 use crate::limits::{PATTERN_MAX, TIMEOUT_MS_MAX};
@@ -44,6 +46,8 @@ pub struct Spec {
     pub example: &'static str,
     /// `None` for a command that is nothing without a subcommand.
     pub run: Option<Handler>,
+    /// How much more time its reply may take than others, apart from what the client asks it to wait.
+    pub more_time: Duration,
     pub subcommands: &'static [&'static Spec],
 }
 
@@ -61,6 +65,7 @@ impl Spec {
             complexity: "O(1)",
             example: name,
             run: None,
+            more_time: Duration::ZERO,
             subcommands: &[],
         }
     }
@@ -105,6 +110,11 @@ impl Spec {
         self
     }
 
+    pub const fn more_time(mut self, more_time: Duration) -> Self {
+        self.more_time = more_time;
+        self
+    }
+
     pub const fn subcommands(mut self, subcommands: &'static [&'static Spec]) -> Self {
         self.subcommands = subcommands;
         self
@@ -113,6 +123,11 @@ impl Spec {
     /// Whether the flag is set.
     pub const fn is(&self, flag: u32) -> bool {
         self.flags & flag != 0
+    }
+
+    /// Whether it is promised when its reply comes.
+    pub fn is_timed(&self) -> bool {
+        matches!(self.family, "stock" | "coupon")
     }
 
     /// The name as COMMAND and errors show it.

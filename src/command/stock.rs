@@ -126,6 +126,7 @@ pub static SYNC: Spec = Spec::new("STOCK.SYNC", "Compares products in Redis with
     .complexity("O(N) in the number of products")
     .reply("array of maps, one a product that differs: `product redis postgres in_flight drift action`; action: `none`, `corrected`, `frozen`, `initialised`")
     .example("STOCK.SYNC sku-1 DRYRUN")
+    .more_time(limits::SYNC_REPLY_WITHIN)
     .run(sync);
 
 pub static UNFREEZE: Spec = Spec::new("STOCK.UNFREEZE", "Lets a frozen product change again, after a person has looked.")
@@ -171,14 +172,14 @@ fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
         Err(reply) => return Step::Reply(reply),
     };
     op.request = change::request(&call.args);
-    let waiter = StockWaiter::client(call, Shape::Change(confirmation));
+    let waiter = StockWaiter::client(call, call.ticket_with(confirmation.waits_for_postgres()), Shape::Change(confirmation));
     call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
 }
 
 fn look(call: &mut Call<'_>, items: Vec<(Id, i64)>, shape: Shape) -> Step {
     let op = StockOp::new(Action::Read, items);
-    let waiter = StockWaiter::client(call, shape);
+    let waiter = StockWaiter::client(call, call.ticket(), shape);
     call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
 }
@@ -207,8 +208,8 @@ pub struct ClientWaiter {
 }
 
 impl StockWaiter {
-    fn client(call: &Call<'_>, shape: Shape) -> Self {
-        Self::Client(ClientWaiter { cx: Rc::clone(call.cx), ticket: call.ticket(), shape, arrived: call.arrived, lookups: 0 })
+    fn client(call: &Call<'_>, ticket: Ticket, shape: Shape) -> Self {
+        Self::Client(ClientWaiter { cx: Rc::clone(call.cx), ticket, shape, arrived: call.arrived, lookups: 0 })
     }
 
     /// Answers with an error.

@@ -38,6 +38,11 @@ impl Id {
         &self.0
     }
 
+    /// The same id in memory of its own: what is kept must not keep the buffer that its request was read into.
+    pub fn unshared(&self) -> Self {
+        Self(Bytes::copy_from_slice(&self.0))
+    }
+
     /// The id's bytes, shared.
     pub fn bytes(&self) -> &Bytes {
         &self.0

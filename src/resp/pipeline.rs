@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{Protocol, Reply};
 use crate::limits::MESSAGES_MAX;
@@ -22,6 +22,8 @@ pub struct Stamp {
     pub tag: usize,
     /// When the request was read.
     pub arrived: Instant,
+    /// Until when its reply is promised, if it is.
+    pub due: Option<Instant>,
     /// The dialect at that time; a later HELLO does not change it.
     pub protocol: Protocol,
     /// Whether the client asked not to be answered (CLIENT REPLY).
@@ -72,7 +74,7 @@ pub struct Pipeline {
 
 impl Pipeline {
     pub fn new() -> Rc<Self> {
-        let stamp = Stamp { tag: 0, arrived: Instant::now(), protocol: Protocol::Resp2, silent: false };
+        let stamp = Stamp { tag: 0, arrived: Instant::now(), due: None, protocol: Protocol::Resp2, silent: false };
         Rc::new(Self {
             state: RefCell::new(State {
                 slots: VecDeque::new(),
@@ -89,6 +91,12 @@ impl Pipeline {
     /// Sets what the next reserved replies are stamped with.
     pub fn stamp(&self, stamp: Stamp) {
         self.state.borrow_mut().stamp = stamp;
+    }
+
+    /// Gives the reply that is reserved next more time.
+    pub fn allow(&self, more: Duration) {
+        let stamp = &mut self.state.borrow_mut().stamp;
+        stamp.due = stamp.due.map(|due| due + more);
     }
 
     /// Reserves the next place in line.
@@ -123,7 +131,7 @@ impl Pipeline {
     pub fn pop_ready(&self) -> Option<Ready> {
         let mut state = self.state.borrow_mut();
         if let Some(reply) = state.messages.pop_front() {
-            return Some(Ready { stamp: Stamp { silent: false, tag: usize::MAX, ..state.stamp }, reply });
+            return Some(Ready { stamp: Stamp { silent: false, due: None, tag: usize::MAX, ..state.stamp }, reply });
         }
         let reply = state.slots.front_mut()?.reply.take()?;
         let stamp = state.slots.pop_front()?.stamp;
@@ -318,7 +326,7 @@ mod tests {
     fn a_reply_keeps_the_dialect_its_request_came_in() {
         let pipeline = Pipeline::new();
         let ticket = pipeline.ticket();
-        pipeline.stamp(Stamp { tag: 5, arrived: Instant::now(), protocol: Protocol::Resp3, silent: true });
+        pipeline.stamp(Stamp { tag: 5, arrived: Instant::now(), due: None, protocol: Protocol::Resp3, silent: true });
         pipeline.push_ready(Reply::Nil);
         ticket.complete(Reply::Nil);
         let (first, second) = (pipeline.pop_ready().unwrap(), pipeline.pop_ready().unwrap());

@@ -41,6 +41,8 @@ pub async fn run(stream: TcpStream, session: Session, cx: Rc<Context>) {
         phase: Phase::Open,
         stopped,
         stall: None,
+        held_until: Instant::now(),
+        answered: Instant::now(),
     };
     while connection.phase != Phase::Gone {
         connection.dispatch_turn();
@@ -93,6 +95,9 @@ struct Connection {
     stopped: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     /// Runs while bytes wait for the client to take them.
     stall: Option<Pin<Box<Sleep>>>,
+    /// When the last reply went out, and until when it was allowed to hold back those behind it.
+    answered: Instant,
+    held_until: Instant,
 }
 
 impl Connection {
@@ -122,7 +127,7 @@ impl Connection {
                 Err(error) => {
                     tracing::info!(client = %self.session.client.address, error = error.text(), "protocol error: connection closed");
                     let protocol = self.session.protocol;
-                    self.pipeline.stamp(Stamp { tag: self.cx.commands.len(), arrived, protocol, silent: false });
+                    self.pipeline.stamp(Stamp { tag: self.cx.commands.len(), arrived, due: None, protocol, silent: false });
                     self.pipeline.push_ready(Reply::error(error.text()));
                     self.phase = Phase::Ending;
                 }
@@ -151,6 +156,7 @@ impl Connection {
             let Some(ready) = self.pipeline.pop_ready() else { break };
             let now = *now.get_or_insert_with(Instant::now);
             self.cx.stats.replied(ready.stamp.tag, &ready.reply, now.saturating_duration_since(ready.stamp.arrived));
+            self.watch(&ready.stamp, now);
             if !ready.stamp.silent {
                 ready.reply.encode(&mut self.out, ready.stamp.protocol);
             }
@@ -159,6 +165,16 @@ impl Connection {
             tracing::warn!(client = %self.session.client.address, "a subscriber that reads too slowly: connection closed");
             self.phase = Phase::Gone;
         }
+    }
+
+    /// Notices a reply that comes later than promised. One that had to wait its turn has the time of the one before it.
+    fn watch(&mut self, stamp: &Stamp, now: Instant) {
+        let held = stamp.arrived < self.answered;
+        let due = stamp.due.map_or(now, |due| if held { due.max(self.held_until) } else { due });
+        if now > due {
+            self.cx.heartbeat.late(stamp.arrived, now - due);
+        }
+        (self.answered, self.held_until) = (now, due);
     }
 
     /// Sends what the socket takes.
@@ -304,7 +320,7 @@ mod tests {
 
     use super::*;
     use crate::command::spec::{BLOCKING, Spec, integer, text};
-    use crate::command::{Commands, Stats, Step, client, connection};
+    use crate::command::{Commands, Handler, Stats, Step, client, connection};
     use crate::resp::Ticket;
     use crate::session::registry::Registry;
 
@@ -322,18 +338,21 @@ mod tests {
         held.into_iter().rev().for_each(|(word, ticket)| ticket.complete(Reply::Bulk(word)));
         Step::Reply(Reply::ok())
     });
-    static SLEEP: Spec = Spec::new("T.SLEEP", "Waits alone.").flags(BLOCKING).args(&[integer("ms", 1, 60_000, "ms")]).run(|call| {
+    static SLEEP: Spec = Spec::new("T.SLEEP", "Waits alone.").flags(BLOCKING).args(&[integer("ms", 1, 60_000, "ms")]).run(SLEEP_RUN);
+    const SLEEP_RUN: Handler = |call| {
         let ms = Duration::from_millis(call.args.integer("ms").unsigned_abs());
         Step::Wait(Box::pin(async move {
             tokio::time::sleep(ms).await;
             Reply::simple("AWAKE")
         }))
-    });
+    };
+    static LATE: Spec =
+        Spec::new("T.LATE", "Waits alone, and has promised more.").family("stock").args(&[integer("ms", 1, 60_000, "ms")]).run(SLEEP_RUN);
     static BIG: Spec = Spec::new("T.BIG", "Answers many bytes.")
         .args(&[integer("bytes", 1, 10_000_000, "bytes")])
         .run(|call| Step::Reply(Reply::bulk(vec![b'x'; usize::try_from(call.args.integer("bytes")).unwrap_or(0)])));
     static TABLE: &[&Spec] =
-        &[&HOLD, &FREE, &SLEEP, &BIG, &connection::PING, &connection::ECHO, &connection::HELLO, &connection::QUIT, &client::CLIENT];
+        &[&HOLD, &FREE, &SLEEP, &LATE, &BIG, &connection::PING, &connection::ECHO, &connection::HELLO, &connection::QUIT, &client::CLIENT];
 
     struct Server {
         address: SocketAddr,
@@ -373,6 +392,31 @@ mod tests {
         let mut text = String::new();
         stream.read_to_string(&mut text).await.unwrap();
         text
+    }
+
+    #[tokio::test]
+    async fn a_late_reply_is_counted_and_one_for_which_the_thread_stood_still_apart() {
+        let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+        let handle = recorder.handle();
+        let _guard = metrics::set_default_local_recorder(&recorder);
+        let counts = || {
+            let text = handle.render();
+            ["late", "stalled"].map(|which| text.contains(&format!("holdfast_{which}_replies_total 1")))
+        };
+        served(10, async |server| {
+            tokio::task::spawn_local(Rc::clone(&server.cx.heartbeat).beat());
+            let mut client = TcpStream::connect(server.address).await.unwrap();
+            talk(&mut client, b"T.LATE 10\r\nT.LATE 20\r\n", "+AWAKE\r\n+AWAKE\r\n").await;
+            assert_eq!(counts(), [false, false]);
+            talk(&mut client, b"T.LATE 1000\r\n", "+AWAKE\r\n").await;
+            assert_eq!(counts(), [true, false]);
+            client.write_all(b"T.LATE 50\r\n").await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            std::thread::sleep(Duration::from_millis(500));
+            expect(&mut client, "+AWAKE\r\n").await;
+            assert_eq!(counts(), [true, true]);
+        })
+        .await;
     }
 
     async fn until(mut done: impl FnMut() -> bool) {

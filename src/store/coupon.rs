@@ -169,7 +169,12 @@ impl Family for Coupon {
         Some(Note { position, serial, remaining, available: Vec::new() })
     }
 
-    fn kept(op: CouponOp) -> Kept {
+    fn kept(mut op: CouponOp) -> Kept {
+        op.coupon = op.coupon.unshared();
+        if let Action::Issue { user } = &mut op.action {
+            *user = user.unshared();
+        }
+        op.request.iter_mut().for_each(Request::unshare);
         Kept::Coupon(op)
     }
 

@@ -23,6 +23,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// Gives its id memory of its own.
+    pub fn unshare(&mut self) {
+        self.id = self.id.unshared();
+    }
+
     /// The id's own time in Unix ms; 0 where it has none.
     pub fn stamp_ms(&self) -> u64 {
         self.id.uuid_v7_ms().unwrap_or(0)

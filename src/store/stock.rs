@@ -309,7 +309,9 @@ impl Family for Stock {
         }
     }
 
-    fn kept(op: StockOp) -> Kept {
+    fn kept(mut op: StockOp) -> Kept {
+        op.items.iter_mut().for_each(|(product, _)| *product = product.unshared());
+        op.request.iter_mut().for_each(Request::unshare);
         Kept::Stock(op)
     }
 
@@ -353,6 +355,16 @@ mod tests {
         let line = line(3, &op) + " a 5 5";
         assert_eq!(line, "3 set request=r%201 digest=9f86 low=2 | a 5 5");
         assert!(Operation::decode(&line).is_ok());
+    }
+
+    #[test]
+    fn what_is_kept_does_not_keep_the_buffer_of_its_request() {
+        let buffer = Bytes::from(vec![b'a'; 4096]);
+        let request = Request { id: RequestId::parse(&buffer.slice(..9)).unwrap(), digest: "9f86".into() };
+        let mut op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::parse(&buffer.slice(..3)).unwrap(), 1)]);
+        op.request = Some(request);
+        let _kept = Stock::kept(op);
+        assert!(buffer.is_unique());
     }
 
     #[test]

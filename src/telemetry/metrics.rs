@@ -70,6 +70,34 @@ pub const METRICS: &[Metric] = &[
         doc: "From the arrival of a command to its reply, the wait for an ACK included.",
     },
     Metric {
+        name: "holdfast_late_replies_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "Replies to STOCK and COUPON commands that went out later than `reply_within_ms` after the arrival, or than the wait that was asked for and that.",
+    },
+    Metric {
+        name: "holdfast_late_reply_seconds",
+        kind: Kind::Histogram,
+        unit: Unit::Seconds,
+        labels: &[],
+        doc: "By how much they were late.",
+    },
+    Metric {
+        name: "holdfast_stalled_replies_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "Replies that were late too, but only by as much as the machine did not let the program run.",
+    },
+    Metric {
+        name: "holdfast_stall_seconds",
+        kind: Kind::Histogram,
+        unit: Unit::Seconds,
+        labels: &[],
+        doc: "Stretches in which the thread that serves clients had something to do and was not run.",
+    },
+    Metric {
         name: "holdfast_script_seconds",
         kind: Kind::Histogram,
         unit: Unit::Seconds,
@@ -180,6 +208,27 @@ pub const METRICS: &[Metric] = &[
         unit: Unit::Count,
         labels: &["action"],
         doc: "Differences that were `corrected`, `frozen` or `initialised`.",
+    },
+    Metric {
+        name: "holdfast_dead_letters",
+        kind: Kind::Gauge,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "Changes that Postgres refused and that wait for a person, see `HOLDFAST.DEADLETTER`.",
+    },
+    Metric {
+        name: "holdfast_inbox_rows_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "Changes that other programs made in Postgres and this sidecar has brought to Redis.",
+    },
+    Metric {
+        name: "holdfast_inbox_waiting_seconds",
+        kind: Kind::Gauge,
+        unit: Unit::Seconds,
+        labels: &["partition"],
+        doc: "How long the oldest change that another program made in Postgres has been waiting for Redis, as of the last look.",
     },
 ];
 

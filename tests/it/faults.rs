@@ -188,8 +188,8 @@ fn a_stopping_sidecar_finishes_what_it_started_and_carries_it_to_postgres() {
 #[test]
 fn a_batch_whose_answer_was_lost_is_sent_again_and_runs_once() {
     let mut stack = Stack::start();
-    let proxy = Proxy::start(stack.redis.port());
-    stack.sidecar = Sidecar::start(&proxy.url(), &stack.postgres.url);
+    let proxy = Proxy::start(stack.redis.port(), b"EVALSHA");
+    stack.sidecar = Sidecar::start(&proxy.redis_url(), &stack.postgres.url);
     stack.wait_until_ready();
     let mut client = stack.connect();
     client.ok("STOCK.SET a 100");
@@ -198,7 +198,7 @@ fn a_batch_whose_answer_was_lost_is_sent_again_and_runs_once() {
         proxy.lose(1);
         let left = 100 - lost - 1;
         assert!(client.ask("STOCK.DECR a 1").starts_with(&format!("[OK, {left}, ")));
-        wait_until("the answer was lost", || proxy.left() == 0);
+        wait_until("the answer was lost", || proxy.left_to_lose() == 0);
         proxy.lose(1);
         assert!(client.ask(&format!("COUPON.ISSUE c user-{lost}")).starts_with(&format!("[ISSUED, {}, {left}, ", lost + 1)));
     }
@@ -248,6 +248,44 @@ fn a_busy_partition_stays_open_while_it_is_verified() {
             });
         }
     });
+}
+
+#[test]
+fn a_redis_process_that_was_not_verified_sells_nothing() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 100");
+    for epoch in 1..6 {
+        assert_eq!(stack.backing().ask("HSET holdfast:meta run another-process"), "0");
+        let reply = client.ask("STOCK.DECR a 1");
+        let position = format!(", {epoch}-");
+        assert!(!reply.contains(&position), "sold under epoch {epoch} to the process that it was not taken for: {reply}");
+        let sold = client.until_not("STOCK.DECR a 1", "-");
+        assert!(sold.contains(&format!(", {}-", epoch + 1)), "{sold}");
+    }
+}
+
+#[test]
+fn a_change_that_the_outbox_does_not_take_changes_nothing() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    client.ok("COUPON.CREATE c 10");
+    for (command, sold, look, unchanged) in [
+        ("STOCK.DECR a 1 REQUEST r-1", "[OK, 9, ", "GET stock:product:a", "10"),
+        ("COUPON.ISSUE c u REQUEST r-2", "[ISSUED, 1, 9, ", "HGET coupon:info:c issued", "0"),
+    ] {
+        stack.backing().ask("ACL SETUSER default -xadd");
+        let failed = client.until_not(command, "-TRYAGAIN");
+        assert!(failed.starts_with("-INDOUBT "), "{failed}");
+        assert_eq!(stack.backing().ask(look), unchanged);
+        stack.backing().ask("ACL SETUSER default +xadd");
+        let now = client.until_not(command, "-");
+        assert!(now.starts_with(sold), "{now}");
+    }
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock"), "9");
+    assert_eq!(stack.postgres.value("SELECT issued FROM holdfast.coupon"), "1");
 }
 
 #[test]

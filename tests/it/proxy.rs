@@ -1,78 +1,193 @@
-//! A proxy in front of Redis that loses answers: it passes a script call on, and cuts the connection before the answer gets through.
+//! A proxy that treats connections as a bad network does: it loses answers, cuts, holds, slows down, and sends requests twice. Controlled
+//! while it runs.
 
+#![allow(dead_code, reason = "each of the test binaries uses its own part")]
+
+use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-/// See the module. Ends with the process: its threads hold nothing.
+/// See the module.
 pub struct Proxy {
     port: u16,
-    to_lose: Arc<AtomicUsize>,
+    shared: Arc<Shared>,
+}
+
+/// A way through the proxy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    Requests,
+    Answers,
+}
+
+struct Shared {
+    target: AtomicU16,
+    /// What a request contains that may lose its answer or be sent twice.
+    marked: &'static [u8],
+    to_lose: AtomicUsize,
+    to_repeat: AtomicUsize,
+    delay_us: AtomicU64,
+    held: Mutex<Vec<Direction>>,
+    released: Condvar,
+    connections: Mutex<HashMap<u64, [TcpStream; 2]>>,
+    ended: AtomicBool,
 }
 
 impl Proxy {
-    pub fn start(target: u16) -> Self {
+    /// Passes everything on to a port of this machine. `marked`: what a request contains that [`Proxy::lose`] and [`Proxy::repeat`] are for;
+    /// empty for all requests.
+    pub fn start(target: u16, marked: &'static [u8]) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
         let port = listener.local_addr().unwrap().port();
-        let to_lose = Arc::new(AtomicUsize::new(0));
-        let lose = Arc::clone(&to_lose);
+        let shared = Arc::new(Shared {
+            target: AtomicU16::new(target),
+            marked,
+            to_lose: AtomicUsize::new(0),
+            to_repeat: AtomicUsize::new(0),
+            delay_us: AtomicU64::new(0),
+            held: Mutex::default(),
+            released: Condvar::new(),
+            connections: Mutex::default(),
+            ended: AtomicBool::new(false),
+        });
+        let serving = Arc::clone(&shared);
         thread::spawn(move || {
-            for client in listener.incoming().flatten() {
-                if let Ok(server) = TcpStream::connect(("127.0.0.1", target)) {
-                    let _ = (client.set_nodelay(true), server.set_nodelay(true));
-                    pass(client, server, Arc::clone(&lose));
+            for (number, client) in (0..).zip(listener.incoming().flatten()) {
+                if serving.ended.load(Ordering::SeqCst) {
+                    return;
+                }
+                if let Ok(server) = TcpStream::connect(("127.0.0.1", serving.target.load(Ordering::SeqCst))) {
+                    pass(number, client, server, &serving);
                 }
             }
         });
-        Self { port, to_lose }
+        Self { port, shared }
     }
 
-    pub fn url(&self) -> String {
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    pub fn redis_url(&self) -> String {
         format!("redis://127.0.0.1:{}/", self.port)
     }
 
-    /// Loses the answers of the next script calls.
-    pub fn lose(&self, answers: usize) {
-        self.to_lose.store(answers, Ordering::SeqCst);
+    /// Leads connections made from now on to another port.
+    pub fn lead_to(&self, target: u16) {
+        self.shared.target.store(target, Ordering::SeqCst);
     }
 
-    /// How many are still to be lost.
-    pub fn left(&self) -> usize {
-        self.to_lose.load(Ordering::SeqCst)
+    /// Passes the next marked requests on, and cuts their connections instead of passing on an answer.
+    pub fn lose(&self, answers: usize) {
+        self.shared.to_lose.fetch_add(answers, Ordering::SeqCst);
+    }
+
+    /// How many answers are still to be lost.
+    pub fn left_to_lose(&self) -> usize {
+        self.shared.to_lose.load(Ordering::SeqCst)
+    }
+
+    /// Sends the next marked requests twice.
+    pub fn repeat(&self, requests: usize) {
+        self.shared.to_repeat.fetch_add(requests, Ordering::SeqCst);
+    }
+
+    /// How many requests are still to be sent twice.
+    pub fn left_to_repeat(&self) -> usize {
+        self.shared.to_repeat.load(Ordering::SeqCst)
+    }
+
+    /// Takes this long over everything that passes.
+    pub fn slow_down(&self, delay: Duration) {
+        self.shared.delay_us.store(u64::try_from(delay.as_micros()).unwrap(), Ordering::SeqCst);
+    }
+
+    /// Keeps back what goes this way, until [`Proxy::release`].
+    pub fn hold(&self, direction: Direction) {
+        self.shared.held.lock().unwrap().push(direction);
+    }
+
+    pub fn release(&self) {
+        self.shared.held.lock().unwrap().clear();
+        self.shared.released.notify_all();
+    }
+
+    /// Cuts every connection.
+    pub fn cut(&self) {
+        for ends in self.shared.connections.lock().unwrap().values() {
+            ends.iter().for_each(|end| drop(end.shutdown(Shutdown::Both)));
+        }
     }
 }
 
-fn pass(client: TcpStream, server: TcpStream, to_lose: Arc<AtomicUsize>) {
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shared.ended.store(true, Ordering::SeqCst);
+        self.release();
+        self.cut();
+        // Wakes the thread that accepts.
+        let _ = TcpStream::connect(("127.0.0.1", self.port));
+    }
+}
+
+impl Shared {
+    fn wait_if_told(&self, direction: Direction) {
+        let held = self.held.lock().unwrap();
+        drop(self.released.wait_while(held, |held| held.contains(&direction)).unwrap());
+        match self.delay_us.load(Ordering::SeqCst) {
+            0 => {}
+            delay => thread::sleep(Duration::from_micros(delay)),
+        }
+    }
+
+    fn is_marked(&self, bytes: &[u8]) -> bool {
+        self.marked.is_empty() || bytes.windows(self.marked.len()).any(|window| window == self.marked)
+    }
+}
+
+fn take_one(from: &AtomicUsize) -> bool {
+    from.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok()
+}
+
+fn pass(number: u64, client: TcpStream, server: TcpStream, shared: &Arc<Shared>) {
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (mut from_client, mut to_server) = (client.try_clone().unwrap(), server.try_clone().unwrap());
-    let (mut from_server, mut to_client) = (server, client);
-    let losing = Arc::new(AtomicUsize::new(0));
-    let loses = Arc::clone(&losing);
+    let (mut from_server, mut to_client) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+    shared.connections.lock().unwrap().insert(number, [client, server]);
+    let losing = Arc::new(AtomicBool::new(false));
+    let (loses, all) = (Arc::clone(&losing), Arc::clone(shared));
     thread::spawn(move || {
         let mut buffer = [0; 65536];
         while let Ok(read @ 1..) = from_client.read(&mut buffer) {
-            let script = buffer[..read].windows(7).any(|window| window == b"EVALSHA");
-            let lose = script && to_lose.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok();
-            loses.fetch_add(usize::from(lose), Ordering::SeqCst);
-            if to_server.write_all(&buffer[..read]).is_err() {
+            let request = &buffer[..read];
+            all.wait_if_told(Direction::Requests);
+            let marked = all.is_marked(request);
+            if marked && take_one(&all.to_lose) {
+                loses.store(true, Ordering::SeqCst);
+            }
+            // Half a request may not be sent twice: that would be another one.
+            let whole = read < buffer.len() && request.ends_with(b"\r\n");
+            let times = if marked && whole && take_one(&all.to_repeat) { 2 } else { 1 };
+            if (0..times).any(|_| to_server.write_all(request).is_err()) {
                 break;
             }
         }
         let _ = to_server.shutdown(Shutdown::Both);
     });
+    let all = Arc::clone(shared);
     thread::spawn(move || {
         let mut buffer = [0; 65536];
         while let Ok(read @ 1..) = from_server.read(&mut buffer) {
-            if losing.load(Ordering::SeqCst) > 0 {
-                break;
-            }
-            if to_client.write_all(&buffer[..read]).is_err() {
+            all.wait_if_told(Direction::Answers);
+            if losing.load(Ordering::SeqCst) || to_client.write_all(&buffer[..read]).is_err() {
                 break;
             }
         }
-        thread::sleep(Duration::from_millis(5));
         let _ = (to_client.shutdown(Shutdown::Both), from_server.shutdown(Shutdown::Both));
+        all.connections.lock().unwrap().remove(&number);
     });
 }

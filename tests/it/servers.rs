@@ -127,6 +127,15 @@ impl Postgres {
         format!("postgres://postgres@127.0.0.1:{}/{database}?sslmode=disable", self.port)
     }
 
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// The id of its first process, which the others are children of.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Kills it as a power cut would.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -177,7 +186,9 @@ impl RedisServer {
 
     fn spawn(directory: &Path, port: u16) -> Child {
         let child = Command::new(program("redis-server"))
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes", "--dir"])
+            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
+            // A copy of the directory is good only while nothing is being rewritten in it.
+            .args(["--auto-aof-rewrite-percentage", "0", "--dir"])
             .arg(directory)
             .stdout(Stdio::null())
             .spawn()
