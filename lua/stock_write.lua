@@ -108,8 +108,14 @@ local function keep(operation)
   elseif kind == 'inbox' then
     marks.inbox = upkeep[2]
     marks.dirty = true
-    if not value and upkeep[3] == 'create' then life[i] = 'alive' end
-    if value and value ~= 'corrupt' then after = upkeep[3] == 'delete' and 0 or math.min(before + quantity, TOTAL_MAX) end
+    local row = upkeep[3]
+    if row == 'create' then
+      -- What Redis has already was made after it, or filled with it in it.
+      if not value then life[i] = 'alive' end
+    elseif value and value ~= 'corrupt' then
+      after = row == 'delete' and 0 or math.min(before + quantity, TOTAL_MAX)
+    end
+    if row == 'delete' and reasons[i] then reasons[i], freezes[i] = nil, false end
   elseif kind == 'correct' then
     after = before + quantity
   elseif kind == 'freeze' then

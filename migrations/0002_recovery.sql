@@ -93,6 +93,22 @@ COMMENT ON COLUMN holdfast.drift.n IS 'With epoch: the position at which both we
 COMMENT ON COLUMN holdfast.drift.postgres IS 'What Postgres says there should have been in Redis at that position; null for a product it does not have.';
 COMMENT ON COLUMN holdfast.drift.in_flight IS 'The part of it that Redis had decided and Postgres had not been told yet, when it was asked.';
 
+-- Puts a row into the inbox. The rows of one product stand there in the order of its changes: whoever changed it later may have begun
+-- earlier, and then takes the place of the one before.
+CREATE FUNCTION holdfast.to_inbox(text, text, bigint) RETURNS void LANGUAGE sql SET search_path = pg_catalog AS $$
+    INSERT INTO holdfast.inbox (xid, product_id, kind, delta)
+    SELECT greatest(pg_current_xact_id(), (SELECT i.xid FROM holdfast.inbox i WHERE i.product_id = $1 ORDER BY i.xid DESC LIMIT 1)), $1, $2, $3;
+    SELECT pg_notify('holdfast_inbox', '');
+$$;
+
+-- Of what other programs changed of a product and Redis has not been told up to the mark (xid, id): by how much it will move what Redis has
+-- now. What stands before its creation or its deletion moves nothing any more.
+CREATE FUNCTION holdfast.inbox_ahead(text, bigint, bigint) RETURNS bigint LANGUAGE sql STABLE SET search_path = pg_catalog AS $$
+    SELECT coalesce(sum(i.delta), 0)::bigint FROM holdfast.inbox i
+    WHERE i.product_id = $1 AND i.kind = 'move' AND (i.xid, i.id) > ($2::text::xid8, $3)
+    AND NOT EXISTS (SELECT 1 FROM holdfast.inbox o WHERE o.product_id = $1 AND o.kind <> 'move' AND (o.xid, o.id) > (i.xid, i.id));
+$$;
+
 -- Another program's change of a product, in that program's own transaction, whatever rights it has on the inbox. Holdfast says who it is
 -- and is passed over.
 CREATE FUNCTION holdfast.stock_changed() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog AS $$
@@ -113,16 +129,16 @@ BEGIN
     IF TG_OP = 'UPDATE' AND NEW.product_id <> OLD.product_id THEN
         RAISE EXCEPTION 'holdfast.stock: a product keeps its id; delete it and insert another';
     END IF;
-    IF existed AND NOT exists_now THEN
-        INSERT INTO holdfast.inbox (product_id, kind, delta) VALUES (OLD.product_id, 'delete', -before);
-    ELSIF exists_now AND NOT existed THEN
-        INSERT INTO holdfast.inbox (product_id, kind, delta) VALUES (NEW.product_id, 'create', after);
-    ELSIF after <> before THEN
-        INSERT INTO holdfast.inbox (product_id, kind, delta) VALUES (NEW.product_id, 'move', after - before);
-    ELSE
-        RETURN NULL;
+    IF TG_OP = 'INSERT' AND (octet_length(NEW.product_id) NOT BETWEEN 1 AND 128 OR NEW.product_id ~ '[[:space:][:cntrl:]{}]') THEN
+        RAISE EXCEPTION 'holdfast.stock: a product id has 1 to 128 bytes without white space, control characters, { and }';
     END IF;
-    PERFORM pg_notify('holdfast_inbox', '');
+    IF existed AND NOT exists_now THEN
+        PERFORM holdfast.to_inbox(OLD.product_id, 'delete', -before);
+    ELSIF exists_now AND NOT existed THEN
+        PERFORM holdfast.to_inbox(NEW.product_id, 'create', after);
+    ELSIF after <> before THEN
+        PERFORM holdfast.to_inbox(NEW.product_id, 'move', after - before);
+    END IF;
     RETURN NULL;
 END
 $$;

@@ -25,6 +25,8 @@ use crate::domain::Side;
 use crate::ledger;
 use crate::limits;
 use crate::outbox::by_hand;
+use crate::outbox::clerk::Clerk;
+use crate::outbox::inbox::Inbox;
 use crate::outbox::loader::Loader;
 use crate::outbox::relay::Relay;
 use crate::outbox::sweep::Sweeper;
@@ -73,7 +75,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let (partition, Receivers { loads, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
+    let (partition, Receivers { letters, loads, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
@@ -88,6 +90,8 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let relay =
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
+    let clerk = Clerk::new(Arc::clone(&partition), &postgres_url, letters);
+    let inbox = Inbox::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, &instance, config.idempotency.window);
     let sweeper = Sweeper {
         partition: Arc::clone(&partition),
@@ -103,8 +107,15 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         tokio::spawn(async move {
             if prepare(&partition, &postgres_url, &shutdown).await {
                 let reconciling = async { tokio::join!(scheduler.run(back.clone()), requests.run(back.clone())) };
-                let loading = async { tokio::join!(loader.run(back.clone()), sweeper.run(back.clone())) };
-                tokio::join!(relay.run(back.clone()), verifier.run(back.clone()), loading, reconciling);
+                tokio::join!(
+                    relay.run(back.clone()),
+                    verifier.run(back.clone()),
+                    loader.run(back.clone()),
+                    inbox.run(back.clone()),
+                    clerk.run(back.clone()),
+                    sweeper.run(back.clone()),
+                    reconciling,
+                );
             }
         })
     };
@@ -256,6 +267,7 @@ fn show_partition(partition: &Partition, text: &mut String) {
         ("holdfast_position", partition.head().to_string()),
         ("holdfast_applied", applied.to_string()),
         ("holdfast_at_risk", partition.lag().to_string()),
+        ("holdfast_dead_letters", partition.dead_letters().to_string()),
     ];
     for (name, value) in lines {
         text.push_str(&format!("{name}:{value}\r\n"));
@@ -284,6 +296,12 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulse: Arc<
                 Check { name: "redis", ok: partition.redis_up(), optional: false, detail: reachable(partition.redis_up()) },
                 Check { name: "postgres", ok: partition.ledger_up(), optional: true, detail: reachable(partition.ledger_up()) },
                 Check { name: "relay", ok: trouble.is_empty(), optional: true, detail: relay },
+                Check {
+                    name: "dead_letters",
+                    ok: partition.dead_letters() == 0,
+                    optional: true,
+                    detail: format!("{} changes that Postgres refused wait for a person", partition.dead_letters()),
+                },
             ],
         }
     })

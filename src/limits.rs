@@ -112,6 +112,39 @@ pub const COPIES_MIB_MAX: u64 = 1 << 20;
 /// How many copies are looked at behind the first that stays: there are two lanes, which take turns.
 pub const COPIES_LOOK_BEHIND: usize = 8;
 
+// The inbox: what other programs changed in Postgres.
+
+/// How often the inbox is looked at without being told of anything: with it, what was not notified reaches Redis within a second.
+pub const INBOX_POLL: Duration = Duration::from_millis(500);
+
+/// How soon it is looked at again while a running transaction holds rows back: doubling, since one that runs for long will not end sooner.
+pub const INBOX_BLOCKED_POLL_MIN: Duration = Duration::from_millis(10);
+pub const INBOX_BLOCKED_POLL_MAX: Duration = Duration::from_millis(100);
+
+/// Rows of one read, all of which may be on their way to Redis at once: half of what the lane's channel takes.
+pub const INBOX_ROWS_MAX: usize = SERVER_CHANGES_MAX / 2;
+
+/// How long a row waits before a sidecar takes it although another one carries the inbox: that one hangs.
+pub const INBOX_OTHERS_AFTER: Duration = Duration::from_millis(300);
+
+/// For how long rows that Redis has are kept, for people who look for them; how often, and how many at a time, the older ones are removed.
+pub const INBOX_KEEP: Duration = Duration::from_secs(3_600);
+pub const INBOX_PRUNE_EVERY: Duration = Duration::from_secs(10);
+pub const INBOX_PRUNE_ROWS: usize = 10_000;
+
+// Dead letters: changes that Postgres refuses for their data.
+
+/// Requests about dead letters that may wait: they come from people.
+pub const DEAD_LETTER_REQUESTS_MAX: usize = 16;
+
+/// How many dead letters are listed where COUNT says nothing, and at most.
+pub const DEAD_LETTERS_LISTED: usize = 100;
+pub const DEAD_LETTERS_LISTED_MAX: i64 = 10_000;
+
+/// How often they are counted without being told of a new one, and how many of their products are frozen in Redis at once.
+pub const DEAD_LETTERS_EVERY: Duration = Duration::from_secs(2);
+pub const DEAD_LETTERS_FROZEN_AT_ONCE: usize = SERVER_CHANGES_MAX / 2;
+
 /// For how long a sidecar counts as running after it was heard of last: a few verifications.
 pub const SIDECAR_LEASE: Duration = Duration::from_secs(30);
 

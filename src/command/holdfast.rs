@@ -28,7 +28,7 @@ pub static AWAIT: Spec = Spec::new("HOLDFAST.AWAIT", "Waits until Postgres has a
 pub static STATUS: Spec = Spec::new("HOLDFAST.STATUS", "Returns how this server stands with Redis and Postgres.")
     .family("holdfast")
     .flags(READONLY | FAST | LOADING)
-    .reply("map `version ready redis postgres partitions`; of each partition a map `partition epoch position applied lag relay state`")
+    .reply("map `version ready redis postgres partitions`; of each partition a map `partition epoch position applied lag relay state dead_letters`")
     .run(|call| Step::Reply(status(call.cx)));
 
 async fn wait(cx: Rc<Context>, position: Position, timeout: Duration) -> Reply {
@@ -79,6 +79,7 @@ fn status(cx: &Context) -> Reply {
                 ("lag", integer(partition.lag())),
                 ("relay", Reply::text(if trouble.is_empty() { "this sidecar".to_owned() } else { trouble })),
                 ("state", Reply::text(state)),
+                ("dead_letters", integer(partition.dead_letters())),
             ])]),
         ),
     ])

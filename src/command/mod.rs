@@ -5,7 +5,7 @@
 //! - [`describe`]: COMMAND, COMMAND DOCS and the README's table, from the specs.
 //! - [`stats`]: what INFO and the metrics count; [`info`]: INFO's text; [`glob`]: patterns.
 //! - [`connection`], [`client`], [`server`]: the session's and the server's own commands.
-//! - [`stock`], [`coupon`], [`holdfast`]: what Holdfast is for; [`backend`]: what they work with; [`ack`]: replies that wait for Postgres.
+//! - [`stock`], [`coupon`], [`holdfast`], [`dead_letter`]: what Holdfast is for; [`backend`]: what they work with; [`ack`]: replies that wait for Postgres.
 
 pub mod ack;
 pub mod args;
@@ -14,6 +14,7 @@ mod change;
 pub mod client;
 pub mod connection;
 pub mod coupon;
+pub mod dead_letter;
 pub mod describe;
 pub mod first_use;
 pub mod glob;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use bytes::Bytes;
 
 use super::spec::Spec;
-use super::{client, connection, coupon, cut, describe, holdfast, server, stock, unknown_command};
+use super::{client, connection, coupon, cut, dead_letter, describe, holdfast, server, stock, unknown_command};
 use crate::limits::{ERROR_ECHO_MAX, NAME_MAX};
 
 /// The commands. A new one is declared above its handler and gets a line here; nothing else lists it.
@@ -26,6 +26,7 @@ pub static TABLE: &[&Spec] = &[
     &coupon::INFO,
     &holdfast::STATUS,
     &holdfast::AWAIT,
+    &dead_letter::DEADLETTER,
     &connection::HELLO,
     &connection::AUTH,
     &connection::PING,

@@ -402,6 +402,20 @@ mod tests {
     }
 
     #[test]
+    fn every_line_is_written_as_it_was_read() {
+        for line in [
+            "0 decr request=r%201 digest=9f86 | sku-1 -3 97 sku-2 -1 4",
+            "1 set low=5 new=1 | sku-9 100 100",
+            "4 inbox short=3 inbox=771:12 reason=off%20by%2012 | a -2 0",
+            "5 adopt pg=-3 | a 0 7",
+            "6 coupon.create coupon=c total=10 peruser=1 end=7 |",
+            "7 coupon.issue request=r digest=d coupon=c user=u=7 serial=12 remaining=988 |",
+        ] {
+            assert_eq!(Operation::decode(line).unwrap().to_string(), line);
+        }
+    }
+
+    #[test]
     fn a_product_may_be_called_like_the_separator() {
         let operation = Operation::decode("0 decr | | -1 4").unwrap();
         let Effect::Stock { items, .. } = operation.effect else { panic!() };

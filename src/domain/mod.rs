@@ -1,6 +1,7 @@
 //! What is sold and how it is written down: ids, quantities, positions, changes. Pure: no IO, no async, no clock.
 
 pub mod change;
+pub mod dead_letter;
 pub mod drift;
 pub mod id;
 pub mod mark;
@@ -10,6 +11,7 @@ pub mod request;
 pub mod side;
 pub mod text;
 
+pub use dead_letter::{DeadLetter, Settled};
 pub use drift::{Drift, Remedy};
 pub use id::Id;
 pub use mark::InboxMark;

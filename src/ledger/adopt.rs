@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 
-use super::changes::Changes;
+use super::changes::{Changes, Created};
 use super::{Error, apply, from_bigint, partition, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::Entry;
@@ -78,7 +78,7 @@ impl<'c> Adoption<'c> {
         .await?;
         let known: HashSet<String> = known.into_iter().collect();
         let new = entries.iter().filter(|entry| !known.contains(&entry.op) && entry.last > self.applied);
-        let changes = Changes::gather(new, &std::collections::HashMap::new())?;
+        let changes = Changes::gather(new, &Created::default())?;
         write::ledgers(&mut self.transaction, self.partition, &changes).await
     }
 

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 
 use sqlx::{Connection, PgConnection};
 
-use super::changes::Changes;
+use super::changes::{Changes, Created, Known};
 use super::partition::{self, PartitionRow};
-use super::{Error, to_bigint, write};
-use crate::domain::Position;
+use super::{Error, inbox, to_bigint, write};
 use crate::domain::change::{Effect, Entry};
+use crate::domain::{InboxMark, Position};
 
 /// How far a partition is after a call of [`apply`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,18 +49,30 @@ async fn apply_in(connection: &mut PgConnection, partition: u32, entries: &[Entr
     let Some(last) = new.last() else {
         return Ok(Applied { position: row.applied, last_op: row.last_op, operations: 0 });
     };
-    let units = units_of_created(connection, new).await?;
-    let changes = Changes::gather(new, &units)?;
+    let mark = partition::mark(connection, partition).await?;
+    let created = what_is_created(connection, mark, new).await?;
+    let changes = Changes::gather(new, &created)?;
     write::changes(connection, partition, &changes).await?;
-    let mut reached = row.applied;
+    advance(connection, partition, &row, new, changes.mark).await?;
+    Ok(Applied { position: last.last, last_op: last.op.clone(), operations: last.last.n - row.applied.n })
+}
+
+/// Moves the partition's row to the end of these entries, and writes where the epochs have ended that they went beyond.
+pub(super) async fn advance(
+    connection: &mut PgConnection,
+    partition: u32,
+    row: &PartitionRow,
+    new: &[Entry],
+    mark: Option<InboxMark>,
+) -> Result<(), Error> {
+    let (mut reached, mut op) = (row.applied, row.last_op.as_str());
     for entry in new {
         if entry.last.epoch > reached.epoch {
             end_epochs(connection, partition, reached, entry.last.epoch).await?;
         }
-        reached = entry.last;
+        (reached, op) = (entry.last, &entry.op);
     }
-    partition::advance(connection, partition, last.last, &last.op, changes.mark).await?;
-    Ok(Applied { position: last.last, last_op: last.op.clone(), operations: last.last.n - row.applied.n })
+    partition::advance(connection, partition, reached, op, mark).await
 }
 
 /// Writes where the epochs from that of `reached` up to, not including, `next` have ended.
@@ -75,8 +87,9 @@ pub(super) async fn end_epochs(connection: &mut PgConnection, partition: u32, re
     Ok(())
 }
 
-/// What Postgres has of the products that are created in these entries although it may know them: Redis did not have them.
-async fn units_of_created(connection: &mut PgConnection, entries: &[Entry]) -> Result<HashMap<String, i64>, Error> {
+/// What Postgres has of the products that are created in these entries although it may know them. Their rows are made where there are none,
+/// and stay locked, so that no other program changes them meanwhile. `mark`: up to where Redis has the inbox before these entries.
+pub(super) async fn what_is_created(connection: &mut PgConnection, mark: InboxMark, entries: &[Entry]) -> Result<Created, Error> {
     let operations = entries.iter().flat_map(|entry| &entry.operations);
     let items = operations.filter_map(|operation| match &operation.effect {
         Effect::Stock { items, detail, .. } if detail.created => Some(items),
@@ -84,15 +97,31 @@ async fn units_of_created(connection: &mut PgConnection, entries: &[Entry]) -> R
     });
     let mut products: Vec<&str> = items.flatten().map(|item| item.product.as_str()).collect();
     if products.is_empty() {
-        return Ok(HashMap::new());
+        return Ok(Created { mark, ..Created::default() });
     }
     products.sort_unstable();
-    let rows: Vec<(String, i64)> =
-        sqlx::query_as("SELECT product_id, available FROM holdfast.stock WHERE product_id = ANY($1) ORDER BY product_id FOR UPDATE")
-            .bind(products)
-            .fetch_all(connection)
-            .await?;
-    Ok(rows.into_iter().collect())
+    sqlx::query("INSERT INTO holdfast.stock (product_id, available) SELECT p, 0 FROM unnest($1::text[]) AS p ON CONFLICT DO NOTHING")
+        .bind(&products)
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query("SELECT FROM holdfast.stock WHERE product_id = ANY($1) ORDER BY product_id FOR UPDATE")
+        .bind(&products)
+        .execute(&mut *connection)
+        .await?;
+    let units: Vec<(String, i64)> = sqlx::query_as(
+        "SELECT s.product_id, (s.available + coalesce((SELECT sum(d.delta) FROM holdfast.dead_letter d \
+         WHERE d.product_id = s.product_id AND d.in_redis), 0))::bigint FROM holdfast.stock s WHERE s.product_id = ANY($1)",
+    )
+    .bind(&products)
+    .fetch_all(&mut *connection)
+    .await?;
+    let mut known: HashMap<String, Known> =
+        units.into_iter().map(|(product, units)| (product, Known { units, ahead: Vec::new() })).collect();
+    for row in inbox::of_products(connection, mark, &products).await? {
+        let moves = (row.kind == "move").then_some(row.delta);
+        known.entry(row.product).or_default().ahead.push((row.mark, moves));
+    }
+    Ok(Created { products: known, mark })
 }
 
 /// The entries that Postgres does not have yet, which is a tail of the run; checked that they continue, without a gap and in the same

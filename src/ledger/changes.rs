@@ -89,13 +89,38 @@ pub(super) struct Changes<'a> {
     pub mark: Option<InboxMark>,
 }
 
+/// What Postgres has of the products that are created in a run of entries although it may know them: Redis did not have them.
+#[derive(Debug, Default)]
+pub(super) struct Created {
+    pub products: HashMap<String, Known>,
+    /// Up to where Redis has the inbox before the run.
+    pub mark: InboxMark,
+}
+
+/// One of them.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// Its available units, with those that Redis has moved by and Postgres owes.
+    pub units: i64,
+    /// Its rows of the inbox behind the mark, in their order: by how much each moves it, `None` for a creation or a deletion.
+    pub ahead: Vec<(InboxMark, Option<i64>)>,
+}
+
+impl Known {
+    /// By how much the inbox will move what Redis has at `mark`. What stands before a creation or a deletion moves nothing any more.
+    fn ahead_of(&self, mark: InboxMark) -> i64 {
+        let behind = self.ahead.iter().filter(|(row, _)| *row > mark).rev();
+        behind.map_while(|(_, delta)| *delta).fold(0, i64::saturating_add)
+    }
+}
+
 impl<'a> Changes<'a> {
     /// Gathers what the entries change, in their order. Errors with [`Error::Data`] where the sum of a product's changes passes what a
     /// 64-bit integer holds.
     ///
-    /// `units` is what Postgres has of the products that were created where Redis had none: whatever that is, such a creation
-    /// leaves just what was set, since every change before it in the outbox is in Postgres by then.
-    pub fn gather(entries: impl IntoIterator<Item = &'a Entry>, units: &HashMap<String, i64>) -> Result<Self, Error> {
+    /// A product that was created where Redis had none has just what was set, whatever Postgres has of it: every change before it in the
+    /// outbox is in Postgres by then. What the inbox is still to bring to Redis comes on top, on both sides.
+    pub fn gather(entries: impl IntoIterator<Item = &'a Entry>, created: &Created) -> Result<Self, Error> {
         let mut changes = Self::default();
         for entry in entries {
             for (n, operation) in (entry.first_n..).zip(&entry.operations) {
@@ -110,20 +135,21 @@ impl<'a> Changes<'a> {
                     at_ms: entry.at_ms,
                     origin: None,
                 };
-                changes.add(place, operation, units)?;
+                changes.add(place, operation, created)?;
             }
         }
         Ok(changes)
     }
 
-    fn add(&mut self, place: Place<'a>, operation: &'a Operation, units: &HashMap<String, i64>) -> Result<(), Error> {
+    fn add(&mut self, place: Place<'a>, operation: &'a Operation, created: &Created) -> Result<(), Error> {
         match &operation.effect {
             Effect::Stock { kind, items, detail } => {
                 self.mark = self.mark.max(detail.mark);
                 for (i, item) in items.iter().enumerate() {
-                    let before = units.get(&item.product).filter(|_| detail.created).map(|units| {
+                    let before = created.products.get(&item.product).filter(|_| detail.created).map(|known| {
                         let moved = self.stock.get(item.product.as_str()).map_or(0, |moved| moved.delta);
-                        units.saturating_add(moved)
+                        let ahead = known.ahead_of(self.mark.unwrap_or(created.mark));
+                        known.units.saturating_add(moved).saturating_sub(ahead)
                     });
                     let pg_delta = match before {
                         Some(before) => item.available.saturating_sub(before),
@@ -211,7 +237,7 @@ mod tests {
             "6 set low=1 | d 1 1",
             "7 set | d 1 2",
         ]);
-        let changes = Changes::gather([&entry], &HashMap::new()).unwrap();
+        let changes = Changes::gather([&entry], &Created::default()).unwrap();
         let deleted = Some(Lifecycle::Deleted(1_700_000_000_000));
         let expected = [
             ("a", StockMove { delta: 2, created: true, lifecycle: Some(Lifecycle::Set), low: Some(None) }),
@@ -227,11 +253,26 @@ mod tests {
     #[test]
     fn a_creation_leaves_what_was_set_whatever_postgres_has() {
         let entry = entry(&["0 decr | a -3 7", "1 set new=1 | a 5 5", "2 incr | a 1 6", "3 set new=1 | b 4 4"]);
-        let units = HashMap::from([("a".to_owned(), 50)]);
-        let changes = Changes::gather([&entry], &units).unwrap();
+        let known = Known { units: 50, ahead: Vec::new() };
+        let created = Created { products: HashMap::from([("a".to_owned(), known)]), mark: InboxMark::default() };
+        let changes = Changes::gather([&entry], &created).unwrap();
         let deltas: Vec<_> = changes.stock_lines.iter().map(|line| line.pg_delta).collect();
         assert_eq!(deltas, [-3, 5 - 47, 1, 4]);
         assert_eq!(50 + changes.stock["a"].delta, 6);
+    }
+
+    #[test]
+    fn a_creation_does_not_count_what_the_inbox_still_brings_to_redis() {
+        let mark = |id| InboxMark { xid: 7, id };
+        let entry = entry(&["0 set new=1 | a 5 5", "1 inbox inbox=7:2 | a 3 8", "2 delete | a -8 0", "3 set new=1 | a 1 1"]);
+        let pg_deltas = |ahead| {
+            let created = Created { products: HashMap::from([("a".to_owned(), Known { units: 50, ahead })]), mark: mark(1) };
+            let changes = Changes::gather([&entry], &created).unwrap();
+            changes.stock_lines.iter().map(|line| line.pg_delta).collect::<Vec<_>>()
+        };
+        assert_eq!(pg_deltas(Vec::new()), [-45, 0, -8, 4]);
+        assert_eq!(pg_deltas(vec![(mark(2), Some(3)), (mark(3), Some(-1))]), [5 - 50 + 2, 0, -8, 1 - (50 - 43 - 8) - 1]);
+        assert_eq!(pg_deltas(vec![(mark(2), Some(3)), (mark(3), None)]), [-45, 0, -8, 4], "what came before a creation is in it");
     }
 
     #[test]
@@ -241,7 +282,7 @@ mod tests {
             "1 coupon.issue coupon=c user=u serial=7 remaining=2 |",
             "2 coupon.issue coupon=c user=v serial=8 remaining=1 |",
         ]);
-        let changes = Changes::gather([&entry], &HashMap::new()).unwrap();
+        let changes = Changes::gather([&entry], &Created::default()).unwrap();
         assert_eq!(changes.coupons, BTreeMap::from([("c", CouponMove { issued: 2, last_serial: 8 })]));
         assert_eq!((changes.created.len(), changes.issues.len(), changes.coupon_lines.len()), (1, 2, 3));
     }
@@ -249,6 +290,6 @@ mod tests {
     #[test]
     fn a_sum_that_no_integer_holds_is_refused() {
         let entry = entry(&["0 incr | a 9223372036854775807 1", "1 incr | a 1 2"]);
-        assert!(matches!(Changes::gather([&entry], &HashMap::new()), Err(Error::Data(_))));
+        assert!(matches!(Changes::gather([&entry], &Created::default()), Err(Error::Data(_))));
     }
 }

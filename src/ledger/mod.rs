@@ -9,8 +9,10 @@ pub mod apply;
 mod changes;
 pub mod connection;
 pub mod coupon;
+pub mod dead_letter;
 pub mod drift;
 pub mod error;
+pub mod inbox;
 pub mod migrate;
 pub mod partition;
 pub mod refill;
@@ -24,6 +26,7 @@ pub mod testing;
 
 pub use apply::{Applied, apply};
 pub use connection::{blockers, connect, ping};
+pub use dead_letter::apply_parking;
 pub use error::Error;
 pub use migrate::migrate;
 pub use partition::PartitionRow;

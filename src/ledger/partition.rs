@@ -82,6 +82,13 @@ pub(super) async fn lock(connection: &mut PgConnection, partition: u32) -> Resul
     Ok(row.map(|(epoch, applied_epoch, applied_n, last_op, _)| PartitionRow::from_columns((epoch, applied_epoch, applied_n, last_op))))
 }
 
+/// Up to where Redis has the inbox, as far as the outbox has been applied.
+pub(super) async fn mark(connection: &mut PgConnection, partition: u32) -> Result<InboxMark, Error> {
+    let mark = sqlx::query_as("SELECT inbox_xid, inbox_id FROM holdfast.partition WHERE id = $1").bind(id(partition));
+    let (xid, id): (i64, i64) = mark.fetch_one(connection).await?;
+    Ok(InboxMark { xid: from_bigint(xid), id: from_bigint(id) })
+}
+
 /// Takes the epoch after `from_epoch` for the Redis process `run_id`, and returns it; `None` where somebody else was faster and
 /// the row is no longer at `from_epoch`, or fills Redis. Of several that try, one succeeds.
 pub async fn take_epoch(connection: &mut PgConnection, partition: u32, from_epoch: u64, run_id: &str) -> Result<Option<u64>, Error> {

@@ -104,9 +104,10 @@ impl<'c> Snapshot<'c> {
         let differences: Vec<(String, i64)> = sqlx::query_as(
             "SELECT product_id, sum(delta)::bigint FROM ( \
              SELECT product_id, delta FROM holdfast.dead_letter WHERE in_redis AND product_id IS NOT NULL \
-             UNION ALL SELECT product_id, -delta FROM holdfast.inbox WHERE (xid, id) > ($1::text::xid8, $2)) d GROUP BY product_id",
+             UNION ALL SELECT i.product_id, -holdfast.inbox_ahead(i.product_id, $1, $2) \
+             FROM (SELECT DISTINCT product_id FROM holdfast.inbox WHERE (xid, id) > ($1::text::xid8, $2)) i) d GROUP BY product_id",
         )
-        .bind(xid.to_string())
+        .bind(xid)
         .bind(id)
         .fetch_all(&mut *transaction)
         .await?;

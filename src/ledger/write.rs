@@ -1,6 +1,8 @@
 //! The statements of a batch's transaction. Each is sent only where it has rows, and takes them as arrays, so that it is one prepared
 //! statement whatever their number.
 
+use std::collections::BTreeMap;
+
 use sqlx::PgConnection;
 
 use super::changes::{Changes, CouponLine, Lifecycle, Place, StockLine};
@@ -9,15 +11,19 @@ use super::{Error, partition, to_bigint};
 /// Writes everything; the caller holds the partition's row and commits. Errors with [`Error::Data`] where Postgres does not know a
 /// product or a coupon that moved.
 pub(super) async fn changes(connection: &mut PgConnection, partition: u32, changes: &Changes<'_>) -> Result<(), Error> {
+    ledgers(connection, partition, changes).await?;
+    moves(connection, changes).await
+}
+
+/// Writes everything but the ledgers.
+pub(super) async fn moves(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
     if !changes.stock_lines.is_empty() {
-        stock_ledger(connection, partition, &changes.stock_lines).await?;
         create_products(connection, changes).await?;
         move_products(connection, changes).await?;
         shape_products(connection, changes).await?;
-        freeze_products(connection, changes).await?;
+        freeze_products(connection, &changes.frozen).await?;
     }
     if !changes.coupon_lines.is_empty() {
-        coupon_ledger(connection, partition, &changes.coupon_lines).await?;
         create_coupons(connection, changes).await?;
         issue_coupons(connection, changes).await?;
     }
@@ -161,14 +167,15 @@ async fn shape_products(connection: &mut PgConnection, changes: &Changes<'_>) ->
     Ok(())
 }
 
-async fn freeze_products(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
-    if !changes.frozen.is_empty() {
+/// Writes why products are frozen, or that they no longer are.
+pub(super) async fn freeze_products(connection: &mut PgConnection, frozen: &BTreeMap<&str, Option<&str>>) -> Result<(), Error> {
+    if !frozen.is_empty() {
         sqlx::query(
             "UPDATE holdfast.stock AS s SET frozen = m.reason FROM unnest($1::text[], $2::text[]) AS m (product, reason) \
              WHERE s.product_id = m.product",
         )
-        .bind(changes.frozen.keys().copied().collect::<Vec<_>>())
-        .bind(changes.frozen.values().copied().collect::<Vec<_>>())
+        .bind(frozen.keys().copied().collect::<Vec<_>>())
+        .bind(frozen.values().copied().collect::<Vec<_>>())
         .execute(connection)
         .await?;
     }

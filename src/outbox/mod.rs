@@ -2,7 +2,9 @@
 //! of a Redis that lost its data; the loader, which finds in Postgres what Redis does not have.
 
 pub mod by_hand;
+pub mod clerk;
 mod handover;
+pub mod inbox;
 pub mod loader;
 mod proof;
 mod rebuild;

@@ -358,11 +358,21 @@ impl Carrier {
         let slice = self.batch.slice(self.changes_max);
         let Some(connection) = self.ledger.take() else { return Next::Now };
         let began = Instant::now();
-        let (connection, result) = transact(connection, &self.relay.partition, slice).await;
+        let partition = &self.relay.partition;
+        let (connection, result) = match transact(connection, partition, slice, Refused::EndsIt).await {
+            (Some(connection), Err(ledger::Error::Data(reason))) if slice.len() == 1 => {
+                tracing::warn!(partition = self.id, entry = %slice[0].last, reason, "postgres refuses a change: parked as a dead letter");
+                transact(connection, partition, slice, Refused::IsParked).await
+            }
+            other => other,
+        };
         self.ledger = connection;
         match result {
-            Ok(applied) => {
+            Ok((applied, parked)) => {
                 let seconds = began.elapsed().as_secs_f64();
+                if parked > 0 {
+                    self.relay.partition.parked.notify_one();
+                }
                 self.carried(&applied, seconds);
                 Next::Now
             }
@@ -431,15 +441,30 @@ impl Carrier {
     }
 }
 
-/// Applies a slice. The connection comes back unless it can no longer be used: a transaction that is given up is given up together with
+/// What becomes of a change that Postgres refuses for its data.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Refused {
+    /// Nothing of the slice happens.
+    EndsIt,
+    /// It becomes a dead letter, and the rest of the slice, which is one entry then, is applied.
+    IsParked,
+}
+
+/// Applies a slice, and says how many lines of it were parked. The connection comes back unless it can no longer be used: a transaction that is given up is given up together with
 /// its connection.
 async fn transact(
     mut connection: PgConnection,
     partition: &Partition,
     slice: &[Entry],
-) -> (Option<PgConnection>, Result<Applied, ledger::Error>) {
+    refused: Refused,
+) -> (Option<PgConnection>, Result<(Applied, usize), ledger::Error>) {
     let result = {
-        let mut applying = std::pin::pin!(ledger::apply(&mut connection, partition.id, slice));
+        let mut applying = std::pin::pin!(async {
+            match (slice, refused) {
+                ([entry], Refused::IsParked) => ledger::apply_parking(&mut connection, partition.id, entry).await,
+                _ => ledger::apply(&mut connection, partition.id, slice).await.map(|applied| (applied, 0)),
+            }
+        });
         match tokio::time::timeout(LEDGER_SILENCE_MAX, &mut applying).await {
             Ok(result) => Some(result),
             Err(_) => {

@@ -51,6 +51,14 @@ impl Look {
     }
 }
 
+/// Up to where Redis has what other programs changed in Postgres.
+pub async fn inbox_mark(connection: &mut Connection) -> Result<InboxMark, Error> {
+    let answer = connection.send(redis::cmd("HGET").arg(keys::META).arg("inbox")).await?;
+    let text = Words::new(Value::Array(vec![answer]))?.maybe_text()?;
+    let Some(text) = text else { return Ok(InboxMark::default()) };
+    InboxMark::parse(&text).ok_or_else(|| Error::Unexpected(format!("{text:?} where the mark of the inbox belongs")))
+}
+
 /// Opens the partition to the process at the other end under `epoch`, if it still is as `seen`. `false` if another sidecar was
 /// faster.
 pub async fn attach(connection: &mut Connection, seen: Option<&Meta>, epoch: u64) -> Result<bool, Error> {

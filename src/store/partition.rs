@@ -1,6 +1,6 @@
 //! What the parts of one sidecar tell each other about a partition: may it sell, how far is it, how far is Postgres.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use super::copies::Copies;
 use super::lane::Failure;
 use super::stock::{StockOp, StockOutcome};
-use crate::domain::{Drift, Id, InboxMark, Position};
+use crate::domain::{DeadLetter, Drift, Id, InboxMark, Position, Settled};
 use crate::limits;
 
 /// Whether a partition sells.
@@ -93,8 +93,20 @@ pub struct ServerChange {
     pub answer: oneshot::Sender<Result<StockOutcome, Failure>>,
 }
 
+/// What a person asks about dead letters. Dropped unanswered where Postgres cannot be asked.
+#[derive(Debug)]
+pub enum LetterRequest {
+    /// The oldest, at most so many.
+    List { count: usize, answer: oneshot::Sender<Vec<DeadLetter>> },
+    /// Applies one after all.
+    Retry { id: i64, answer: oneshot::Sender<Settled> },
+    /// Gives one up.
+    Drop { id: i64, answer: oneshot::Sender<Settled> },
+}
+
 /// What the other end of a partition's channels receives.
 pub struct Receivers {
+    pub letters: mpsc::Receiver<LetterRequest>,
     pub loads: mpsc::Receiver<LoadRequest>,
     pub syncs: mpsc::Receiver<SyncRequest>,
     pub changes: mpsc::Receiver<ServerChange>,
@@ -117,6 +129,11 @@ pub struct Partition {
     pub loads: mpsc::Sender<LoadRequest>,
     /// Reaches the reconciler. Bounded likewise.
     pub syncs: mpsc::Sender<SyncRequest>,
+    /// Reaches the clerk. Bounded, like the loader's.
+    pub letters: mpsc::Sender<LetterRequest>,
+    /// Tells the clerk that there is a new dead letter.
+    pub parked: Notify,
+    dead_letters: AtomicU64,
     /// Reaches the lane that writes, see [`Partition::change`].
     changes: mpsc::Sender<ServerChange>,
     /// What was answered and Postgres does not have yet.
@@ -134,11 +151,15 @@ impl Partition {
     pub fn new(id: u32, copies_bytes_max: usize) -> (Self, Receivers) {
         let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
         let (syncs, syncing) = mpsc::channel(limits::SYNCS_MAX);
+        let (letters, asked) = mpsc::channel(limits::DEAD_LETTER_REQUESTS_MAX);
         let (changes, changing) = mpsc::channel(limits::SERVER_CHANGES_MAX);
         let partition = Self {
             id,
             loads,
             syncs,
+            letters,
+            parked: Notify::new(),
+            dead_letters: AtomicU64::new(0),
             changes,
             state: watch::Sender::new(State::Loading("starting".into())),
             applied: watch::Sender::default(),
@@ -150,29 +171,33 @@ impl Partition {
             ledger_up: AtomicBool::new(false),
             head: Mutex::default(),
         };
-        (partition, Receivers { loads: requests, syncs: syncing, changes: changing })
+        (partition, Receivers { letters: asked, loads: requests, syncs: syncing, changes: changing })
     }
 
     /// Makes a change that the server itself asks for. It goes through the lane like a client's, and has its time.
     pub async fn change(&self, op: StockOp) -> Result<StockOutcome, Failure> {
+        self.submit(op).await?.await.unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// The same without waiting for what becomes of it. Changes are decided in the order in which they are submitted.
+    pub async fn submit(&self, op: StockOp) -> Result<oneshot::Receiver<Result<StockOutcome, Failure>>, Failure> {
         let (answer, answered) = oneshot::channel();
-        let gone = || Failure::TryAgain("shutting down".into());
         self.changes.send(ServerChange { op, answer }).await.map_err(|_| gone())?;
-        answered.await.unwrap_or_else(|_| Err(gone()))
+        Ok(answered)
     }
 
     /// Makes several of them at once, so that they share a batch. Returns their outcomes in their order.
     pub async fn change_all(&self, ops: Vec<StockOp>) -> Vec<Result<StockOutcome, Failure>> {
         let mut answers = Vec::with_capacity(ops.len());
         for op in ops {
-            let (answer, answered) = oneshot::channel();
-            // Where nobody takes it the answer is dropped, which says so.
-            _ = self.changes.send(ServerChange { op, answer }).await;
-            answers.push(answered);
+            answers.push(self.submit(op).await);
         }
         let mut outcomes = Vec::with_capacity(answers.len());
         for answered in answers {
-            outcomes.push(answered.await.unwrap_or_else(|_| Err(Failure::TryAgain("shutting down".into()))));
+            outcomes.push(match answered {
+                Ok(answered) => answered.await.unwrap_or_else(|_| Err(gone())),
+                Err(failure) => Err(failure),
+            });
         }
         outcomes
     }
@@ -242,6 +267,15 @@ impl Partition {
         }
     }
 
+    /// How many dead letters there were at the last look.
+    pub fn dead_letters(&self) -> u64 {
+        self.dead_letters.load(Ordering::Relaxed)
+    }
+
+    pub fn set_dead_letters(&self, count: u64) {
+        self.dead_letters.store(count, Ordering::Relaxed);
+    }
+
     /// How many changes Postgres does not have yet.
     pub fn lag(&self) -> u64 {
         self.head().n.saturating_sub(self.applied.borrow().n)
@@ -254,4 +288,8 @@ impl Partition {
             State::Loading(_) | State::Rebuilding(_) => None,
         }
     }
+}
+
+fn gone() -> Failure {
+    Failure::TryAgain("shutting down".into())
 }

@@ -209,6 +209,27 @@ pub const METRICS: &[Metric] = &[
         labels: &["action"],
         doc: "Differences that were `corrected`, `frozen` or `initialised`.",
     },
+    Metric {
+        name: "holdfast_dead_letters",
+        kind: Kind::Gauge,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "Changes that Postgres refused and that wait for a person, see `HOLDFAST.DEADLETTER`.",
+    },
+    Metric {
+        name: "holdfast_inbox_rows_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "Changes that other programs made in Postgres and this sidecar has brought to Redis.",
+    },
+    Metric {
+        name: "holdfast_inbox_waiting_seconds",
+        kind: Kind::Gauge,
+        unit: Unit::Seconds,
+        labels: &["partition"],
+        doc: "How long the oldest change that another program made in Postgres has been waiting for Redis, as of the last look.",
+    },
 ];
 
 /// Collects metrics from now on, and returns what renders them. Called again, returns the same.

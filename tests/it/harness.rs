@@ -302,6 +302,44 @@ impl Database {
     }
 }
 
+/// Another program that uses Postgres, with a session of its own.
+pub struct Program {
+    runtime: tokio::runtime::Runtime,
+    connection: PgConnection,
+}
+
+impl Program {
+    pub fn new(postgres: &Database) -> Self {
+        Self::connect(&postgres.url)
+    }
+
+    pub fn connect(url: &str) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let connection = runtime.block_on(PgConnection::connect(url)).unwrap();
+        Self { runtime, connection }
+    }
+
+    pub fn run(&mut self, statement: &str) {
+        self.try_run(statement).unwrap();
+    }
+
+    pub fn try_run(&mut self, statement: &str) -> Result<(), String> {
+        let running = sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&mut self.connection);
+        self.runtime.block_on(running).map(drop).map_err(|error| error.to_string())
+    }
+
+    /// The number that a query returns.
+    pub fn number(&mut self, query: &str) -> f64 {
+        let asking = sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&mut self.connection);
+        self.runtime.block_on(asking).unwrap()
+    }
+
+    /// Runs a statement that Holdfast does not hear of, as if Postgres had lost something.
+    pub fn tamper(&mut self, statement: &str) {
+        self.run(&format!("SET holdfast.writer = 'holdfast'; {statement}; RESET holdfast.writer"));
+    }
+}
+
 impl Stack {
     /// Starts everything, and waits until it sells.
     pub fn start() -> Self {

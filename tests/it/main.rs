@@ -7,8 +7,10 @@ mod servers;
 
 mod bad_input;
 mod coupons;
+mod dead_letters;
 mod faults;
 mod http;
+mod inbox;
 mod protocol;
 mod proxy;
 mod rebuild;

@@ -227,19 +227,21 @@ async fn an_outbox_that_does_not_continue_is_never_applied() {
 }
 
 #[tokio::test]
-async fn what_stands_before_a_refused_change_is_applied_and_the_rest_waits() {
+async fn a_refused_change_is_parked_and_the_rest_goes_on() {
     let (mut stage, mut database) = (Stage::new().await, database().await);
     stage.append("0 set | a 100 100").await;
     stage.sell(10).await;
-    stage.append("0 decr | ghost -1 0").await;
+    stage.append("0 decr | a -1 0\n1 decr | ghost -1 0\n2 decr | a -1 0").await;
     stage.sell(10).await;
     stage.start(&database.url);
     stage.live();
-    stage.trouble("does not have: ghost").await;
-    assert_eq!(units_and_lines(&mut database.connection).await, (80, 21));
-    execute(&mut database.connection, "INSERT INTO holdfast.stock (product_id, available) VALUES ('ghost', 5)").await;
-    stage.applied(42).await;
+    stage.applied(44).await;
+    tokio::time::timeout(PATIENCE, stage.partition.parked.notified()).await.unwrap();
     stage.trouble("").await;
     stage.stop().await;
-    assert_eq!(units_and_lines(&mut database.connection).await, (60, 42));
+    assert_eq!(units_and_lines(&mut database.connection).await, (58, 44));
+    assert_eq!(
+        number_of(&mut database.connection, "SELECT sum(delta)::bigint FROM holdfast.dead_letter WHERE product_id = 'ghost'").await,
+        -1
+    );
 }

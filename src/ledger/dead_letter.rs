@@ -1,0 +1,394 @@
+//! Changes that Redis made and Postgres refuses for their data: their rows are in the ledger, their units are owed.
+//!
+//! What Redis holds is, at every moment, what Postgres has and what is owed to it. So a change that is parked, retried or dropped moves
+//! both in one transaction, and nothing that compares the two sees a difference.
+
+use std::collections::BTreeMap;
+
+use sqlx::{Connection, PgConnection};
+
+use super::apply::{Applied, advance, continuation, what_is_created};
+use super::changes::{Changes, Created};
+use super::partition::{self, id};
+use super::{Error, from_bigint, inbox, to_bigint, write};
+use crate::domain::change::{Effect, Entry, Operation};
+use crate::domain::{DeadLetter, InboxMark, Position, Settled};
+use crate::limits;
+
+/// Why a product is frozen that has a dead letter.
+pub const FROZEN: &str = "Postgres refused a change of it: see HOLDFAST.DEADLETTER LIST, then STOCK.UNFREEZE";
+
+/// Applies one entry of which Postgres refuses something: what works is applied, operation by operation where it must be, and the rest is
+/// parked, all in one transaction. Returns how many lines were parked, too.
+///
+/// Of an operation over several products only the lines that Postgres refuses are parked: it was decided as a whole in Redis, and its other
+/// products are as sold as before. Their product is frozen; a coupon is not.
+///
+/// Errors as [`apply`](super::apply) does; with [`Error::Data`] only where not even the ledger takes a row.
+pub async fn apply_parking(connection: &mut PgConnection, partition: u32, entry: &Entry) -> Result<(Applied, usize), Error> {
+    let mut transaction = connection.begin().await?;
+    match park_in(&mut transaction, partition, entry).await {
+        Ok(done) => {
+            transaction.commit().await?;
+            Ok(done)
+        }
+        Err(error) => {
+            transaction.rollback().await?;
+            Err(error)
+        }
+    }
+}
+
+async fn park_in(connection: &mut PgConnection, partition: u32, entry: &Entry) -> Result<(Applied, usize), Error> {
+    let Some(row) = partition::lock(connection, partition).await? else {
+        return Err(Error::Broken(format!("holdfast.partition has no row for partition {partition}: it was emptied while Holdfast ran")));
+    };
+    if continuation(&row, std::slice::from_ref(entry)).map_err(Error::Broken)?.is_empty() {
+        return Ok((Applied { position: row.applied, last_op: row.last_op, operations: 0 }, 0));
+    }
+    let mut mark = partition::mark(connection, partition).await?;
+    let mut parked = 0;
+    // From the front, since what an operation comes to depends on those before it.
+    let mut parts = vec![(0, entry.operations.len())];
+    while let Some((from, to)) = parts.pop() {
+        let part = part_of(entry, from, to);
+        let mut savepoint = connection.begin().await?;
+        match apply_part(&mut savepoint, partition, mark, &part).await {
+            Ok(reached) => {
+                savepoint.commit().await?;
+                mark = reached;
+            }
+            Err(Error::Data(_)) if to - from > 1 => {
+                savepoint.rollback().await?;
+                let middle = from.midpoint(to);
+                parts.extend([(middle, to), (from, middle)]);
+            }
+            Err(Error::Data(reason)) => {
+                savepoint.rollback().await?;
+                parked += park(connection, partition, mark, &part, &reason).await?;
+                mark = mark.max(mark_of(&part));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    advance(connection, partition, &row, std::slice::from_ref(entry), Some(mark)).await?;
+    let operations = entry.operations.len() as u64;
+    Ok((Applied { position: entry.last, last_op: entry.op.clone(), operations }, parked))
+}
+
+/// The operations from `from` up to, not including, `to`, as an entry of their own.
+fn part_of(entry: &Entry, from: usize, to: usize) -> Entry {
+    let first_n = entry.first_n + from as u64;
+    let last = Position::new(entry.last.epoch, entry.first_n + to as u64 - 1);
+    Entry { last, first_n, operations: entry.operations[from..to].to_vec(), ..entry.clone() }
+}
+
+fn mark_of(part: &Entry) -> InboxMark {
+    let marks = part.operations.iter().map(|operation| match &operation.effect {
+        Effect::Stock { detail, .. } => detail.mark.unwrap_or_default(),
+        _ => InboxMark::default(),
+    });
+    marks.max().unwrap_or_default()
+}
+
+async fn apply_part(connection: &mut PgConnection, partition: u32, mark: InboxMark, part: &Entry) -> Result<InboxMark, Error> {
+    let created = what_is_created(connection, mark, std::slice::from_ref(part)).await?;
+    let changes = Changes::gather([part], &created)?;
+    write::changes(connection, partition, &changes).await?;
+    Ok(changes.mark.map_or(mark, |reached| reached.max(mark)))
+}
+
+/// Writes the ledger's rows of one operation, applies those of its lines that Postgres takes, and parks the others.
+async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, part: &Entry, reason: &str) -> Result<usize, Error> {
+    let created = what_is_created(connection, mark, std::slice::from_ref(part)).await?;
+    let changes = Changes::gather([part], &created)?;
+    write::ledgers(connection, partition, &changes).await?;
+    let Some(operation) = part.operations.first() else { return Ok(0) };
+    let Effect::Stock { items, .. } = &operation.effect else {
+        insert(connection, partition, part, operation, &Letter { i: 0, product: None, delta: 0, reason }).await?;
+        return Ok(1);
+    };
+    let mut refused = Vec::new();
+    for (i, item) in items.iter().enumerate() {
+        let mut alone = part.clone();
+        for operation in &mut alone.operations {
+            if let Effect::Stock { items, .. } = &mut operation.effect {
+                *items = vec![item.clone()];
+            }
+        }
+        let mut savepoint = connection.begin().await?;
+        match write::moves(&mut savepoint, &Changes::gather([&alone], &created)?).await {
+            Ok(()) => savepoint.commit().await?,
+            Err(Error::Data(reason)) => {
+                savepoint.rollback().await?;
+                refused.push((i, item.product.as_str(), reason));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let mut frozen = BTreeMap::new();
+    for (i, product, reason) in &refused {
+        let delta = changes.stock_lines.iter().find(|line| line.i == *i).map_or(0, |line| line.pg_delta);
+        insert(connection, partition, part, operation, &Letter { i: *i, product: Some(product), delta, reason }).await?;
+        frozen.insert(*product, Some(FROZEN));
+    }
+    write::freeze_products(connection, &frozen).await?;
+    Ok(refused.len())
+}
+
+struct Letter<'a> {
+    i: usize,
+    product: Option<&'a str>,
+    delta: i64,
+    reason: &'a str,
+}
+
+async fn insert(
+    connection: &mut PgConnection,
+    partition: u32,
+    part: &Entry,
+    operation: &Operation,
+    letter: &Letter<'_>,
+) -> Result<(), Error> {
+    let line = operation.to_string();
+    sqlx::query(
+        "INSERT INTO holdfast.dead_letter (partition, epoch, n, i, op, k, product_id, kind, delta, in_redis, reason, line) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, true, $10, $11)",
+    )
+    .bind(id(partition))
+    .bind(to_bigint(part.last.epoch))
+    .bind(to_bigint(part.first_n))
+    .bind(i32::try_from(letter.i).unwrap_or(i32::MAX))
+    .bind(&part.op)
+    .bind(i32::try_from(operation.k).unwrap_or(i32::MAX))
+    .bind(letter.product)
+    .bind(line.split(' ').nth(1).unwrap_or_default())
+    .bind(letter.delta)
+    .bind(letter.reason)
+    .bind(&line)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// The oldest dead letters, at most `count`.
+pub async fn list(connection: &mut PgConnection, partition: u32, count: usize) -> Result<Vec<DeadLetter>, Error> {
+    type Columns = (i64, i64, i64, Option<String>, String, i64, String, i64);
+    let rows: Vec<Columns> = sqlx::query_as(
+        "SELECT id, epoch, n, product_id, kind, delta, reason, (extract(epoch FROM at) * 1000)::bigint \
+         FROM holdfast.dead_letter WHERE partition = $1 ORDER BY id LIMIT $2",
+    )
+    .bind(id(partition))
+    .bind(i64::try_from(count).unwrap_or(i64::MAX))
+    .fetch_all(connection)
+    .await?;
+    let letter = |(id, epoch, n, product, kind, delta, reason, at_ms)| DeadLetter {
+        id,
+        position: Position::new(from_bigint(epoch), from_bigint(n)),
+        product,
+        kind,
+        delta,
+        reason,
+        at_ms,
+    };
+    Ok(rows.into_iter().map(letter).collect())
+}
+
+/// How many there are.
+pub async fn count(connection: &mut PgConnection, partition: u32) -> Result<u64, Error> {
+    let count = sqlx::query_scalar("SELECT count(*) FROM holdfast.dead_letter WHERE partition = $1").bind(id(partition));
+    Ok(from_bigint(count.fetch_one(connection).await?))
+}
+
+/// The products of dead letters behind `after` that no person has unfrozen since, each with the id of its newest; in the order of those,
+/// a bounded number.
+pub async fn frozen(connection: &mut PgConnection, partition: u32, after: i64) -> Result<Vec<(i64, String)>, Error> {
+    let frozen = sqlx::query_as(
+        "SELECT max(d.id), d.product_id FROM holdfast.dead_letter d LEFT JOIN holdfast.stock s USING (product_id) \
+         WHERE d.partition = $1 AND d.id > $2 AND d.product_id IS NOT NULL AND (s.product_id IS NULL OR s.frozen IS NOT NULL) \
+         GROUP BY d.product_id ORDER BY 1 LIMIT $3",
+    );
+    let limit = i64::try_from(limits::DEAD_LETTERS_FROZEN_AT_ONCE).unwrap_or(i64::MAX);
+    Ok(frozen.bind(id(partition)).bind(after).bind(limit).fetch_all(connection).await?)
+}
+
+/// Applies a dead letter after all, and removes it. One that Redis has moved by moves Postgres alone; any other moves Postgres as another
+/// program would, so that Redis follows through the inbox.
+pub async fn retry(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
+    let mut transaction = connection.begin().await?;
+    match retry_in(&mut transaction, letter).await {
+        Ok(Settled::Done) => {
+            transaction.commit().await?;
+            Ok(Settled::Done)
+        }
+        Err(Error::Data(reason)) => {
+            transaction.rollback().await?;
+            Ok(Settled::Failed(reason))
+        }
+        other => {
+            transaction.rollback().await?;
+            other
+        }
+    }
+}
+
+async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
+    type Columns = (i64, i64, i32, String, Option<String>, i64, bool, String, i64);
+    let found: Option<Columns> = sqlx::query_as(
+        "DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING epoch, n, i, op, product_id, delta, in_redis, line, \
+         (extract(epoch FROM at) * 1000)::bigint",
+    )
+    .bind(letter)
+    .fetch_optional(&mut *connection)
+    .await?;
+    let Some((epoch, n, i, op, product, delta, in_redis, line, at_ms)) = found else { return Ok(Settled::Unknown) };
+    if let (Some(product), false) = (&product, in_redis) {
+        let moved = sqlx::query("UPDATE holdfast.stock SET available = available + $2 WHERE product_id = $1 AND deleted_at IS NULL");
+        return match moved.bind(product).bind(delta).execute(connection).await?.rows_affected() {
+            0 => Ok(Settled::Failed(format!("holdfast.stock has no product {product}"))),
+            _ => Ok(Settled::Done),
+        };
+    }
+    sqlx::query("SELECT set_config('holdfast.writer', 'holdfast', true)").execute(&mut *connection).await?;
+    let mut operation = Operation::decode(&line).map_err(|malformed| Error::Data(malformed.to_string()))?;
+    if let Effect::Stock { items, detail, .. } = &mut operation.effect {
+        // Only its own line, by what is owed; what the creation of a product would come to is in that already.
+        let at = usize::try_from(i).unwrap_or_default();
+        *items = items.get(at).cloned().into_iter().collect();
+        items.iter_mut().for_each(|item| item.delta = delta);
+        detail.created = false;
+        detail.pg = Some(delta);
+    }
+    let last = Position::new(from_bigint(epoch), from_bigint(n));
+    let entry = Entry { last, first_n: last.n, prev: partition::NO_OP.into(), op, at_ms, operations: vec![operation] };
+    write::moves(connection, &Changes::gather([&entry], &Created::default())?).await?;
+    Ok(Settled::Done)
+}
+
+/// Gives a dead letter up, and removes it. Where Redis has moved by it, Redis gets the units back through the inbox.
+pub async fn discard(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
+    let mut transaction = connection.begin().await?;
+    match discard_in(&mut transaction, letter).await {
+        Ok(settled) => {
+            transaction.commit().await?;
+            Ok(settled)
+        }
+        Err(error) => {
+            transaction.rollback().await?;
+            Err(error)
+        }
+    }
+}
+
+async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
+    let found: Option<(Option<String>, i64, bool)> =
+        sqlx::query_as("DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING product_id, delta, in_redis")
+            .bind(letter)
+            .fetch_optional(&mut *connection)
+            .await?;
+    match found {
+        None => Ok(Settled::Unknown),
+        Some((Some(product), delta, true)) if delta != 0 => {
+            inbox::put(connection, &product, -delta).await?;
+            Ok(Settled::Done)
+        }
+        Some(_) => Ok(Settled::Done),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::apply;
+    use crate::ledger::testing::{Database, database, execute, number_of, rows};
+
+    /// The entry after `n` changes in `entries` batches.
+    fn entry(n: u64, entries: u64, lines: &[&str]) -> Entry {
+        let operations: Vec<_> = lines.iter().map(|line| Operation::decode(line).unwrap()).collect();
+        let prev = if entries == 0 { partition::NO_OP.into() } else { format!("i:stock:{entries}") };
+        let last = Position::new(1, n + operations.len() as u64);
+        Entry { last, first_n: n + 1, prev, op: format!("i:stock:{}", entries + 1), at_ms: 1_700_000_000_000, operations }
+    }
+
+    async fn stock(database: &mut Database) -> Vec<(String, i64, bool)> {
+        rows(&mut database.connection, "SELECT product_id, available, frozen IS NOT NULL FROM holdfast.stock ORDER BY product_id").await
+    }
+
+    async fn owed(database: &mut Database) -> Vec<(i64, i32, Option<String>, i64)> {
+        rows(&mut database.connection, "SELECT n, i, product_id, delta FROM holdfast.dead_letter ORDER BY id").await
+    }
+
+    #[tokio::test]
+    async fn what_postgres_refuses_is_parked_and_the_rest_applied() {
+        let mut database = database().await;
+        let first = entry(0, 0, &["0 set | a 10 10", "1 set | b 10 10"]);
+        apply(&mut database.connection, 0, &[first]).await.unwrap();
+        let poisoned = entry(
+            2,
+            1,
+            &[
+                "0 decr | a -1 9",
+                "1 decr | a -50 0 b -2 8",
+                "2 decr | ghost -3 7",
+                "3 coupon.issue coupon=ghost user=u serial=1 remaining=0 |",
+                "4 inbox inbox=7:7 | b 0 8",
+                "5 decr | b -1 7",
+            ],
+        );
+        let (applied, parked) = apply_parking(&mut database.connection, 0, &poisoned).await.unwrap();
+        assert_eq!((applied.position, applied.operations, parked), (Position::new(1, 8), 6, 3));
+        assert_eq!(stock(&mut database).await, [("a".into(), 9, true), ("b".into(), 7, false)]);
+        assert_eq!(owed(&mut database).await, [(4, 0, Some("a".into()), -50), (5, 0, Some("ghost".into()), -3), (6, 0, None, 0)]);
+        assert_eq!(number_of(&mut database.connection, "SELECT count(*) FROM holdfast.stock_ledger").await, 8);
+        assert_eq!(number_of(&mut database.connection, "SELECT inbox_xid FROM holdfast.partition").await, 7);
+        let again = apply_parking(&mut database.connection, 0, &poisoned).await.unwrap();
+        assert_eq!((again.0.operations, again.1), (0, 0), "once");
+        let next = entry(8, 2, &["0 decr | b -1 6"]);
+        assert_eq!(apply(&mut database.connection, 0, &[next]).await.unwrap().operations, 1);
+        let frozen = frozen(&mut database.connection, 0, 0).await.unwrap();
+        assert_eq!(frozen.iter().map(|(_, product)| product.as_str()).collect::<Vec<_>>(), ["a", "ghost"]);
+        assert_eq!(count(&mut database.connection, 0).await.unwrap(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_dead_letter_is_retried_or_given_up_once() {
+        let mut database = database().await;
+        apply(&mut database.connection, 0, &[entry(0, 0, &["0 set | a 10 10"])]).await.unwrap();
+        let poisoned = entry(1, 1, &["0 decr | a -50 0", "1 decr | a -20 0", "2 set low=4 | new 7 7"]);
+        execute(&mut database.connection, "ALTER TABLE holdfast.stock ADD CONSTRAINT no_new CHECK (product_id <> 'new')").await;
+        assert_eq!(apply_parking(&mut database.connection, 0, &poisoned).await.unwrap().1, 3);
+        let letters = list(&mut database.connection, 0, 10).await.unwrap();
+        let kinds: Vec<_> = letters.iter().map(|letter| (letter.position, letter.kind.as_str(), letter.delta)).collect();
+        assert_eq!(kinds, [(Position::new(1, 2), "decr", -50), (Position::new(1, 3), "decr", -20), (Position::new(1, 4), "set", 7)]);
+        let failed = retry(&mut database.connection, letters[0].id).await.unwrap();
+        assert!(matches!(&failed, Settled::Failed(reason) if reason.contains("stock_available_check")), "{failed:?}");
+        assert_eq!(count(&mut database.connection, 0).await.unwrap(), 3);
+        execute(
+            &mut database.connection,
+            "SET holdfast.writer = 'holdfast'; UPDATE holdfast.stock SET available = 60; RESET holdfast.writer; \
+             ALTER TABLE holdfast.stock DROP CONSTRAINT no_new",
+        )
+        .await;
+        assert_eq!(retry(&mut database.connection, letters[0].id).await.unwrap(), Settled::Done);
+        assert_eq!(retry(&mut database.connection, letters[0].id).await.unwrap(), Settled::Unknown);
+        assert_eq!(retry(&mut database.connection, letters[2].id).await.unwrap(), Settled::Done, "the product is made");
+        assert_eq!(stock(&mut database).await, [("a".into(), 10, true), ("new".into(), 7, false)]);
+        assert_eq!(number_of(&mut database.connection, "SELECT count(*) FROM holdfast.inbox").await, 0, "Redis has moved already");
+        assert_eq!(discard(&mut database.connection, letters[1].id).await.unwrap(), Settled::Done);
+        assert_eq!(discard(&mut database.connection, letters[1].id).await.unwrap(), Settled::Unknown);
+        let inbox: Vec<(String, String, i64)> = rows(&mut database.connection, "SELECT product_id, kind, delta FROM holdfast.inbox").await;
+        assert_eq!(inbox, [("a".into(), "move".into(), 20)]);
+        // What Redis has not moved by moves Postgres as another program would, and Redis follows.
+        execute(
+            &mut database.connection,
+            "INSERT INTO holdfast.dead_letter (partition, epoch, n, i, op, k, product_id, kind, delta, in_redis, reason, line) \
+             VALUES (0, 1, 9, 0, 'x', 0, 'a', 'decr', -4, false, 'r', '0 decr | a -4 0'), (0, 1, 9, 0, 'x', 0, 'a', 'decr', -4, false, 'r', '')",
+        )
+        .await;
+        let letters = list(&mut database.connection, 0, 10).await.unwrap();
+        assert_eq!(retry(&mut database.connection, letters[0].id).await.unwrap(), Settled::Done);
+        assert_eq!(discard(&mut database.connection, letters[1].id).await.unwrap(), Settled::Done);
+        assert_eq!(number_of(&mut database.connection, "SELECT available FROM holdfast.stock WHERE product_id = 'a'").await, 6);
+        assert_eq!(number_of(&mut database.connection, "SELECT sum(delta)::bigint FROM holdfast.inbox").await, 16);
+    }
+}
