@@ -310,6 +310,8 @@ fn eight_reconcilers_at_once_repair_each_difference_once() {
     wait_until("a reconciler goes round", || others.iter().chain([&stack.sidecar]).any(|sidecar| metric(sidecar, SYNC_ROUNDS) >= 3.0));
     stack.wait_until_applied();
     let mut found = found_of_damage(&stack.postgres);
+    // One that comes upon what another has just frozen may report it before the other has said so.
+    found.retain(|found| !found.ends_with(" none"));
     found.sort();
     assert_eq!(found, damage.expected.iter().cloned().collect::<Vec<_>>());
     let corrections = "SELECT product_id, -sum(redis_delta) FROM holdfast.stock_ledger WHERE kind = 'correct' GROUP BY 1";
