@@ -88,7 +88,7 @@ pub trait Family: 'static {
     /// Whether it may change anything: what only reads is never in doubt.
     fn changes(op: &Self::Op) -> bool;
     fn request(op: &Self::Op) -> Option<&Request>;
-    /// Whether a client asked for it. What the server itself asks for goes on while the outbox is full.
+    /// Whether a client asked for it. What the server itself asks for goes on while the outbox or the copies are full.
     fn is_of_a_client(_: &Self::Op) -> bool {
         true
     }
@@ -191,14 +191,13 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
         }
-        if F::changes(&op)
-            && F::is_of_a_client(&op)
-            && let Some(why) = self.partition.bound.refusal()
-        {
-            return waiter.done(&op, Err(Failure::TryAgain(format!("{why}; nothing was changed"))));
-        }
-        if self.partition.copies.is_full() && F::changes(&op) {
-            return waiter.done(&op, Err(Failure::TryAgain("overloaded: Postgres is too far behind; nothing was changed".into())));
+        if F::changes(&op) && F::is_of_a_client(&op) {
+            if let Some(why) = self.partition.bound.refusal() {
+                return waiter.done(&op, Err(Failure::TryAgain(format!("{why}; nothing was changed"))));
+            }
+            if self.partition.copies.is_full() {
+                return waiter.done(&op, Err(Failure::TryAgain("overloaded: Postgres is too far behind; nothing was changed".into())));
+            }
         }
         let mut queue = self.queue.borrow_mut();
         if queue.len() >= limits::LANE_QUEUE_MAX {
