@@ -16,6 +16,7 @@ COMMENT ON COLUMN holdfast.partition_epoch.after_n IS 'n of the last change befo
 CREATE INDEX stock_ledger_origin ON holdfast.stock_ledger (partition, origin_epoch, origin_n) WHERE origin_epoch IS NOT NULL;
 CREATE INDEX coupon_ledger_origin ON holdfast.coupon_ledger (partition, origin_epoch, origin_n) WHERE origin_epoch IS NOT NULL;
 CREATE INDEX stock_ledger_server_request ON holdfast.stock_ledger (request_id) WHERE request_id LIKE 'hf-%';
+CREATE INDEX coupon_ledger_server_request ON holdfast.coupon_ledger (request_id) WHERE request_id LIKE 'hf-%';
 CREATE INDEX stock_ledger_request ON holdfast.stock_ledger (at) WHERE request_id IS NOT NULL;
 CREATE INDEX coupon_ledger_request ON holdfast.coupon_ledger (at) WHERE request_id IS NOT NULL;
 COMMENT ON COLUMN holdfast.stock_ledger.origin_epoch IS 'With origin_n: the position that the caller was answered, where the change was saved out of a Redis that lost its data and has a new place here.';

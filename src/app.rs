@@ -24,6 +24,7 @@ use crate::config::{Config, Prefer};
 use crate::domain::Side;
 use crate::ledger;
 use crate::limits;
+use crate::outbox::archivist::Archivist;
 use crate::outbox::by_hand;
 use crate::outbox::clerk::Clerk;
 use crate::outbox::inbox::Inbox;
@@ -77,7 +78,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let (partition, Receivers { letters, loads, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
+    let (partition, Receivers { inquiries, letters, loads, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
     let partition = Arc::new(partition.bounded(config.outbox.max_changes, config.outbox.max_bytes as u64));
     let back = CancellationToken::new();
     let pulse = Arc::new(Mutex::new(Instant::now()));
@@ -92,6 +93,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let relay =
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
+    let archivist = Archivist::new(Arc::clone(&partition), &postgres_url, inquiries);
     let clerk = Clerk::new(Arc::clone(&partition), &postgres_url, letters);
     let inbox = Inbox::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
     let verifier = Verifier::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, &instance, config.idempotency.window);
@@ -119,6 +121,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
                     relay.run(back.clone()),
                     verifier.run(back.clone()),
                     loader.run(back.clone()),
+                    archivist.run(back.clone()),
                     inbox.run(back.clone()),
                     clerk.run(back.clone()),
                     sweeper.run(back.clone()),

@@ -327,6 +327,10 @@ const _: () = assert!(READ_MIN <= READ_MAX && READ_MAX <= READ_AHEAD_MAX && READ
 const _: () = assert!(REQUEST_BULK_MAX <= REQUEST_BYTES_MAX && STRANGER_BULK_MAX <= STRANGER_BYTES_MAX);
 const _: () = assert!(TURN_COMMANDS_MAX <= IN_FLIGHT_MAX && REQUEST_ARGS_MAX <= u16::MAX as usize);
 
+/// Operations that are in doubt and may wait to be looked up in the ledger. Each is a query of two index scans, one after the other; what is
+/// beyond it stays in doubt, and is asked for again.
+pub const INQUIRIES_MAX: usize = 256;
+
 /// Products that may wait to be looked up in Postgres, and how many are looked up at once. Asking for products that exist nowhere must
 /// not become a load on Postgres.
 pub const LOADS_MAX: usize = 1_024;

@@ -3,7 +3,8 @@
 -- A refusal, like every reply, begins {status, op, now in ms}: the sidecar compares op with what it sent.
 --
 -- never     a newer batch of this lane has run: this one surely never will
--- replayed  this very batch has run: the id of its entry and the entry, '-' and false if it granted nothing
+-- replayed  this very batch has run: the id of its entry and the entry, '-' and false if it granted nothing, or if it was settled
+--           (settle.lua) before it got here and may not run any more
 -- nometa epoch run state behind   not under this epoch, not on this Redis process, not open, or older than what was seen
 -- late      its deadline has passed by this clock
 -- clock     the sidecar's idea of this clock is off by more than one generation of request ids
@@ -13,8 +14,9 @@ local function enter(meta, outbox, epoch, run, seen, deadline, lane, counter, re
   local op = lane .. ':' .. counter
   local m = redis.call('HMGET', meta, 'epoch', 'run', 'state', 'n', 'last', lane)
   if m[6] then
-    local recorded, id = string.match(m[6], '^(%d+):(.*)$')
+    local recorded, id, settled = string.match(m[6], '^(%d+):(%S+)(.*)$')
     recorded = tonumber(recorded)
+    if settled ~= '' and string.find(settled .. ' ', ' ' .. counter .. ' ', 1, true) then return nil, {'replayed', op, now, '-', false} end
     if tonumber(counter) < recorded then return nil, {'never', op, now} end
     if tonumber(counter) == recorded then
       local entry = id ~= '-' and redis.call('XRANGE', outbox, id, id)[1]

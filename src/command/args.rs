@@ -156,7 +156,7 @@ impl Args {
             }
             Kind::RequestId => {
                 if RequestId::parse(word).is_none() {
-                    return Err("ERR invalid request id: 1 to 64 bytes, not beginning with 'hf-'".to_owned());
+                    return Err("ERR invalid request id: 1 to 64 bytes; one that begins with 'hf-' only as INDOUBT named it".to_owned());
                 }
             }
             Kind::Word(words) => {
@@ -462,7 +462,11 @@ mod tests {
             (&DECR, "STOCK.DECR a 1 REQUEST r REQUEST r", "ERR syntax error"),
             (&DECR, "STOCK.DECR a 1 LOW 5", "ERR syntax error"),
             (&DECR, "STOCK.DECR a 1 REQUEST r b 2", "ERR syntax error"),
-            (&DECR, "STOCK.DECR a 1 REQUEST hf-1", "ERR invalid request id: 1 to 64 bytes, not beginning with 'hf-'"),
+            (
+                &DECR,
+                "STOCK.DECR a 1 REQUEST hf-1",
+                "ERR invalid request id: 1 to 64 bytes; one that begins with 'hf-' only as INDOUBT named it",
+            ),
             (&DECR, "STOCK.DECR a 1 REQUEST ", "ERR invalid request id"),
             (&DECR, "STOCK.DECR a 1 ACK disk", "ERR invalid ack: one of redis, replica, postgres"),
             (&DECR, "STOCK.DECR a 1 TIMEOUT 0", "ERR invalid timeout: a whole number from 1 to 600000 ms"),

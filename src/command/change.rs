@@ -1,14 +1,13 @@
 //! What every changing command shares: its REQUEST, its ACK, and how its failures read.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use super::Call;
 use super::ack::AckQueue;
 use super::args::{Ack, Args};
 use crate::domain::Position;
-use crate::domain::request::SERVER_PREFIX;
 use crate::limits;
 use crate::resp::{Reply, Ticket};
-use crate::store::Partition;
 use crate::store::lane::Failure;
 use crate::store::requests::{KnownReply, Remembered, Request};
 
@@ -22,18 +21,23 @@ pub const ACK_POSTGRES: Ack = Ack::Postgres;
 pub struct Confirmation {
     ack: Ack,
     timeout: Duration,
+    /// When the reply is due whatever it waited for before, such as a look into Postgres.
+    latest: Instant,
 }
 
 impl Confirmation {
     /// From ACK and TIMEOUT, else the command's default. Errors with the reply where it is known beforehand that it cannot be had.
-    pub fn of(args: &Args, default: Ack, partition: &Partition) -> Result<Self, Reply> {
+    pub fn of(call: &Call<'_>, default: Ack) -> Result<Self, Reply> {
+        let (args, backend) = (&call.args, &call.cx.backend);
+        let partition = &backend.partition;
         let ack = args.ack().unwrap_or(default);
         let otherwise = if default == Ack::Postgres { limits::ACK_POSTGRES_WITHIN } else { limits::ACK_WITHIN };
         let asked = args.maybe_integer("timeout").and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
         if ack == Ack::Postgres && !partition.ledger_up() && partition.live_epoch().is_some() {
             return Err(Reply::error("TRYAGAIN Postgres cannot be reached, so ACK postgres cannot be given; nothing was changed"));
         }
-        Ok(Self { ack, timeout: asked.unwrap_or(otherwise) })
+        let timeout = asked.unwrap_or(otherwise);
+        Ok(Self { ack, timeout, latest: call.arrived + backend.within + timeout })
     }
 
     /// How long it may wait for Postgres.
@@ -43,10 +47,11 @@ impl Confirmation {
 
     /// Sends the reply of a change that Redis has at `position`, as soon as it is confirmed as asked.
     pub fn confirm(self, acks: &AckQueue, position: Position, ticket: Ticket, reply: Reply) {
+        let timeout = self.timeout.min(self.latest.saturating_duration_since(Instant::now()));
         match self.ack {
             Ack::Redis => ticket.complete(reply),
-            Ack::Replica => acks.replicas.wait(position, self.timeout, ticket, reply),
-            Ack::Postgres => acks.wait(position, self.timeout, ticket, reply),
+            Ack::Replica => acks.replicas.wait(position, timeout, ticket, reply),
+            Ack::Postgres => acks.wait(position, timeout, ticket, reply),
         }
     }
 }
@@ -61,10 +66,7 @@ pub fn failed(failure: Failure) -> Reply {
     Reply::error(match failure {
         Failure::Loading(why) => format!("LOADING {why}"),
         Failure::TryAgain(why) => format!("TRYAGAIN {why}"),
-        Failure::InDoubt(id) if id.as_bytes().starts_with(SERVER_PREFIX) => {
-            format!("INDOUBT {id} Redis has not answered in time: read what became of it, and send a REQUEST id to be able to ask again")
-        }
-        Failure::InDoubt(id) => format!("INDOUBT {id} Redis has not answered in time: ask again with REQUEST {id}"),
+        Failure::InDoubt(id) => format!("INDOUBT {id} it is not known yet whether it was executed: ask again with REQUEST {id}"),
     })
 }
 
@@ -77,9 +79,10 @@ pub fn replay(request: Option<&Request>, remembered: &Remembered) -> Result<(Pos
         Remembered::Ahead => {
             Err(Reply::error("ERR invalid request id: its time is more than 60 s in the future, check this client's clock"))
         }
+        Remembered::Other => Err(mismatch()),
         Remembered::Known(text) => {
             let Some(reply) = request.and_then(|request| request.reply_in(text)) else {
-                return Err(Reply::error("MISMATCH this REQUEST id was used with another command or other arguments: use a new id"));
+                return Err(mismatch());
             };
             let Some(known) = KnownReply::parse(reply) else {
                 return Err(Reply::error("ERR what is remembered of this REQUEST id cannot be read"));
@@ -87,6 +90,10 @@ pub fn replay(request: Option<&Request>, remembered: &Remembered) -> Result<(Pos
             Ok((known.position, accepted(known.word, known.integers, known.position)))
         }
     }
+}
+
+fn mismatch() -> Reply {
+    Reply::error("MISMATCH this REQUEST id was used with another command or other arguments: use a new id")
 }
 
 /// The reply of an accepted change: the outcome word, its numbers, the position.

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
 use super::spec::{self, ACK, COUPON, FAST, READONLY, REQUEST, Spec, TIMEOUT, USER, WRITE};
-use super::{Call, Context, Step, read};
+use super::{Call, Context, Step, doubt, read};
 use crate::domain::Id;
 use crate::domain::change::CouponTerms;
 use crate::domain::quantity::QUANTITY_MAX;
@@ -84,14 +84,14 @@ fn create(call: &mut Call<'_>) -> Step {
 }
 
 fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
-    let confirmation = match Confirmation::of(&call.args, default, &call.cx.backend.partition) {
+    let confirmation = match Confirmation::of(call, default) {
         Ok(confirmation) => confirmation,
         Err(reply) => return Step::Reply(reply),
     };
     let op = CouponOp { coupon: call.args.id("coupon"), action, request: change::request(&call.args) };
     let ticket = call.ticket_with(confirmation.waits_for_postgres());
     let waiter = CouponWaiter { cx: Rc::clone(call.cx), ticket, confirmation };
-    call.cx.backend.coupon.submit(op, call.arrived, waiter);
+    doubt::submit(call, &call.cx.backend.coupon, op, confirmation.waits_for_postgres(), waiter);
     Step::Later
 }
 

@@ -16,6 +16,7 @@ pub mod connection;
 pub mod coupon;
 pub mod dead_letter;
 pub mod describe;
+mod doubt;
 pub mod first_use;
 pub mod glob;
 mod heartbeat;

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
 use super::spec::{self, ACK, FAST, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
-use super::{Call, Context, Step, first_use, read};
+use super::{Call, Context, Step, doubt, first_use, read};
 use crate::domain::change::StockKind;
 use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
 use crate::domain::{Drift, Id};
@@ -167,13 +167,13 @@ fn decr(call: &mut Call<'_>) -> Step {
 }
 
 fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
-    let confirmation = match Confirmation::of(&call.args, default, &call.cx.backend.partition) {
+    let confirmation = match Confirmation::of(call, default) {
         Ok(confirmation) => confirmation,
         Err(reply) => return Step::Reply(reply),
     };
     op.request = change::request(&call.args);
     let waiter = StockWaiter::client(call, call.ticket_with(confirmation.waits_for_postgres()), Shape::Change(confirmation));
-    call.cx.backend.stock.submit(op, call.arrived, waiter);
+    doubt::submit(call, &call.cx.backend.stock, op, confirmation.waits_for_postgres(), waiter);
     Step::Later
 }
 

@@ -58,6 +58,10 @@ impl StockKind {
         Self::Unfreeze,
     ];
 
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text)
+    }
+
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Set => "set",
@@ -138,6 +142,14 @@ pub struct Operation {
     pub k: u32,
     pub remembered: Option<Remembered>,
     pub effect: Effect,
+}
+
+/// A change that the ledger has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// The position that its caller was answered, or would have been.
+    pub position: Position,
+    pub operation: Operation,
 }
 
 /// One entry of the outbox: the accepted operations of one batch.
@@ -255,7 +267,7 @@ impl Operation {
                 remaining: named.number("remaining")?,
             },
             _ => {
-                let kind = StockKind::ALL.into_iter().find(|known| known.as_str() == kind)?;
+                let kind = StockKind::parse(kind)?;
                 let mut items = Vec::with_capacity(1);
                 while let Some(product) = words.next() {
                     let (delta, available) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);

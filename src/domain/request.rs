@@ -9,17 +9,23 @@ use super::text;
 pub const REQUEST_LEN_MAX: usize = 64;
 
 /// The server's own ids begin so; a client may name one only to ask what became of it.
-pub const SERVER_PREFIX: &[u8] = b"hf-";
+const SERVER_PREFIX: &str = "hf-";
 
 /// A client's idempotency key: 1 to 64 bytes, any bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId(Bytes);
 
 impl RequestId {
-    /// Takes the bytes as a client's id; `None` where they are too long, empty, or of the server's own form.
+    /// Takes the bytes as a client's id; `None` where they are too long or empty, or begin like the server's own ids and are none.
     pub fn parse(bytes: &Bytes) -> Option<Self> {
-        let fits = !bytes.is_empty() && bytes.len() <= REQUEST_LEN_MAX && !bytes.starts_with(SERVER_PREFIX);
-        fits.then(|| Self(bytes.clone()))
+        let fits = !bytes.is_empty() && bytes.len() <= REQUEST_LEN_MAX;
+        let id = fits.then(|| Self(bytes.clone()))?;
+        (!bytes.starts_with(SERVER_PREFIX.as_bytes()) || id.sent().is_some()).then_some(id)
+    }
+
+    /// What the id stands for, where it is the server's own.
+    pub fn sent(&self) -> Option<Sent> {
+        Sent::parse(std::str::from_utf8(&self.0).ok()?)
     }
 
     /// The id in memory of its own, see [`Id::detached`](super::Id::detached).
@@ -56,6 +62,41 @@ impl RequestId {
         }
         let digits = text[..8].iter().chain(&text[9..13]);
         digits.map(|&b| char::from(b).to_digit(16).map(u64::from)).try_fold(0, |ms, digit| Some(ms << 4 | digit?))
+    }
+}
+
+/// An operation that a sidecar sent to Redis, by which the server names a change that carried no REQUEST: `hf-<op>-<k>`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sent {
+    /// `<instance>:<lane>`.
+    pub lane: String,
+    /// The number of its batch in that lane.
+    pub counter: u64,
+    /// Its place in that batch.
+    pub k: u32,
+}
+
+impl Sent {
+    /// Reads `hf-<instance>:<lane>:<counter>-<k>`, in the one way in which it is written.
+    fn parse(id: &str) -> Option<Self> {
+        let (op, k) = id.strip_prefix(SERVER_PREFIX)?.split_once('-')?;
+        let (lane, counter) = op.rsplit_once(':')?;
+        let (instance, family) = lane.split_once(':')?;
+        let is_instance = instance.len() == 32 && instance.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let sent = Self { lane: lane.to_owned(), counter: counter.parse().ok()?, k: k.parse().ok()? };
+        // Lua counts exactly up to 2^53.
+        let fits = is_instance && matches!(family, "stock" | "coupon") && (1..1 << 53).contains(&sent.counter);
+        (fits && sent.id() == id).then_some(sent)
+    }
+
+    /// The name of its batch.
+    pub fn op(&self) -> String {
+        format!("{}:{}", self.lane, self.counter)
+    }
+
+    /// The REQUEST id that stands for it.
+    pub fn id(&self) -> String {
+        format!("{SERVER_PREFIX}{}-{}", self.op(), self.k)
     }
 }
 
@@ -97,8 +138,34 @@ mod tests {
     }
 
     #[test]
-    fn clients_may_not_use_the_servers_ids() {
+    fn the_servers_own_ids_are_taken_only_as_they_were_given_out() {
+        let given = "hf-0123456789abcdef0123456789abcdef:coupon:1700000-511";
+        let sent = Sent { lane: "0123456789abcdef0123456789abcdef:coupon".into(), counter: 1_700_000, k: 511 };
+        assert_eq!(id(given).sent(), Some(sent.clone()));
+        assert_eq!((sent.id().as_str(), sent.op().as_str()), (given, &given[3..given.len() - 4]));
+        assert_eq!(id("r-1").sent(), None);
+    }
+
+    #[test]
+    fn clients_may_not_make_up_ids_of_the_server() {
         assert!(RequestId::parse(&Bytes::from_static(b"hf-x")).is_none());
+        let instance = "0123456789abcdef0123456789abcdef";
+        for other in [
+            format!("hf-{instance}:stock:7"),
+            format!("hf-{instance}:stock:0-0"),
+            format!("hf-{instance}:stock:07-0"),
+            format!("hf-{instance}:stock:+7-0"),
+            format!("hf-{instance}:stock:7-00"),
+            format!("hf-{instance}:stock:7-0-0"),
+            format!("hf-{instance}:lock:7-0"),
+            format!("hf-{}:stock:7-0", instance.to_uppercase()),
+            format!("hf-{}:stock:7-0", &instance[1..]),
+            format!("hf-{instance}:stock:{}-0", 1_u64 << 53),
+            format!("hf-{instance}:stock:7-{}", 1_u64 << 32),
+            format!("hf-{instance}:coupon:{}-0", "9".repeat(30)),
+        ] {
+            assert!(RequestId::parse(&Bytes::from(other.clone())).is_none(), "{other}");
+        }
         assert!(RequestId::parse(&Bytes::new()).is_none());
         assert!(RequestId::parse(&Bytes::from(vec![b'x'; 65])).is_none());
     }

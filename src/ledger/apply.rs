@@ -7,7 +7,7 @@ use sqlx::{Connection, PgConnection};
 use super::changes::{Changes, Created, Known};
 use super::partition::{self, PartitionRow};
 use super::{Error, inbox, to_bigint, write};
-use crate::domain::change::{Effect, Entry};
+use crate::domain::change::{Effect, Entry, StockKind};
 use crate::domain::{InboxMark, Position};
 
 /// How far a partition is after a call of [`apply`].
@@ -102,21 +102,23 @@ pub(super) async fn end_epochs(connection: &mut PgConnection, partition: u32, re
     Ok(())
 }
 
-/// What Postgres has of the products that are created in these entries although it may know them. Their rows are made where there are none,
-/// and stay locked, so that no other program changes them meanwhile. `mark`: up to where Redis has the inbox before these entries.
+/// What Postgres has of the products that are set in these entries. Their rows stay locked, so that no other program changes them meanwhile;
+/// where Redis did not have the product they are made, if there are none. `mark`: up to where Redis has the inbox before these entries.
 pub(super) async fn what_is_created(connection: &mut PgConnection, mark: InboxMark, entries: &[Entry]) -> Result<Created, Error> {
     let operations = entries.iter().flat_map(|entry| &entry.operations);
-    let items = operations.filter_map(|operation| match &operation.effect {
-        Effect::Stock { items, detail, .. } if detail.created => Some(items),
-        _ => None,
-    });
-    let mut products: Vec<&str> = items.flatten().map(|item| item.product.as_str()).collect();
+    let (mut products, mut new): (Vec<&str>, Vec<&str>) = (Vec::new(), Vec::new());
+    for operation in operations {
+        if let Effect::Stock { kind: StockKind::Set, items, detail } = &operation.effect {
+            products.extend(items.iter().map(|item| item.product.as_str()));
+            new.extend(items.iter().filter(|_| detail.created).map(|item| item.product.as_str()));
+        }
+    }
     if products.is_empty() {
         return Ok(Created { mark, ..Created::default() });
     }
-    products.sort_unstable();
+    new.sort_unstable();
     sqlx::query("INSERT INTO holdfast.stock (product_id, available) SELECT p, 0 FROM unnest($1::text[]) AS p ON CONFLICT DO NOTHING")
-        .bind(&products)
+        .bind(new)
         .execute(&mut *connection)
         .await?;
     sqlx::query("SELECT FROM holdfast.stock WHERE product_id = ANY($1) ORDER BY product_id FOR UPDATE")
@@ -130,8 +132,10 @@ pub(super) async fn what_is_created(connection: &mut PgConnection, mark: InboxMa
     .bind(&products)
     .fetch_all(&mut *connection)
     .await?;
-    let mut known: HashMap<String, Known> =
-        units.into_iter().map(|(product, units)| (product, Known { units, ahead: Vec::new() })).collect();
+    let mut known: HashMap<String, Known> = products.iter().map(|product| ((*product).to_owned(), Known::default())).collect();
+    for (product, units) in units {
+        known.entry(product).or_default().units = units;
+    }
     for row in inbox::of_products(connection, mark, &products).await? {
         let moves = (row.kind == "move").then_some(row.delta);
         known.entry(row.product).or_default().ahead.push((row.mark, moves));

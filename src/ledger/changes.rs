@@ -1,6 +1,6 @@
 //! What a run of outbox entries means for Postgres: the rows of the ledgers, and by how much each product and coupon moves. Pure.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::Error;
 use crate::domain::change::{CouponTerms, Effect, Entry, Item, Operation, StockKind};
@@ -83,13 +83,16 @@ pub(super) struct Changes<'a> {
     pub created: Vec<(&'a str, CouponTerms)>,
     pub issues: Vec<Issue<'a>>,
     pub coupons: BTreeMap<&'a str, CouponMove>,
+    /// Products that were set before Redis heard of their deletion. It will take them away, and has to hear that they exist again.
+    pub revived: BTreeSet<&'a str>,
     /// Why products are frozen from here on; `None`: no longer.
     pub frozen: BTreeMap<&'a str, Option<&'a str>>,
     /// Up to where Redis has the inbox now.
     pub mark: Option<InboxMark>,
 }
 
-/// What Postgres has of the products that are created in a run of entries although it may know them: Redis did not have them.
+/// What Postgres has of the products that are set in a run of entries: where Redis did not have one, or is still to hear that it was deleted,
+/// that gives way to what was set.
 #[derive(Debug, Default)]
 pub(super) struct Created {
     pub products: HashMap<String, Known>,
@@ -107,6 +110,11 @@ pub(super) struct Known {
 }
 
 impl Known {
+    /// Whether Redis at `mark` is still to hear of its creation or deletion.
+    fn is_replaced_after(&self, mark: InboxMark) -> bool {
+        self.ahead.iter().any(|(row, delta)| *row > mark && delta.is_none())
+    }
+
     /// By how much the inbox will move what Redis has at `mark`. What stands before a creation or a deletion moves nothing any more.
     fn ahead_of(&self, mark: InboxMark) -> i64 {
         let behind = self.ahead.iter().filter(|(row, _)| *row > mark).rev();
@@ -118,8 +126,9 @@ impl<'a> Changes<'a> {
     /// Gathers what the entries change, in their order. Errors with [`Error::Data`] where the sum of a product's changes passes what a
     /// 64-bit integer holds.
     ///
-    /// A product that was created where Redis had none has just what was set, whatever Postgres has of it: every change before it in the
-    /// outbox is in Postgres by then. What the inbox is still to bring to Redis comes on top, on both sides.
+    /// A product that was created where Redis had none, or that was set where another program had deleted it, has just what was set, whatever
+    /// Postgres has of it: every change before it in the outbox is in Postgres by then. What the inbox is still to bring to Redis comes on
+    /// top, on both sides.
     pub fn gather(entries: impl IntoIterator<Item = &'a Entry>, created: &Created) -> Result<Self, Error> {
         let mut changes = Self::default();
         for entry in entries {
@@ -146,10 +155,15 @@ impl<'a> Changes<'a> {
             Effect::Stock { kind, items, detail } => {
                 self.mark = self.mark.max(detail.mark);
                 for (i, item) in items.iter().enumerate() {
-                    let before = created.products.get(&item.product).filter(|_| detail.created).map(|known| {
+                    let mark = self.mark.unwrap_or(created.mark);
+                    let known = created.products.get(&item.product).filter(|_| *kind == StockKind::Set);
+                    let replaced = known.is_some_and(|known| known.is_replaced_after(mark));
+                    if replaced {
+                        self.revived.insert(&item.product);
+                    }
+                    let before = known.filter(|_| detail.created || replaced).map(|known| {
                         let moved = self.stock.get(item.product.as_str()).map_or(0, |moved| moved.delta);
-                        let ahead = known.ahead_of(self.mark.unwrap_or(created.mark));
-                        known.units.saturating_add(moved).saturating_sub(ahead)
+                        known.units.saturating_add(moved).saturating_sub(known.ahead_of(mark))
                     });
                     let pg_delta = match before {
                         Some(before) => item.available.saturating_sub(before),
@@ -273,6 +287,19 @@ mod tests {
         assert_eq!(pg_deltas(Vec::new()), [-45, 0, -8, 4]);
         assert_eq!(pg_deltas(vec![(mark(2), Some(3)), (mark(3), Some(-1))]), [5 - 50 + 2, 0, -8, 1 - (50 - 43 - 8) - 1]);
         assert_eq!(pg_deltas(vec![(mark(2), Some(3)), (mark(3), None)]), [-45, 0, -8, 4], "what came before a creation is in it");
+    }
+
+    #[test]
+    fn a_product_that_is_set_before_redis_hears_of_its_deletion_is_revived_with_just_what_was_set() {
+        let mark = |id| InboxMark { xid: 7, id };
+        let entry = entry(&["0 set | a 10 20", "1 decr | a -3 17", "2 set | b 1 2", "3 inbox inbox=7:2 | a -17 0", "4 set new=1 | a 4 4"]);
+        let ahead = vec![(mark(2), None), (mark(3), Some(5))];
+        let known = |units, ahead| Known { units, ahead };
+        let products = HashMap::from([("a".to_owned(), known(0, ahead)), ("b".to_owned(), known(1, vec![(mark(4), Some(1))]))]);
+        let changes = Changes::gather([&entry], &Created { products, mark: mark(1) }).unwrap();
+        let deltas: Vec<_> = changes.stock_lines.iter().map(|line| line.pg_delta).collect();
+        assert_eq!(deltas, [20 + 5, -3, 1, 0, 4 - 22 + 5]);
+        assert_eq!(changes.revived, BTreeSet::from(["a"]));
     }
 
     #[test]

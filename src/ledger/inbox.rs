@@ -107,6 +107,12 @@ pub(super) async fn put(connection: &mut PgConnection, product: &str, delta: i64
     Ok(())
 }
 
+/// Tells Redis that a product exists, as if another program had created it. In the caller's transaction.
+pub(super) async fn put_creation(connection: &mut PgConnection, product: &str) -> Result<(), Error> {
+    sqlx::query("SELECT holdfast.to_inbox($1, 'create', 0)").bind(product).execute(connection).await?;
+    Ok(())
+}
+
 /// Hears when there is something new. What was notified while it was not connected is not heard.
 pub struct Listener(PgListener);
 

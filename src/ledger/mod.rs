@@ -6,6 +6,7 @@
 
 pub mod adopt;
 pub mod apply;
+pub mod archive;
 mod changes;
 pub mod connection;
 pub mod coupon;

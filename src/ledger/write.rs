@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use sqlx::PgConnection;
 
 use super::changes::{Changes, CouponLine, Lifecycle, Place, StockLine};
-use super::{Error, partition, to_bigint};
+use super::{Error, inbox, partition, to_bigint};
 
 /// Writes everything; the caller holds the partition's row and commits. Errors with [`Error::Data`] where Postgres does not know a
 /// product or a coupon that moved.
@@ -22,6 +22,9 @@ pub(super) async fn moves(connection: &mut PgConnection, changes: &Changes<'_>) 
         move_products(connection, changes).await?;
         shape_products(connection, changes).await?;
         freeze_products(connection, &changes.frozen).await?;
+        for product in &changes.revived {
+            inbox::put_creation(connection, product).await?;
+        }
     }
     if !changes.coupon_lines.is_empty() {
         create_coupons(connection, changes).await?;

@@ -13,7 +13,7 @@ use crate::ledger::salvage::{self, Answered};
 use crate::ledger::{self, PgConnection};
 use crate::limits::{HANDOVER_MAX, SALVAGE_CHANGES_MAX};
 use crate::store::Partition;
-use crate::store::requests::Request;
+use crate::store::requests::{HANDED_OVER, Request};
 use crate::store::stock::{Action, StockOp, StockOutcome};
 
 /// Hands over the copies of ended epochs that the ledger does not have. Those of an epoch that has not ended are still on their way.
@@ -89,6 +89,6 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
 fn again(operation: &Operation, id: &str) -> Option<StockOp> {
     let Effect::Stock { kind: kind @ (StockKind::Decr | StockKind::Incr), items, .. } = &operation.effect else { return None };
     let items = items.iter().map(|item| (Id::from(item.product.as_str()), item.delta.abs())).collect();
-    let request = Request { id: RequestId::of_escaped(id), digest: "handed-over".to_owned() };
+    let request = Request { id: RequestId::of_escaped(id), digest: HANDED_OVER.to_owned() };
     Some(StockOp { request: Some(request), ..StockOp::new(Action::Change(*kind), items) })
 }

@@ -1,6 +1,7 @@
 //! From what the scripts appended in Redis to Postgres: the relay; the verifier, which compares both before anything is sold; the rebuild
 //! of a Redis that lost its data; the loader, which finds in Postgres what Redis does not have.
 
+pub mod archivist;
 pub mod by_hand;
 pub mod clerk;
 mod handover;

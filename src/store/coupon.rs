@@ -191,6 +191,20 @@ impl Family for Coupon {
             _ => None,
         }
     }
+
+    fn is_same(op: &CouponOp, line: &Operation) -> bool {
+        match (&op.action, &line.effect) {
+            (Action::Create(asked), Effect::CouponCreate { coupon, terms }) => op.coupon.as_str() == coupon && asked == terms,
+            (Action::Issue { user: asked }, Effect::CouponIssue { coupon, user, .. }) => {
+                op.coupon.as_str() == coupon && asked.as_str() == user
+            }
+            _ => false,
+        }
+    }
+
+    fn remembered(remembered: Remembered) -> CouponOutcome {
+        CouponOutcome::Remembered(remembered)
+    }
 }
 
 /// What a user has of a coupon (serial, state, when it was issued in Unix ms), as lua/coupon_write.lua keeps it: one line each.

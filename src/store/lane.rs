@@ -23,12 +23,13 @@ use self::batch::Sent;
 use super::clock::Clock;
 use super::copies::{Kept, Note};
 use super::partition::State;
-use super::requests::Request;
+use super::requests::{Remembered, Request};
 use super::script::Script;
 use super::words::Words;
 use super::{Connection, Error, Partition};
 use crate::domain::Position;
 use crate::domain::change::Operation;
+use crate::domain::request;
 use crate::limits;
 
 /// Why an operation was not decided.
@@ -88,7 +89,7 @@ pub trait Family: 'static {
     /// Whether it may change anything: what only reads is never in doubt.
     fn changes(op: &Self::Op) -> bool;
     fn request(op: &Self::Op) -> Option<&Request>;
-    /// Whether a client asked for it. What the server itself asks for goes on while the outbox is full.
+    /// Whether a client asked for it. What the server itself asks for goes on while the outbox or the copies are full.
     fn is_of_a_client(_: &Self::Op) -> bool {
         true
     }
@@ -102,6 +103,10 @@ pub trait Family: 'static {
     fn kept(op: Self::Op) -> Kept;
     /// The outcome of an operation that was accepted by a batch whose answer got lost, from its line in the outbox.
     fn replayed(op: &Self::Op, line: &Operation, position: Position) -> Option<Self::Outcome>;
+    /// Whether a change in the ledger is what the operation asks for, as far as the ledger says.
+    fn is_same(op: &Self::Op, line: &Operation) -> bool;
+    /// The outcome that a memory of its REQUEST is.
+    fn remembered(remembered: Remembered) -> Self::Outcome;
 }
 
 /// Who waits for an operation.
@@ -191,14 +196,13 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
         }
-        if F::changes(&op)
-            && F::is_of_a_client(&op)
-            && let Some(why) = self.partition.bound.refusal()
-        {
-            return waiter.done(&op, Err(Failure::TryAgain(format!("{why}; nothing was changed"))));
-        }
-        if self.partition.copies.is_full() && F::changes(&op) {
-            return waiter.done(&op, Err(Failure::TryAgain("overloaded: Postgres is too far behind; nothing was changed".into())));
+        if F::changes(&op) && F::is_of_a_client(&op) {
+            if let Some(why) = self.partition.bound.refusal() {
+                return waiter.done(&op, Err(Failure::TryAgain(format!("{why}; nothing was changed"))));
+            }
+            if self.partition.copies.is_full() {
+                return waiter.done(&op, Err(Failure::TryAgain("overloaded: Postgres is too far behind; nothing was changed".into())));
+            }
         }
         let mut queue = self.queue.borrow_mut();
         if queue.len() >= limits::LANE_QUEUE_MAX {
@@ -219,6 +223,11 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             Gate::Open => None,
             Gate::Closed(failure) => Some(failure.clone()),
         }
+    }
+
+    /// The current generation of REQUEST ids, judged from here.
+    pub fn generation(&self) -> i64 {
+        self.clock.get().at(Instant::now()).div_euclid(self.window_ms)
     }
 
     /// How many operations wait to be sent.
@@ -350,7 +359,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// Tells the clients of these operations that it is not known whether they were executed. Returns whether there were any.
     fn doubt(&self, sent: &mut Sent<F, W>, which: impl Fn(&Queued<F, W>) -> bool) -> bool {
         let mut any = false;
-        for (k, queued) in sent.operations.iter_mut().enumerate().filter(|(_, queued)| queued.waiter.is_some() && which(queued)) {
+        for (k, queued) in (0..).zip(&mut sent.operations).filter(|(_, queued)| queued.waiter.is_some() && which(queued)) {
             any = true;
             if !F::changes(&queued.op) {
                 queued.finish(Err(Failure::TryAgain("Redis does not answer".into())));
@@ -359,7 +368,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             metrics::counter!("holdfast_indoubt_total", "lane" => F::LANE).increment(1);
             let id = match F::request(&queued.op) {
                 Some(request) => String::from_utf8_lossy(request.id.as_bytes()).into_owned(),
-                None => format!("hf-{}:{}-{k}", self.name, sent.counter),
+                None => request::Sent { lane: self.name.clone(), counter: sent.counter, k }.id(),
             };
             queued.finish(Err(Failure::InDoubt(id)));
         }

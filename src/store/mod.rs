@@ -16,6 +16,7 @@ pub mod refill;
 pub mod replica;
 pub mod requests;
 pub mod script;
+pub mod settle;
 pub mod snapshot;
 pub mod stock;
 pub mod stream;

@@ -10,6 +10,8 @@ use super::bound::Bound;
 use super::copies::Copies;
 use super::lane::Failure;
 use super::stock::{StockOp, StockOutcome};
+use crate::domain::change::Recorded;
+use crate::domain::request::Sent;
 use crate::domain::{DeadLetter, Drift, Id, InboxMark, Position, Settled};
 use crate::limits;
 
@@ -112,8 +114,17 @@ pub enum LetterRequest {
     Drop { id: i64, answer: oneshot::Sender<Settled> },
 }
 
+/// Asks what the ledger has of an operation. Dropped unanswered where Postgres cannot say.
+#[derive(Debug)]
+pub struct Inquiry {
+    pub sent: Sent,
+    /// `None`: nothing, up to where it has been applied.
+    pub answer: oneshot::Sender<Option<Recorded>>,
+}
+
 /// What the other end of a partition's channels receives.
 pub struct Receivers {
+    pub inquiries: mpsc::Receiver<Inquiry>,
     pub letters: mpsc::Receiver<LetterRequest>,
     pub loads: mpsc::Receiver<LoadRequest>,
     pub syncs: mpsc::Receiver<SyncRequest>,
@@ -135,6 +146,8 @@ pub struct Partition {
     pub ended: watch::Sender<Vec<EndedEpoch>>,
     /// Reaches the loader. Bounded: where it is full, the client is told to try again.
     pub loads: mpsc::Sender<LoadRequest>,
+    /// Reaches the archivist. Bounded likewise: where it is full, it stays in doubt.
+    pub inquiries: mpsc::Sender<Inquiry>,
     /// Reaches the reconciler. Bounded likewise.
     pub syncs: mpsc::Sender<SyncRequest>,
     /// Reaches the clerk. Bounded, like the loader's.
@@ -160,12 +173,14 @@ impl Partition {
     /// `copies_bytes_max`: see [`Copies::new`].
     pub fn new(id: u32, copies_bytes_max: usize) -> (Self, Receivers) {
         let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
+        let (inquiries, inquired) = mpsc::channel(limits::INQUIRIES_MAX);
         let (syncs, syncing) = mpsc::channel(limits::SYNCS_MAX);
         let (letters, asked) = mpsc::channel(limits::DEAD_LETTER_REQUESTS_MAX);
         let (changes, changing) = mpsc::channel(limits::SERVER_CHANGES_MAX);
         let partition = Self {
             id,
             loads,
+            inquiries,
             syncs,
             letters,
             parked: Notify::new(),
@@ -182,7 +197,7 @@ impl Partition {
             ledger_up: AtomicBool::new(false),
             head: Mutex::default(),
         };
-        (partition, Receivers { letters: asked, loads: requests, syncs: syncing, changes: changing })
+        (partition, Receivers { inquiries: inquired, letters: asked, loads: requests, syncs: syncing, changes: changing })
     }
 
     /// The same with an outbox of at most so many changes that are not applied, and so many bytes of Redis's memory.

@@ -65,7 +65,7 @@ impl Reads {
         Self { redis_url: redis_url.to_owned(), within, connection: RefCell::default() }
     }
 
-    async fn with<T>(&self, read: impl AsyncFn(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
+    pub(super) async fn with<T>(&self, read: impl AsyncFn(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
         let reading = async {
             let open = self.connection.borrow().clone();
             if let Some(mut connection) = open {

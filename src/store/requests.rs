@@ -15,6 +15,9 @@ use crate::domain::{Position, RequestId};
 /// Into how many parts a bucket is split.
 const PARTS: u16 = 64;
 
+/// The fingerprint of what the server itself does under one of its own ids: nobody's arguments.
+pub const HANDED_OVER: &str = "handed-over";
+
 /// A REQUEST id with the fingerprint of what it asks for.
 #[derive(Clone, Debug)]
 pub struct Request {
@@ -105,6 +108,8 @@ pub fn expiry_ms(window_ms: i64) -> i64 {
 pub enum Remembered {
     /// `<digest> <reply>` of its first execution.
     Known(String),
+    /// What was done under it is in the ledger, and is something else than is asked for now.
+    Other,
     /// A UUIDv7 older than the window.
     Stale,
     /// A UUIDv7 more than a minute in the future.

@@ -11,7 +11,7 @@ use super::requests::{self, Remembered, Request, RequestKeys};
 use super::script::{self, Script};
 use super::words::Words;
 use super::{Error, keys};
-use crate::domain::change::{Effect, Operation, StockKind};
+use crate::domain::change::{Effect, Item, Operation, StockKind};
 use crate::domain::{Id, InboxMark, Position, text};
 
 /// The keys of lua/stock_write.lua before the products: meta, outbox, frozen, low, deleted.
@@ -327,6 +327,24 @@ impl Family for Stock {
             }
             _ => None,
         }
+    }
+
+    fn is_same(op: &StockOp, line: &Operation) -> bool {
+        let Effect::Stock { kind, items, .. } = &line.effect else { return false };
+        let same = |((product, quantity), item): (&(Id, i64), &Item)| {
+            product.as_str() == item.product
+                && match kind {
+                    StockKind::Decr => item.delta == -quantity,
+                    StockKind::Incr => item.delta == *quantity,
+                    StockKind::Set => item.available == *quantity,
+                    _ => true,
+                }
+        };
+        op.action == Action::Change(*kind) && op.items.len() == items.len() && op.items.iter().zip(items).all(same)
+    }
+
+    fn remembered(remembered: Remembered) -> StockOutcome {
+        StockOutcome::Remembered(remembered)
     }
 }
 

@@ -117,6 +117,32 @@ fn the_changes_of_one_product_keep_their_order() {
 }
 
 #[test]
+fn a_product_that_is_set_before_redis_hears_of_its_deletion_lives_with_what_was_set() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET other 1");
+    client.ok("STOCK.SET soft 10");
+    client.ok("STOCK.SET hard 10");
+    // While a transaction runs that began earlier, Redis does not hear of the deletions.
+    let (mut early, mut late) = (Program::new(&stack.postgres), Program::new(&stack.postgres));
+    early.run("BEGIN; UPDATE holdfast.stock SET low = 1 WHERE product_id = 'other'");
+    late.run("UPDATE holdfast.stock SET deleted_at = now() WHERE product_id = 'soft'");
+    late.run("DELETE FROM holdfast.stock WHERE product_id = 'hard'");
+    for product in ["soft", "hard"] {
+        client.ok(&format!("STOCK.SET {product} 20"));
+        client.ok(&format!("STOCK.DECR {product} 5 ACK postgres"));
+        assert_eq!(stack.postgres.value(&format!("SELECT available FROM holdfast.stock WHERE product_id = '{product}'")), "15");
+    }
+    early.run("COMMIT");
+    settle(&stack);
+    assert_eq!(stack.backing().ask("HLEN stock:deleted"), "0");
+    for product in ["soft", "hard"] {
+        client.until(&format!("STOCK.GET {product}"), "15");
+        agree(&stack, product);
+    }
+}
+
+#[test]
 fn a_program_without_rights_on_the_inbox_can_change_stock() {
     let stack = Stack::start();
     let mut client = stack.connect();

@@ -9,6 +9,7 @@ mod bad_input;
 mod bounds;
 mod coupons;
 mod dead_letters;
+mod doubt;
 mod faults;
 mod http;
 mod inbox;

@@ -1,0 +1,93 @@
+//! Finds changes in the ledgers by the batch that carried them.
+
+use sqlx::PgConnection;
+
+use super::{Error, from_bigint, write};
+use crate::domain::Position;
+use crate::domain::change::{CouponTerms, Detail, Effect, Item, Operation, Recorded, Remembered, StockKind};
+use crate::domain::request::Sent;
+
+/// Where a row of either ledger stands: epoch, n, origin's epoch, origin's n, REQUEST id, its fingerprint.
+type Place = (i64, i64, Option<i64>, Option<i64>, Option<String>, Option<String>);
+
+/// What became of an operation: itself, by op and k, or what was done under the REQUEST id that stands for it. `None` where the ledgers have
+/// neither.
+pub async fn find(connection: &mut PgConnection, sent: &Sent) -> Result<Option<Recorded>, Error> {
+    let found = match stock(connection, sent).await? {
+        None => coupon(connection, sent).await?,
+        found => found,
+    };
+    Ok(found.map(|((epoch, n, origin_epoch, origin_n, request, digest), effect)| {
+        let position = Position::new(from_bigint(origin_epoch.unwrap_or(epoch)), from_bigint(origin_n.unwrap_or(n)));
+        let remembered = request.zip(digest).map(|(request, digest)| Remembered { request, digest });
+        Recorded { position, operation: Operation { k: sent.k, remembered, effect } }
+    }))
+}
+
+async fn stock(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Place, Effect)>, Error> {
+    #[derive(sqlx::FromRow)]
+    struct Row {
+        #[sqlx(flatten)]
+        place: Place,
+        kind: String,
+        product_id: String,
+        redis_delta: i64,
+        available_after: i64,
+    }
+    let rows: Vec<Row> = sqlx::query_as(
+        "SELECT epoch, n, origin_epoch, origin_n, request_id, request_digest, kind, product_id, redis_delta, available_after \
+         FROM holdfast.stock_ledger WHERE (op = $1 AND k = $2) OR (request_id = $3 AND request_id LIKE 'hf-%') ORDER BY epoch, n, i",
+    )
+    .bind(sent.op())
+    .bind(write::small(sent.k))
+    .bind(sent.id())
+    .fetch_all(connection)
+    .await?;
+    let Some(first) = rows.first() else { return Ok(None) };
+    let kind = StockKind::parse(&first.kind).ok_or_else(|| Error::Unfit(format!("holdfast.stock_ledger: kind {:?}", first.kind)))?;
+    let place = first.place.clone();
+    let of_it = rows.into_iter().filter(|row| (row.place.0, row.place.1) == (place.0, place.1));
+    let items = of_it.map(|row| Item { product: row.product_id, delta: row.redis_delta, available: row.available_after }).collect();
+    Ok(Some((place, Effect::Stock { kind, items, detail: Detail::default() })))
+}
+
+async fn coupon(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Place, Effect)>, Error> {
+    #[derive(sqlx::FromRow)]
+    struct Row {
+        #[sqlx(flatten)]
+        place: Place,
+        coupon_id: String,
+        user_id: Option<String>,
+        serial: Option<i64>,
+        remaining_after: i64,
+        per_user: Option<i64>,
+        start_ms: Option<i64>,
+        end_ms: Option<i64>,
+    }
+    let row: Option<Row> = sqlx::query_as(
+        "SELECT l.epoch, l.n, l.origin_epoch, l.origin_n, l.request_id, l.request_digest, l.coupon_id, l.user_id, l.serial, \
+         l.remaining_after, c.per_user, c.start_ms, c.end_ms \
+         FROM holdfast.coupon_ledger l LEFT JOIN holdfast.coupon c ON c.coupon_id = l.coupon_id \
+         WHERE (l.op = $1 AND l.k = $2) OR (l.request_id = $3 AND l.request_id LIKE 'hf-%') ORDER BY l.epoch, l.n LIMIT 1",
+    )
+    .bind(sent.op())
+    .bind(write::small(sent.k))
+    .bind(sent.id())
+    .fetch_optional(connection)
+    .await?;
+    Ok(row.map(|row| {
+        let effect = match (row.user_id, row.serial) {
+            (Some(user), Some(serial)) => Effect::CouponIssue { coupon: row.coupon_id, user, serial, remaining: row.remaining_after },
+            _ => Effect::CouponCreate {
+                coupon: row.coupon_id,
+                terms: CouponTerms {
+                    total: row.remaining_after,
+                    per_user: row.per_user.unwrap_or(1),
+                    start_ms: row.start_ms,
+                    end_ms: row.end_ms,
+                },
+            },
+        };
+        (row.place, effect)
+    }))
+}
