@@ -185,6 +185,9 @@ pub const SALVAGE_CHANGES_MAX: usize = 1_000;
 /// Changes handed over by other sidecars that one verification takes up: more wait for the next.
 pub const HANDOVER_MAX: i64 = 256;
 
+/// How long a rebuild waits for what sidecars that run have answered: a million changes take half of it.
+pub const HANDOVER_WITHIN: Duration = Duration::from_secs(60);
+
 /// Keys of one command that removes or sets many: Redis serves nobody else meanwhile, which is about a millisecond.
 pub const REFILL_KEYS: usize = 500;
 

@@ -15,7 +15,9 @@ use crate::domain::{Id, Position, RequestId};
 use crate::ledger::refill::Snapshot;
 use crate::ledger::salvage::{self, Answered, Saved};
 use crate::ledger::{self, PartitionRow, PgConnection};
-use crate::limits::{HANDOVER_MAX, REBUILD_LEASE, REBUILD_READ_ENTRIES, REBUILD_SORT, SALVAGE_CHANGES_MAX, SIDECAR_RENEW_EVERY};
+use crate::limits::{
+    HANDOVER_MAX, HANDOVER_WITHIN, REBUILD_LEASE, REBUILD_READ_ENTRIES, REBUILD_SORT, SALVAGE_CHANGES_MAX, SIDECAR_RENEW_EVERY,
+};
 use crate::store::meta::{self, Meta};
 use crate::store::partition::State;
 use crate::store::stream::OutboxReader;
@@ -199,7 +201,12 @@ impl Rebuild<'_> {
     /// Saves what the other sidecars that run have answered: waits until each has handed it over, or its lease has passed.
     async fn salvage_of_others(&mut self, epoch: u64, saved: &mut Saved) -> Result<(), String> {
         self.say("waiting for what other sidecars have answered");
+        let until = Instant::now() + HANDOVER_WITHIN;
         while !step(ledger::sidecar::have_all_handed_over(self.postgres, self.owner, epoch)).await? {
+            if Instant::now() >= until {
+                warn!(partition = self.partition.id, "a sidecar that runs has not handed over what it answered: it does so later");
+                break;
+            }
             tokio::time::sleep(SIDECAR_RENEW_EVERY / 10).await;
         }
         loop {
