@@ -77,9 +77,9 @@ local function upkeep_refused(kind, items, upkeep)
   if value == 'corrupt' and kind ~= 'freeze' then return say('corrupt', 1) or true end
   if kind == 'init' then
     if marked().inbox ~= upkeep[1] then return say('moved') or true end
-    -- A deletion that Postgres had at n is no longer news to what was read there.
+    -- A deletion that Postgres had at n is no longer news to what was read there. One of this very batch is not written down yet.
     local gone = redis.call('HGET', deleted, names[i])
-    if value or (gone and tonumber(gone) >= upkeep[2]) then return say('absent', 1) or true end
+    if value or life[i] == 'deleted' or (gone and tonumber(gone) >= upkeep[2]) then return say('absent', 1) or true end
     if quantity > TOTAL_MAX then return say('over', 1, 0) or true end
     return false
   end

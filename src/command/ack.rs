@@ -85,15 +85,25 @@ impl AckQueue {
         position <= applied && (position.epoch == applied.epoch || ended_with_it())
     }
 
+    fn is_lost(&self, position: Position) -> bool {
+        self.partition.ended.borrow().iter().any(|end| end.epoch == position.epoch && end.has_lost(position.n))
+    }
+
     fn answer(&self, applied: Position) {
         let mut waiting = self.waiting.borrow_mut();
         let later = waiting.split_off(&(applied, u64::MAX));
         let mut confirmed = std::mem::replace(&mut *waiting, later);
         // Postgres may be beyond an epoch that ended without a position: where it ended decides, once that is known.
         let unsure: Vec<_> = confirmed.keys().filter(|(position, _)| !self.is_applied(*position, applied)).copied().collect();
+        let mut lost = Vec::new();
         for key in unsure {
-            waiting.extend(confirmed.remove(&key).map(|unsure| (key, unsure)));
-            self.partition.verify.notify_one();
+            let Some(unsure) = confirmed.remove(&key) else { continue };
+            if self.is_lost(key.0) {
+                lost.push((key.0, unsure));
+            } else {
+                waiting.insert(key, unsure);
+                self.partition.verify.notify_one();
+            }
         }
         let now = Instant::now();
         let mut late = Vec::new();
@@ -108,6 +118,11 @@ impl AckQueue {
         }
         for (position, waiting) in late {
             waiting.ticket.complete(pending(position, "Postgres"));
+        }
+        for (position, waiting) in lost {
+            waiting.ticket.complete(Reply::error(format!(
+                "PENDING {position} was lost with Redis's data before Postgres had it: HOLDFAST.AWAIT says so, too; read what there is, and ask again"
+            )));
         }
     }
 }

@@ -16,6 +16,7 @@ pub mod error;
 pub mod inbox;
 pub mod migrate;
 pub mod partition;
+mod prune;
 pub mod refill;
 pub mod salvage;
 pub mod sidecar;
@@ -31,6 +32,7 @@ pub use dead_letter::apply_parking;
 pub use error::Error;
 pub use migrate::migrate;
 pub use partition::PartitionRow;
+pub use prune::prune;
 pub use sqlx::PgConnection;
 
 /// A position's number as Postgres stores it. Both halves of a position stay below 2^53.

@@ -10,6 +10,9 @@ use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
 use crate::domain::quantity::TOTAL_MAX;
 
+/// Why a product is frozen that owes units.
+const OWED: &str = "units that were sold before Redis lost its data are missing: see HOLDFAST.DEADLETTER LIST";
+
 /// A change that was answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answered {
@@ -109,7 +112,7 @@ async fn save_in(connection: &mut PgConnection, partition: u32, epoch: u64, answ
     }
     let owing: BTreeSet<&str> = owed.iter().flat_map(|(_, operation, _)| operation.products()).collect();
     for product in owing {
-        changes.frozen.insert(product, Some("units that were sold before Redis lost its data are missing: see holdfast.dead_letter"));
+        changes.frozen.insert(product, Some(OWED));
     }
     write::changes(connection, partition, &changes).await?;
     park(connection, partition, &owed).await?;
@@ -472,8 +475,8 @@ pub async fn is_request_known(connection: &mut PgConnection, request: &str) -> R
     Ok(known.bind(request).fetch_one(connection).await?)
 }
 
-/// Notes that a change which was handed over has been taken up, or why it is owed.
-pub async fn taken_up(connection: &mut PgConnection, answered: &Answered, owed: Option<&str>) -> Result<(), Error> {
+/// Notes that a change which was handed over has been taken up, or why it is owed: then its products are frozen.
+pub async fn taken_up(connection: &mut PgConnection, partition: u32, answered: &Answered, owed: Option<&str>) -> Result<(), Error> {
     let mut transaction = connection.begin().await?;
     if let Some(why) = owed {
         let place = Place {
@@ -486,7 +489,12 @@ pub async fn taken_up(connection: &mut PgConnection, answered: &Answered, owed: 
             at_ms: answered.at_ms,
             origin: None,
         };
-        park(&mut transaction, 0, &[(place, &answered.operation, why.to_owned())]).await?;
+        park(&mut transaction, partition, &[(place, &answered.operation, why.to_owned())]).await?;
+        sqlx::query("UPDATE holdfast.stock SET frozen = $2 WHERE product_id = ANY($1) AND frozen IS NULL")
+            .bind(answered.operation.products().collect::<Vec<_>>())
+            .bind(OWED)
+            .execute(&mut *transaction)
+            .await?;
     }
     sqlx::query("UPDATE holdfast.salvage SET done = true WHERE op = $1 AND k = $2")
         .bind(&answered.op)
@@ -584,7 +592,7 @@ mod tests {
         assert!(is_anything_handed_over(connection).await.unwrap());
         assert_eq!(handed_over(connection, 0, 9).await.unwrap(), std::slice::from_ref(&change));
         assert!(!is_request_known(connection, "hf-i:stock:2-0").await.unwrap());
-        taken_up(connection, &change, Some("too few")).await.unwrap();
+        taken_up(connection, 0, &change, Some("too few")).await.unwrap();
         assert!(!is_anything_handed_over(connection).await.unwrap());
         hand_over(connection, 0, &[change]).await.unwrap();
         assert!(!is_anything_handed_over(connection).await.unwrap());

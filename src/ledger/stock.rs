@@ -57,8 +57,8 @@ pub struct Expected {
 ///
 /// what Redis had = available + parked - moved after - not told
 ///
-/// - parked: dead letters of changes up to the place. Redis has made them, and available has not moved.
-/// - moved after: what the changes behind the place have moved available by. Redis had not made them yet.
+/// - parked: dead letters that Redis has moved by and available has not. Their rows in the ledger say pg_delta as if it had.
+/// - moved after: pg_delta of the changes behind the place. Redis had not made them yet.
 /// - not told: inbox rows behind the mark. Other programs have moved available by them, and Redis had not been told yet.
 ///
 /// A place that is not given is up to where the outbox has been applied.
@@ -69,7 +69,7 @@ const EXPECTED: &str = "WITH at AS (SELECT p.id, p.epoch AS now_epoch, p.applied
      FROM at CROSS JOIN unnest($2::text[]) WITH ORDINALITY AS q (product, place) \
      LEFT JOIN holdfast.stock s ON s.product_id = q.product \
      CROSS JOIN LATERAL (SELECT coalesce(sum(d.delta), 0)::bigint AS units FROM holdfast.dead_letter d \
-     WHERE d.product_id = q.product AND d.in_redis AND d.partition = at.id AND d.n <= at.n) AS parked \
+     WHERE d.product_id = q.product AND d.in_redis AND d.partition = at.id) AS parked \
      CROSS JOIN LATERAL (SELECT coalesce(sum(l.pg_delta), 0)::bigint AS units, coalesce(bool_or(l.kind IN ('set', 'delete')), false) AS life \
      FROM holdfast.stock_ledger l \
      WHERE l.product_id = q.product AND l.partition = at.id AND (l.epoch, l.n) > (at.epoch, at.n)) AS after \
@@ -158,6 +158,7 @@ mod tests {
              VALUES ('a', 100, 5, 'why', NULL), ('b', 10, NULL, NULL, NULL), ('gone', 0, NULL, NULL, now());
              INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after, at)
              VALUES (0, 1, 9, 0, 'x', 0, 'a', 'decr', -1, -1, 0, now()), (0, 1, 11, 0, 'x', 1, 'a', 'decr', -20, -20, 0, now()),
+             (0, 1, 11, 2, 'x', 1, 'a', 'decr', -400, -400, 0, now()),
              (0, 1, 11, 1, 'x', 1, 'b', 'set', 3, 3, 0, now()), (0, 1, 12, 0, 'x', 2, 'a', 'init', 9, 0, 0, now());
              INSERT INTO holdfast.dead_letter (partition, epoch, n, i, op, k, product_id, kind, delta, in_redis, reason, line)
              VALUES (0, 1, 8, 0, 'x', 3, 'a', 'decr', -4, true, '', ''), (0, 1, 11, 2, 'x', 4, 'a', 'decr', -400, true, '', ''),

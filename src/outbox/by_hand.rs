@@ -33,7 +33,7 @@ pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms:
                 owner: &owner,
                 window_ms,
             };
-            rebuild.run(&row, look.meta.as_ref(), "a person said that Postgres is right", true).await
+            Box::pin(rebuild.run(&row, look.meta.as_ref(), "a person said that Postgres is right", true)).await
         }
         Side::Redis => {
             let Some(found) = look.meta else { return Err("this Redis holds nothing of Holdfast's: it cannot be the right side".into()) };
@@ -45,7 +45,7 @@ pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms:
             if !meta::fence(&mut redis, epoch).await.map_err(|error| text(&error))? {
                 return Err("another process was faster: try again".into());
             }
-            adopt(&mut redis, &mut postgres, redis_url, partition.id, epoch, found.n).await
+            Box::pin(adopt(&mut redis, &mut postgres, redis_url, partition.id, epoch, found.n)).await
         }
     }
 }

@@ -64,7 +64,7 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
         let id = format!("hf-{}-{}", answered.op, answered.operation.k);
         let is_there = !salvage::known(postgres, std::slice::from_ref(&answered)).await?.is_empty();
         if is_there || salvage::is_request_known(postgres, &id).await? {
-            salvage::taken_up(postgres, &answered, None).await?;
+            salvage::taken_up(postgres, partition.id, &answered, None).await?;
             continue;
         }
         let owed = match again(&answered.operation, &id) {
@@ -77,7 +77,10 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
             },
         };
         info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
-        salvage::taken_up(postgres, &answered, owed.as_deref()).await?;
+        salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
+        if owed.is_some() {
+            partition.parked.notify_one();
+        }
     }
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Removes from Redis what nobody asks for any more: the lanes of sidecars that have ended, and past windows of REQUEST ids.
+//! Removes what nobody asks for any more: from Redis the lanes of sidecars that have ended and past windows of REQUEST ids, from Postgres
+//! what is old and settled.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -41,6 +42,7 @@ impl Sweeper {
         let mut redis = Connection::open(&self.redis_url).await.map_err(|error| error.to_string())?;
         let buckets = sweep::remove_buckets(&mut redis, self.window_ms).await.map_err(|error| error.to_string())?;
         let mut postgres = ledger::connect(&self.postgres_url).await.map_err(|error| error.to_string())?;
+        ledger::prune(&mut postgres).await.map_err(|error| error.to_string())?;
         let lanes = sweep::lanes(&mut redis).await.map_err(|error| error.to_string())?;
         let instance = |lane: &String| lane.split(':').next().unwrap_or_default().to_owned();
         let instances: Vec<String> = lanes.keys().map(instance).collect();

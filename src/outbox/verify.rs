@@ -134,7 +134,7 @@ impl Verifier {
                 window_ms: self.window_ms,
             };
             // Opened, but sold on only once both sides have been compared.
-            rebuild.run(&row, meta.as_ref(), &why, false).await?;
+            Box::pin(rebuild.run(&row, meta.as_ref(), &why, false)).await?;
         }
     }
 

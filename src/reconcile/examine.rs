@@ -4,8 +4,6 @@
 //! to X, one statement works out what Redis had to have at X ([`ledger::stock::expected`]). So nothing has to stand still, and what is on
 //! its way is no difference. What shows twice is real.
 
-#![cfg_attr(feature = "sabotage-naive-sync", allow(dead_code, reason = "that build examines nothing"))]
-
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -80,6 +78,7 @@ impl Examiner {
     #[cfg(feature = "sabotage-naive-sync")]
     pub async fn examine(&mut self, products: &[String], _: Scope, _: Mode, _: Instant) -> Result<Vec<Drift>, Skipped> {
         let rows = ledger::stock::load(self.postgres().await?, products).await?;
+        metrics::counter!("holdfast_reconcile_products_total").increment(rows.len() as u64);
         for row in rows {
             snapshot::overwrite(self.redis().await?, &Id::from(row.product.as_str()), row.available).await?;
         }

@@ -1,8 +1,7 @@
 //! What a difference is, and what to do about it. Pure.
 
 use super::Settings;
-use crate::domain::Side;
-use crate::domain::{Drift, Id, Remedy};
+use crate::domain::{Drift, Id, Remedy, Side};
 use crate::ledger::stock::{At, Expected};
 use crate::store::partition::Found;
 use crate::store::snapshot::{Seen, Units};
@@ -114,4 +113,80 @@ impl Finding {
 
 fn correction(units: i64) -> String {
     format!("corrected by {units}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::domain::InboxMark;
+
+    fn expected(units: Option<i64>) -> Expected {
+        Expected { product: "a".into(), units, in_flight: 0, unsettled: false, low: Some(3), frozen: None }
+    }
+
+    fn seen(units: Units) -> Seen {
+        Seen { units, frozen: None }
+    }
+
+    fn found(redis: i64, right: i64) -> Finding {
+        judge(seen(Units::Available(redis)), expected(Some(right))).unwrap()
+    }
+
+    fn repaired(finding: &Finding, prefer: Side) -> Option<(Upkeep, i64, Remedy)> {
+        let every = Duration::from_secs(60);
+        let settings = Settings { sync_every: every, initialise_every: every, prefer, auto_limit: 10 };
+        let (op, remedy) = finding.repair(At { epoch: 1, n: 5, mark: InboxMark::default() }, "r", &settings)?;
+        Some((*op.upkeep.unwrap(), op.items[0].1, remedy))
+    }
+
+    fn freezes(finding: &Finding, prefer: Side) -> bool {
+        matches!(repaired(finding, prefer), Some((Upkeep::Freeze { .. }, 0, Remedy::Frozen)))
+    }
+
+    #[test]
+    fn what_may_have_been_created_or_deleted_meanwhile_is_no_difference() {
+        let unsettled = |units| Expected { unsettled: true, ..expected(units) };
+        assert_eq!(judge(seen(Units::Available(7)), expected(Some(7))), None);
+        assert_eq!(judge(seen(Units::Absent), expected(None)), None);
+        assert_eq!(judge(seen(Units::Absent), unsettled(Some(7))), None);
+        assert_eq!(judge(seen(Units::Available(7)), unsettled(None)), None);
+        assert!(judge(seen(Units::Available(8)), unsettled(Some(7))).is_some(), "the sums are known all the same");
+    }
+
+    #[test]
+    fn a_difference_is_real_when_it_shows_again() {
+        assert!(found(9, 7).is_again(&found(5, 3)), "sold meanwhile, on both sides");
+        assert!(!found(9, 7).is_again(&found(8, 7)));
+        let absent = judge(seen(Units::Absent), expected(Some(7))).unwrap();
+        assert!(!found(9, 7).is_again(&absent) && absent.is_again(&absent));
+    }
+
+    #[test]
+    fn the_side_that_is_not_preferred_moves_by_the_difference() {
+        assert!(matches!(repaired(&found(9, 7), Side::Postgres), Some((Upkeep::Correct { n: 5, .. }, -2, Remedy::Corrected))));
+        assert!(matches!(repaired(&found(9, 7), Side::Redis), Some((Upkeep::Adopt { n: 5, pg: 2, .. }, 0, Remedy::Corrected))));
+        assert!(freezes(&found(18, 7), Side::Postgres), "more than the limit");
+        assert!(freezes(&found(1, -2), Side::Postgres), "Redis would go below 0");
+        let in_flight = Expected { in_flight: 6, ..expected(Some(7)) };
+        let owed = judge(seen(Units::Available(5)), in_flight).unwrap();
+        assert!(freezes(&owed, Side::Redis), "Postgres has 1 and would go below 0");
+    }
+
+    #[test]
+    fn what_no_difference_mends_is_frozen_once() {
+        for units in [Units::Available(3), Units::Corrupt("a hash".into())] {
+            let finding = judge(seen(units), expected(None)).unwrap();
+            assert!(freezes(&finding, Side::Postgres) && freezes(&finding, Side::Redis));
+            assert_eq!(repaired(&Finding { frozen: Some("why".into()), ..finding }, Side::Postgres), None);
+        }
+    }
+
+    #[test]
+    fn what_redis_lacks_is_given_to_it_even_if_it_is_frozen() {
+        let absent = judge(Seen { units: Units::Absent, frozen: Some("why".into()) }, expected(Some(-4))).unwrap();
+        let init = Upkeep::Init { mark: InboxMark::default(), n: 5, low: Some(3), frozen: None };
+        assert_eq!(repaired(&absent, Side::Postgres), Some((init, 0, Remedy::Initialised)));
+    }
 }

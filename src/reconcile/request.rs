@@ -56,10 +56,9 @@ impl Requests {
     }
 
     async fn everything(&mut self, walk: &mut Walk) -> Result<(), Skipped> {
-        let after = std::mem::take(&mut self.reached);
-        self.reached = walk.over_postgres(&mut self.examiner, after, limits::INITIALISE_ROUND_PRODUCTS, Scope::All).await?;
+        walk.over_postgres(&mut self.examiner, &mut self.reached, limits::INITIALISE_ROUND_PRODUCTS, Scope::All).await?;
         if self.reached.is_empty() {
-            walk.over_strays(&mut self.examiner, "0".to_owned()).await?;
+            walk.over_strays(&mut self.examiner, &mut "0".to_owned()).await?;
         }
         Ok(())
     }

@@ -113,14 +113,11 @@ impl Scheduler {
         let mut walk = Walk { mode: Mode::Repair, until: None, tally: Tally::default() };
         let examiner = &mut self.examiner;
         if round == Round::Initialise {
-            let after = std::mem::take(&mut self.initialised_to);
-            self.initialised_to = walk.over_postgres(examiner, after, limits::INITIALISE_ROUND_PRODUCTS, Scope::Absent).await?;
+            walk.over_postgres(examiner, &mut self.initialised_to, limits::INITIALISE_ROUND_PRODUCTS, Scope::Absent).await?;
         } else {
             self.seen = walk.over_changed(examiner, self.seen).await?;
-            let after = std::mem::take(&mut self.synced_to);
-            self.synced_to = walk.over_postgres(examiner, after, limits::RECONCILE_ROUND_PRODUCTS, Scope::Present).await?;
-            let cursor = std::mem::replace(&mut self.scanned_to, "0".to_owned());
-            self.scanned_to = walk.over_strays(examiner, cursor).await?;
+            walk.over_postgres(examiner, &mut self.synced_to, limits::RECONCILE_ROUND_PRODUCTS, Scope::Present).await?;
+            walk.over_strays(examiner, &mut self.scanned_to).await?;
         }
         Ok(Some(walk.tally))
     }

@@ -75,46 +75,43 @@ impl Walk {
         Ok(applied)
     }
 
-    /// Compares the products of Postgres behind `after`, `count` of them; returns where to go on, empty at the end.
-    pub async fn over_postgres(
-        &mut self,
-        examiner: &mut Examiner,
-        mut after: String,
-        count: usize,
-        scope: Scope,
-    ) -> Result<String, Skipped> {
+    /// Compares the products of Postgres behind `after`, `count` of them, and moves `after` along: to nothing at the end of all.
+    pub async fn over_postgres(&mut self, examiner: &mut Examiner, after: &mut String, count: usize, scope: Scope) -> Result<(), Skipped> {
         let mut left = count;
         while left > 0 && !self.is_over() {
             let limit = left.min(limits::RECONCILE_PRODUCTS);
-            let page = within(Box::pin(async { Ok(ledger::stock::page(examiner.postgres().await?, &after, limit).await?) })).await?;
+            let page = within(Box::pin(async { Ok(ledger::stock::page(examiner.postgres().await?, after, limit).await?) })).await?;
             self.over(examiner, &page, scope).await?;
             left -= page.len();
             match page.last() {
                 Some(last) if page.len() == limit => after.clone_from(last),
-                _ => return Ok(String::new()),
+                _ => {
+                    after.clear();
+                    return Ok(());
+                }
             }
         }
-        Ok(after)
+        Ok(())
     }
 
-    /// Compares the products that Redis has and Postgres does not, from `cursor` on; returns where to go on, `0` at the end.
-    pub async fn over_strays(&mut self, examiner: &mut Examiner, mut cursor: String) -> Result<String, Skipped> {
+    /// Compares the products that Redis has and Postgres does not, from `cursor` on, and moves it along: to `0` at the end of all.
+    pub async fn over_strays(&mut self, examiner: &mut Examiner, cursor: &mut String) -> Result<(), Skipped> {
         for _ in 0..limits::RECONCILE_SCANS {
             if self.is_over() {
                 break;
             }
-            let scanning = async { Ok(snapshot::scan(examiner.redis().await?, &cursor, limits::RECONCILE_SCAN_COUNT).await?) };
+            let scanning = async { Ok(snapshot::scan(examiner.redis().await?, cursor, limits::RECONCILE_SCAN_COUNT).await?) };
             let (next, found) = within(Box::pin(scanning)).await?;
             if !found.is_empty() {
                 let unknown = within(Box::pin(async { Ok(ledger::stock::unknown(examiner.postgres().await?, &found).await?) })).await?;
                 self.over(examiner, &unknown, Scope::Present).await?;
             }
-            cursor = next;
+            *cursor = next;
             if cursor == "0" {
                 break;
             }
         }
-        Ok(cursor)
+        Ok(())
     }
 }
 

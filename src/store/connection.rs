@@ -172,3 +172,45 @@ impl Connection {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::testing::RedisServer;
+
+    async fn refusal(server: &RedisServer) -> String {
+        match Connection::open(&server.url()).await {
+            Err(Error::Unfit(why)) => why,
+            other => panic!("{:?}", other.map(|connection| connection.run_id)),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_redis_that_would_lose_data_is_refused_with_what_to_change() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        let mut set = async |words: [&str; 2], command: &[&str]| {
+            let mut command = command.iter().fold(redis::cmd(command[0]), |mut all, word| {
+                if *word != command[0] {
+                    all.arg(*word);
+                }
+                all
+            });
+            words.iter().for_each(|word| _ = command.arg(*word));
+            connection.send(&command).await.unwrap();
+        };
+        for policy in ["allkeys-lru", "volatile-lru", "volatile-ttl"] {
+            set(["maxmemory-policy", policy], &["CONFIG", "SET"]).await;
+            let why = refusal(&server).await;
+            assert!(why.contains(policy) && why.contains("set maxmemory-policy noeviction"), "{why}");
+        }
+        set(["maxmemory-policy", "noeviction"], &["CONFIG", "SET"]).await;
+        set(["no-appendfsync-on-rewrite", "yes"], &["CONFIG", "SET"]).await;
+        assert!(refusal(&server).await.contains("set no-appendfsync-on-rewrite no"));
+        set(["no-appendfsync-on-rewrite", "no"], &["CONFIG", "SET"]).await;
+        set(["127.0.0.1", "1"], &["REPLICAOF"]).await;
+        assert!(refusal(&server).await.contains("give redis.url the address of the master"));
+        set(["NO", "ONE"], &["REPLICAOF"]).await;
+        assert!(Connection::open(&server.url()).await.is_ok());
+    }
+}

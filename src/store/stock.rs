@@ -368,6 +368,8 @@ fn line(k: usize, op: &StockOp) -> String {
 mod tests {
     use super::*;
     use crate::domain::RequestId;
+    use crate::ledger::testing::RedisServer;
+    use crate::store::{Connection, meta};
     use bytes::Bytes;
 
     #[test]
@@ -395,5 +397,41 @@ mod tests {
         let op = |product| StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from(product), 1)]);
         let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0);
         assert_eq!(encoded.keys, ["stock:frozen", "stock:low", "stock:deleted", "stock:product:a", "stock:product:b"]);
+    }
+
+    #[tokio::test]
+    async fn what_a_batch_deletes_is_not_given_back_in_it_nor_from_before_it() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        meta::attach(&mut connection, None, 1).await.unwrap();
+        let run_id = connection.run_id().to_owned();
+        let change = |kind, units| StockOp::new(Action::Change(kind), vec![(Id::from("a"), units)]);
+        let init = |n| {
+            let found = Found { available: 7, mark: InboxMark::default(), n, low: None, frozen: None };
+            StockOp::init(Id::from("a"), found)
+        };
+        let mut counter = 0;
+        let mut run = async |ops: Vec<StockOp>| {
+            let encoded = Stock::encode(ops.iter(), 0);
+            let keys: Vec<&str> = [keys::META, keys::OUTBOX].into_iter().chain(encoded.keys.iter().map(String::as_str)).collect();
+            counter += 1;
+            let counter = counter.to_string();
+            let args: [&[u8]; 10] =
+                [b"1", run_id.as_bytes(), b"0", b"9999999999999", b"i:stock", counter.as_bytes(), b"0", b"600000", b"0", &encoded.batch];
+            let mut words = Words::new(connection.run(&script::STOCK_WRITE, &keys, &args).await.unwrap()).unwrap();
+            assert_eq!(words.text().unwrap(), "ok");
+            (0..3).for_each(|_| _ = words.raw().unwrap());
+            // Of each a word and a number.
+            ops.iter().map(|_| (words.text().unwrap(), words.integer().unwrap()).0 == "ok").collect::<Vec<_>>()
+        };
+        // n: 1, 2.
+        assert_eq!(run(vec![change(StockKind::Set, 7), change(StockKind::Delete, 0), init(1)]).await, [true, true, false]);
+        // 3, 4: what was read at 2 knows of the first deletion, not of the second.
+        assert_eq!(run(vec![change(StockKind::Set, 7)]).await, [true]);
+        assert_eq!(run(vec![change(StockKind::Delete, 0)]).await, [true]);
+        assert_eq!(run(vec![init(2)]).await, [false]);
+        assert_eq!(run(vec![init(3)]).await, [false]);
+        assert_eq!(run(vec![init(4)]).await, [true]);
+        assert_eq!(run(vec![init(5)]).await, [false], "it is there");
     }
 }

@@ -170,16 +170,19 @@ fn postgres_away_for_a_minute_stops_no_sale_and_is_caught_up() {
     wait_until("the relay carries on", || world.behind() < behind);
     let (began, accepted) = (Instant::now(), world.accepted());
     let from = world.behind();
-    wait_until("postgres has caught up", || world.behind() < u64::from(OUTAGE_RATE) / 10);
+    // Within a second of what arrives meanwhile.
+    while world.behind() > u64::from(OUTAGE_RATE) {
+        assert!(began.elapsed() < OUTAGE * 2, "never caught up: {} behind", world.behind());
+        thread::sleep(Duration::from_millis(20));
+    }
     let carried = from + world.accepted() - accepted;
     let speed = u128::from(carried) * 1000 / began.elapsed().as_millis().max(1);
     eprintln!(
         "postgres away for {OUTAGE:?} at {rate} changes a second: {behind} behind, {grown} KiB more, caught up {:?} after its start, at {speed} a second",
         restarted.elapsed()
     );
-    // What is not optimised gets less.
-    let times = if cfg!(debug_assertions) { 2 } else { 5 };
-    assert!(speed >= u128::from(rate) * times, "caught up at {speed} a second");
+    // What is not optimised promises nothing about speed.
+    assert!(cfg!(debug_assertions) || speed >= u128::from(rate) * 5, "caught up at {speed} a second");
     world.check("postgres away");
 }
 

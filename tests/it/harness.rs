@@ -272,6 +272,18 @@ impl Database {
         })
     }
 
+    /// Runs statements, and `during` before their connection is closed: a lock that they took is held so long.
+    pub fn holding<R>(&self, statements: &str, during: impl FnOnce() -> R) -> R {
+        let connection = self.runtime.block_on(async {
+            let mut connection = PgConnection::connect(&self.url).await.unwrap();
+            sqlx::raw_sql(AssertSqlSafe(statements.to_owned())).execute(&mut connection).await.unwrap();
+            connection
+        });
+        let result = during();
+        self.runtime.block_on(connection.close()).unwrap();
+        result
+    }
+
     /// Copies the database as it is now, as a backup would, and returns the copy's address. Nobody may be connected to it.
     pub fn copy(&self, name: &str) -> String {
         let (server, database) = self.url.split_once("/test_").unwrap();

@@ -219,7 +219,7 @@ fn direct_changes_under_load(stack: &mut Stack, seconds: u32, ports: &[AtomicU16
         (updates, sellers.into_iter().map(|seller| seller.join().unwrap()).sum::<u32>(), watcher.join().unwrap())
     });
     settle(stack);
-    println!("{updates} direct changes among {sold} sales; the longest way to redis: {slowest:.3} s");
+    eprintln!("{updates} direct changes among {sold} sales; the longest way to redis: {slowest:.3} s");
     assert!(sold > 0);
     let updates = updates.to_string();
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.inbox"), updates, "nothing is echoed");

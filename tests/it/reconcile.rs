@@ -23,7 +23,7 @@ fn behind_the_trigger(statements: &str) -> String {
     format!("BEGIN; SET LOCAL holdfast.writer = 'holdfast'; {statements}; COMMIT")
 }
 
-/// Four clients that send pipelines of five, a hundred times a second each: about 2,000 commands a second.
+/// Eight clients that send pipelines of 25, ten times a second each: 2,000 commands a second, on a machine that is up to it.
 struct Load<'a> {
     stack: &'a Stack,
     stop: AtomicBool,
@@ -35,7 +35,7 @@ impl<'a> Load<'a> {
     fn run<R>(stack: &'a Stack, command: impl Fn(usize, usize) -> String + Sync, during: impl FnOnce() -> R) -> (u64, R) {
         let load = Self { stack, stop: AtomicBool::new(false), accepted: AtomicU64::new(0) };
         let done = thread::scope(|scope| {
-            for client in 0..4 {
+            for client in 0..8 {
                 let (load, command) = (&load, &command);
                 scope.spawn(move || load.drive(client, command));
             }
@@ -53,7 +53,7 @@ impl<'a> Load<'a> {
         let mut sent = 0;
         while !self.stop.load(Ordering::Relaxed) {
             let mut pipeline = redis::Pipeline::new();
-            for _ in 0..5 {
+            for _ in 0..25 {
                 let text = command(client, sent);
                 let mut words = text.split(' ');
                 pipeline.add_command(redis::cmd(words.next().unwrap()).arg(words.collect::<Vec<_>>()).clone());
@@ -63,7 +63,7 @@ impl<'a> Load<'a> {
             let replies: Vec<Value> = pipeline.query(&mut connection).unwrap();
             let accepted = |reply: &&Value| matches!(reply, Value::Array(words) if words.first() == Some(&Value::BulkString("OK".into())));
             self.accepted.fetch_add(replies.iter().filter(accepted).count() as u64, Ordering::Relaxed);
-            let pace = Duration::from_millis(10) * u32::try_from(sent / 5).unwrap();
+            let pace = Duration::from_millis(100) * u32::try_from(sent / 25).unwrap();
             thread::sleep(pace.saturating_sub(began.elapsed()));
         }
     }
@@ -310,6 +310,8 @@ fn eight_reconcilers_at_once_repair_each_difference_once() {
     wait_until("a reconciler goes round", || others.iter().chain([&stack.sidecar]).any(|sidecar| metric(sidecar, SYNC_ROUNDS) >= 3.0));
     stack.wait_until_applied();
     let mut found = found_of_damage(&stack.postgres);
+    // One that comes upon what another has just frozen may report it before the other has said so.
+    found.retain(|found| !found.ends_with(" none"));
     found.sort();
     assert_eq!(found, damage.expected.iter().cloned().collect::<Vec<_>>());
     let corrections = "SELECT product_id, -sum(redis_delta) FROM holdfast.stock_ledger WHERE kind = 'correct' GROUP BY 1";
@@ -425,4 +427,20 @@ fn unfreezing_opens_a_product_once_and_says_so_again() {
     assert_eq!(stack.postgres.value("SELECT coalesce(frozen, '-') FROM holdfast.stock"), "-");
     assert!(client.ask("STOCK.DECR old 1").starts_with("[OK, 6, "));
     assert_eq!(client.ask("STOCK.UNFREEZE nowhere"), "-NOTFOUND no product 'nowhere'");
+}
+
+#[test]
+fn nothing_is_compared_while_postgres_is_too_far_behind() {
+    let stack = Stack::with_settings(NEVER);
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    stack.postgres.holding("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE", || {
+        client.ok("STOCK.DECR a 1 ACK redis");
+        let began = Instant::now();
+        let reply = client.ask("STOCK.SYNC a");
+        assert!(reply.starts_with("-TRYAGAIN cannot compare now: "), "{reply}");
+        assert!(began.elapsed() > Duration::from_secs(4), "it has waited for Postgres");
+    });
+    assert_eq!(client.ask("STOCK.SYNC a"), "[]");
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.drift"), "0");
 }
