@@ -468,7 +468,10 @@ pub async fn settled(connection: &mut PgConnection, answered: &[Answered]) -> Re
 
 /// Whether a change that carried this REQUEST of the server's own is in the ledger.
 pub async fn is_request_known(connection: &mut PgConnection, request: &str) -> Result<bool, Error> {
-    let known = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM holdfast.stock_ledger WHERE request_id = $1 AND request_id LIKE 'hf-%')");
+    let known = sqlx::query_scalar(
+        "SELECT EXISTS (SELECT 1 FROM holdfast.stock_ledger WHERE request_id = $1 AND request_id LIKE 'hf-%') \
+         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger WHERE request_id = $1 AND request_id LIKE 'hf-%')",
+    );
     Ok(known.bind(request).fetch_one(connection).await?)
 }
 

@@ -484,3 +484,41 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Id;
+    use crate::domain::change::StockKind;
+    use crate::store::copies::{CopiedBatch, Copy};
+    use crate::store::stock::{Action, Stock, StockOp, StockOutcome, Upkeep};
+
+    #[derive(Clone, Default)]
+    struct Told(Rc<RefCell<Vec<Result<StockOutcome, Failure>>>>);
+
+    impl Waiter<Stock> for Told {
+        fn done(self, _: &StockOp, result: Result<StockOutcome, Failure>) {
+            self.0.borrow_mut().push(result);
+        }
+    }
+
+    #[test]
+    fn full_copies_refuse_what_clients_change_and_nothing_else() {
+        let op = |action| StockOp::new(action, vec![(Id::from("a"), 1)]);
+        let decr = || op(Action::Change(StockKind::Decr));
+        let partition = Arc::new(Partition::new(0, 1).0);
+        let note = Note { position: Position::new(1, 1), serial: 0, remaining: 0, available: Vec::new() };
+        let copies = vec![Copy { k: 0, kept: Stock::kept(decr()), note }];
+        partition.copies.keep(CopiedBatch { op: "i:stock:1".into(), at_ms: 7, copies });
+        let lane = Lane::<Stock, Told>::new(partition, "redis://127.0.0.1:1", "i", 600_000, Duration::from_secs(60));
+        *lane.gate.borrow_mut() = Gate::Open;
+        let told = Told::default();
+        lane.submit(StockOp::upkeep(Id::from("a"), 0, Upkeep::Freeze { reason: "r".into() }), Instant::now(), told.clone());
+        lane.submit(op(Action::Read), Instant::now(), told.clone());
+        assert_eq!((lane.queued(), told.0.borrow().len()), (2, 0));
+        lane.submit(decr(), Instant::now(), told.clone());
+        let refused = told.0.borrow();
+        assert!(matches!(&refused[..], [Err(Failure::TryAgain(why))] if why.contains("too far behind")), "{refused:?}");
+        assert_eq!(lane.queued(), 2);
+    }
+}

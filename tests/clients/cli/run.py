@@ -129,7 +129,8 @@ def mass_insertion():
     catalogue = "".join(command("STOCK.SET", f"cli-bulk-{number}", str(number), "ACK", "redis") for number in range(500))
     shown = cli("--pipe", stdin=catalogue)
     check_that(shown.endswith("errors: 0, replies: 500\n"), shown)
-    check_that(cli("STOCK.GET", "cli-bulk-499") == "499\n", "the last one is missing")
+    last = cli("STOCK.GET", "cli-bulk-499")
+    check_that(last == "499\n", f"the last one: {last}")
 
 
 def dropped():
