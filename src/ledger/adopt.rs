@@ -52,14 +52,16 @@ pub struct Adoption<'c> {
 
 impl<'c> Adoption<'c> {
     /// Begins, under `epoch`, which must be the partition's. `n` is the newest change of Redis. Whatever other programs changed in Postgres
-    /// and Redis has not been told is given up.
+    /// and Redis has not been told is given up; so is what was owed or handed over when the backup was made. Nobody changes the stock meanwhile.
     pub async fn begin(connection: &'c mut PgConnection, partition: u32, epoch: u64, n: u64) -> Result<Self, Error> {
         let mut transaction = connection.begin().await?;
         let Some(row) = partition::lock(&mut transaction, partition).await?.filter(|row| row.epoch == epoch) else {
             return Err(Error::Broken(format!("partition {partition} is no longer under epoch {epoch}: another process took it")));
         };
         sqlx::raw_sql(
-            "SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = '60s'; DELETE FROM holdfast.inbox",
+            "SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = '60s'; \
+             LOCK TABLE holdfast.stock IN SHARE ROW EXCLUSIVE MODE; DELETE FROM holdfast.inbox; \
+             DELETE FROM holdfast.dead_letter WHERE in_redis; UPDATE holdfast.salvage SET done = true WHERE NOT done",
         )
         .execute(&mut *transaction)
         .await?;
@@ -80,6 +82,15 @@ impl<'c> Adoption<'c> {
         let new = entries.iter().filter(|entry| !known.contains(&entry.op) && entry.last > self.applied);
         let changes = Changes::gather(new, &Created::default())?;
         write::ledgers(&mut self.transaction, self.partition, &changes).await
+    }
+
+    /// Takes over that products are deleted.
+    pub async fn deleted(&mut self, products: &[String]) -> Result<(), Error> {
+        sqlx::query("UPDATE holdfast.stock SET deleted_at = now(), low = NULL WHERE product_id = ANY($1) AND deleted_at IS NULL")
+            .bind(products)
+            .execute(&mut *self.transaction)
+            .await?;
+        Ok(())
     }
 
     /// Takes over products. What the ledger does not explain is a row of its own, of kind `adopt`.

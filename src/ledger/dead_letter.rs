@@ -133,7 +133,13 @@ async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, pa
         insert(connection, partition, part, operation, &Letter { i: *i, product: Some(product), delta, reason }).await?;
         frozen.insert(*product, Some(FROZEN));
     }
-    write::freeze_products(connection, &frozen).await?;
+    // The row may be such that no update of it is taken at all.
+    let mut savepoint = connection.begin().await?;
+    match write::freeze_products(&mut savepoint, &frozen).await {
+        Ok(()) => savepoint.commit().await?,
+        Err(Error::Data(_)) => savepoint.rollback().await?,
+        Err(error) => return Err(error),
+    }
     Ok(refused.len())
 }
 

@@ -54,7 +54,8 @@ impl Error {
         match (code.get(..2).unwrap_or_default(), code) {
             ("08", _) | (_, "57P01" | "57P02" | "57P03" | "57P04" | "57P05") => Self::Connection(message),
             ("53", _) | (_, "40001" | "40P01" | "55P03" | "57014" | "25006") => Self::Transient { code: code.to_owned(), message },
-            ("22" | "23", _) => Self::Data(format!("{message} ({code})")),
+            // A constraint, or what a trigger of the shop's own or the check of a view says.
+            ("22" | "23" | "44", _) | (_, "P0001") => Self::Data(format!("{message} ({code})")),
             ("28", _) => Self::Unfit(format!("Postgres does not let us in: {message}; check the user and the password in postgres.url")),
             ("3D", _) => Self::Unfit(format!("{message}: create the database, or name another in postgres.url")),
             (_, "42501") => Self::Unfit(format!("{message}: grant the user of postgres.url its rights in the schema holdfast")),

@@ -178,6 +178,22 @@ pub async fn finish_rebuild(connection: &mut PgConnection, partition: u32, epoch
     Ok(finished.rows_affected() == 1)
 }
 
+/// Lets go of an epoch that was taken to fill Redis, where that turned out not to be needed: Redis goes on under it after `n`. `false` where
+/// it was lost.
+pub async fn let_go(connection: &mut PgConnection, partition: u32, epoch: u64, owner: &str, n: u64) -> Result<bool, Error> {
+    let gone = sqlx::query(
+        "WITH gone AS (UPDATE holdfast.partition SET owner = NULL, lease_until = NULL WHERE id = $1 AND epoch = $2 AND owner = $3 RETURNING id) \
+         UPDATE holdfast.partition_epoch e SET after_n = $4 FROM gone WHERE e.partition = gone.id AND e.epoch = $2",
+    )
+    .bind(id(partition))
+    .bind(to_bigint(epoch))
+    .bind(owner)
+    .bind(to_bigint(n))
+    .execute(connection)
+    .await?;
+    Ok(gone.rows_affected() == 1)
+}
+
 /// The newest n that an entry of `epoch` may have: where the epochs behind it began.
 pub(super) async fn newest_of_epoch(connection: &mut PgConnection, partition: u32, epoch: u64) -> Result<Option<u64>, Error> {
     let newest: Option<i64> = sqlx::query_scalar("SELECT min(after_n) FROM holdfast.partition_epoch WHERE partition = $1 AND epoch > $2")
@@ -186,6 +202,15 @@ pub(super) async fn newest_of_epoch(connection: &mut PgConnection, partition: u3
         .fetch_one(connection)
         .await?;
     Ok(newest.map(from_bigint))
+}
+
+/// Whether the partition's place in the inbox was made by another Postgres: transactions here have lower numbers than it.
+pub async fn is_mark_of_another_server(connection: &mut PgConnection, partition: u32) -> Result<bool, Error> {
+    let is = sqlx::query_scalar(
+        "SELECT coalesce(bool_or(inbox_xid >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint), false) \
+         FROM holdfast.partition WHERE id = $1",
+    );
+    Ok(is.bind(id(partition)).fetch_one(connection).await?)
 }
 
 /// What other programs changed counts as told: Redis is about to be filled with it.

@@ -10,7 +10,7 @@ use crate::ledger::{self, PgConnection};
 use crate::limits::RELAY_READ_ENTRIES_MAX;
 use crate::store::meta::{self, Look};
 use crate::store::stream::OutboxReader;
-use crate::store::survey::Walk;
+use crate::store::survey::{self, Walk};
 use crate::store::{Connection, Partition, refill};
 
 /// Makes the other side as this one is, and opens Redis under the next epoch. Sidecars may run meanwhile: they sell on afterwards.
@@ -68,6 +68,8 @@ async fn adopt(
         after = last.last;
         adoption.history(&read.entries).await.map_err(|error| text(&error))?;
     }
+    let deleted = survey::deleted(redis).await.map_err(|error| text(&error))?;
+    adoption.deleted(&deleted).await.map_err(|error| text(&error))?;
     let (mut walk, mut products, mut coupons) = (Walk::new(), 0, 0);
     while let Some(page) = walk.next(redis).await.map_err(|error| text(&error))? {
         for key in &page.unreadable {

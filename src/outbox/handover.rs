@@ -8,30 +8,35 @@ use metrics::counter;
 use tracing::{info, warn};
 
 use crate::domain::change::{Effect, Operation, StockKind};
-use crate::domain::{Id, RequestId};
+use crate::domain::{Id, Position, RequestId};
 use crate::ledger::salvage::{self, Answered};
 use crate::ledger::{self, PgConnection};
-use crate::limits::{HANDOVER_MAX, SALVAGE_CHANGES_MAX};
+use crate::limits::{HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
 use crate::store::Partition;
-use crate::store::requests::{HANDED_OVER, Request};
+use crate::store::partition::EndedEpoch;
+use crate::store::requests::{HANDED_OVER, Remembered, Request};
 use crate::store::stock::{Action, StockOp, StockOutcome};
 
-/// Hands over the copies of ended epochs that the ledger does not have. Those of an epoch that has not ended are still on their way.
-pub async fn hand_over(partition: &Partition, postgres: &mut PgConnection, epoch: u64) -> Result<(), ledger::Error> {
-    let beyond: Vec<Answered> = {
-        let ended = partition.ended.borrow();
-        let beyond = |copy: &Answered| ended.iter().any(|end| end.epoch == copy.origin.epoch && !end.has(copy.origin.n));
-        partition.copies.before_epoch(epoch).into_iter().map(Answered::from).filter(beyond).collect()
-    };
+/// Hands over the copies of these ended epochs that the ledger does not have. Those of an epoch that has not ended are still on their way.
+/// Returns whether there were any.
+pub async fn hand_over(
+    partition: &Partition,
+    postgres: &mut PgConnection,
+    epoch: u64,
+    ended: &[EndedEpoch],
+) -> Result<bool, ledger::Error> {
+    let beyond = |position: Position| ended.iter().any(|end| end.epoch == position.epoch && !end.has(position.n));
+    let beyond: Vec<Answered> = partition.copies.before_epoch(epoch, beyond).into_iter().map(Answered::from).collect();
     hand_over_these(partition, postgres, &beyond).await?;
+    let any = !beyond.is_empty();
     partition.copies.forget_ops(&beyond.into_iter().map(|copy| copy.op).collect::<HashSet<_>>());
-    Ok(())
+    Ok(any)
 }
 
 /// Hands over all copies of the epochs before `epoch`, under which another sidecar fills Redis: it waits for them. They are kept until they
 /// are known to be saved.
 pub async fn hand_over_all(partition: &Partition, postgres: &mut PgConnection, epoch: u64) -> Result<(), ledger::Error> {
-    let copies: Vec<Answered> = partition.copies.before_epoch(epoch).into_iter().map(Answered::from).collect();
+    let copies: Vec<Answered> = partition.copies.before_epoch(epoch, |_| true).into_iter().map(Answered::from).collect();
     hand_over_these(partition, postgres, &copies).await
 }
 
@@ -60,6 +65,12 @@ pub async fn take_up(partition: &Arc<Partition>, postgres: &mut PgConnection) ->
 }
 
 async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
+    // What still stands in the outbox is not in the ledger yet, and must not be done again.
+    let head = partition.head().n;
+    let applied = async { partition.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
+    if !tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false) {
+        return Ok(());
+    }
     for answered in salvage::handed_over(postgres, partition.id, HANDOVER_MAX).await? {
         let id = format!("hf-{}-{}", answered.op, answered.operation.k);
         let is_there = !salvage::known(postgres, std::slice::from_ref(&answered)).await?.is_empty();
@@ -70,7 +81,7 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
         let owed = match again(&answered.operation, &id) {
             None => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
             Some(op) => match partition.change(op).await {
-                Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(_)) => None,
+                Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(Remembered::Known(_))) => None,
                 Ok(refused) => Some(format!("it was answered before Redis lost its data, and cannot be repeated: {refused:?}")),
                 // Perhaps it ran: under its name it runs once.
                 Err(_) => return Ok(()),
@@ -85,10 +96,14 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
     Ok(())
 }
 
-/// The operation, to be done again under its name; `None` for what would overwrite, or give another serial than was answered.
+/// The operation, to be done again under its client's REQUEST, else under the server's own name; `None` for what would overwrite, or give
+/// another serial than was answered.
 fn again(operation: &Operation, id: &str) -> Option<StockOp> {
     let Effect::Stock { kind: kind @ (StockKind::Decr | StockKind::Incr), items, .. } = &operation.effect else { return None };
     let items = items.iter().map(|item| (Id::from(item.product.as_str()), item.delta.abs())).collect();
-    let request = Request { id: RequestId::of_escaped(id), digest: HANDED_OVER.to_owned() };
+    let request = match &operation.remembered {
+        Some(of_client) => Request { id: RequestId::of_escaped(&of_client.request), digest: of_client.digest.clone() },
+        None => Request { id: RequestId::of_escaped(id), digest: HANDED_OVER.to_owned() },
+    };
     Some(StockOp { request: Some(request), ..StockOp::new(Action::Change(*kind), items) })
 }

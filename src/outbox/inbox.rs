@@ -18,7 +18,7 @@ use crate::ledger::inbox::{self, InboxRow, Listener};
 use crate::ledger::{self, PgConnection};
 use crate::limits::{
     INBOX_BLOCKED_POLL_MAX, INBOX_BLOCKED_POLL_MIN, INBOX_OTHERS_AFTER, INBOX_POLL, INBOX_PRUNE_EVERY, LEDGER_SILENCE_MAX,
-    OUTBOX_ANSWER_TIMEOUT,
+    LEDGER_STATEMENT_TIMEOUT, OUTBOX_ANSWER_TIMEOUT,
 };
 use crate::store::partition::State;
 use crate::store::stock::{InboxRow as Kind, StockOp, StockOutcome, Upkeep};
@@ -126,7 +126,8 @@ impl Inbox {
             return Ok(INBOX_POLL);
         }
         if !self.carries {
-            self.carries = inbox::carries(ledger, self.partition.id).await.map_err(|error| text(&error))?;
+            let asking = tokio::time::timeout(LEDGER_SILENCE_MAX, inbox::carries(ledger, self.partition.id)).await;
+            self.carries = asking.map_err(|_| "Postgres does not answer".to_owned())?.map_err(|error| text(&error))?;
             // Whoever carries may hang: what has waited for so long is taken by anybody.
             if !self.carries && waiting.age < INBOX_OTHERS_AFTER {
                 return Ok(INBOX_OTHERS_AFTER);
@@ -138,7 +139,7 @@ impl Inbox {
         }
     }
 
-    /// Sends the rows in their order, which the lane keeps. Returns whether all were taken.
+    /// Sends the rows in their order, which the lane keeps. Returns whether there were any to send and all were taken.
     async fn send(&self, mark: InboxMark, rows: &[InboxRow]) -> bool {
         let mut before = mark;
         let mut answers = Vec::with_capacity(rows.len());
@@ -160,13 +161,14 @@ impl Inbox {
             taken += usize::from(matches!(answer.await, Ok(Ok(StockOutcome::Done { .. }))));
         }
         counter!("holdfast_inbox_rows_total", "partition" => self.label.clone()).increment(taken as u64);
-        taken == sent
+        taken == sent && sent > 0
     }
 
     async fn prune(&mut self) -> Result<(), String> {
         let Some(ledger) = self.ledger.as_mut().filter(|_| self.pruned.elapsed() >= INBOX_PRUNE_EVERY) else { return Ok(()) };
         self.pruned = Instant::now();
-        inbox::prune(ledger, self.partition.id).await.map(drop).map_err(|error| error.to_string())
+        let pruning = tokio::time::timeout(LEDGER_STATEMENT_TIMEOUT, inbox::prune(ledger, self.partition.id)).await;
+        pruning.map_err(|_| "Postgres does not answer".to_owned())?.map(drop).map_err(|error| error.to_string())
     }
 }
 

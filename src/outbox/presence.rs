@@ -7,7 +7,7 @@ use tracing::debug;
 
 use super::handover;
 use crate::ledger::{self, PgConnection};
-use crate::limits::SIDECAR_RENEW_EVERY;
+use crate::limits::{HANDOVER_WITHIN, LEDGER_SILENCE_MAX, SIDECAR_RENEW_EVERY};
 use crate::store::Partition;
 
 /// See the module.
@@ -26,8 +26,12 @@ impl Presence {
         let mut connection = None;
         let mut handed = 0;
         loop {
-            if let Err(error) = self.once(&mut connection, &mut handed).await {
-                debug!(%error, "postgres was not told that this sidecar runs");
+            let told = match tokio::time::timeout(HANDOVER_WITHIN, self.once(&mut connection, &mut handed)).await {
+                Ok(told) => told.map_err(|error| error.to_string()),
+                Err(_) => Err("no answer".to_owned()),
+            };
+            if let Err(error) = told {
+                debug!(error, "postgres was not told that this sidecar runs");
                 connection = None;
             }
             if cancel.run_until_cancelled(tokio::time::sleep(SIDECAR_RENEW_EVERY)).await.is_none() {
@@ -41,8 +45,12 @@ impl Presence {
             Some(connection) => connection,
             none => none.insert(ledger::connect(&self.postgres_url).await?),
         };
-        ledger::sidecar::renew(connection, &self.instance, self.window_ms).await?;
-        let row = ledger::partition::load(connection, self.partition.id).await?;
+        let looking = async {
+            ledger::sidecar::renew(connection, &self.instance, self.window_ms).await?;
+            ledger::partition::load(connection, self.partition.id).await
+        };
+        let silence = || ledger::Error::Connection("no answer".to_owned());
+        let row = tokio::time::timeout(LEDGER_SILENCE_MAX, looking).await.map_err(|_| silence())??;
         let of_another = row.owner.as_ref().is_some_and(|owner| *owner != self.instance);
         if of_another && row.epoch > *handed {
             handover::hand_over_all(&self.partition, connection, row.epoch).await?;

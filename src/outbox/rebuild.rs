@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use metrics::counter;
 use tracing::{info, warn};
 
+use super::handover;
 use crate::domain::change::{Effect, Entry};
 use crate::domain::{Id, Position, RequestId};
 use crate::ledger::refill::Snapshot;
@@ -50,6 +51,19 @@ async fn slow_step<T, E: Display>(doing: impl Future<Output = Result<T, E>>) -> 
         Ok(done) => done.map_err(|error| error.to_string()),
         Err(_) => Err("Postgres does not answer".to_owned()),
     }
+}
+
+/// Waits until every other sidecar that runs has handed over what it answered before `epoch`, a minute at most.
+pub(super) async fn wait_for_others(postgres: &mut PgConnection, partition: u32, owner: &str, epoch: u64) -> Result<(), String> {
+    let until = Instant::now() + HANDOVER_WITHIN;
+    while !step(ledger::sidecar::have_all_handed_over(postgres, owner, epoch)).await? {
+        if Instant::now() >= until {
+            warn!(partition, "a sidecar that runs has not handed over what it answered: it does so later");
+            break;
+        }
+        tokio::time::sleep(SIDECAR_RENEW_EVERY / 10).await;
+    }
+    Ok(())
 }
 
 impl Rebuild<'_> {
@@ -100,7 +114,6 @@ impl Rebuild<'_> {
         let newest = meta.map_or(0, |meta| meta.n).max(self.partition.head().n);
         let mut saved = self.salvage_outbox(epoch).await?;
         self.salvage_copies(epoch, &mut saved).await?;
-        self.salvage_of_others(epoch, &mut saved).await?;
         step(salvage::seal(self.postgres, id, epoch, adopt_inbox)).await?;
         counter!("holdfast_salvaged_total", "what" => "saved").increment(saved.saved as u64);
         counter!("holdfast_salvaged_total", "what" => "owed").increment(saved.owed as u64);
@@ -191,32 +204,24 @@ impl Rebuild<'_> {
         Ok(())
     }
 
+    /// Saves what this sidecar and the others that run have answered, in the order in which it took effect: waits until each of the others has
+    /// handed its copies over, or its lease has passed, and does so itself.
     async fn salvage_copies(&mut self, epoch: u64, saved: &mut Saved) -> Result<(), String> {
-        let copies: Vec<Answered> = self.partition.copies.before_epoch(epoch).into_iter().map(Answered::from).collect();
-        self.save(epoch, &copies, saved).await?;
-        self.partition.copies.forget_ops(&copies.into_iter().map(|copy| copy.op).collect());
-        Ok(())
-    }
-
-    /// Saves what the other sidecars that run have answered: waits until each has handed it over, or its lease has passed.
-    async fn salvage_of_others(&mut self, epoch: u64, saved: &mut Saved) -> Result<(), String> {
         self.say("waiting for what other sidecars have answered");
-        let until = Instant::now() + HANDOVER_WITHIN;
-        while !step(ledger::sidecar::have_all_handed_over(self.postgres, self.owner, epoch)).await? {
-            if Instant::now() >= until {
-                warn!(partition = self.partition.id, "a sidecar that runs has not handed over what it answered: it does so later");
-                break;
-            }
-            tokio::time::sleep(SIDECAR_RENEW_EVERY / 10).await;
-        }
+        wait_for_others(self.postgres, self.partition.id, self.owner, epoch).await?;
+        let ops = self.partition.copies.ops();
+        handover::hand_over_all(self.partition, self.postgres, epoch).await.map_err(|error| error.to_string())?;
         loop {
             let handed = step(salvage::handed_over(self.postgres, self.partition.id, HANDOVER_MAX)).await?;
             if handed.is_empty() {
-                return Ok(());
+                break;
             }
             self.save(epoch, &handed, saved).await?;
             step(salvage::settled(self.postgres, &handed)).await?;
         }
+        let old = ops.into_iter().filter(|(_, position)| position.epoch < epoch).map(|(op, _)| op);
+        self.partition.copies.forget_ops(&old.collect());
+        Ok(())
     }
 
     /// Fills in what Postgres has, and opens. Returns how many products, coupons and REQUESTs there were.

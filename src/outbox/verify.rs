@@ -1,6 +1,7 @@
 //! Compares Redis with Postgres before anything is sold: at start, whenever a script's guard does not match, and every few seconds.
 //! Decides whether the partition is live, and under which epoch.
 
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fmt::Display;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +11,11 @@ use tracing::{info, warn};
 
 use super::handover;
 use super::proof::continues;
-use super::rebuild::Rebuild;
+use super::rebuild::{self, Rebuild};
 use crate::domain::Position;
 use crate::ledger;
 use crate::ledger::partition::{EpochRow, NO_OP, PartitionRow};
+use crate::ledger::salvage::Origins;
 use crate::limits;
 use crate::store::meta::{self, Look, Meta};
 use crate::store::partition::{EndedEpoch, State, Trouble};
@@ -31,6 +33,8 @@ pub struct Verifier {
     window_ms: i64,
     /// The epoch and run id that both sides agreed on last.
     verified: Option<(u64, String)>,
+    /// The epoch under which it was found that Redis lost what another sidecar answered.
+    missed: Option<u64>,
     /// The epochs as they were published last, and the version of what else was; `None` where that may have changed since.
     epochs: Option<(Vec<EpochRow>, (i64, i64))>,
 }
@@ -73,6 +77,7 @@ impl Verifier {
             instance: instance.to_owned(),
             window_ms: i64::try_from(window.as_millis()).unwrap_or(i64::MAX),
             verified: None,
+            missed: None,
             epochs: None,
         }
     }
@@ -175,7 +180,18 @@ impl Verifier {
                 self.window_ms
             )));
         }
-        let row = ledger::partition::load(postgres, self.partition.id).await.map_err(|error| self.starting(&error))?;
+        let id = self.partition.id;
+        let foreign = match self.verified {
+            None => ledger::partition::is_mark_of_another_server(postgres, id).await.map_err(|error| self.starting(&error))?,
+            Some(_) => false,
+        };
+        if foreign {
+            return Err(self.starting(
+                &"this Postgres was restored on another server, where transactions have other numbers: say which side is right with \
+                  holdfast rebuild --from postgres or --from redis",
+            ));
+        }
+        let row = ledger::partition::load(postgres, id).await.map_err(|error| self.starting(&error))?;
         let seen = self.partition.head();
         let look = match Look::at(redis, row.applied).await {
             Ok(look) => look,
@@ -208,6 +224,9 @@ impl Verifier {
                 Err(found) => return Ok(Finding::Rebuild(found)),
             }
         }
+        if finding == Finding::NextEpoch && self.missed == Some(row.epoch) && row.owner.as_deref() == Some(&self.instance) {
+            return Ok(Finding::Rebuild("changes that other sidecars answered are neither in Redis nor in Postgres".to_owned()));
+        }
         if finding == Finding::NextEpoch && self.misses_copies(postgres, row).await.map_err(|error| self.starting(&error))? {
             return Ok(Finding::Rebuild("changes that were answered are neither in Redis nor in Postgres".to_owned()));
         }
@@ -225,40 +244,84 @@ impl Verifier {
 
     /// Whether anything that this process answered stands neither in the outbox nor in the ledger.
     async fn misses_copies(&self, postgres: &mut ledger::PgConnection, row: &PartitionRow) -> Result<bool, String> {
-        let copied = self.partition.copies.ops();
-        if copied.is_empty() {
+        let copied = self.partition.copies.ops().into_iter().map(|(op, _)| op).collect();
+        self.misses(postgres, row, copied).await
+    }
+
+    /// Whether any of these batches stands neither in the outbox nor in the ledger.
+    async fn misses(&self, postgres: &mut ledger::PgConnection, row: &PartitionRow, ops: BTreeSet<String>) -> Result<bool, String> {
+        if ops.is_empty() {
             return Ok(false);
         }
         let mut reader = OutboxReader::open(&self.redis_url).await.map_err(|error| error.to_string())?;
-        let (mut after, mut there) = (row.applied, std::collections::HashSet::new());
+        let (mut after, mut there) = (row.applied, HashSet::new());
         loop {
             let read = reader.read_after(after, limits::RELAY_READ_ENTRIES_MAX, Duration::ZERO).await.map_err(|error| error.to_string())?;
             let Some(last) = read.entries.last() else { break };
             after = last.last;
             there.extend(read.entries.into_iter().map(|entry| entry.op));
         }
-        let absent: Vec<String> = copied.into_iter().map(|(op, _)| op).filter(|op| !there.contains(op)).collect();
+        let absent: Vec<String> = ops.into_iter().filter(|op| !there.contains(op)).collect();
         let known = ledger::salvage::known_ops(postgres, &absent).await.map_err(|error| error.to_string())?;
         Ok(known < absent.len())
     }
 
+    /// Takes the next epoch and opens Redis under it. Other sidecars that run may have answered what this Redis lost: then they are waited for
+    /// first, and if anything is missing, Redis is filled under that epoch instead.
     async fn next_epoch(&mut self, redis: &mut Connection, postgres: &mut ledger::PgConnection, sight: &Sight) -> Result<(), String> {
+        let (id, row) = (self.partition.id, &sight.row);
         let n = sight.look.meta.as_ref().map_or(0, |meta| meta.n);
-        let taken = ledger::partition::take_epoch(postgres, self.partition.id, &sight.row, redis.run_id(), n).await;
+        // With nobody to wait for, no epoch is held by anyone.
+        let alone = ledger::sidecar::have_all_handed_over(postgres, &self.instance, row.epoch + 1).await;
+        let taken = match alone.map_err(|error| self.starting(&error))? {
+            true => ledger::partition::take_epoch(postgres, id, row, redis.run_id(), n).await,
+            false => ledger::partition::take_epoch_to_rebuild(postgres, id, row, row.epoch + 1, redis.run_id(), &self.instance).await,
+        };
         let Some(epoch) = taken.map_err(|error| self.starting(&error))? else {
             // Another sidecar took it, or is filling Redis.
             tokio::time::sleep(Duration::from_millis(20)).await;
             return Ok(());
         };
+        if !self.have_others_lost_nothing(postgres, row, epoch, n).await? {
+            // The row is ours: the next look finds that Redis has to be filled.
+            return Ok(());
+        }
         if meta::attach(redis, sight.look.meta.as_ref(), epoch).await.map_err(|error| self.starting(&error))? {
             info!(epoch, run_id = redis.run_id(), n, "opened under a new epoch");
         }
         Ok(())
     }
 
+    /// Waits for the sidecars that run. Whether all that they have answered stands in the outbox or in the ledger; if so, the epoch is nobody's
+    /// any more.
+    async fn have_others_lost_nothing(
+        &mut self,
+        postgres: &mut ledger::PgConnection,
+        row: &PartitionRow,
+        epoch: u64,
+        n: u64,
+    ) -> Result<bool, String> {
+        let owned = ledger::partition::load(postgres, self.partition.id).await.map_err(|error| self.starting(&error))?;
+        if owned.owner.as_deref() != Some(&self.instance) {
+            return Ok(true);
+        }
+        rebuild::wait_for_others(postgres, self.partition.id, &self.instance, epoch).await?;
+        let handed = ledger::salvage::handed_over(postgres, self.partition.id, i64::MAX).await.map_err(|error| self.starting(&error))?;
+        let ops = handed.iter().map(|one| one.op.clone()).collect();
+        if self.misses(postgres, row, ops).await? {
+            self.partition.verify.notify_one();
+            self.missed = Some(epoch);
+            return Ok(false);
+        }
+        ledger::salvage::settled(postgres, &handed).await.map_err(|error| self.starting(&error))?;
+        let let_go = ledger::partition::let_go(postgres, self.partition.id, epoch, &self.instance, n).await;
+        let_go.map_err(|error| self.starting(&error))
+    }
+
     /// Both sides agree. What this process answered under an earlier epoch, and neither side has, is handed over first.
     async fn go_live(&mut self, redis: &Connection, postgres: &mut ledger::PgConnection, epoch: u64, look: &Look) -> Result<(), String> {
-        handover::hand_over(&self.partition, postgres, epoch).await.map_err(|error| self.starting(&error))?;
+        let ended = self.partition.ended.borrow().clone();
+        handover::hand_over(&self.partition, postgres, epoch, &ended).await.map_err(|error| self.starting(&error))?;
         let head = self.partition.head();
         if head.epoch < epoch && head.n > look.meta.as_ref().map_or(0, |meta| meta.n) {
             self.partition.see_anew(look.newest.as_ref().map_or(*self.partition.applied.borrow(), |newest| newest.last));
@@ -319,12 +382,19 @@ impl Verifier {
             return Ok(());
         }
         let mut origins = ledger::salvage::origins(postgres, self.partition.id).await?;
-        let ended = epochs.iter().filter_map(|row| {
-            let (saved, waiting) = (origins.saved.remove(&row.epoch), origins.waiting.remove(&row.epoch));
-            let (saved, waiting) = (saved.unwrap_or_default(), waiting.unwrap_or_default());
-            Some(EndedEpoch { epoch: row.epoch, last_n: row.last_n?, saved, waiting })
-        });
-        self.partition.set_ended(ended.collect());
+        let ended = |origins: &Origins| -> Vec<EndedEpoch> {
+            let of = |epochs: &HashMap<u64, Vec<u64>>, epoch| epochs.get(&epoch).cloned().unwrap_or_default();
+            let ended = epochs.iter().filter_map(|row| {
+                let (saved, waiting) = (of(&origins.saved, row.epoch), of(&origins.waiting, row.epoch));
+                Some(EndedEpoch { epoch: row.epoch, last_n: row.last_n?, saved, waiting })
+            });
+            ended.collect()
+        };
+        // What this process has answered itself is handed over before anything is said to be lost.
+        if handover::hand_over(&self.partition, postgres, row.epoch, &ended(&origins)).await? {
+            origins = ledger::salvage::origins(postgres, self.partition.id).await?;
+        }
+        self.partition.set_ended(ended(&origins));
         // While somebody fills Redis more may be saved at any time.
         self.epochs = row.owner.is_none().then_some((epochs, version));
         Ok(())

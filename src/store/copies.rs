@@ -163,11 +163,13 @@ impl Copies {
         drop(batches);
     }
 
-    /// The operations of every epoch before `epoch`, in the order in which they took effect.
-    pub fn before_epoch(&self, epoch: u64) -> Vec<Salvaged> {
+    /// The operations of every epoch before `epoch` whose position is `wanted`, in the order in which they took effect. Lanes wait meanwhile,
+    /// so only what is wanted is written out.
+    pub fn before_epoch(&self, epoch: u64, wanted: impl Fn(Position) -> bool) -> Vec<Salvaged> {
         let batches = self.batches();
         let old = batches.iter().filter(|batch| batch.last().epoch < epoch);
-        let mut all: Vec<Salvaged> = old.flat_map(|batch| batch.copies.iter().map(|copy| copy.salvage(batch))).collect();
+        let all = old.flat_map(|batch| batch.copies.iter().map(move |copy| (batch, copy)));
+        let mut all: Vec<Salvaged> = all.filter(|(_, copy)| wanted(copy.note.position)).map(|(batch, copy)| copy.salvage(batch)).collect();
         drop(batches);
         all.sort_by_key(|salvaged| salvaged.origin);
         all
@@ -281,7 +283,7 @@ mod tests {
         copies.keep(batch("i:coupon:1", 1, 5, 1));
         copies.keep(batch("i:stock:1", 1, 4, 1));
         copies.keep(batch("i:stock:2", 2, 6, 1));
-        let old = copies.before_epoch(2);
+        let old = copies.before_epoch(2, |_| true);
         assert_eq!(old.iter().map(|salvaged| salvaged.origin.n).collect::<Vec<_>>(), [4, 5]);
         let Effect::Stock { items, .. } = &old[0].operation.effect else { panic!() };
         assert_eq!(items[0].delta, -2);

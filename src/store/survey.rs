@@ -65,6 +65,11 @@ impl Walk {
     }
 }
 
+/// The products that were deleted.
+pub async fn deleted(connection: &mut Connection) -> Result<Vec<String>, Error> {
+    read(connection.send(redis::cmd("HKEYS").arg(keys::DELETED)).await?)
+}
+
 impl Default for Walk {
     fn default() -> Self {
         Self::new()

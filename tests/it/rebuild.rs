@@ -8,6 +8,9 @@ use crate::harness::{Stack, wait_until};
 /// A loss may leave the first tries without an answer.
 const LOADING: &str = "-";
 
+/// While this is held nothing reaches Postgres.
+const RELAYS_WAIT: &str = "BEGIN; SELECT * FROM holdfast.partition FOR UPDATE";
+
 #[test]
 fn an_emptied_redis_is_filled_from_postgres_and_goes_on() {
     let stack = Stack::start();
@@ -228,4 +231,61 @@ fn a_postgres_from_a_backup_catches_up_or_waits_for_a_person() {
         let newest = stack.backing().ask("HGET holdfast:meta id");
         stack.backing().ask(&format!("XTRIM holdfast:outbox MINID = {newest}"));
     }
+}
+
+#[test]
+fn what_two_sidecars_answered_is_saved_in_the_order_in_which_it_took_effect() {
+    let stack = Stack::start();
+    let other = crate::harness::Sidecar::start(&stack.redis.url(), &stack.postgres.url);
+    wait_until("the other is ready", || other.get("/readyz").0 == 200);
+    let (mut client, mut others) = (stack.connect(), other.connect());
+    client.ok("STOCK.SET a 5");
+    stack.wait_until_applied();
+    stack.postgres.holding(RELAYS_WAIT, || {
+        // Each builds on what the other has answered just before.
+        others.ok("STOCK.SET a 100 ACK redis");
+        client.ok("STOCK.DECR a 40");
+        others.ok("STOCK.INCR a 1");
+        assert!(others.ask("COUPON.CREATE c 9 ACK redis").starts_with("[OK, "));
+        assert!(client.ask("COUPON.ISSUE c u").starts_with("[ISSUED, 1, 8, "));
+        stack.backing().ask("FLUSHALL");
+    });
+    client.until("STOCK.GET a", "61");
+    assert_eq!(others.until_not("COUPON.ISSUE c u", LOADING), "[ALREADY, 1]");
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT available || ' ' || coalesce(frozen, '-') FROM holdfast.stock"), "61 -");
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter"), "0");
+}
+
+#[test]
+fn no_sidecar_goes_on_without_what_another_answered_and_redis_lost() {
+    let mut stack = Stack::start();
+    let other = crate::harness::Sidecar::start(&stack.redis.url(), &stack.postgres.url);
+    wait_until("the other is ready", || other.get("/readyz").0 == 200);
+    stack.connect().ok("STOCK.SET a 100");
+    stack.wait_until_applied();
+    let mut others = other.connect();
+    stack.postgres.holding(RELAYS_WAIT, || {
+        others.ok("STOCK.DECR a 1");
+        // With everysec, what is on disk may be a second behind.
+        std::thread::sleep(Duration::from_millis(1_500));
+        let copy = stack.redis.copy_of_data();
+        for _ in 0..5 {
+            others.ok("STOCK.DECR a 10");
+        }
+        stack.sidecar.kill();
+        stack.redis.kill();
+        stack.redis.restart_from(&copy);
+        std::fs::remove_dir_all(copy).unwrap();
+        // The one that looks first has never seen the last five.
+        stack.sidecar = crate::harness::Sidecar::start(&stack.redis.url(), &stack.postgres.url);
+        std::thread::sleep(Duration::from_millis(500));
+    });
+    stack.wait_until_ready();
+    let mut client = stack.connect();
+    assert_eq!(client.until_not("STOCK.GET a", LOADING), "49");
+    assert_eq!(others.until_not("STOCK.GET a", LOADING), "49");
+    assert!(client.ask("STOCK.DECR a 50").starts_with("[INSUFFICIENT, a, 49"));
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock"), "49");
 }
