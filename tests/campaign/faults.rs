@@ -77,6 +77,8 @@ fn an_emptied_redis_loses_and_repeats_nothing() {
     for _ in 0..times::REDIS_EMPTIED {
         empty_redis(&mut world);
     }
+    assert!(world.counted("holdfast_rebuilds_total") >= times::REDIS_EMPTIED as u64, "each time it was filled anew");
+    assert!(world.counted("holdfast_salvaged_total") > 0, "something was on its way");
     world.check("redis emptied");
 }
 
@@ -86,6 +88,8 @@ fn an_older_redis_loses_and_repeats_nothing() {
     for _ in 0..times::REDIS_OLDER {
         age_redis(&mut world);
     }
+    assert!(world.counted("holdfast_rebuilds_total") > 0, "it was filled anew");
+    assert!(world.counted("holdfast_salvaged_total") > 0, "something was on its way");
     world.check("redis older");
 }
 

@@ -200,6 +200,13 @@ impl World {
         redis::Client::open(self.redis.url()).unwrap().get_connection().unwrap()
     }
 
+    /// What a counter of the sidecar that runs is at, over all its labels; 0 where it never moved.
+    pub fn counted(&self, name: &str) -> u64 {
+        let metrics = self.sidecar.get("/metrics").1;
+        let lines = metrics.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{'])));
+        lines.filter_map(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).sum()
+    }
+
     fn count_late_replies(&mut self) {
         let metrics = self.sidecar.get("/metrics").1;
         let late = metrics.lines().find_map(|line| line.strip_prefix("holdfast_late_replies_total "));
