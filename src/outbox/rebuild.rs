@@ -53,13 +53,17 @@ async fn slow_step<T, E: Display>(doing: impl Future<Output = Result<T, E>>) -> 
     }
 }
 
-/// Waits until every other sidecar that runs has handed over what it answered before `epoch`, a minute at most.
+/// Waits until every other sidecar that runs has handed over what it answered before `epoch`, a minute at most, and holds the epoch meanwhile.
+/// Errors where it was lost.
 pub(super) async fn wait_for_others(postgres: &mut PgConnection, partition: u32, owner: &str, epoch: u64) -> Result<(), String> {
     let until = Instant::now() + HANDOVER_WITHIN;
     while !step(ledger::sidecar::have_all_handed_over(postgres, owner, epoch)).await? {
         if Instant::now() >= until {
             warn!(partition, "a sidecar that runs has not handed over what it answered: it does so later");
             break;
+        }
+        if !step(ledger::partition::renew_rebuild(postgres, partition, epoch, owner)).await? {
+            return Err("another sidecar has taken the partition over".to_owned());
         }
         tokio::time::sleep(SIDECAR_RENEW_EVERY / 10).await;
     }

@@ -271,11 +271,17 @@ impl Verifier {
     async fn next_epoch(&mut self, redis: &mut Connection, postgres: &mut ledger::PgConnection, sight: &Sight) -> Result<(), String> {
         let (id, row) = (self.partition.id, &sight.row);
         let n = sight.look.meta.as_ref().map_or(0, |meta| meta.n);
-        // With nobody to wait for, no epoch is held by anyone.
-        let alone = ledger::sidecar::have_all_handed_over(postgres, &self.instance, row.epoch + 1).await;
-        let taken = match alone.map_err(|error| self.starting(&error))? {
-            true => ledger::partition::take_epoch(postgres, id, row, redis.run_id(), n).await,
-            false => ledger::partition::take_epoch_to_rebuild(postgres, id, row, row.epoch + 1, redis.run_id(), &self.instance).await,
+        let taken = if row.owner.as_deref() == Some(&self.instance) {
+            // Taken before, and the others were not done in time: under another epoch they would begin anew.
+            let renewed = ledger::partition::renew_rebuild(postgres, id, row.epoch, &self.instance).await;
+            renewed.map(|renewed| renewed.then_some(row.epoch))
+        } else {
+            // With nobody to wait for, no epoch is held by anyone.
+            let alone = ledger::sidecar::have_all_handed_over(postgres, &self.instance, row.epoch + 1).await;
+            match alone.map_err(|error| self.starting(&error))? {
+                true => ledger::partition::take_epoch(postgres, id, row, redis.run_id(), n).await,
+                false => ledger::partition::take_epoch_to_rebuild(postgres, id, row, row.epoch + 1, redis.run_id(), &self.instance).await,
+            }
         };
         let Some(epoch) = taken.map_err(|error| self.starting(&error))? else {
             // Another sidecar took it, or is filling Redis.
