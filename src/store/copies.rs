@@ -8,8 +8,8 @@ use super::coupon::{self, CouponOp};
 use super::partition::EndedEpoch;
 use super::requests::Request;
 use super::stock::{Action, StockOp};
-use crate::domain::{Id, Position};
 use crate::domain::change::{Detail, Effect, Item, Operation, Remembered, StockKind};
+use crate::domain::{Id, Position};
 use crate::limits;
 
 /// What the script said of an accepted operation, as far as its copy needs it.

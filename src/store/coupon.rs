@@ -206,9 +206,7 @@ fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Resul
         "locked" => {
             let (holder, remaining_ms) = (words.text()?, words.integer()?);
             let lock = keys::coupon_lock(&op.coupon);
-            return Ok(Verdict::Again(format!(
-                "the lock '{lock}' is held by '{holder}' for {remaining_ms} ms more; nothing was changed"
-            )));
+            return Ok(Verdict::Again(format!("the lock '{lock}' is held by '{holder}' for {remaining_ms} ms more; nothing was changed")));
         }
         other => return requests::verdict(other, words, CouponOutcome::Remembered),
     };

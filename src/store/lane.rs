@@ -60,6 +60,11 @@ pub struct Positions {
 }
 
 impl Positions {
+    /// Those behind `position`.
+    pub(super) fn after(position: Position) -> Self {
+        Self { epoch: position.epoch, before: position.n, n: position.n }
+    }
+
     /// The position of the newest accepted operation, if there is any.
     fn newest(&self) -> Option<Position> {
         (self.n > self.before).then(|| Position::new(self.epoch, self.n))

@@ -430,7 +430,10 @@ mod tests {
     fn a_product_named_by_several_operations_is_one_key() {
         let op = |product| StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from(product), 1)]);
         let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0);
-        assert_eq!(encoded.keys.iter().collect::<Vec<_>>(), ["stock:frozen", "stock:low", "stock:deleted", "stock:product:a", "stock:product:b"]);
+        assert_eq!(
+            encoded.keys.iter().collect::<Vec<_>>(),
+            ["stock:frozen", "stock:low", "stock:deleted", "stock:product:a", "stock:product:b"]
+        );
     }
 
     #[tokio::test]

@@ -203,7 +203,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     fn decided(&self, mut sent: Sent<F, W>, now_ms: i64, words: &mut Words) -> Result<(), Error> {
         let n = u64::try_from(words.integer()?).unwrap_or(0);
         self.partition.saw_n(sent.epoch, n);
-        let mut positions = Positions { epoch: sent.epoch, before: n, n };
+        let mut positions = Positions::after(Position::new(sent.epoch, n));
         let ops = sent.operations.iter().map(|queued| &queued.op);
         let verdicts = match F::read(&sent.encoded.plan, ops, words, &mut positions) {
             Ok(verdicts) => verdicts,

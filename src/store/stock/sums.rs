@@ -304,3 +304,202 @@ impl Worked {
         Err(Error::Unexpected(format!("sums that come to {:?}, where the script came to {:?}", self.positions, self.end)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use bytes::Bytes;
+    use proptest::prelude::*;
+    use proptest::strategy::ValueTree as _;
+    use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+    use super::*;
+    use crate::domain::change::{Effect, Operation};
+    use crate::domain::{Position, RequestId};
+    use crate::ledger::testing::RedisServer;
+    use crate::store::lane::{Family as _, Verdict};
+    use crate::store::requests::Request;
+    use crate::store::stock::{Items, Stock};
+    use crate::store::stream::OutboxReader;
+    use crate::store::stream::testing::send;
+    use crate::store::{Connection, keys, meta, script};
+
+    /// What is known of one product by a model that decides one operation after the other.
+    #[derive(Clone, Debug, Default, PartialEq)]
+    struct Model {
+        value: Option<i64>,
+        corrupt: bool,
+        frozen: bool,
+    }
+
+    type Models = BTreeMap<String, Model>;
+
+    /// Decides an operation as commands.md says; `n` counts the accepted ones.
+    fn decide(models: &mut Models, op: &StockOp, n: &mut u64) -> StockOutcome {
+        let model = |id: &Id| models.get(id.as_str()).cloned().unwrap_or_default();
+        if let Some(item) = op.items.iter().position(|(id, _)| model(id).corrupt) {
+            if op.items.iter().take(item).all(|(id, quantity)| refusal(op.action, &model(id), *quantity, 0).is_none()) {
+                return StockOutcome::Corrupt { item };
+            }
+        }
+        if op.action == Action::Read {
+            return StockOutcome::Values(op.items.iter().map(|(id, _)| model(id).value).collect());
+        }
+        for (item, (id, quantity)) in op.items.iter().enumerate() {
+            if let Some(refused) = refusal(op.action, &model(id), *quantity, item) {
+                return refused;
+            }
+        }
+        *n += 1;
+        let mut available = smallvec::SmallVec::new();
+        for (id, quantity) in &op.items {
+            let model = models.entry(id.to_string()).or_default();
+            let before = model.value.unwrap_or(0);
+            let after = match op.action {
+                Action::Change(StockKind::Decr) => before - quantity,
+                Action::Change(StockKind::Incr) => before + quantity,
+                Action::Change(StockKind::Delete) => 0,
+                _ => *quantity,
+            };
+            model.value = (op.action != Action::Change(StockKind::Delete)).then_some(after);
+            available.push(after);
+        }
+        StockOutcome::Done { available, position: Position::new(1, *n) }
+    }
+
+    fn refusal(action: Action, model: &Model, quantity: i64, item: usize) -> Option<StockOutcome> {
+        let Action::Change(kind) = action else { return None };
+        if model.frozen {
+            return Some(StockOutcome::Frozen { item, reason: "look".into() });
+        }
+        match (kind, model.value) {
+            (StockKind::Set, _) => None,
+            (_, None) => Some(StockOutcome::Absent { item }),
+            (StockKind::Decr, Some(available)) if available < quantity => Some(StockOutcome::Short { item, available }),
+            (StockKind::Incr, Some(available)) if available + quantity > TOTAL_MAX => Some(StockOutcome::Over { item, available }),
+            _ => None,
+        }
+    }
+
+    fn operation() -> impl Strategy<Value = StockOp> {
+        let product = prop_oneof![6 => Just("a"), 3 => Just("b"), 2 => Just("c"), 1 => Just("d"), 1 => Just("bad"), 1 => Just("icy")];
+        let kind = prop_oneof![
+            8 => Just(Action::Change(StockKind::Decr)),
+            3 => Just(Action::Change(StockKind::Incr)),
+            3 => Just(Action::Read),
+            1 => Just(Action::Change(StockKind::Set)),
+            1 => Just(Action::Change(StockKind::Delete)),
+        ];
+        let quantity = prop_oneof![8 => 1..20_i64, 1 => Just(1_000_000_000_000)];
+        let shape = (kind, proptest::collection::vec((product, quantity), 1..4), any::<bool>(), 0..8_u8, any::<u64>());
+        shape.prop_map(|(action, all, several, named, id)| {
+            let mut items = Items::new();
+            for (product, quantity) in all {
+                if !items.iter().any(|(known, _): &(Id, i64)| known.as_str() == product) {
+                    items.push((Id::from(product), quantity));
+                }
+            }
+            if !several || !matches!(action, Action::Read | Action::Change(StockKind::Decr)) {
+                items.truncate(1);
+            }
+            let mut op = StockOp::new(action, items);
+            if named == 0 && action != Action::Read {
+                let id = RequestId::parse(&Bytes::from(format!("r-{id}"))).unwrap();
+                op.request = Some(Box::new(Request { id, digest: "d".into() }));
+            }
+            op
+        })
+    }
+
+    /// Batches of every mixture come to what a model comes to that decides one operation after the other, in replies, in Redis and in
+    /// what is told to Postgres.
+    #[tokio::test]
+    async fn a_batch_comes_to_what_its_operations_come_to_one_by_one() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        let mut reader = OutboxReader::open(&server.url()).await.unwrap();
+        meta::attach(&mut connection, None, 1).await.unwrap();
+        let run_id = connection.run_id().to_owned();
+        send(&mut connection, &["HSET", keys::FROZEN, "icy", "look"]).await;
+        let mut models = Models::new();
+        for (product, value) in [("a", "40"), ("b", "3"), ("c", "9007199254740990"), ("icy", "5"), ("bad", "7x")] {
+            send(&mut connection, &["SET", &format!("stock:product:{product}"), value]).await;
+            let model = Model { value: value.parse().ok(), corrupt: product == "bad", frozen: product == "icy" };
+            models.insert(product.into(), model);
+        }
+        let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
+        let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+        let (mut n, mut at, mut sums, mut rest) = (0_u64, Position::default(), 0, 0);
+        for counter in 1..=1_500_u32 {
+            let batch = proptest::collection::vec(operation(), 1..24);
+            let ops = batch.new_tree(&mut runner).unwrap().current();
+            let encoded = Stock::encode(ops.iter(), 5);
+            let summed: Vec<bool> = (0..ops.len()).map(|k| encoded.plan.is_summed(k)).collect();
+            sums += summed.iter().filter(|is_summed| **is_summed).count();
+            rest += summed.iter().filter(|is_summed| !**is_summed).count();
+            let before = n;
+            // What is summed takes effect first.
+            let mut expected: Vec<Option<StockOutcome>> = vec![None; ops.len()];
+            for section in [true, false] {
+                for (k, op) in ops.iter().enumerate().filter(|(k, _)| summed[*k] == section) {
+                    expected[k] = Some(decide(&mut models, op, &mut n));
+                }
+            }
+            let all_keys: Vec<&str> = [keys::META, keys::OUTBOX].into_iter().chain(encoded.keys.iter()).collect();
+            let counter = counter.to_string();
+            // Without a window of REQUEST ids to fit, since their buckets are named by the clock.
+            let window = "9999999999999999";
+            let args: [&[u8]; 10] = [
+                b"1",
+                run_id.as_bytes(),
+                b"0",
+                b"9999999999999",
+                b"i:stock",
+                counter.as_bytes(),
+                b"0",
+                window.as_bytes(),
+                b"0",
+                &encoded.batch,
+            ];
+            let mut words = Words::new(connection.run(&script::STOCK_WRITE, &all_keys, &args).await.unwrap()).unwrap();
+            assert_eq!(words.text().unwrap(), "ok");
+            (0..2).for_each(|_| _ = words.raw().unwrap());
+            assert_eq!(words.integer().unwrap(), i64::try_from(before).unwrap());
+            let mut positions = Positions::after(Position::new(1, before));
+            let verdicts = Stock::read(&encoded.plan, ops.iter(), &mut words, &mut positions).unwrap();
+            let outcomes: Vec<_> =
+                verdicts.into_iter().map(|verdict| if let Verdict::Decided(outcome) = verdict { Some(outcome) } else { None }).collect();
+            assert_eq!(outcomes, expected, "{ops:#?}");
+            // The entry says the same.
+            let entries = reader.read_after(at, 10, std::time::Duration::ZERO).await.unwrap().entries;
+            assert_eq!(entries.len(), usize::from(n > before));
+            let told: Vec<Operation> = entries.into_iter().flat_map(|entry| entry.operations).collect();
+            at = Position::new(u64::from(n > 0), n);
+            let mut told: Vec<_> = told.iter().zip(before + 1..).map(|(operation, n)| (operation.k, n, &operation.effect)).collect();
+            told.sort_unstable_by_key(|(k, ..)| *k);
+            let accepted = (0..).zip(expected.iter().flatten()).filter_map(|(k, outcome)| match outcome {
+                StockOutcome::Done { available, position } => Some((k, position.n, available.to_vec())),
+                _ => None,
+            });
+            let told: Vec<_> = told
+                .into_iter()
+                .map(|(k, n, effect)| match effect {
+                    Effect::Stock { items, .. } => (k, n, items.iter().map(|item| item.available).collect::<Vec<_>>()),
+                    other => panic!("{other:?}"),
+                })
+                .collect();
+            assert_eq!(told, accepted.collect::<Vec<_>>());
+            for (product, model) in models.iter().filter(|(_, model)| !model.corrupt) {
+                let value = connection.send(redis::cmd("GET").arg(format!("stock:product:{product}"))).await.unwrap();
+                assert_eq!(redis::from_redis_value::<Option<i64>>(value).unwrap(), model.value, "{product} after {ops:?}");
+            }
+            // So that there is always something to sell.
+            if models["a"].value.is_none_or(|value| value < 5) {
+                models.get_mut("a").unwrap().value = Some(60);
+                send(&mut connection, &["SET", "stock:product:a", "60"]).await;
+            }
+        }
+        assert!(sums > 2_000 && rest > 2_000, "{sums} summed, {rest} not");
+    }
+}
