@@ -14,7 +14,7 @@ use crate::domain::change::StockKind;
 use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
 use crate::domain::{Drift, Id};
 use crate::limits;
-use crate::resp::{Reply, Ticket};
+use crate::resp::{Encoder, Reply, Ticket};
 use crate::store::lane::{Failure, Waiter};
 use crate::store::partition::SyncRequest;
 use crate::store::stock::{Action, Items, Stock, StockOp, StockOutcome, Upkeep};
@@ -280,7 +280,7 @@ impl ClientWaiter {
                 }
                 let names_no_units = matches!(op.action, Action::Change(StockKind::Delete | StockKind::Unfreeze));
                 let shown = if names_no_units { SmallVec::new() } else { available };
-                accepted_at(position, accepted("OK", shown, position))
+                accepted_at(position, accepted("OK", &shown, position))
             }
             Ok(StockOutcome::Remembered(remembered)) => {
                 change::replay(op.request.as_deref(), &remembered).and_then(|(position, reply)| accepted_at(position, reply))
@@ -305,7 +305,9 @@ fn refused(op: &StockOp, refusal: &StockOutcome) -> Reply {
     let product = |item: usize| op.items.get(item).map_or_else(|| Id::from(""), |(product, _)| product.clone());
     match refusal {
         StockOutcome::Short { item, available } => {
-            outcome("INSUFFICIENT", [Reply::bulk(product(*item).bytes().clone()), Reply::Integer(*available)])
+            let mut reply = Encoder::array(3);
+            reply.bulk(b"INSUFFICIENT").bulk(op.items.get(*item).map_or(b"", |(product, _)| product.as_bytes())).integer(*available);
+            reply.done()
         }
         StockOutcome::Absent { .. } if op.action == Action::Change(StockKind::Delete) => outcome("NOTFOUND", []),
         StockOutcome::Absent { item } => Reply::error(format!("NOTFOUND no product '{}'", product(*item))),
