@@ -457,6 +457,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 continue;
             };
             self.send(connection, sent, false, unanswered).await?;
+            tokio::task::yield_now().await;
         }
     }
 
