@@ -79,14 +79,14 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
     let (partition, Receivers { inquiries, letters, loads, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
-    let partition = Arc::new(partition.bounded(config.outbox.max_changes, config.outbox.max_bytes as u64));
+    let partition = partition.bounded(config.outbox.max_changes, config.outbox.max_bytes as u64).refusing_for(config.stock.sold_out);
+    let partition = Arc::new(partition);
     let back = CancellationToken::new();
-    let pulse = Arc::new(Mutex::new(Instant::now()));
+    let pulses: Pulses = Arc::new((0..threads(&config)).map(|_| Mutex::new(Instant::now())).collect());
     let instance = Uuid::new_v4().simple().to_string();
-    let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&pulse));
-    let web = tokio::spawn(http::serve(http_listener, metrics.clone(), readiness, back.clone()));
-    let upkeep = tokio::spawn(metrics::upkeep(metrics, back.clone()));
-    let front = Front::start(&config, listener, Arc::clone(&partition), instance.clone(), changes, shutdown.clone(), pulse)?;
+    let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&pulses));
+    let web = tokio::spawn(http::serve(http_listener, metrics, readiness, back.clone()));
+    let front = Front::start(&config, listener, &partition, &instance, changes, &shutdown, &pulses)?;
 
     let postgres_url = config.postgres.url.expose().to_owned();
     let redis_url = config.redis.url.expose().to_owned();
@@ -154,7 +154,6 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         );
     }
     _ = web.await;
-    _ = upkeep.await;
     info!("stopped");
     Ok(())
 }
@@ -209,69 +208,113 @@ async fn prepare(partition: &Partition, postgres_url: &str, shutdown: &Cancellat
     }
 }
 
-/// The thread that serves clients.
+/// When each thread that serves clients last got anything done.
+type Pulses = Arc<Vec<Mutex<Instant>>>;
+
+/// How many threads serve clients. Redis runs scripts on one thread, and one thread of ours keeps it busy where clients pipeline; where they
+/// do not, sockets cost the most. On 2 cores a second one only takes from Redis and Postgres.
+fn threads(config: &Config) -> usize {
+    match config.threads {
+        0 => std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 4).clamp(1, limits::THREADS_BY_CORES_MAX)),
+        threads => threads,
+    }
+}
+
+/// The threads that serve clients. They share the listening socket, and each has lanes of its own.
 struct Front {
-    stopped: oneshot::Receiver<()>,
+    stopped: Vec<oneshot::Receiver<()>>,
 }
 
 impl Front {
     fn start(
         config: &Config,
         listener: TcpListener,
-        partition: Arc<Partition>,
-        instance: String,
+        partition: &Arc<Partition>,
+        instance: &str,
         changes: mpsc::Receiver<ServerChange>,
-        shutdown: CancellationToken,
-        pulse: Arc<Mutex<Instant>>,
+        shutdown: &CancellationToken,
+        pulses: &Pulses,
     ) -> Result<Self, Error> {
         let listener = listener.into_std().map_err(error)?;
         let registry = Arc::new(Registry::new(config.max_clients));
+        let stats = Arc::new(Stats::new(&Commands::new(TABLE)));
         let config = Config { listen: listener.local_addr().map_err(error)?, ..config.clone() };
-        let (stopping, stopped) = oneshot::channel();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(error)?;
-        let serve = move || {
-            let local = LocalSet::new();
-            local.block_on(&runtime, async {
-                let Ok(listener) = TcpListener::from_std(listener) else { return };
-                let lanes = CancellationToken::new();
-                let backend = Backend::new(
-                    partition,
-                    config.redis.url.expose(),
-                    &instance,
-                    config.idempotency.window,
-                    config.reply_within,
-                    config.stock.sold_out,
-                );
-                let driving = backend.drive(changes, &lanes);
-                spawn_local(beat(pulse));
-                let commands = Rc::new(Commands::new(TABLE));
-                let stats = Arc::new(Stats::new(&commands));
-                let cx = Rc::new(Context::new(commands, registry, stats, backend));
-                spawn_local(Rc::clone(&cx.heartbeat).beat());
-                cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
-                let partition = Arc::clone(&cx.backend.partition);
-                let render = Box::new(move |text: &mut String| show_partition(&partition, text));
-                cx.sections.borrow_mut().push(Section { name: "Holdfast", render });
-                listener::serve(listener, Rc::clone(&cx), shutdown).await;
-                lanes.cancel();
-                driving.await;
-            });
-            _ = stopping.send(());
-        };
-        thread::Builder::new().name("front".into()).spawn(serve).map_err(error)?;
+        // What the server itself asks for goes through the first thread's lanes.
+        let mut changes = Some(changes);
+        let mut stopped = Vec::new();
+        for number in 0..pulses.len() {
+            let (stopping, ended) = oneshot::channel();
+            stopped.push(ended);
+            let thread = FrontThread {
+                number,
+                config: config.clone(),
+                listener: listener.try_clone().map_err(error)?,
+                partition: Arc::clone(partition),
+                instance: instance.to_owned(),
+                registry: Arc::clone(&registry),
+                stats: Arc::clone(&stats),
+                changes: changes.take(),
+                shutdown: shutdown.clone(),
+                pulses: Arc::clone(pulses),
+            };
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(error)?;
+            let serve = move || {
+                LocalSet::new().block_on(&runtime, thread.serve());
+                _ = stopping.send(());
+            };
+            let name = if number == 0 { "front".to_owned() } else { format!("front-{number}") };
+            thread::Builder::new().name(name).spawn(serve).map_err(error)?;
+        }
         Ok(Self { stopped })
     }
 
     async fn stopped(self) {
-        // An error means that the thread is gone, which is the same.
-        _ = self.stopped.await;
+        for stopped in self.stopped {
+            // An error means that the thread is gone, which is the same.
+            _ = stopped.await;
+        }
+    }
+}
+
+/// One thread that serves clients, and what it shares with the others.
+struct FrontThread {
+    number: usize,
+    config: Config,
+    listener: std::net::TcpListener,
+    partition: Arc<Partition>,
+    instance: String,
+    registry: Arc<Registry>,
+    stats: Arc<Stats>,
+    changes: Option<mpsc::Receiver<ServerChange>>,
+    shutdown: CancellationToken,
+    pulses: Pulses,
+}
+
+impl FrontThread {
+    async fn serve(self) {
+        let Self { config, shutdown, .. } = self;
+        let Ok(listener) = TcpListener::from_std(self.listener) else { return };
+        let lanes = CancellationToken::new();
+        let (redis_url, window) = (config.redis.url.expose(), config.idempotency.window);
+        let backend = Backend::new(self.partition, redis_url, &self.instance, window, config.reply_within, self.number);
+        let driving = backend.drive(self.changes, &lanes);
+        spawn_local(beat(self.pulses, self.number));
+        let cx = Rc::new(Context::new(Rc::new(Commands::new(TABLE)), self.registry, self.stats, backend));
+        spawn_local(Rc::clone(&cx.heartbeat).beat());
+        cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
+        let partition = Arc::clone(&cx.backend.partition);
+        let render = Box::new(move |text: &mut String| show_partition(&partition, text));
+        cx.sections.borrow_mut().push(Section { name: "Holdfast", render });
+        listener::serve(listener, Rc::clone(&cx), shutdown).await;
+        lanes.cancel();
+        driving.await;
     }
 }
 
 /// Shows, for as long as this thread gets anything done, that it does.
-async fn beat(pulse: Arc<Mutex<Instant>>) {
+async fn beat(pulses: Pulses, number: usize) {
     loop {
-        *pulse.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *pulses[number].lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         tokio::time::sleep(limits::PULSE_EVERY).await;
     }
 }
@@ -294,7 +337,7 @@ fn show_partition(partition: &Partition, text: &mut String) {
     }
 }
 
-fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulse: Arc<Mutex<Instant>>) -> http::ReadinessSource {
+fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulses: Pulses) -> http::ReadinessSource {
     Arc::new(move || {
         let (live, state) = match &*partition.state.borrow() {
             State::Live { epoch, run_id } => (true, format!("live under epoch {epoch} on redis {run_id}")),
@@ -307,9 +350,9 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulse: Arc<
             false => trouble.clone(),
         };
         let draining = shutdown.is_cancelled();
-        let beaten = *pulse.lock().unwrap_or_else(PoisonError::into_inner);
+        let beats = |pulse: &Mutex<Instant>| pulse.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < limits::PULSE_MAX;
         Readiness {
-            alive: beaten.elapsed() < limits::PULSE_MAX || draining,
+            alive: pulses.iter().all(beats) || draining,
             checks: vec![
                 Check { name: "server", ok: !draining, optional: false, detail: if draining { "draining" } else { "serving" }.into() },
                 Check { name: "partition", ok: live, optional: false, detail: state },

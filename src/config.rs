@@ -36,6 +36,7 @@ pub struct Config {
     pub listen: SocketAddr,
     pub insecure: bool,
     pub max_clients: usize,
+    pub threads: usize,
     #[serde(rename = "reply_within_ms", deserialize_with = "milliseconds")]
     pub reply_within: Duration,
     #[serde(rename = "shutdown_timeout_ms", deserialize_with = "milliseconds")]

@@ -27,6 +27,12 @@ pub const SOLD_OUT_MAX_MS: u64 = 50;
 /// Products that are known to be sold out, or about to be restocked: more than [`LANE_QUEUE_MAX`], which bounds the latter.
 pub const SOLD_OUT_NOTES_MAX: usize = 120_000;
 
+/// What the setting `threads` may be.
+pub const THREADS_MAX: u64 = crate::domain::request::THREADS_MAX;
+
+/// The most threads that serve clients where their number follows from the cores: one Redis does not keep more of them busy.
+pub const THREADS_BY_CORES_MAX: usize = 4;
+
 /// Operations that may wait for Redis in one lane. At 10,000 a second, far below what Redis takes, more than this would only wait to
 /// be refused at its deadline.
 pub const LANE_QUEUE_MAX: usize = 100_000;

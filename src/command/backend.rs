@@ -16,10 +16,9 @@ use super::stock::StockWaiter;
 use crate::limits;
 use crate::store::Partition;
 use crate::store::coupon::Coupon;
-use crate::store::lane::Lane;
+use crate::store::lane::{Family as _, Lane};
 use crate::store::partition::ServerChange;
 use crate::store::reads::Reads;
-use crate::store::sold_out::SoldOut;
 use crate::store::stock::Stock;
 
 /// See the module.
@@ -38,20 +37,21 @@ pub struct Backend {
 
 impl Backend {
     /// Connects to nothing yet; `instance` is this process's own name, `window` how long a REQUEST id is remembered, `reply_within` the time
-    /// a command may take, `sold_out` how long a refusal is repeated without asking Redis.
+    /// a command may take, `thread` the number of the thread whose it is.
     pub fn new(
         partition: Arc<Partition>,
         redis_url: &str,
         instance: &str,
         window: Duration,
         reply_within: Duration,
-        sold_out: Duration,
+        thread: usize,
     ) -> Self {
         let within = limits::operation_within(reply_within);
+        let name = |lane| if thread == 0 { format!("{instance}:{lane}") } else { format!("{instance}:{lane}.{thread}") };
         let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
         Self {
-            stock: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within, SoldOut::new(sold_out)),
-            coupon: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within, ()),
+            stock: Lane::new(Arc::clone(&partition), redis_url, name(Stock::LANE), window_ms, within),
+            coupon: Lane::new(Arc::clone(&partition), redis_url, name(Coupon::LANE), window_ms, within),
             acks: AckQueue::new(Arc::clone(&partition), redis_url),
             reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
@@ -70,13 +70,15 @@ impl Backend {
             "test",
             Duration::from_secs(600),
             Duration::from_millis(100),
-            Duration::ZERO,
+            0,
         )
     }
 
     /// Starts the lanes on this thread. After `cancel` they finish what waits; the future ends when they have.
-    pub fn drive(&self, changes: mpsc::Receiver<ServerChange>, cancel: &CancellationToken) -> impl Future<Output = ()> + use<> {
-        spawn_local(cancel.clone().run_until_cancelled_owned(take_in(changes, Rc::clone(&self.stock))));
+    pub fn drive(&self, changes: Option<mpsc::Receiver<ServerChange>>, cancel: &CancellationToken) -> impl Future<Output = ()> + use<> {
+        if let Some(changes) = changes {
+            spawn_local(cancel.clone().run_until_cancelled_owned(take_in(changes, Rc::clone(&self.stock))));
+        }
         let tasks: Vec<JoinHandle<()>> = vec![
             spawn_local(Rc::clone(&self.stock).drive(cancel.clone())),
             spawn_local(Rc::clone(&self.coupon).drive(cancel.clone())),

@@ -57,6 +57,12 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How many clients may be connected at a time; one more is told so and closed.",
     },
     Setting {
+        key: "threads",
+        kind: Kind::Integer(0, limits::THREADS_MAX),
+        default: "0",
+        doc: "How many threads serve clients; 0: one for each four cores, 4 at most.",
+    },
+    Setting {
         key: "reply_within_ms",
         kind: Kind::Milliseconds(limits::REPLY_WITHIN_MIN_MS, limits::REPLY_WITHIN_MAX_MS),
         default: "100",

@@ -8,6 +8,9 @@ use super::text;
 /// The longest REQUEST id in bytes.
 pub const REQUEST_LEN_MAX: usize = 64;
 
+/// The threads of one process that may send batches: more than there are cores on most machines.
+pub const THREADS_MAX: u64 = 64;
+
 /// The server's own ids begin so; a client may name one only to ask what became of it.
 const SERVER_PREFIX: &str = "hf-";
 
@@ -85,7 +88,10 @@ impl Sent {
         let is_instance = instance.len() == 32 && instance.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         let sent = Self { lane: lane.to_owned(), counter: counter.parse().ok()?, k: k.parse().ok()? };
         // Lua counts exactly up to 2^53.
-        let fits = is_instance && matches!(family, "stock" | "coupon") && (1..1 << 53).contains(&sent.counter);
+        // Behind the family stands the number of the thread, but for the first.
+        let (family, thread) = family.split_once('.').unwrap_or((family, "1"));
+        let is_thread = thread.parse::<u64>().is_ok_and(|number| number > 0 && number < THREADS_MAX && number.to_string() == thread);
+        let fits = is_instance && is_thread && matches!(family, "stock" | "coupon") && (1..1 << 53).contains(&sent.counter);
         (fits && sent.id() == id).then_some(sent)
     }
 
@@ -117,6 +123,17 @@ mod tests {
 
     fn id(text: &str) -> RequestId {
         RequestId::parse(&Bytes::copy_from_slice(text.as_bytes())).unwrap()
+    }
+
+    #[test]
+    fn a_batch_of_another_thread_is_named_like_any_other() {
+        let lane = "0123456789abcdef0123456789abcdef:stock.3";
+        assert_eq!(Sent::parse(&format!("hf-{lane}:7-1")), Some(Sent { lane: lane.into(), counter: 7, k: 1 }));
+        for thread in ["0", "03", "64", "x", ""] {
+            assert_eq!(Sent::parse(&format!("hf-0123456789abcdef0123456789abcdef:stock.{thread}:7-1")), None, "{thread}");
+        }
+        let longest = Sent { lane: "0123456789abcdef0123456789abcdef:coupon.63".into(), counter: 99_999_999_999_999, k: 511 };
+        assert!(longest.id().len() <= 64, "{}", longest.id());
     }
 
     #[test]

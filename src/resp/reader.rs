@@ -179,13 +179,17 @@ impl Reader {
 
 /// The number in a header, as strict as Redis: no `+`, no leading zeros, no spaces.
 fn number(text: &[u8]) -> Option<i64> {
-    let digits = text.strip_prefix(b"-").unwrap_or(text);
-    let strict = match digits {
-        [b'0'] => text.len() == 1,
-        [b'1'..=b'9', rest @ ..] => rest.iter().all(u8::is_ascii_digit),
-        _ => false,
-    };
-    std::str::from_utf8(text).ok().filter(|_| strict)?.parse().ok()
+    let (negative, digits) = text.strip_prefix(b"-").map_or((false, text), |digits| (true, digits));
+    match digits {
+        [b'0'] if !negative => return Some(0),
+        [b'1'..=b'9', ..] => {}
+        _ => return None,
+    }
+    let number = digits.iter().try_fold(0_i64, |number, digit| {
+        let digit = digit.is_ascii_digit().then(|| i64::from(digit - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
+    })?;
+    Some(if negative { -number } else { number })
 }
 
 /// Checks a header's number against its bound.
@@ -305,9 +309,13 @@ mod tests {
     /// What redis-protocol reads of it.
     fn decoded(bytes: &[u8]) -> Vec<String> {
         match decode_bytes_mut(&mut BytesMut::from(bytes)).unwrap() {
-            Some((BytesFrame::Array(frames), ..)) => {
-                frames.iter().map(|frame| String::from_utf8_lossy(frame.as_bytes().unwrap()).into_owned()).collect()
-            }
+            Some((BytesFrame::Array(frames), ..)) => frames
+                .iter()
+                .map(|frame| match frame {
+                    BytesFrame::BulkString(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+                    other => panic!("{other:?}"),
+                })
+                .collect(),
             other => panic!("{other:?}"),
         }
     }

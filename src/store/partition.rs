@@ -2,13 +2,14 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::bound::Bound;
 use super::copies::Copies;
 use super::lane::Failure;
+use super::sold_out::SoldOut;
 use super::stock::{StockOp, StockOutcome};
 use crate::domain::change::Recorded;
 use crate::domain::request::Sent;
@@ -161,6 +162,8 @@ pub struct Partition {
     pub bound: Bound,
     /// What was answered and Postgres does not have yet.
     pub copies: Copies,
+    /// Products that Redis has refused moments ago.
+    pub sold_out: SoldOut,
     /// Asks the verifier to look now.
     pub verify: Notify,
     redis_up: AtomicBool,
@@ -192,6 +195,7 @@ impl Partition {
             ended: watch::Sender::default(),
             bound: Bound::new(u64::MAX, u64::MAX),
             copies: Copies::new(copies_bytes_max),
+            sold_out: SoldOut::new(Duration::ZERO),
             verify: Notify::new(),
             redis_up: AtomicBool::new(false),
             ledger_up: AtomicBool::new(false),
@@ -203,6 +207,11 @@ impl Partition {
     /// The same with an outbox of at most so many changes that are not applied, and so many bytes of Redis's memory.
     pub fn bounded(self, changes_max: u64, bytes_max: u64) -> Self {
         Self { bound: Bound::new(changes_max, bytes_max), ..self }
+    }
+
+    /// The same with refusals that are repeated for so long without asking Redis.
+    pub fn refusing_for(self, lasts: Duration) -> Self {
+        Self { sold_out: SoldOut::new(lasts), ..self }
     }
 
     /// Makes a change that the server itself asks for. It goes through the lane like a client's, and has its time.

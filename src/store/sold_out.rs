@@ -5,49 +5,51 @@
 //! that may add units drops the note at once, and none is taken while such an operation is under way: so a client that adds units and
 //! then takes some, in one pipeline, gets them. What carries a REQUEST is never answered from here, since Redis may remember its reply.
 
-use std::cell::RefCell;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::domain::Id;
 use crate::limits;
 
-/// See the module. Used by one thread only.
+/// See the module. Shared by the threads that serve clients.
 pub struct SoldOut {
     /// How long a note counts; zero switches all of this off.
     lasts: Duration,
-    notes: RefCell<HashMap<Id, Note, foldhash::fast::RandomState>>,
+    notes: Mutex<Notes>,
+    /// Whether there are any, so that what sells well needs no lock.
+    any: AtomicBool,
 }
+
+type Notes = HashMap<Id, Note, foldhash::fast::RandomState>;
 
 #[derive(Clone, Copy, Debug)]
 enum Note {
     /// So many units were available when Redis was asked.
     Had { available: i64, until: Instant },
-    /// Something that may add units is under way.
-    MayRise { until: Instant },
-}
-
-impl Note {
-    const fn until(self) -> Instant {
-        match self {
-            Self::Had { until, .. } | Self::MayRise { until } => until,
-        }
-    }
+    /// So many operations that may add units are under way; all are over by then.
+    MayRise { pending: u32, until: Instant },
+    /// The last of them has been answered: what Redis said before that no longer counts.
+    Rose { at: Instant },
 }
 
 impl SoldOut {
     /// `lasts`: how long a note counts; zero for never.
     pub fn new(lasts: Duration) -> Self {
-        Self { lasts, notes: RefCell::default() }
+        Self { lasts, notes: Mutex::default(), any: AtomicBool::new(false) }
+    }
+
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What was available moments ago, if it is less than `wanted`.
     pub fn refuses(&self, product: &Id, wanted: i64) -> Option<i64> {
-        let notes = self.notes.borrow();
-        if notes.is_empty() {
+        if !self.any.load(Ordering::Relaxed) {
             return None;
         }
-        match notes.get(product) {
+        match self.notes().get(product) {
             Some(Note::Had { available, until }) if *available < wanted && Instant::now() < *until => Some(*available),
             _ => None,
         }
@@ -58,12 +60,31 @@ impl SoldOut {
         if self.lasts.is_zero() {
             return;
         }
+        let mut notes = self.notes();
         for product in products {
-            let until = match self.notes.borrow().get(product) {
-                Some(Note::MayRise { until: other }) => until.max(*other),
-                _ => until,
+            let note = match notes.get(product) {
+                Some(Note::MayRise { pending, until: other }) if Instant::now() < *other => {
+                    Note::MayRise { pending: pending + 1, until: until.max(*other) }
+                }
+                _ => Note::MayRise { pending: 1, until },
             };
-            self.put(product, Note::MayRise { until });
+            self.put(&mut notes, product, note);
+        }
+    }
+
+    /// One of these operations has been answered.
+    pub fn rose<'a>(&self, products: impl Iterator<Item = &'a Id>) {
+        if !self.any.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut notes = self.notes();
+        for product in products {
+            if let Some(note @ Note::MayRise { .. }) = notes.get_mut(product) {
+                *note = match *note {
+                    Note::MayRise { pending, until } if pending > 1 => Note::MayRise { pending: pending - 1, until },
+                    _ => Note::Rose { at: Instant::now() },
+                };
+            }
         }
     }
 
@@ -71,30 +92,43 @@ impl SoldOut {
     pub fn had(&self, product: &Id, available: i64, asked: Instant) {
         let now = Instant::now();
         let until = asked + self.lasts;
-        let may_rise = || matches!(self.notes.borrow().get(product), Some(Note::MayRise { until }) if now < *until);
-        if now < until && !may_rise() {
-            self.put(product, Note::Had { available, until });
+        if until <= now {
+            return;
+        }
+        let mut notes = self.notes();
+        let is_older = match notes.get(product) {
+            Some(Note::MayRise { until, .. }) => now < *until,
+            Some(Note::Rose { at }) => asked <= *at,
+            Some(Note::Had { .. }) | None => false,
+        };
+        if !is_older {
+            self.put(&mut notes, product, Note::Had { available, until });
         }
     }
 
     /// Forgets everything.
     pub fn clear(&self) {
-        self.notes.borrow_mut().clear();
+        self.notes().clear();
+        self.any.store(false, Ordering::Relaxed);
     }
 
-    fn put(&self, product: &Id, note: Note) {
-        let mut notes = self.notes.borrow_mut();
+    fn put(&self, notes: &mut Notes, product: &Id, note: Note) {
+        self.any.store(true, Ordering::Relaxed);
         if let Some(known) = notes.get_mut(product) {
             *known = note;
             return;
         }
         if notes.len() >= limits::SOLD_OUT_NOTES_MAX {
             let now = Instant::now();
-            notes.retain(|_, note| now < note.until());
+            let lasts = self.lasts;
+            notes.retain(|_, note| match note {
+                Note::Had { until, .. } | Note::MayRise { until, .. } => now < *until,
+                Note::Rose { at } => now < *at + lasts,
+            });
             if notes.len() >= limits::SOLD_OUT_NOTES_MAX {
                 match note {
                     // Refusing less is always right.
-                    Note::Had { .. } => return,
+                    Note::Had { .. } | Note::Rose { .. } => return,
                     // This must be known. Without notes that refuse there is room, for there are never so many operations under way.
                     Note::MayRise { .. } => notes.retain(|_, note| matches!(note, Note::MayRise { .. })),
                 }
@@ -135,6 +169,15 @@ mod tests {
         assert_eq!(notes.refuses(&product, 1), None);
         notes.had(&product, 0, now);
         assert_eq!(notes.refuses(&product, 1), None, "the answer may be from before");
+        notes.rose([&product].into_iter());
+        notes.had(&product, 0, Instant::now());
+        assert_eq!(notes.refuses(&product, 1), None, "another one is under way");
+        notes.rose([&product].into_iter());
+        notes.had(&product, 0, now);
+        assert_eq!(notes.refuses(&product, 1), None, "the answer is from before");
+        std::thread::sleep(Duration::from_millis(1));
+        notes.had(&product, 0, Instant::now());
+        assert_eq!(notes.refuses(&product, 1), Some(0));
         let over = SoldOut::new(LASTS);
         over.may_rise([&product].into_iter(), now);
         over.had(&product, 0, now);
@@ -146,7 +189,7 @@ mod tests {
         let (notes, now, product) = (SoldOut::new(Duration::ZERO), Instant::now(), Id::from("a"));
         notes.had(&product, 0, now);
         notes.may_rise([&product].into_iter(), now + LASTS);
-        assert!(notes.notes.borrow().is_empty());
+        assert!(notes.notes().is_empty());
     }
 
     #[test]
@@ -154,7 +197,7 @@ mod tests {
         let (notes, now) = (SoldOut::new(LASTS), Instant::now());
         let id = |n: usize| Id::from(format!("p-{n}").as_str());
         (0..limits::SOLD_OUT_NOTES_MAX + 5).for_each(|n| notes.had(&id(n), 0, now));
-        assert_eq!(notes.notes.borrow().len(), limits::SOLD_OUT_NOTES_MAX);
+        assert_eq!(notes.notes().len(), limits::SOLD_OUT_NOTES_MAX);
         notes.may_rise([&id(limits::SOLD_OUT_NOTES_MAX + 7)].into_iter(), now + LASTS);
         notes.had(&id(limits::SOLD_OUT_NOTES_MAX + 7), 0, now);
         assert_eq!(notes.refuses(&id(limits::SOLD_OUT_NOTES_MAX + 7), 1), None);

@@ -234,7 +234,6 @@ impl Family for Stock {
     type Op = StockOp;
     type Outcome = StockOutcome;
     type Plan = Plan;
-    type Memory = SoldOut;
 
     fn changes(op: &StockOp) -> bool {
         op.action != Action::Read
@@ -248,31 +247,32 @@ impl Family for Stock {
         op.request.as_deref()
     }
 
-    fn foreknown(memory: &SoldOut, op: &StockOp, deadline: Instant) -> Option<StockOutcome> {
+    fn foreknown(sold_out: &SoldOut, op: &StockOp, deadline: Instant) -> Option<StockOutcome> {
         match op.action {
             Action::Read => None,
             Action::Change(StockKind::Decr) => {
                 let (product, delta) = sums::part(op)?;
-                let available = memory.refuses(product, -delta)?;
+                let available = sold_out.refuses(product, -delta)?;
                 Some(StockOutcome::Short { item: 0, available })
             }
             Action::Change(_) => {
-                memory.may_rise(op.items.iter().map(|(product, _)| product), deadline);
+                sold_out.may_rise(op.items.iter().map(|(product, _)| product), deadline);
                 None
             }
         }
     }
 
-    fn learn(memory: &SoldOut, op: &StockOp, outcome: &StockOutcome, asked: Instant) {
-        if let StockOutcome::Short { item, available } = outcome
-            && let Some((product, _)) = op.items.get(*item)
-        {
-            memory.had(product, *available, asked);
+    fn learn(sold_out: &SoldOut, op: &StockOp, outcome: &StockOutcome, asked: Instant) {
+        match (op.action, outcome) {
+            (Action::Read, _) => {}
+            (Action::Change(StockKind::Decr), StockOutcome::Short { item, available }) => {
+                if let Some((product, _)) = op.items.get(*item) {
+                    sold_out.had(product, *available, asked);
+                }
+            }
+            (Action::Change(StockKind::Decr), _) => {}
+            (Action::Change(_), _) => sold_out.rose(op.items.iter().map(|(product, _)| product)),
         }
-    }
-
-    fn forget(memory: &SoldOut) {
-        memory.clear();
     }
 
     fn weight(op: &StockOp) -> (usize, usize) {

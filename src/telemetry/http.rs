@@ -10,9 +10,10 @@ use axum::extract::{RawQuery, State};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
-use metrics_exporter_prometheus::PrometheusHandle;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+
+use super::histogram::Handle;
 
 /// How long answers that are being written may go on after a shutdown began. A scraper that reads slowly is no reason to stay.
 const DRAIN_MAX: Duration = Duration::from_secs(1);
@@ -79,12 +80,7 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// Serves until `shutdown` is cancelled.
-pub async fn serve(
-    listener: TcpListener,
-    metrics: PrometheusHandle,
-    readiness: ReadinessSource,
-    shutdown: CancellationToken,
-) -> io::Result<()> {
+pub async fn serve(listener: TcpListener, metrics: Handle, readiness: ReadinessSource, shutdown: CancellationToken) -> io::Result<()> {
     let router = router(metrics, readiness);
     let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
     tokio::select! {
@@ -93,7 +89,7 @@ pub async fn serve(
     }
 }
 
-fn router(metrics: PrometheusHandle, readiness: ReadinessSource) -> Router {
+fn router(metrics: Handle, readiness: ReadinessSource) -> Router {
     let text = |content_type: &'static str, body: String| ([(header::CONTENT_TYPE, content_type)], body);
     Router::new()
         .route(
@@ -168,7 +164,7 @@ mod tests {
                 ],
             })
         };
-        let metrics = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder().handle();
+        let metrics = crate::telemetry::metrics::install().unwrap();
         let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();

@@ -2,14 +2,11 @@
 //! a name from here. Labels take their values from tables, never from what clients send.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram, gauge};
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
-use tokio_util::sync::CancellationToken;
+use metrics_exporter_prometheus::PrometheusBuilder;
 
-/// How often histograms are tidied up. Without that, what is measured while nobody scrapes would gather in memory.
-const UPKEEP_EVERY: Duration = Duration::from_secs(5);
+use super::histogram::{Collector, Handle};
 
 /// Upper bounds of the buckets for everything that ends in `_seconds`: from a tenth of a millisecond, which a local Redis takes, past
 /// the promise of 0.1 s, to the 10 s after which a person has given up.
@@ -246,24 +243,19 @@ pub const METRICS: &[Metric] = &[
     },
 ];
 
-/// Collects metrics from now on, and returns what renders them. Called again, returns the same.
-pub fn install() -> Result<PrometheusHandle, BuildError> {
-    static INSTALLED: Mutex<Option<PrometheusHandle>> = Mutex::new(None);
+/// Collects metrics from now on, and returns what renders them. Called again, returns the same. Errors where something else collects them.
+pub fn install() -> Result<Handle, metrics::SetRecorderError<Collector>> {
+    static INSTALLED: Mutex<Option<Handle>> = Mutex::new(None);
     let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(handle) = &*installed {
         return Ok(handle.clone());
     }
-    let handle = builder()?.install_recorder()?;
+    let collector = collector();
+    let handle = collector.handle();
+    metrics::set_global_recorder(collector)?;
     describe();
     *installed = Some(handle.clone());
     Ok(handle)
-}
-
-/// Tidies up until `shutdown` is cancelled.
-pub async fn upkeep(handle: PrometheusHandle, shutdown: CancellationToken) {
-    while shutdown.run_until_cancelled(tokio::time::sleep(UPKEEP_EVERY)).await.is_some() {
-        handle.run_upkeep();
-    }
 }
 
 /// The metrics as a table in Markdown, for the README.
@@ -277,10 +269,8 @@ pub fn markdown_table() -> String {
     table
 }
 
-fn builder() -> Result<PrometheusBuilder, BuildError> {
-    let builder = PrometheusBuilder::new().set_buckets_for_metric(Matcher::Suffix("_seconds".into()), SECONDS)?;
-    let counting = METRICS.iter().filter(|metric| metric.kind == Kind::Histogram && metric.unit != Unit::Seconds);
-    counting.map(|metric| Matcher::Full(metric.name.into())).try_fold(builder, |builder, name| builder.set_buckets_for_metric(name, COUNTS))
+fn collector() -> Collector {
+    Collector::new(PrometheusBuilder::new().build_recorder(), |name| if name.ends_with("_seconds") { SECONDS } else { COUNTS })
 }
 
 fn describe() {
@@ -313,18 +303,29 @@ mod tests {
 
     #[test]
     fn what_is_described_is_rendered_and_histograms_have_buckets() {
-        let recorder = builder().unwrap().build_recorder();
+        let recorder = collector();
         let handle = recorder.handle();
         metrics::with_local_recorder(&recorder, || {
             describe();
             metrics::histogram!("holdfast_test_seconds").record(0.03);
-            metrics::histogram!("holdfast_batch_operations", "lane" => "stock").record(3);
+            metrics::histogram!("holdfast_batch_operations", "lane" => "stock").record_many(3, 2);
+            metrics::histogram!("holdfast_batch_operations", "lane" => "stock").record(20_000);
         });
         let text = handle.render();
         assert!(text.contains("# HELP holdfast_up 1 while the process answers."), "{text}");
         assert!(text.contains(&format!("holdfast_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION"))), "{text}");
         assert!(text.contains("holdfast_test_seconds_bucket{le=\"0.05\"} 1"), "{text}");
-        assert!(text.contains("holdfast_batch_operations_bucket{lane=\"stock\",le=\"4\"} 1"), "{text}");
+        for line in [
+            "# TYPE holdfast_batch_operations histogram",
+            "holdfast_batch_operations_bucket{lane=\"stock\",le=\"2\"} 0",
+            "holdfast_batch_operations_bucket{lane=\"stock\",le=\"4\"} 2",
+            "holdfast_batch_operations_bucket{lane=\"stock\",le=\"+Inf\"} 3",
+            "holdfast_batch_operations_sum{lane=\"stock\"} 20006",
+            "holdfast_batch_operations_count{lane=\"stock\"} 3",
+            "holdfast_test_seconds_count 1",
+        ] {
+            assert!(text.lines().any(|known| known == line), "{line}: {text}");
+        }
     }
 
     #[test]

@@ -18,5 +18,6 @@ mod proxy;
 mod rebuild;
 mod reconcile;
 mod replica;
+mod speed;
 mod stock;
 mod tidy;

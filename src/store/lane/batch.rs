@@ -224,7 +224,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         for (k, (mut queued, verdict)) in (0..).zip(sent.operations.into_iter().zip(verdicts)) {
             match verdict {
                 Verdict::Decided(outcome) => {
-                    F::learn(&self.memory, &queued.op, &outcome, sent.made);
+                    F::learn(&self.partition.sold_out, &queued.op, &outcome, sent.made);
                     let note = F::note(&queued.op, &outcome);
                     queued.finish(Ok(outcome));
                     if let Some(note) = note {
