@@ -37,6 +37,22 @@ pub const GOALS: &[Goal] = &[
     at_least("soldout-p16", 4.0, RATIO, "sold out, 50 connections, pipeline 16 / direct"),
     at_least("hot-p16-redis-cpu", 15.0, RATIO, "Redis CPU a decrement, direct / one product, pipeline 16"),
     at_least("many-p16-redis-cpu", 3.0, RATIO, "Redis CPU a decrement, direct / 10,000 products, pipeline 16"),
+    at_least("coupon-locks", 30.0, RATIO, "COUPON.ISSUE, one coupon, 100 connections / the best lock an issue"),
+    at_least("for-update", 80.0, RATIO, "one product, 100 connections / SELECT FOR UPDATE in Postgres"),
+    at_least("products-1m", 0.9, RATIO, "1,000,000 products / one, 50 connections"),
+    at_least("connections-10k", 0.75, RATIO, "10,000 connections / one, with pipeline"),
+    at_least("relay-alone", 100_000.0, "/s", "relay alone, one product"),
+    at_least("sustained", 60_000.0, "/s", "sustained: everything together, lag below 1 s, REQUEST ids"),
+    at_least("ack-postgres", 10_000.0, "/s", "STOCK.DECR ACK postgres, 100 connections"),
+    at_most("ack-postgres-p99", 30.0, "ms", "the same, p99"),
+    at_most("half-peak-p99", 5.0, "ms", "at half the peak, from when it was to be sent: p99"),
+    at_most("half-peak-p999", 20.0, "ms", "the same, p99.9"),
+    at_most("half-peak-max", 100.0, "ms", "the same, max"),
+    at_least("overload", 80.0, "%", "useful work kept at 10 times what it can, of the peak"),
+    at_least("overload-in-time", 100.0, "%", "replies within 100 ms then"),
+    at_most("memory-idle", 30.0, "MiB", "memory, idle"),
+    at_most("memory-connection", 12.0, "KiB", "memory of an idle connection"),
+    at_most("memory-behind", 256.0, "MiB", "memory with 1,000,000 changes not in Postgres"),
 ];
 
 impl Goal {

@@ -9,24 +9,24 @@ use crate::wire::kind_of;
 /// How often a round may begin again.
 const ATTEMPTS: u64 = 5;
 
-pub struct Load<'a> {
+#[derive(Clone, Copy)]
+pub struct Load {
     pub port: u16,
     pub connections: usize,
     pub pipeline: usize,
     /// `__rand_int__` in a word stands for twelve digits below this.
     pub range: u64,
-    pub words: &'a [String],
 }
 
-impl Load<'_> {
-    /// Sends so many.
-    pub fn run(&self, operations: u64) -> Round {
+impl Load {
+    /// Sends so many of this command.
+    pub fn run(&self, words: &[String], operations: u64) -> Round {
         let mut round = Round::default();
         loop {
             let output = Command::new("redis-benchmark")
                 .args(["-p", &self.port.to_string(), "-c", &self.connections.to_string(), "-P", &self.pipeline.to_string()])
                 .args(["-n", &operations.to_string(), "-r", &self.range.to_string(), "--precision", "3"])
-                .args(self.words)
+                .args(words)
                 .output()
                 .unwrap_or_else(|error| panic!("redis-benchmark, of the package redis-tools: {error}"));
             if let Some((rate, latency)) = read(&String::from_utf8_lossy(&output.stdout)) {

@@ -1,9 +1,12 @@
 //! What was found: printed as it comes, and kept for the file and the plot.
 
 use std::fmt::Display;
+use std::fs;
 
 use crate::goals::{Goal, RATIO, SHORT_PART};
+use crate::plot;
 use crate::rounds::{Rounds, Sample};
+use crate::tools::made;
 
 /// A figure that has a goal.
 pub struct Figure {
@@ -27,8 +30,22 @@ impl Report {
     /// The head of a table of rounds.
     pub fn head(&mut self) {
         self.line(format_args!(
-            "{:<14}{:<13}{:>9} {:>19}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}",
-            "", "", "per s", "min-max", "p50 ms", "p99 ms", "p99.9", "redis µs", "front", "back", "postgr.", "load", "lag", "drain s"
+            "{:<14}{:<13}{:>9} {:>19}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}",
+            "",
+            "",
+            "per s",
+            "min-max",
+            "p50 ms",
+            "p99 ms",
+            "p99.9",
+            "max",
+            "redis µs",
+            "front",
+            "back",
+            "postgr.",
+            "load",
+            "lag",
+            "drain s"
         ));
     }
 
@@ -39,12 +56,13 @@ impl Report {
             let between = format!("{:.0}-{:.0}", rounds.least(|sample| sample.rate), rounds.most(|sample| sample.rate));
             let column = |figure: fn(&Sample) -> f64| format!("{:.2}", rounds.median(figure));
             self.line(format_args!(
-                "{name:<14}{:<13}{:>9.0} {between:>19}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>9.0}{:>8.2}",
+                "{name:<14}{:<13}{:>9.0} {between:>19}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>9.0}{:>8.2}",
                 rounds.name,
                 rounds.median(|sample| sample.rate),
                 column(|sample| sample.latency.p50),
                 column(|sample| sample.latency.p99),
                 column(|sample| sample.latency.p999),
+                column(|sample| sample.latency.max),
                 column(|sample| sample.redis),
                 column(|sample| sample.front + sample.proxy),
                 column(|sample| sample.back),
@@ -60,6 +78,19 @@ impl Report {
     pub fn errors(&mut self, errors: &std::collections::BTreeMap<String, u64>) {
         for (error, count) in errors {
             self.line(format_args!("      {count} x {error}"));
+        }
+    }
+
+    /// What could not be measured, and why.
+    pub fn left_out(&mut self, slug: &str, why: &str) {
+        self.line(format_args!("    {slug}: LEFT OUT: {why}"));
+    }
+
+    /// A ratio that has no goal.
+    pub fn comparison(&mut self, what: &str, spread: Option<[f64; 3]>) {
+        match spread {
+            Some([median, least, most]) => self.line(format_args!("    {what}: {median:.2} x ({least:.2}-{most:.2})")),
+            None => self.line(format_args!("    {what}: not measured")),
         }
     }
 
@@ -83,5 +114,21 @@ impl Report {
         let is_broken =
             |figure: &&Figure| figure.goal.unit == RATIO && figure.value.is_none_or(|value| figure.goal.reached(value) < SHORT_PART);
         self.figures.iter().filter(is_broken).map(|figure| figure.goal.slug).collect()
+    }
+
+    /// Those that miss their goals, in one place.
+    pub fn missed(&mut self) {
+        let is_missed = |figure: &&Figure| figure.value.is_none_or(|value| figure.goal.reached(value) < 1.0);
+        let missed: Vec<String> = self.figures.iter().filter(is_missed).map(|figure| figure.goal.slug.to_owned()).collect();
+        let (all, missed) = (self.figures.len(), if missed.is_empty() { "none".to_owned() } else { missed.join(", ") });
+        self.line(format_args!("Of {all} goals missed: {missed}"));
+    }
+
+    /// Keeps the table and the plot.
+    pub fn save(&mut self) {
+        let (text, plot) = (made().join("load.txt"), made().join("load.svg"));
+        self.line(format_args!("Kept in {} and {}", text.display(), plot.display()));
+        fs::write(text, &self.text).unwrap();
+        fs::write(plot, plot::svg(&self.figures)).unwrap();
     }
 }

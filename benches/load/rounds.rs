@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use hdrhistogram::Histogram;
+
 use crate::cpu::Cpu;
 use crate::stage::{Stage, stopped};
 
@@ -23,6 +25,14 @@ pub struct Latency {
     pub p99: f64,
     pub p999: f64,
     pub max: f64,
+}
+
+impl Latency {
+    /// Of a histogram of µs.
+    pub fn of(micros: &Histogram<u64>) -> Self {
+        let at = |quantile| micros.value_at_quantile(quantile) as f64 / 1e3;
+        Self { p50: at(0.5), p99: at(0.99), p999: at(0.999), max: micros.max() as f64 / 1e3 }
+    }
 }
 
 /// What is shown of a round: rates and costs.

@@ -26,6 +26,15 @@ if left < tonumber(ARGV[1]) then return {'INSUFFICIENT', left} end
 local after = redis.call('DECRBY', KEYS[1], ARGV[1])
 return {'OK', after, redis.call('XADD', KEYS[2], '*', 'changes', 'decr | ' .. KEYS[1] .. ' -' .. ARGV[1] .. ' ' .. after)}";
 
+const DIRECT_COUPON: &str = "local held = redis.call('HGET', KEYS[2], ARGV[1])
+if held then return {'ALREADY', held} end
+local info = redis.call('HMGET', KEYS[1], 'issued', 'total')
+if tonumber(info[1]) >= tonumber(info[2]) then return {'SOLDOUT'} end
+local serial = redis.call('HINCRBY', KEYS[1], 'issued', 1)
+redis.call('HSET', KEYS[2], ARGV[1], serial)
+local id = redis.call('XADD', KEYS[3], '*', 'changes', 'issue | ' .. KEYS[1] .. ' ' .. ARGV[1] .. ' ' .. serial)
+return {'ISSUED', serial, tonumber(info[2]) - serial, id}";
+
 /// Ctrl-C or SIGTERM: the round ends, then the servers are stopped.
 pub static STOP: AtomicBool = AtomicBool::new(false);
 
@@ -57,6 +66,7 @@ pub struct Stage {
     /// Numbers coupons, users and requests, so that none comes twice.
     pub fresh: Rc<Cell<u64>>,
     pub direct_stock: String,
+    pub direct_coupon: String,
     /// The id of a proxy's process, while there is one.
     pub proxy: Cell<Option<u32>>,
 }
@@ -71,11 +81,10 @@ impl Stage {
         let mut redis = stack.backing();
         // A rewrite of the append-only file in the middle of a round would strike one side only.
         redis.ask("CONFIG SET auto-aof-rewrite-percentage 0");
-        let direct_stock = redis.ask_words(&["SCRIPT", "LOAD", DIRECT_STOCK]);
+        let mut load = |script: &str| redis.ask_words(&["SCRIPT", "LOAD", script]);
+        let (direct_stock, direct_coupon) = (load(DIRECT_STOCK), load(DIRECT_COUPON));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let stage = Self { stack, runtime, length, fresh: Rc::new(Cell::new(0)), direct_stock, proxy: Cell::new(None) };
-        stage.create_products();
-        stage
+        Self { stack, runtime, length, fresh: Rc::new(Cell::new(0)), direct_stock, direct_coupon, proxy: Cell::new(None) }
     }
 
     pub fn is_short(&self) -> bool {
@@ -95,7 +104,7 @@ impl Stage {
         self.fresh.get()
     }
 
-    fn create_products(&self) {
+    pub fn create_products(&self) {
         let products = || (0..PRODUCTS).map(sku).chain(["hot".to_owned()]).map(|name| (name, PLENTY)).chain([("none".to_owned(), "0")]);
         let ours = products().map(|(name, units)| command(&["STOCK.SET", &name, units, "ACK", "redis"]));
         let direct = products().map(|(name, units)| command(&["SET", &format!("direct:{name}"), units]));
@@ -104,6 +113,16 @@ impl Stage {
             send_all(self.port(Side::Direct), direct).await;
         });
         self.drain();
+    }
+
+    /// A coupon that nobody has yet.
+    pub fn create_coupon(&self, side: Side) -> String {
+        let coupon = format!("c-{}", self.fresh());
+        match side {
+            Side::Holdfast => assert!(self.stack.connect().ask(&format!("COUPON.CREATE {coupon} 1000000000")).starts_with("[OK")),
+            Side::Direct => _ = self.stack.backing().ask(&format!("HSET direct:{coupon} issued 0 total 1000000000")),
+        }
+        coupon
     }
 
     /// How many changes Postgres does not have yet.

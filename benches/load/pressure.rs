@@ -1,0 +1,77 @@
+//! Latency at a load that it can bear, and what is left of it under one that it cannot. With the settings as they are by default.
+
+use std::time::Duration;
+
+use crate::flow::{closed, load};
+use crate::generator::{Open, Tally, Template};
+use crate::report::Report;
+use crate::stage::{Side, Stage, stopped};
+
+/// The time in which every command is to be answered.
+const IN_TIME: Duration = Duration::from_millis(100);
+const CONNECTIONS: usize = 200;
+
+/// What it can, by clients that wait for their replies.
+fn peak(stage: &Stage) -> f64 {
+    let time = Duration::from_secs(if stage.is_short() { 1 } else { 3 });
+    let (tally, took) = load(stage, &closed(stage, 50, 16, time), &Template::decrement(stage, false, &[]));
+    stage.drain();
+    tally.operations as f64 / took.as_secs_f64()
+}
+
+fn open(stage: &Stage, rate: f64, seconds: u64, unanswered_max: usize) -> Tally {
+    let (port, time) = (stage.port(Side::Holdfast), Duration::from_secs(seconds));
+    let open = Open { port, connections: CONNECTIONS, rate, time, unanswered_max };
+    let tally = stage.runtime.block_on(open.run(&Template::decrement(stage, false, &[])));
+    stage.drain();
+    tally
+}
+
+/// At half the peak.
+pub fn half_peak(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
+    let peak = peak(stage);
+    let seconds = if stage.is_short() { 3 } else { 10 };
+    let tally = open(stage, peak / 2.0, seconds, usize::MAX);
+    if stopped() {
+        return None;
+    }
+    report.line(format_args!(
+        "{slug:<14}{CONNECTIONS} connections, one product, {:.0}/s for {seconds} s ({:.0}/s answered) of a peak of {peak:.0}/s; {} unanswered",
+        peak / 2.0,
+        tally.operations as f64 / seconds as f64,
+        tally.unanswered
+    ));
+    report.errors(&tally.errors);
+    let at = |quantile| tally.latency.value_at_quantile(quantile) as f64 / 1e3;
+    let p50 = format!("p50 {:.2} ms", at(0.5));
+    report.figure("half-peak-p99", Some(at(0.99)), &p50);
+    report.figure("half-peak-p999", Some(at(0.999)), &p50);
+    report.figure("half-peak-max", Some(tally.latency.max() as f64 / 1e3), &p50);
+    Some(())
+}
+
+/// At ten times the peak.
+pub fn overload(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
+    let peak = peak(stage);
+    let seconds = if stage.is_short() { 2 } else { 5 };
+    // What a second's work is may be unanswered: ten times of what can be answered in time.
+    let tally = open(stage, peak * 10.0, seconds, (peak / CONNECTIONS as f64) as usize);
+    if stopped() {
+        return None;
+    }
+    let sent = tally.latency.len() + tally.unanswered;
+    let per_second = |count: u64| count as f64 / seconds as f64;
+    report.line(format_args!(
+        "{slug:<14}{CONNECTIONS} connections, one product, peak {peak:.0}/s; {:.0}/s were to be sent, {:.0}/s were; {:.0}/s served; {} unanswered",
+        per_second(sent + tally.withheld),
+        per_second(sent),
+        per_second(tally.operations),
+        tally.unanswered
+    ));
+    report.errors(&tally.errors);
+    let latency = |quantile| tally.latency.value_at_quantile(quantile) as f64 / 1e3;
+    report.figure(slug, Some(100.0 * per_second(tally.operations) / peak), "of the peak");
+    let detail = format!("p50 {:.0} ms, p99 {:.0} ms, by the generator's clock, from when it was to be sent", latency(0.5), latency(0.99));
+    report.figure("overload-in-time", Some(tally.within(IN_TIME)), &detail);
+    Some(())
+}
