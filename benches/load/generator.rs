@@ -186,8 +186,9 @@ impl Closed {
 pub struct Open {
     pub port: u16,
     pub connections: usize,
-    /// Requests a second, of all connections.
+    /// Requests a second, of all connections, and how many of a connection are due at the same time.
     pub rate: f64,
+    pub pipeline: usize,
     pub time: Duration,
     /// Of a connection; what is to be sent while so many are unanswered is not sent at all.
     pub unanswered_max: usize,
@@ -199,17 +200,18 @@ impl Open {
         for _ in 0..self.connections {
             streams.push(connect(self.port).await);
         }
-        let between = Duration::from_secs_f64(self.connections as f64 / self.rate);
+        let between = Duration::from_secs_f64((self.connections * self.pipeline) as f64 / self.rate);
         let began = Instant::now();
-        let (time, unanswered_max, connections) = (self.time, self.unanswered_max, self.connections);
+        let (until, connections, pipeline, unanswered_max) = (began + self.time, self.connections, self.pipeline, self.unanswered_max);
         let each = streams.into_iter().enumerate().map(|(number, stream)| {
             // Connections take turns.
-            let first = began + between.mul_f64(number as f64 / connections as f64);
+            let due = began + between.mul_f64(number as f64 / connections as f64);
+            let schedule = Schedule { due, between, pipeline, until, unanswered_max };
             let shared = Rc::new(Shared { sent: RefCell::default(), over: Cell::new(false), withheld: Cell::new(0) });
             let (input, output) = stream.into_split();
             let template = template.clone();
             async move {
-                let sending = send(output, template, Rc::clone(&shared), first, between, began + time, unanswered_max);
+                let sending = send(output, template, Rc::clone(&shared), schedule);
                 let receiving = receive(input, Rc::clone(&shared));
                 let (_output, mut tally) = tokio::join!(sending, receiving);
                 tally.withheld = shared.withheld.get();
@@ -228,30 +230,31 @@ struct Shared {
     withheld: Cell<u64>,
 }
 
-async fn send(
-    mut output: OwnedWriteHalf,
-    template: Template,
-    shared: Rc<Shared>,
-    first: Instant,
+/// When a connection sends.
+struct Schedule {
+    due: Instant,
     between: Duration,
+    pipeline: usize,
     until: Instant,
     unanswered_max: usize,
-) -> OwnedWriteHalf {
-    let (mut due, mut out) = (first, Vec::new());
-    while due < until && !stopped() {
-        tokio::time::sleep_until(due.into()).await;
+}
+
+async fn send(mut output: OwnedWriteHalf, template: Template, shared: Rc<Shared>, mut schedule: Schedule) -> OwnedWriteHalf {
+    let mut out = Vec::new();
+    while schedule.due < schedule.until && !stopped() {
+        tokio::time::sleep_until(schedule.due.into()).await;
         let now = Instant::now();
         out.clear();
         {
             let mut sent = shared.sent.borrow_mut();
-            while due <= now && due < until {
-                if sent.len() < unanswered_max {
+            while schedule.due <= now && schedule.due < schedule.until {
+                let count = schedule.pipeline.min(schedule.unanswered_max.saturating_sub(sent.len()));
+                for _ in 0..count {
                     template.write(&mut out);
-                    sent.push_back(due);
-                } else {
-                    shared.withheld.set(shared.withheld.get() + 1);
+                    sent.push_back(schedule.due);
                 }
-                due += between;
+                shared.withheld.set(shared.withheld.get() + (schedule.pipeline - count) as u64);
+                schedule.due += schedule.between;
             }
         }
         output.write_all(&out).await.unwrap();

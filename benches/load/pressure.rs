@@ -5,23 +5,26 @@ use std::time::Duration;
 use crate::flow::{closed, load};
 use crate::generator::{Open, Tally, Template};
 use crate::report::Report;
+use crate::rounds::Latency;
 use crate::stage::{Side, Stage, stopped};
 
 /// The time in which every command is to be answered.
 const IN_TIME: Duration = Duration::from_millis(100);
-const CONNECTIONS: usize = 200;
+/// With so many connections, each of which sends so many at a time: the peak is taken, and the load is made, in the same way.
+const CONNECTIONS: usize = 50;
+const PIPELINE: usize = 16;
 
 /// What it can, by clients that wait for their replies.
-fn peak(stage: &Stage) -> f64 {
+fn peak(stage: &Stage, pipeline: usize) -> f64 {
     let time = Duration::from_secs(if stage.is_short() { 1 } else { 3 });
-    let (tally, took) = load(stage, &closed(stage, 50, 16, time), &Template::decrement(stage, false, &[]));
+    let (tally, took) = load(stage, &closed(stage, CONNECTIONS, pipeline, time), &Template::decrement(stage, false, &[]));
     stage.drain();
     tally.operations as f64 / took.as_secs_f64()
 }
 
-fn open(stage: &Stage, rate: f64, seconds: u64, unanswered_max: usize) -> Tally {
+fn open(stage: &Stage, pipeline: usize, rate: f64, seconds: u64, unanswered_max: usize) -> Tally {
     let (port, time) = (stage.port(Side::Holdfast), Duration::from_secs(seconds));
-    let open = Open { port, connections: CONNECTIONS, rate, time, unanswered_max };
+    let open = Open { port, connections: CONNECTIONS, rate, pipeline, time, unanswered_max };
     let tally = stage.runtime.block_on(open.run(&Template::decrement(stage, false, &[])));
     stage.drain();
     tally
@@ -29,33 +32,40 @@ fn open(stage: &Stage, rate: f64, seconds: u64, unanswered_max: usize) -> Tally 
 
 /// At half the peak.
 pub fn half_peak(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
-    let peak = peak(stage);
     let seconds = if stage.is_short() { 3 } else { 10 };
-    let tally = open(stage, peak / 2.0, seconds, usize::MAX);
-    if stopped() {
-        return None;
+    for (pipeline, is_goal) in [(PIPELINE, true), (1, false)] {
+        let peak = peak(stage, pipeline);
+        let tally = open(stage, pipeline, peak / 2.0, seconds, usize::MAX);
+        if stopped() {
+            return None;
+        }
+        report.line(format_args!(
+            "{slug:<14}{CONNECTIONS} connections, one product, {pipeline} at a time, {:.0}/s for {seconds} s ({:.0}/s served) of a peak of \
+             {peak:.0}/s; {} unanswered",
+            peak / 2.0,
+            tally.operations as f64 / seconds as f64,
+            tally.unanswered
+        ));
+        report.errors(&tally.errors);
+        let latency = Latency::of(&tally.latency);
+        let p50 = format!("p50 {:.2} ms", latency.p50);
+        if is_goal {
+            report.figure("half-peak-p99", Some(latency.p99), &p50);
+            report.figure("half-peak-p999", Some(latency.p999), &p50);
+            report.figure("half-peak-max", Some(latency.max), &p50);
+        } else {
+            report.line(format_args!("    {p50}, p99 {:.2} ms, p99.9 {:.2} ms, max {:.2} ms", latency.p99, latency.p999, latency.max));
+        }
     }
-    report.line(format_args!(
-        "{slug:<14}{CONNECTIONS} connections, one product, {:.0}/s for {seconds} s ({:.0}/s answered) of a peak of {peak:.0}/s; {} unanswered",
-        peak / 2.0,
-        tally.operations as f64 / seconds as f64,
-        tally.unanswered
-    ));
-    report.errors(&tally.errors);
-    let at = |quantile| tally.latency.value_at_quantile(quantile) as f64 / 1e3;
-    let p50 = format!("p50 {:.2} ms", at(0.5));
-    report.figure("half-peak-p99", Some(at(0.99)), &p50);
-    report.figure("half-peak-p999", Some(at(0.999)), &p50);
-    report.figure("half-peak-max", Some(tally.latency.max() as f64 / 1e3), &p50);
     Some(())
 }
 
 /// At ten times the peak.
 pub fn overload(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
-    let peak = peak(stage);
+    let peak = peak(stage, PIPELINE);
     let seconds = if stage.is_short() { 2 } else { 5 };
     // What a second's work is may be unanswered: ten times of what can be answered in time.
-    let tally = open(stage, peak * 10.0, seconds, (peak / CONNECTIONS as f64) as usize);
+    let tally = open(stage, PIPELINE, peak * 10.0, seconds, (peak / CONNECTIONS as f64) as usize);
     if stopped() {
         return None;
     }
@@ -69,9 +79,9 @@ pub fn overload(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
         tally.unanswered
     ));
     report.errors(&tally.errors);
-    let latency = |quantile| tally.latency.value_at_quantile(quantile) as f64 / 1e3;
+    let latency = Latency::of(&tally.latency);
     report.figure(slug, Some(100.0 * per_second(tally.operations) / peak), "of the peak");
-    let detail = format!("p50 {:.0} ms, p99 {:.0} ms, by the generator's clock, from when it was to be sent", latency(0.5), latency(0.99));
+    let detail = format!("p50 {:.0} ms, p99 {:.0} ms, by the generator's clock, from when it was to be sent", latency.p50, latency.p99);
     report.figure("overload-in-time", Some(tally.within(IN_TIME)), &detail);
     Some(())
 }

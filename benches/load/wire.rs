@@ -25,12 +25,14 @@ pub fn frame(bytes: &[u8]) -> Option<usize> {
     }
 }
 
-/// An error reply with its numbers left out, so that those of one kind count as one.
+/// An error reply with its numbers and ids left out, so that those of one kind count as one.
 pub fn kind_of(reply: &[u8]) -> String {
     let reply = String::from_utf8_lossy(reply);
-    let mut text = reply.trim().chars().map(|c| if c.is_ascii_digit() { '#' } else { c }).collect::<Vec<_>>();
-    text.dedup_by(|a, b| *a == '#' && *b == '#');
-    text.into_iter().collect()
+    let words = reply.split_whitespace().map(|word| {
+        let id = word.trim_start_matches('\'').starts_with("hf-") || word.chars().any(|c| c.is_ascii_digit());
+        if id { "#" } else { word }
+    });
+    words.collect::<Vec<_>>().join(" ")
 }
 
 pub async fn connect(port: u16) -> TcpStream {
