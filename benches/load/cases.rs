@@ -3,6 +3,8 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use crate::flow::{closed, load};
+use crate::generator::Template;
 use crate::haproxy::HaProxy;
 use crate::redis_benchmark::Load;
 use crate::report::Report;
@@ -194,7 +196,8 @@ pub fn products(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
         });
         let one = by_count(stage, "1", 50, pipeline, |load| decrement(stage, Side::Holdfast, HOT, load));
         let all = in_turns(stage, rounds(stage).1, &[million, one])?;
-        report.rounds(&format!("{slug}, p{pipeline}"), &all);
+        let name = if goal.is_some() { slug.to_owned() } else { "  pipeline 16".to_owned() };
+        report.rounds(&name, &all);
         let ratio = all[0].ratio(&all[1], |sample| sample.rate);
         match goal {
             Some(slug) => report.ratio(slug, ratio),
@@ -205,14 +208,19 @@ pub fn products(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
 }
 
 /// Ten thousand connections against one. Both with a pipeline, so that it is not the sockets that are compared; the single connection's is
-/// so long that it is never idle.
+/// so long that it is never idle, the others' so short that not more is under way than the server lets wait.
 pub fn connections(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
-    let one = by_count(stage, "1, p1000", 1, 1_000, |load| decrement(stage, Side::Holdfast, HOT, load));
-    let many = |pipeline: usize| {
-        let name = format!("10,000, p{pipeline}");
-        by_count(stage, &name, 10_000, pipeline, |load| decrement(stage, Side::Holdfast, HOT, load))
+    let template = Template::decrement(stage, false, &[]);
+    let contender = |name: &str, connections, pipeline| {
+        let (template, time) = (template.clone(), rounds(stage).0);
+        let run = move || {
+            let (tally, took) = load(stage, &closed(stage, connections, pipeline, time), &template);
+            tally.into_round(took)
+        };
+        Contender { name: name.to_owned(), run: Box::new(run) }
     };
-    let all = in_turns(stage, rounds(stage).1, &[many(16), many(1), one])?;
+    let all = [contender("10,000, p4", 10_000, 4), contender("10,000, p1", 10_000, 1), contender("1, p1000", 1, 1_000)];
+    let all = in_turns(stage, rounds(stage).1, &all)?;
     report.rounds(slug, &all);
     report.ratio(slug, all[0].ratio(&all[2], |sample| sample.rate));
     report.comparison("10,000 connections without a pipeline / 1 with", all[1].ratio(&all[2], |sample| sample.rate));

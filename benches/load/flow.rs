@@ -35,7 +35,7 @@ pub fn burst(_: &str, stage: &Stage, report: &mut Report) -> Option<()> {
         let used = stage.cpu().since(before);
         let each = |nanos: u64| nanos as f64 / 1e3 / tally.operations.max(1) as f64;
         report.line(format_args!(
-            "burst         {what}, REQUEST ids, 50 connections, pipeline 16: {:.0}/s for {:.1} s; then Postgres was {lag:.0} changes behind, \
+            "burst           {what}, REQUEST ids, 50 connections, pipeline 16: {:.0}/s for {:.1} s; then Postgres was {lag:.0} changes behind, \
              and took {:.1} s for them ({:.0}/s); redis {:.2} µs, front {:.2}, back {:.2}, postgres {:.2}",
             tally.operations as f64 / took.as_secs_f64(),
             took.as_secs_f64(),

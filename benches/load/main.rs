@@ -148,9 +148,11 @@ fn run<'a>(cases: impl Iterator<Item = &'a Case>, length: Length, report: &mut R
             running = Some((case.servers, stage));
         }
         let Some((_, stage)) = &running else { return };
+        let began = Instant::now();
         if stopped() || (case.run)(case.slug, stage, report).is_none() {
             return;
         }
+        report.line(format_args!("    ({:.0} s)", began.elapsed().as_secs_f64()));
     }
 }
 

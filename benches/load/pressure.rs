@@ -40,7 +40,7 @@ pub fn half_peak(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
             return None;
         }
         report.line(format_args!(
-            "{slug:<14}{CONNECTIONS} connections, one product, {pipeline} at a time, {:.0}/s for {seconds} s ({:.0}/s served) of a peak of \
+            "{slug:<16}{CONNECTIONS} connections, one product, {pipeline} at a time, {:.0}/s for {seconds} s ({:.0}/s served) of a peak of \
              {peak:.0}/s; {} unanswered",
             peak / 2.0,
             tally.operations as f64 / seconds as f64,
@@ -72,7 +72,7 @@ pub fn overload(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     let sent = tally.latency.len() + tally.unanswered;
     let per_second = |count: u64| count as f64 / seconds as f64;
     report.line(format_args!(
-        "{slug:<14}{CONNECTIONS} connections, one product, peak {peak:.0}/s; {:.0}/s were to be sent, {:.0}/s were; {:.0}/s served; {} unanswered",
+        "{slug:<16}{CONNECTIONS} connections, one product, peak {peak:.0}/s; {:.0}/s were to be sent, {:.0}/s were; {:.0}/s served; {} unanswered",
         per_second(sent + tally.withheld),
         per_second(sent),
         per_second(tally.operations),

@@ -30,7 +30,7 @@ impl Report {
     /// The head of a table of rounds.
     pub fn head(&mut self) {
         self.line(format_args!(
-            "{:<14}{:<13}{:>9} {:>19}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}",
+            "{:<16}{:<13}{:>9} {:>19}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}",
             "",
             "",
             "per s",
@@ -56,7 +56,7 @@ impl Report {
             let between = format!("{:.0}-{:.0}", rounds.least(|sample| sample.rate), rounds.most(|sample| sample.rate));
             let column = |figure: fn(&Sample) -> f64| format!("{:.2}", rounds.median(figure));
             self.line(format_args!(
-                "{name:<14}{:<13}{:>9.0} {between:>19}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>9.0}{:>8.2}",
+                "{name:<16}{:<13}{:>9.0} {between:>19}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>9.0}{:>8.2}",
                 rounds.name,
                 rounds.median(|sample| sample.rate),
                 column(|sample| sample.latency.p50),
