@@ -15,8 +15,8 @@ const SABOTAGE: &[(&str, &str, &str, &str)] = &[
     ("NO_RUN_ID", "guard", "if m[2] ~= run then return nil, {'run', op, now} end\n", ""),
     ("XADD_LAST", "coupon_write", "append(head, lines)\n", ""),
     ("XADD_LAST", "coupon_write", "return reply\n", "append(head, lines)\nreturn reply\n"),
-    ("XADD_LAST", "stock_write", "append(head, lines)\n", ""),
-    ("XADD_LAST", "stock_write", "return reply\n", "append(head, lines)\nreturn reply\n"),
+    ("XADD_LAST", "stock_write", "append(head, lines, summed)\n", ""),
+    ("XADD_LAST", "stock_write", "return reply\n", "append(head, lines, summed)\nreturn reply\n"),
 ];
 
 struct Header {

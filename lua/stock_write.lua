@@ -1,10 +1,11 @@
 -- Decides a batch of STOCK operations, in order, and appends what it accepted to the outbox.
 -- keys: meta, outbox, frozen, low, deleted, products...
 -- args: epoch, run, seen, deadline, lane, counter, resend, window, generation, batch
--- include: guard, outbox, requests
--- returns: {'ok', op, now, n before, word, values, word, values, ...}, or a refusal of the guard
+-- include: guard, outbox, requests, sums
+-- returns: {'ok', op, now, n before, answer of sums or '', a reason a frozen product of sums, word, values, word, values, ...}, or a refusal of the guard
 --
--- KEYS goes on with the products, then the buckets of request ids. batch is msgpack {names, operations}; an operation is
+-- KEYS goes on with the products of sums, the other products, then the buckets of request ids. batch is msgpack
+-- {sums or false, names, operations}: sums is what can be decided by its sum (sums.lua), the rest is decided one by one. An operation is
 -- {kind, text, items, request or false, low or false, upkeep or false}: text is what its outbox line begins with, items are places in
 -- names with their quantities. A set that creates is marked new=1: what Postgres may have of the product gives way.
 -- upkeep is what only the server itself asks for, each about one product: init {mark, n, low or false, reason or false} ·
@@ -18,29 +19,49 @@ window, generation = tonumber(window), tonumber(generation)
 
 local head, refusal = enter(meta, outbox, epoch, run, seen, deadline, lane, counter, resend)
 if not head then return refusal end
-local names, operations = unpack(cmsgpack.unpack(batch))
+local sums, names, operations = unpack(cmsgpack.unpack(batch))
+local place = FIXED + (sums and sums[1] or 0)
 if generation > 0 and not generation_fits(head, window, generation) then return {'clock', head.op, head.now} end
 
 local values, reasons, dirty = {}, {}, {}
-local found = redis.call('MGET', unpack(KEYS, FIXED + 1, FIXED + #names))
-for i = 1, #names do
-  local value = found[i]
-  if value then
-    local number = string.find(value, '^%d+$') and tonumber(value)
-    values[i] = number and number <= TOTAL_MAX and number or 'corrupt'
-  elseif redis.call('TYPE', KEYS[FIXED + i]).ok == 'none' then
-    values[i] = false
-  else
-    values[i] = 'corrupt'
+local is_any_frozen = redis.call('HLEN', frozen) > 0
+local set, summed, answered, reasons_of = {}, nil, '', nil
+if sums then
+  if is_any_frozen then
+    local ids = {}
+    for i = 1, sums[1] do ids[i] = string.sub(KEYS[FIXED + i], #'stock:product:' + 1) end
+    reasons_of = redis.call('HMGET', frozen, unpack(ids))
   end
+  summed, answered = sum_up(sums, FIXED, reasons_of, set)
+  head.n = head.n + summed.count
 end
-if redis.call('HLEN', frozen) > 0 then reasons = redis.call('HMGET', frozen, unpack(names)) end
+if #names > 0 then
+  local found = redis.call('MGET', unpack(KEYS, place + 1, place + #names))
+  for i = 1, #names do
+    local value = found[i]
+    if value then
+      local number = string.find(value, '^%d+$') and tonumber(value)
+      values[i] = number and number <= TOTAL_MAX and number or 'corrupt'
+    elseif redis.call('TYPE', KEYS[place + i]).ok == 'none' then
+      values[i] = false
+    else
+      values[i] = 'corrupt'
+    end
+  end
+  if is_any_frozen then reasons = redis.call('HMGET', frozen, unpack(names)) end
+end
 
-local reply, lines, lows, life, freezes = {'ok', head.op, head.now, head.n}, {}, {}, {}, {}
+local reply, lines, lows, life, freezes = {'ok', head.op, head.now, head.first, answered}, {}, {}, {}, {}
 local marks
 
 local function say(...)
   for _, value in ipairs({...}) do reply[#reply + 1] = value end
+end
+
+if reasons_of then
+  for i = 1, sums[1] do
+    if reasons_of[i] then say(reasons_of[i]) end
+  end
 end
 
 local function refused(kind, items)
@@ -194,19 +215,19 @@ end
 -- A hash of another type must fail before the first write, not after it.
 if next(lows) then redis.call('HLEN', low) end
 if next(life) then redis.call('HLEN', deleted) end
-append(head, lines)
+append(head, lines, summed)
 keep_requests(window)
 if marks and marks.dirty then redis.call('HSET', meta, 'inbox', marks.inbox, 'corrected', whole(marks.n) .. ':' .. (marks.round or '')) end
 for i, reason in pairs(freezes) do
   if reason then redis.call('HSET', frozen, names[i], reason) else redis.call('HDEL', frozen, names[i]) end
 end
-local set, gone = {}, {}
+local gone = {}
 for i in pairs(dirty) do
   if values[i] then
-    set[#set + 1] = KEYS[FIXED + i]
+    set[#set + 1] = KEYS[place + i]
     set[#set + 1] = whole(values[i])
   else
-    gone[#gone + 1] = KEYS[FIXED + i]
+    gone[#gone + 1] = KEYS[place + i]
   end
 end
 if #set > 0 then redis.call('MSET', unpack(set)) end
@@ -215,6 +236,6 @@ for i, threshold in pairs(lows) do
   if threshold then redis.call('HSET', low, names[i], whole(threshold)) else redis.call('HDEL', low, names[i]) end
 end
 for i, state in pairs(life) do
-  if state == 'alive' then redis.call('HDEL', deleted, names[i]) else redis.call('HSET', deleted, names[i], whole(head.n)) end
+  if state == 'alive' then redis.call('HDEL', deleted, names[i]) else redis.call('HSET', deleted, names[i], whole(head.first)) end
 end
 return reply

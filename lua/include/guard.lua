@@ -1,5 +1,6 @@
 -- The one guard of every script that changes something: is this batch new, and may this connection write here?
--- Returns the head that outbox.lua appends under, or nil and the refusal to return.
+-- Returns the head that outbox.lua appends under, or nil and the refusal to return. In it first is n before this batch, and n counts
+-- what the batch has been granted so far by sums.lua.
 -- A refusal, like every reply, begins {status, op, now in ms}: the sidecar compares op with what it sent.
 --
 -- never     a newer batch of this lane has run: this one surely never will
@@ -31,7 +32,7 @@ local function enter(meta, outbox, epoch, run, seen, deadline, lane, counter, re
   if n < tonumber(seen) then return nil, {'behind', op, now} end
   if now > tonumber(deadline) then return nil, {'late', op, now} end
   return {
-    meta = meta, outbox = outbox, epoch = epoch, now = now, op = op, n = n, last = m[5],
+    meta = meta, outbox = outbox, epoch = epoch, now = now, op = op, first = n, n = n, last = m[5],
     lane = lane, counter = counter, resend = resend == '1',
   }
 end

@@ -48,7 +48,7 @@ impl Args {
 
     /// Matches the positional arguments and returns the place behind them.
     fn match_positional(&mut self) -> Result<usize, String> {
-        let mut at = self.spec.name_words();
+        let mut at = self.spec.name_words;
         self.group_width = self.spec.positional().filter(|(_, arg)| arg.is_repeated()).count();
         for (index, arg) in self.spec.positional() {
             let given = at < self.words.len();
@@ -193,7 +193,7 @@ impl Args {
 
     /// The word behind the command's name and subcommand at `index`, as the client sent it.
     pub fn raw(&self, index: usize) -> Option<&Bytes> {
-        self.words.get(self.spec.name_words() + index)
+        self.words.get(self.spec.name_words + index)
     }
 
     /// Whether the argument was given.
@@ -290,7 +290,7 @@ impl Args {
             .filter(|(index, arg)| self.found[*index].at != 0 && !matches!(arg.token, Some("REQUEST" | "ACK" | "TIMEOUT")))
             .collect();
         options.sort_by_key(|(_, arg)| arg.token);
-        let first = self.spec.name_words();
+        let first = self.spec.name_words;
         let positional = self.positional_end() - first;
         let mut parts: Vec<&[u8]> = Vec::with_capacity(1 + positional + options.len() * 2);
         parts.push(self.spec.name.as_bytes());
@@ -320,7 +320,7 @@ impl Args {
     /// The place behind the last positional word.
     fn positional_end(&self) -> usize {
         let single = self.spec.positional().filter(|(index, arg)| !arg.is_repeated() && self.found[*index].at != 0).count();
-        self.spec.name_words() + single + self.groups * self.group_width
+        self.spec.name_words + single + self.groups * self.group_width
     }
 
     fn declares(&self, name: &str) -> bool {

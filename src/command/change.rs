@@ -7,7 +7,7 @@ use super::ack::AckQueue;
 use super::args::{Ack, Args};
 use crate::domain::Position;
 use crate::limits;
-use crate::resp::{Reply, Ticket};
+use crate::resp::{Encoder, Reply, Ticket};
 use crate::store::lane::Failure;
 use crate::store::requests::{KnownReply, Remembered, Request};
 
@@ -47,11 +47,11 @@ impl Confirmation {
 
     /// Sends the reply of a change that Redis has at `position`, as soon as it is confirmed as asked.
     pub fn confirm(self, acks: &AckQueue, position: Position, ticket: Ticket, reply: Reply) {
-        let timeout = self.timeout.min(self.latest.saturating_duration_since(Instant::now()));
+        let timeout = || self.timeout.min(self.latest.saturating_duration_since(Instant::now()));
         match self.ack {
             Ack::Redis => ticket.complete(reply),
-            Ack::Replica => acks.replicas.wait(position, timeout, ticket, reply),
-            Ack::Postgres => acks.wait(position, timeout, ticket, reply),
+            Ack::Replica => acks.replicas.wait(position, timeout(), ticket, reply),
+            Ack::Postgres => acks.wait(position, timeout(), ticket, reply),
         }
     }
 }
@@ -87,7 +87,7 @@ pub fn replay(request: Option<&Request>, remembered: &Remembered) -> Result<(Pos
             let Some(known) = KnownReply::parse(reply) else {
                 return Err(Reply::error("ERR what is remembered of this REQUEST id cannot be read"));
             };
-            Ok((known.position, accepted(known.word, known.integers, known.position)))
+            Ok((known.position, accepted(known.word, &known.integers, known.position)))
         }
     }
 }
@@ -97,14 +97,17 @@ fn mismatch() -> Reply {
 }
 
 /// The reply of an accepted change: the outcome word, its numbers, the position.
-pub fn accepted(word: &str, integers: impl IntoIterator<Item = i64>, position: Position) -> Reply {
-    let mut reply = vec![Reply::text(word)];
-    reply.extend(integers.into_iter().map(Reply::Integer));
-    reply.push(Reply::text(position.to_string()));
-    Reply::Array(reply)
+pub fn accepted(word: &str, integers: &[i64], position: Position) -> Reply {
+    let mut reply = Encoder::array(integers.len() + 2);
+    reply.bulk(word.as_bytes());
+    for integer in integers {
+        reply.integer(*integer);
+    }
+    reply.bulk(position.text().as_bytes());
+    reply.done()
 }
 
 /// A business outcome that changed nothing: the word, and its values.
-pub fn outcome(word: &str, values: impl IntoIterator<Item = Reply>) -> Reply {
-    Reply::Array(std::iter::once(Reply::text(word)).chain(values).collect())
+pub fn outcome(word: &'static str, values: impl IntoIterator<Item = Reply>) -> Reply {
+    Reply::Array(std::iter::once(Reply::word(word)).chain(values).collect())
 }

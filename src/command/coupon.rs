@@ -106,8 +106,8 @@ impl Waiter<Coupon> for CouponWaiter {
     fn done(self, op: &CouponOp, result: Result<CouponOutcome, Failure>) {
         let outcome = match result {
             Err(failure) => Err(failed(failure)),
-            Ok(CouponOutcome::Created { position }) => Ok((position, accepted("OK", [], position))),
-            Ok(CouponOutcome::Issued { serial, remaining, position }) => Ok((position, accepted("ISSUED", [serial, remaining], position))),
+            Ok(CouponOutcome::Created { position }) => Ok((position, accepted("OK", &[], position))),
+            Ok(CouponOutcome::Issued { serial, remaining, position }) => Ok((position, accepted("ISSUED", &[serial, remaining], position))),
             Ok(CouponOutcome::Remembered(remembered)) => change::replay(op.request.as_ref(), &remembered),
             Ok(CouponOutcome::Exists) => Err(outcome("EXISTS", [])),
             Ok(CouponOutcome::Already { serial }) => Err(outcome("ALREADY", [Reply::Integer(serial)])),

@@ -56,7 +56,7 @@ fn list(call: &mut Call<'_>) -> Step {
         Step::Reply(Reply::Array(specs.map(|spec| Reply::text(spec.lower_name())).collect()))
     };
     match filter[..] {
-        [] => names(&mut all.iter().filter(|spec| spec.name_words() == 1)),
+        [] => names(&mut all.iter().filter(|spec| spec.name_words == 1)),
         [by, kind, value] if by.eq_ignore_ascii_case(b"FILTERBY") => {
             if kind.eq_ignore_ascii_case(b"MODULE") {
                 names(&mut all.iter().filter(|spec| is_own(spec) && value.eq_ignore_ascii_case(b"holdfast")))
@@ -151,7 +151,7 @@ fn words(words: impl IntoIterator<Item = &'static str>) -> Reply {
 /// The first and last key's place and the step between keys, and whether GETKEYS knows better.
 fn key_range(spec: &Spec) -> (i64, i64, i64, bool) {
     let first = spec.positional().position(|(_, arg)| arg.is_key());
-    let Some(place) = first.and_then(|place| i64::try_from(spec.name_words() + place).ok()) else { return (0, 0, 0, false) };
+    let Some(place) = first.and_then(|place| i64::try_from(spec.name_words + place).ok()) else { return (0, 0, 0, false) };
     let repeats = spec.positional().any(|(_, arg)| arg.is_key() && arg.is_repeated());
     let ends_with_keys = spec.options().next().is_none() && spec.positional().filter(|(_, arg)| arg.is_repeated()).count() == 1;
     match (repeats, ends_with_keys) {

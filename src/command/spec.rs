@@ -48,7 +48,20 @@ pub struct Spec {
     pub run: Option<Handler>,
     /// How much more time its reply may take than others, apart from what the client asks it to wait.
     pub more_time: Duration,
+    /// The words of its name: 2 for a subcommand.
+    pub name_words: usize,
     pub subcommands: &'static [&'static Spec],
+}
+
+const fn name_words(name: &str) -> usize {
+    let (bytes, mut at, mut words) = (name.as_bytes(), 0, 1);
+    while at < bytes.len() {
+        if bytes[at] == b'|' {
+            words += 1;
+        }
+        at += 1;
+    }
+    words
 }
 
 impl Spec {
@@ -66,6 +79,7 @@ impl Spec {
             example: name,
             run: None,
             more_time: Duration::ZERO,
+            name_words: name_words(name),
             subcommands: &[],
         }
     }
@@ -134,12 +148,6 @@ impl Spec {
     pub fn lower_name(&self) -> String {
         self.name.to_ascii_lowercase()
     }
-
-    /// How many words name it: one, or two for a subcommand.
-    pub fn name_words(&self) -> usize {
-        1 + self.name.bytes().filter(|&b| b == b'|').count()
-    }
-
     /// The arguments that have no option word, in order.
     pub fn positional(&self) -> impl Iterator<Item = (usize, &'static Arg)> + use<> {
         self.args.iter().enumerate().filter(|(_, arg)| arg.token.is_none())
@@ -155,7 +163,7 @@ impl Spec {
         if self.run.is_none() && !self.subcommands.is_empty() {
             return 2;
         }
-        self.name_words() + self.positional().filter(|(_, arg)| matches!(arg.presence, Presence::Required | Presence::Repeated)).count()
+        self.name_words + self.positional().filter(|(_, arg)| matches!(arg.presence, Presence::Required | Presence::Repeated)).count()
     }
 
     /// Whether there is no one number of words: something is optional or repeats.

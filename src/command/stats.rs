@@ -35,6 +35,15 @@ impl Meter {
     }
 }
 
+impl Meter {
+    fn count(&self, count: usize, took: Duration) {
+        let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.calls.fetch_add(count as u64, Ordering::Relaxed);
+        self.micros.fetch_add(micros.saturating_mul(count as u64), Ordering::Relaxed);
+        self.seconds.record_many(took.as_secs_f64(), count);
+    }
+}
+
 /// One command's counts at a moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CommandCount {
@@ -69,18 +78,23 @@ impl Stats {
 
     /// Counts a reply of the command with this number; numbers of none (messages) count nothing.
     pub fn replied(&self, number: usize, reply: &Reply, took: Duration) {
-        let Some(meter) = self.meters.get(number) else { return };
-        meter.calls.fetch_add(1, Ordering::Relaxed);
-        meter.micros.fetch_add(u64::try_from(took.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        meter.seconds.record(took.as_secs_f64());
         match reply.error_word() {
-            None => meter.ok_total.increment(1),
+            None => self.succeeded(number, 1, took),
             Some(word) => {
+                let Some(meter) = self.meters.get(number) else { return };
+                meter.count(1, took);
                 meter.failed.fetch_add(1, Ordering::Relaxed);
                 meter.error_total.increment(1);
                 self.count_error(word);
             }
         }
+    }
+
+    /// Counts so many replies that are no errors and took equally long.
+    pub fn succeeded(&self, number: usize, count: usize, took: Duration) {
+        let Some(meter) = self.meters.get(number) else { return };
+        meter.count(count, took);
+        meter.ok_total.increment(count as u64);
     }
 
     fn count_error(&self, word: &str) {

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use smallvec::{SmallVec, smallvec};
 use tokio::sync::oneshot;
 
 use super::args::Ack;
@@ -13,10 +14,10 @@ use crate::domain::change::StockKind;
 use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
 use crate::domain::{Drift, Id};
 use crate::limits;
-use crate::resp::{Reply, Ticket};
+use crate::resp::{Encoder, Reply, Ticket};
 use crate::store::lane::{Failure, Waiter};
 use crate::store::partition::SyncRequest;
-use crate::store::stock::{Action, Stock, StockOp, StockOutcome, Upkeep};
+use crate::store::stock::{Action, Items, Stock, StockOp, StockOutcome, Upkeep};
 
 pub static SET: Spec = Spec::new("STOCK.SET", "Creates a product, or overwrites its available units.")
     .family("stock")
@@ -49,7 +50,7 @@ pub static GET: Spec = Spec::new("STOCK.GET", "Returns the available units of a 
     .example("STOCK.GET sku-1")
     .run(|call| {
         let product = call.args.id("product");
-        look(call, vec![(product, 0)], Shape::One)
+        look(call, smallvec![(product, 0)], Shape::One)
     });
 
 pub static MGET: Spec = Spec::new("STOCK.MGET", "Returns the available units of several products.")
@@ -60,7 +61,7 @@ pub static MGET: Spec = Spec::new("STOCK.MGET", "Returns the available units of 
     .reply("array of integer or nil")
     .example("STOCK.MGET sku-1 sku-2")
     .run(|call| {
-        let products: Vec<_> = call.args.ids("product").map(|product| (product, 0)).collect();
+        let products: Items = call.args.ids("product").map(|product| (product, 0)).collect();
         match products.len() > limits::PRODUCTS_MAX {
             true => Step::Reply(too_many_products()),
             false => look(call, products, Shape::Many),
@@ -147,12 +148,12 @@ fn too_many_products() -> Reply {
 fn change(call: &mut Call<'_>, kind: StockKind, default: Ack) -> Step {
     let quantity = if kind == StockKind::Delete { 0 } else { call.args.integer("quantity") };
     let low = if kind == StockKind::Set { call.args.maybe_integer("low") } else { None };
-    let items = vec![(call.args.id("product"), quantity)];
+    let items: Items = smallvec![(call.args.id("product"), quantity)];
     submit_change(call, StockOp { low, ..StockOp::new(Action::Change(kind), items) }, default)
 }
 
 fn decr(call: &mut Call<'_>) -> Step {
-    let mut items: Vec<(Id, i64)> = Vec::with_capacity(1);
+    let mut items = Items::new();
     for (product, quantity) in call.args.pairs() {
         match items.iter_mut().find(|(known, _)| *known == product) {
             // Each quantity is at most 10^12 and there are at most PRODUCTS_MAX of them: the sum stays in range.
@@ -171,13 +172,13 @@ fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
         Ok(confirmation) => confirmation,
         Err(reply) => return Step::Reply(reply),
     };
-    op.request = change::request(&call.args);
+    op.request = change::request(&call.args).map(Box::new);
     let waiter = StockWaiter::client(call, call.ticket_with(confirmation.waits_for_postgres()), Shape::Change(confirmation));
     doubt::submit(call, &call.cx.backend.stock, op, confirmation.waits_for_postgres(), waiter);
     Step::Later
 }
 
-fn look(call: &mut Call<'_>, items: Vec<(Id, i64)>, shape: Shape) -> Step {
+fn look(call: &mut Call<'_>, items: Items, shape: Shape) -> Step {
     let op = StockOp::new(Action::Read, items);
     let waiter = StockWaiter::client(call, call.ticket(), shape);
     call.cx.backend.stock.submit(op, call.arrived, waiter);
@@ -278,11 +279,11 @@ impl ClientWaiter {
                     op.items.iter().for_each(|(product, _)| self.cx.backend.first_use.exists(product));
                 }
                 let names_no_units = matches!(op.action, Action::Change(StockKind::Delete | StockKind::Unfreeze));
-                let shown = if names_no_units { Vec::new() } else { available };
-                accepted_at(position, accepted("OK", shown, position))
+                let shown = if names_no_units { SmallVec::new() } else { available };
+                accepted_at(position, accepted("OK", &shown, position))
             }
             Ok(StockOutcome::Remembered(remembered)) => {
-                change::replay(op.request.as_ref(), &remembered).and_then(|(position, reply)| accepted_at(position, reply))
+                change::replay(op.request.as_deref(), &remembered).and_then(|(position, reply)| accepted_at(position, reply))
             }
             Ok(StockOutcome::Values(values)) => {
                 let mut values = values.into_iter().map(|value| value.map_or(Reply::Nil, Reply::Integer));
@@ -304,7 +305,9 @@ fn refused(op: &StockOp, refusal: &StockOutcome) -> Reply {
     let product = |item: usize| op.items.get(item).map_or_else(|| Id::from(""), |(product, _)| product.clone());
     match refusal {
         StockOutcome::Short { item, available } => {
-            outcome("INSUFFICIENT", [Reply::bulk(product(*item).bytes().clone()), Reply::Integer(*available)])
+            let mut reply = Encoder::array(3);
+            reply.bulk(b"INSUFFICIENT").bulk(op.items.get(*item).map_or(b"", |(product, _)| product.as_bytes())).integer(*available);
+            reply.done()
         }
         StockOutcome::Absent { .. } if op.action == Action::Change(StockKind::Delete) => outcome("NOTFOUND", []),
         StockOutcome::Absent { item } => Reply::error(format!("NOTFOUND no product '{}'", product(*item))),

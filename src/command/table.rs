@@ -53,7 +53,7 @@ pub static TABLE: &[&Spec] = &[
 /// A table made ready for look-ups. Commands and subcommands are numbered together, each command followed by its subcommands.
 pub struct Commands {
     specs: Vec<&'static Spec>,
-    numbers: HashMap<&'static [u8], usize>,
+    numbers: HashMap<&'static [u8], usize, foldhash::fast::RandomState>,
 }
 
 impl Commands {
@@ -61,7 +61,7 @@ impl Commands {
     /// If a name is too long for [`NAME_MAX`]: a mistake in the table, which its test finds.
     pub fn new(table: &[&'static Spec]) -> Self {
         let mut specs = Vec::new();
-        let mut numbers = HashMap::new();
+        let mut numbers = HashMap::default();
         for spec in table {
             for spec in std::iter::once(spec).chain(spec.subcommands) {
                 assert!(spec.name.len() <= NAME_MAX, "{} is too long", spec.name);
@@ -89,7 +89,7 @@ impl Commands {
 
     /// The commands without their subcommands.
     pub fn top(&self) -> impl Iterator<Item = &'static Spec> + '_ {
-        self.specs.iter().copied().filter(|spec| spec.name_words() == 1)
+        self.specs.iter().copied().filter(|spec| spec.name_words == 1)
     }
 
     /// Finds a command, or a subcommand as `client|list`, whatever the case.
@@ -104,7 +104,7 @@ impl Commands {
 
     /// Finds what a request runs; errors with the error reply's text.
     pub fn find(&self, words: &[Bytes]) -> Result<(usize, &'static Spec), String> {
-        let (number, spec) = self.named(&words[0]).filter(|(_, spec)| spec.name_words() == 1).ok_or_else(|| unknown_command(words))?;
+        let (number, spec) = self.named(&words[0]).filter(|(_, spec)| spec.name_words == 1).ok_or_else(|| unknown_command(words))?;
         let Some(sub) = words.get(1).filter(|_| !spec.subcommands.is_empty()) else { return Ok((number, spec)) };
         let place = spec.subcommands.iter().position(|known| known.name.as_bytes()[spec.name.len() + 1..].eq_ignore_ascii_case(sub));
         match place {

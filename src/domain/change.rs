@@ -16,6 +16,21 @@
 //!
 //! k is the operation's place in its batch; the refused ones leave gaps. The sidecar writes each line up to what only the
 //! script can know (k stands first, so that a line is found by it), and the script completes it.
+//!
+//! What was decided by its sum (lua/include/sums.lua) stands in front, without what was available afterwards, as the sidecar wrote it:
+//!
+//! ```text
+//! before   100 40
+//! changes  0 decr | sku-1 -3
+//!          1 decr | sku-2 -1
+//!          2 decr | sku-1 -2
+//! ```
+//!
+//! The field `before` has what was available of each product that such lines mention, in the order of first mention; the rest is
+//! addition.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry as Entered;
 
 use super::{InboxMark, Position, text};
 
@@ -190,7 +205,7 @@ impl Entry {
         let Some(last) = Position::parse(id) else {
             return malformed(format!("id {:?}", String::from_utf8_lossy(id)));
         };
-        let (mut first, mut prev, mut op, mut at, mut changes) = (None, None, None, None, None);
+        let (mut first, mut prev, mut op, mut at, mut changes, mut before) = (None, None, None, None, None, "");
         for (name, value) in fields {
             let Ok(value) = std::str::from_utf8(value) else {
                 return malformed(format!("{last}: not UTF-8"));
@@ -201,13 +216,16 @@ impl Entry {
                 b"op" => op = Some(value),
                 b"at" => at = value.parse::<i64>().ok(),
                 b"changes" => changes = Some(value),
+                b"before" => before = value,
                 _ => {}
             }
         }
         let (Some(first_n), Some(prev), Some(op), Some(at_ms), Some(changes)) = (first, prev, op, at, changes) else {
             return malformed(format!("{last}: a field is missing"));
         };
-        let operations = changes.split('\n').map(Operation::decode).collect::<Result<Vec<_>, _>>()?;
+        let mut running = Running { values: HashMap::default(), before: before.split(' ') };
+        let operation = |line| Operation::decode_words(line, Some(&mut running)).map_or_else(|| malformed(format!("line {line:?}")), Ok);
+        let operations = changes.split('\n').map(operation).collect::<Result<Vec<_>, _>>()?;
         if first_n == 0 || first_n.checked_add(operations.len() as u64) != last.n.checked_add(1) {
             return malformed(format!("{last}: {} operations from {first_n}", operations.len()));
         }
@@ -218,7 +236,7 @@ impl Entry {
 impl Operation {
     /// Reads one line of an entry's `changes`.
     pub fn decode(line: &str) -> Result<Self, Malformed> {
-        let decoded = Self::decode_words(line);
+        let decoded = Self::decode_words(line, None);
         decoded.map_or_else(|| malformed(format!("line {line:?}")), Ok)
     }
 
@@ -241,7 +259,8 @@ impl Operation {
         if let Effect::CouponIssue { serial, .. } = &self.effect { Some(*serial) } else { None }
     }
 
-    fn decode_words(line: &str) -> Option<Self> {
+    /// `running`: what is available after the lines before it, where the line does not say it itself.
+    fn decode_words<'a>(line: &'a str, running: Option<&mut Running<'a>>) -> Option<Self> {
         let mut words = line.split(' ');
         let k = words.next()?.parse().ok()?;
         let kind = words.next()?;
@@ -270,7 +289,12 @@ impl Operation {
                 let kind = StockKind::parse(kind)?;
                 let mut items = Vec::with_capacity(1);
                 while let Some(product) = words.next() {
-                    let (delta, available) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+                    let delta = words.next()?.parse().ok()?;
+                    let available = match words.next() {
+                        Some(available) => available.parse().ok()?,
+                        None if items.is_empty() => return running?.operation(k, kind, product, delta),
+                        None => return None,
+                    };
                     items.push(Item { product: product.into(), delta, available });
                 }
                 if items.is_empty() {
@@ -338,6 +362,28 @@ impl std::fmt::Display for Detail {
     }
 }
 
+/// What is available of the products of an entry whose lines do not say it.
+struct Running<'a> {
+    values: HashMap<&'a str, i64, foldhash::fast::RandomState>,
+    /// Of the products that are yet to be mentioned.
+    before: std::str::Split<'a, char>,
+}
+
+impl<'a> Running<'a> {
+    fn operation(&mut self, k: u32, kind: StockKind, product: &'a str, delta: i64) -> Option<Operation> {
+        let available = match self.values.entry(product) {
+            Entered::Occupied(known) => {
+                let available = known.into_mut();
+                *available = available.checked_add(delta)?;
+                *available
+            }
+            Entered::Vacant(new) => *new.insert(self.before.next()?.parse::<i64>().ok()?.checked_add(delta)?),
+        };
+        let items = vec![Item { product: product.into(), delta, available }];
+        Some(Operation { k, remembered: None, effect: Effect::Stock { kind, items, detail: Detail::default() } })
+    }
+}
+
 #[derive(Default)]
 struct Named<'a>(Vec<(&'a str, &'a str)>);
 
@@ -398,6 +444,24 @@ mod tests {
         assert_eq!(entry.operations.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"), text, "written as read");
         let Effect::CouponCreate { terms, .. } = &entry.operations[4].effect else { panic!() };
         assert_eq!(*terms, CouponTerms { total: 10, per_user: 1, start_ms: None, end_ms: Some(7) });
+    }
+
+    #[test]
+    fn lines_without_what_was_available_are_completed_from_the_entry() {
+        let decoded = |before: &str, changes: &str| {
+            let fields = [("first", "1"), ("prev", "-"), ("op", "i:stock:1"), ("at", "7"), ("before", before), ("changes", changes)];
+            let n = changes.lines().count();
+            Entry::decode(format!("1-{n}").as_bytes(), fields.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes())))
+        };
+        let text = "0 decr | a -3\n2 incr | | 5\n3 decr | a -2\n1 decr request=r digest=d | c -1 8";
+        let written: Vec<_> = decoded("100 7", text).unwrap().operations.iter().map(ToString::to_string).collect();
+        assert_eq!(written, ["0 decr | a -3 97", "2 incr | | 5 12", "3 decr | a -2 95", "1 decr request=r digest=d | c -1 8"]);
+        for bad in ["", "100", "100 x"] {
+            assert!(decoded(bad, text).is_err(), "{bad:?}");
+        }
+        assert!(Operation::decode("0 decr | a -3").is_err(), "alone it does not say what was available");
+        assert!(decoded("5 6", "0 decr | a -1 b -1").is_err(), "only of one product");
+        assert!(decoded("9223372036854775807", "0 incr | a 1").is_err());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::limits::{HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
 use crate::store::Partition;
 use crate::store::partition::EndedEpoch;
 use crate::store::requests::{HANDED_OVER, Remembered, Request};
-use crate::store::stock::{Action, StockOp, StockOutcome};
+use crate::store::stock::{Action, Items, StockOp, StockOutcome};
 
 /// Hands over the copies of these ended epochs that the ledger does not have. Those of an epoch that has not ended are still on their way.
 /// Returns whether there were any.
@@ -100,10 +100,10 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
 /// another serial than was answered.
 fn again(operation: &Operation, id: &str) -> Option<StockOp> {
     let Effect::Stock { kind: kind @ (StockKind::Decr | StockKind::Incr), items, .. } = &operation.effect else { return None };
-    let items = items.iter().map(|item| (Id::from(item.product.as_str()), item.delta.abs())).collect();
+    let items: Items = items.iter().map(|item| (Id::from(item.product.as_str()), item.delta.abs())).collect();
     let request = match &operation.remembered {
         Some(of_client) => Request { id: RequestId::of_escaped(&of_client.request), digest: of_client.digest.clone() },
         None => Request { id: RequestId::of_escaped(id), digest: HANDED_OVER.to_owned() },
     };
-    Some(StockOp { request: Some(request), ..StockOp::new(Action::Change(*kind), items) })
+    Some(StockOp { request: Some(Box::new(request)), ..StockOp::new(Action::Change(*kind), items) })
 }

@@ -12,9 +12,9 @@ pub mod reply;
 
 use bytes::Bytes;
 
-pub use pipeline::{Pipeline, Stamp, Ticket};
+pub use pipeline::{Pipeline, Ready, Stamp, Ticket};
 pub use reader::{Limits, ProtocolError, Reader};
-pub use reply::{Protocol, Reply};
+pub use reply::{Encoder, Protocol, Reply};
 
 /// A complete command. `args[0]` is its name; there is always one.
 ///

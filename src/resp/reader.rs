@@ -1,13 +1,13 @@
 //! Finds whole requests in what a client sent.
 //!
-//! redis-protocol decodes a complete request, but knows no limits: it would buffer any announced length, descend into any nesting and
-//! start again from the first byte with each read. So this reader walks the `*n` and `$len` headers first, once, remembering where it
-//! is, and refuses what is too large by its header, before a byte of it is buffered. What reaches the decoder is one complete
-//! array of bulk strings, cut out exactly.
+//! A request is an array of bulk strings, or a line of words. This reader walks the `*n` and `$len` headers once, remembering where it
+//! is and where the arguments lie, and refuses what is too large by its header, before a byte of it is buffered. A complete request
+//! is cut out of the buffer, and its arguments are slices of it. (redis-protocol's decoder knows no limits, and walks all of it
+//! once more; the tests compare the two.)
 
-use bytes::{Buf as _, Bytes, BytesMut};
-use redis_protocol::resp2::decode::decode_bytes_mut;
-use redis_protocol::resp2::types::BytesFrame;
+use std::ops::Range;
+
+use bytes::{Buf as _, BytesMut};
 
 use super::{Request, inline};
 use crate::limits::{
@@ -67,11 +67,13 @@ pub struct Reader {
     /// What was read; the connection reads into it.
     pub buffer: BytesMut,
     walk: Walk,
+    /// Where the arguments of the current request lie.
+    found: Vec<Range<usize>>,
 }
 
 impl Default for Reader {
     fn default() -> Self {
-        Self { buffer: BytesMut::new(), walk: Walk::Start }
+        Self { buffer: BytesMut::new(), walk: Walk::Start, found: Vec::new() }
     }
 }
 
@@ -125,6 +127,7 @@ impl Reader {
                     if end > limits.bytes_max {
                         return Err(ProtocolError::new("invalid bulk length"));
                     }
+                    self.found.push(after..end - 2);
                     self.walk = Walk::Body { end, left };
                 }
                 Walk::Body { end, left } => {
@@ -136,7 +139,13 @@ impl Reader {
                         continue;
                     }
                     self.walk = Walk::Start;
-                    return decode(self.buffer.split_to(end)).map(Some);
+                    let is_ended = |argument: &Range<usize>| self.buffer[argument.end..].starts_with(b"\r\n");
+                    if !self.found.iter().all(is_ended) {
+                        return Err(ProtocolError::new("invalid multibulk length"));
+                    }
+                    let whole = self.buffer.split_to(end).freeze();
+                    let args = self.found.drain(..).map(|argument| whole.slice(argument)).collect();
+                    return Ok(Some(Request { args }));
                 }
             }
         }
@@ -146,6 +155,7 @@ impl Reader {
     pub fn release(&mut self) {
         if self.buffer.is_empty() && self.buffer.capacity() > 0 {
             self.buffer = BytesMut::new();
+            self.found = Vec::new();
         }
     }
 
@@ -190,23 +200,12 @@ fn printable(byte: u8) -> char {
     if byte.is_ascii_graphic() || byte == b' ' { char::from(byte) } else { '?' }
 }
 
-/// Decodes one complete request. The walk has checked its shape, so anything else here means that the two disagree.
-fn decode(mut whole: BytesMut) -> Result<Request, ProtocolError> {
-    let disagree = || ProtocolError::new("invalid multibulk length");
-    let length = whole.len();
-    let Ok(Some((BytesFrame::Array(frames), taken, _))) = decode_bytes_mut(&mut whole) else { return Err(disagree()) };
-    let args: Option<Vec<Bytes>> =
-        frames.into_iter().map(|frame| if let BytesFrame::BulkString(bytes) = frame { Some(bytes) } else { None }).collect();
-    match args {
-        Some(args) if taken == length && !args.is_empty() => Ok(Request { args }),
-        _ => Err(disagree()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use redis_protocol::resp2::decode::decode_bytes_mut;
+    use redis_protocol::resp2::types::BytesFrame;
 
     /// Feeds the bytes in pieces; returns the requests and the error that ended them, if one did.
     fn fed(pieces: &[&[u8]], limits: Limits) -> (Vec<Vec<String>>, Option<String>) {
@@ -303,7 +302,23 @@ mod tests {
         assert_eq!(fed(&pieces, Limits::KNOWN), fed(&[bytes], Limits::KNOWN));
     }
 
+    /// What redis-protocol reads of it.
+    fn decoded(bytes: &[u8]) -> Vec<String> {
+        match decode_bytes_mut(&mut BytesMut::from(bytes)).unwrap() {
+            Some((BytesFrame::Array(frames), ..)) => {
+                frames.iter().map(|frame| String::from_utf8_lossy(frame.as_bytes().unwrap()).into_owned()).collect()
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
     proptest! {
+        #[test]
+        fn a_request_is_what_another_decoder_reads(request in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..20), 1..9)) {
+            let bytes = encoded(std::slice::from_ref(&request));
+            prop_assert_eq!(fed(&[&bytes], Limits::KNOWN), (vec![decoded(&bytes)], None));
+        }
+
         #[test]
         fn a_split_at_any_byte_gives_the_same_requests(
             requests in proptest::collection::vec(proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..20), 1..5), 1..5),

@@ -43,6 +43,8 @@ pub enum Reply {
     Map(Vec<(Reply, Reply)>),
     /// A message that no request asked for.
     Push(Vec<Reply>),
+    /// Written already, see [`Encoder`].
+    Encoded(Vec<u8>),
 }
 
 impl Reply {
@@ -120,6 +122,7 @@ impl Reply {
             Self::Array(items) => all(out, b'*', items, protocol),
             Self::Set(items) => all(out, if resp3 { b'~' } else { b'*' }, items, protocol),
             Self::Push(items) => all(out, if resp3 { b'>' } else { b'*' }, items, protocol),
+            Self::Encoded(bytes) => out.put_slice(bytes),
             Self::Map(fields) => {
                 if resp3 {
                     length(out, b'%', fields.len());
@@ -132,6 +135,42 @@ impl Reply {
                 }
             }
         }
+    }
+}
+
+/// Writes an array of bulk strings and integers at once, without an allocation an element: both dialects write them alike.
+pub struct Encoder(Vec<u8>);
+
+impl Encoder {
+    /// An array of `len` elements, which are written next.
+    pub fn array(len: usize) -> Self {
+        let mut encoder = Self(Vec::with_capacity(64));
+        encoder.header(b'*', len);
+        encoder
+    }
+
+    pub fn bulk(&mut self, bytes: &[u8]) -> &mut Self {
+        self.header(b'$', bytes.len());
+        self.0.extend_from_slice(bytes);
+        self.0.extend_from_slice(b"\r\n");
+        self
+    }
+
+    pub fn integer(&mut self, integer: i64) -> &mut Self {
+        self.0.push(b':');
+        self.0.extend_from_slice(itoa::Buffer::new().format(integer).as_bytes());
+        self.0.extend_from_slice(b"\r\n");
+        self
+    }
+
+    pub fn done(self) -> Reply {
+        Reply::Encoded(self.0)
+    }
+
+    fn header(&mut self, kind: u8, len: usize) {
+        self.0.push(kind);
+        self.0.extend_from_slice(itoa::Buffer::new().format(len).as_bytes());
+        self.0.extend_from_slice(b"\r\n");
     }
 }
 
@@ -165,28 +204,10 @@ fn length(out: &mut BytesMut, kind: u8, length: usize) {
     number(out, kind, i64::try_from(length).unwrap_or(i64::MAX));
 }
 
-/// Writes `<kind><n>\r\n` from a buffer on the stack.
+/// Writes `<kind><n>\r\n`.
 fn number(out: &mut BytesMut, kind: u8, n: i64) {
-    if let Ok(digit @ 0..=9) = u8::try_from(n) {
-        out.put_slice(&[kind, b'0' + digit, b'\r', b'\n']);
-        return;
-    }
-    let mut digits = [0_u8; 20];
-    let mut at = digits.len();
-    let mut rest = n.unsigned_abs();
-    loop {
-        at -= 1;
-        digits[at] = b'0' + (rest % 10) as u8;
-        rest /= 10;
-        if rest == 0 {
-            break;
-        }
-    }
     out.put_u8(kind);
-    if n < 0 {
-        out.put_u8(b'-');
-    }
-    out.put_slice(&digits[at..]);
+    out.put_slice(itoa::Buffer::new().format(n).as_bytes());
     out.put_slice(b"\r\n");
 }
 

@@ -21,7 +21,7 @@ use crate::command::{After, Context, Waiting, dispatch};
 use crate::limits::{
     IN_FLIGHT_MAX, OUTPUT_KEEP_MAX, OUTPUT_SOFT_MAX, OUTPUT_STALL_MAX, READ_AHEAD_MAX, READ_MAX, READ_MIN, TURN_COMMANDS_MAX,
 };
-use crate::resp::{Limits, Pipeline, Reader, Reply, Request, Stamp};
+use crate::resp::{Limits, Pipeline, Reader, Ready, Reply, Request, Stamp};
 use crate::session::client::Session;
 
 /// Serves one client until it leaves, is told to, or breaks the protocol.
@@ -152,18 +152,39 @@ impl Connection {
     /// Encodes the replies whose turn has come.
     fn collect(&mut self) {
         let mut now = None;
+        // Replies of one command to requests that were read together are counted together.
+        let mut alike: Option<(usize, Instant, usize)> = None;
         while self.out.len() <= OUTPUT_SOFT_MAX {
-            let Some(ready) = self.pipeline.pop_ready() else { break };
+            let Some(Ready { stamp, reply }) = self.pipeline.pop_ready() else { break };
             let now = *now.get_or_insert_with(Instant::now);
-            self.cx.stats.replied(ready.stamp.tag, &ready.reply, now.saturating_duration_since(ready.stamp.arrived));
-            self.watch(&ready.stamp, now);
-            if !ready.stamp.silent {
-                ready.reply.encode(&mut self.out, ready.stamp.protocol);
+            match &mut alike {
+                Some((tag, arrived, count)) if *tag == stamp.tag && *arrived == stamp.arrived && !reply.is_error() => *count += 1,
+                _ => {
+                    self.count(alike.take(), now);
+                    if reply.is_error() {
+                        self.cx.stats.replied(stamp.tag, &reply, now.saturating_duration_since(stamp.arrived));
+                    } else {
+                        alike = Some((stamp.tag, stamp.arrived, 1));
+                    }
+                }
             }
+            self.watch(&stamp, now);
+            if !stamp.silent {
+                reply.encode(&mut self.out, stamp.protocol);
+            }
+        }
+        if let Some(now) = now {
+            self.count(alike, now);
         }
         if self.pipeline.is_overrun() {
             tracing::warn!(client = %self.session.client.address, "a subscriber that reads too slowly: connection closed");
             self.phase = Phase::Gone;
+        }
+    }
+
+    fn count(&self, alike: Option<(usize, Instant, usize)>, now: Instant) {
+        if let Some((tag, arrived, count)) = alike {
+            self.cx.stats.succeeded(tag, count, now.saturating_duration_since(arrived));
         }
     }
 

@@ -8,8 +8,8 @@ use super::coupon::{self, CouponOp};
 use super::partition::EndedEpoch;
 use super::requests::Request;
 use super::stock::{Action, StockOp};
-use crate::domain::Position;
 use crate::domain::change::{Detail, Effect, Item, Operation, Remembered, StockKind};
+use crate::domain::{Id, Position};
 use crate::limits;
 
 /// What the script said of an accepted operation, as far as its copy needs it.
@@ -39,6 +39,54 @@ pub struct Copy {
     pub note: Note,
 }
 
+/// Operations that give or take units of one product and carry no REQUEST: by far the most, so they are kept close together.
+#[derive(Debug, Default)]
+pub struct Parts {
+    epoch: u64,
+    /// The products' ids, one after the other.
+    names: String,
+    parts: Vec<Part>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    n: u64,
+    delta: i64,
+    /// Where its product stands in the names.
+    name_at: u32,
+    name_len: u16,
+    k: u16,
+}
+
+impl Parts {
+    /// Takes in the operation at place `k` of its batch, which moved `product` by `delta`. All of them have one epoch.
+    pub fn push(&mut self, k: u32, product: &Id, delta: i64, position: Position) {
+        let small = |len: usize| u16::try_from(len).unwrap_or(u16::MAX);
+        self.epoch = position.epoch;
+        // A hot product is named once, not once an operation.
+        let (name_at, name_len) = match self.parts.last() {
+            Some(last) if self.name(last) == product.as_str() => (last.name_at, last.name_len),
+            _ => {
+                let at = u32::try_from(self.names.len()).unwrap_or(u32::MAX);
+                self.names.push_str(product.as_str());
+                (at, small(product.as_str().len()))
+            }
+        };
+        self.parts.push(Part { n: position.n, delta, name_at, name_len, k: small(k as usize) });
+    }
+
+    fn name(&self, part: &Part) -> &str {
+        let at = part.name_at as usize;
+        self.names.get(at..at + usize::from(part.name_len)).unwrap_or_default()
+    }
+
+    fn operation(&self, part: &Part) -> Operation {
+        let kind = if part.delta < 0 { StockKind::Decr } else { StockKind::Incr };
+        let items = vec![Item { product: self.name(part).to_owned(), delta: part.delta, available: 0 }];
+        Operation { k: part.k.into(), remembered: None, effect: Effect::Stock { kind, items, detail: Detail::default() } }
+    }
+}
+
 /// The accepted operations of one batch.
 #[derive(Debug)]
 pub struct CopiedBatch {
@@ -46,16 +94,42 @@ pub struct CopiedBatch {
     pub op: String,
     /// When, by Redis's clock, in Unix ms.
     pub at_ms: i64,
+    pub parts: Parts,
     pub copies: Vec<Copy>,
 }
 
 impl CopiedBatch {
+    pub fn new(op: String, at_ms: i64) -> Self {
+        Self { op, at_ms, parts: Parts::default(), copies: Vec::new() }
+    }
+
+    fn len(&self) -> usize {
+        self.parts.parts.len() + self.copies.len()
+    }
+
+    fn positions(&self) -> impl Iterator<Item = Position> {
+        let parts = self.parts.parts.iter().map(|part| Position::new(self.parts.epoch, part.n));
+        parts.chain(self.copies.iter().map(|copy| copy.note.position))
+    }
+
     fn last(&self) -> Position {
-        self.copies.last().map(|copy| copy.note.position).unwrap_or_default()
+        let part = self.parts.parts.last().map(|part| Position::new(self.parts.epoch, part.n));
+        part.max(self.copies.last().map(|copy| copy.note.position)).unwrap_or_default()
     }
 
     fn bytes(&self) -> usize {
-        self.op.len() + self.copies.iter().map(Copy::bytes).sum::<usize>()
+        let parts = self.parts.names.capacity() + self.parts.parts.capacity() * size_of::<Part>();
+        size_of::<Self>() + self.op.len() + parts + self.copies.iter().map(Copy::bytes).sum::<usize>()
+    }
+
+    fn salvage(&self, wanted: &impl Fn(Position) -> bool, all: &mut Vec<Salvaged>) {
+        for part in &self.parts.parts {
+            let origin = Position::new(self.parts.epoch, part.n);
+            if wanted(origin) {
+                all.push(Salvaged { op: self.op.clone(), origin, at_ms: self.at_ms, operation: self.parts.operation(part) });
+            }
+        }
+        all.extend(self.copies.iter().filter(|copy| wanted(copy.note.position)).map(|copy| copy.salvage(self)));
     }
 }
 
@@ -96,7 +170,7 @@ impl Copies {
 
     /// How many operations there are.
     pub fn len(&self) -> usize {
-        self.batches().iter().map(|batch| batch.copies.len()).sum()
+        self.batches().iter().map(CopiedBatch::len).sum()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -118,10 +192,12 @@ impl Copies {
     }
 
     /// Takes a batch in, before any of its replies is written.
-    pub fn keep(&self, batch: CopiedBatch) {
-        if batch.copies.is_empty() || cfg!(feature = "sabotage-no-copies") {
+    pub fn keep(&self, mut batch: CopiedBatch) {
+        if batch.len() == 0 || cfg!(feature = "sabotage-no-copies") {
             return;
         }
+        batch.parts.names.shrink_to_fit();
+        batch.parts.parts.shrink_to_fit();
         let mut batches = self.batches();
         self.resized(self.bytes() + batch.bytes());
         batches.push_back(batch);
@@ -132,7 +208,7 @@ impl Copies {
         self.retain(|batch| {
             let last = batch.last();
             let of_it = ended.iter().find(|ended| ended.epoch == last.epoch);
-            let is_there = |ended: &EndedEpoch| batch.copies.iter().all(|copy| ended.has(copy.note.position.n));
+            let is_there = |ended: &EndedEpoch| batch.positions().all(|position| ended.has(position.n));
             !(last.epoch == applied.epoch && last.n <= applied.n || of_it.is_some_and(is_there))
         });
     }
@@ -168,8 +244,8 @@ impl Copies {
     pub fn before_epoch(&self, epoch: u64, wanted: impl Fn(Position) -> bool) -> Vec<Salvaged> {
         let batches = self.batches();
         let old = batches.iter().filter(|batch| batch.last().epoch < epoch);
-        let all = old.flat_map(|batch| batch.copies.iter().map(move |copy| (batch, copy)));
-        let mut all: Vec<Salvaged> = all.filter(|(_, copy)| wanted(copy.note.position)).map(|(batch, copy)| copy.salvage(batch)).collect();
+        let mut all = Vec::new();
+        old.for_each(|batch| batch.salvage(&wanted, &mut all));
         drop(batches);
         all.sort_by_key(|salvaged| salvaged.origin);
         all
@@ -198,7 +274,7 @@ impl Copy {
 
     fn parts(&self) -> (&Kept, Option<&Request>) {
         let request = match &self.kept {
-            Kept::Stock(op) => op.request.as_ref(),
+            Kept::Stock(op) => op.request.as_deref(),
             Kept::Coupon(op) => op.request.as_ref(),
         };
         (&self.kept, request)
@@ -252,7 +328,7 @@ mod tests {
             kept: Kept::Stock(StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 2)])),
             note: Note { position: Position::new(epoch, first_n + u64::from(k)), serial: 0, remaining: 0, available: Vec::new() },
         });
-        CopiedBatch { op: op.into(), at_ms: 7, copies: copies.collect() }
+        CopiedBatch { copies: copies.collect(), ..CopiedBatch::new(op.into(), 7) }
     }
 
     #[test]
@@ -266,6 +342,25 @@ mod tests {
         assert_eq!(copies.len(), 2, "where the first epoch ended is not known yet");
         copies.forget(Position::new(2, 9), &[EndedEpoch { epoch: 1, last_n: 4, ..EndedEpoch::default() }]);
         assert_eq!((copies.len(), copies.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn operations_on_one_product_are_kept_close_together_and_told_like_others() {
+        let copies = Copies::new(1 << 20);
+        let mut sold = CopiedBatch::new("i:stock:1".into(), 7);
+        for (k, product, delta) in [(0, "a", -2), (2, "a", -1), (3, "b", 4)] {
+            sold.parts.push(k, &Id::from(product), delta, Position::new(1, 5 + u64::from(k)));
+        }
+        let bytes = sold.bytes();
+        copies.keep(sold);
+        assert_eq!((copies.len(), copies.ops()), (3, vec![("i:stock:1".to_owned(), Position::new(1, 8))]));
+        let told: Vec<_> = copies.before_epoch(2, |position| position.n > 5).iter().map(|told| told.operation.to_string()).collect();
+        assert_eq!(told, ["2 decr | a -1 0", "3 incr | b 4 0"]);
+        copies.forget(Position::new(1, 7), &[]);
+        assert_eq!(copies.len(), 3);
+        copies.forget(Position::new(1, 8), &[]);
+        assert_eq!((copies.len(), copies.bytes()), (0, 0));
+        assert!(bytes < size_of::<CopiedBatch>() + 200, "{bytes}");
     }
 
     #[test]

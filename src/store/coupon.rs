@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::copies::{Kept, Note};
+use super::copies::{CopiedBatch, Copy, Kept, Note};
+use super::key_list::KeyList;
 use super::lane::{Encoded, Family, Positions, Verdict};
 use super::pack::Pack;
 use super::requests::{self, Remembered, Request, RequestKeys};
@@ -67,6 +68,7 @@ impl Family for Coupon {
     const SCRIPT: &'static Script = &script::COUPON_WRITE;
     type Op = CouponOp;
     type Outcome = CouponOutcome;
+    type Plan = ();
 
     fn changes(_: &CouponOp) -> bool {
         true
@@ -82,7 +84,7 @@ impl Family for Coupon {
         (3 + keys, 160 + 4 * op.coupon.as_bytes().len() + 3 * user + bytes)
     }
 
-    fn encode<'a>(ops: impl Iterator<Item = &'a CouponOp> + Clone, generation: i64) -> Encoded {
+    fn encode<'a>(ops: impl Iterator<Item = &'a CouponOp> + Clone, generation: i64) -> Encoded<()> {
         let mut places: HashMap<&Id, usize> = HashMap::new();
         let mut coupons: Vec<(&Id, Vec<&Id>)> = Vec::new();
         for op in ops.clone() {
@@ -124,40 +126,21 @@ impl Family for Coupon {
                 }
             }
         }
-        let mut keys = Vec::with_capacity(3 * coupons.len());
+        let mut keys = KeyList::default();
         for (coupon, _) in coupons {
-            keys.extend([keys::coupon_lock(coupon), keys::coupon_info(coupon), keys::coupon_users(coupon)]);
+            [keys::coupon_lock(coupon), keys::coupon_info(coupon), keys::coupon_users(coupon)].iter().for_each(|key| keys.push(&[key]));
         }
-        keys.extend(requests.into_keys());
-        Encoded { keys, batch: batch.into_bytes() }
+        requests.into_keys().iter().for_each(|key| keys.push(&[key]));
+        Encoded { keys, batch: batch.into_bytes(), plan: () }
     }
 
-    fn decode(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Result<Verdict<CouponOutcome>, Error> {
-        let word = words.text()?;
-        let outcome = match word.as_str() {
-            "ok" => match op.action {
-                Action::Create(_) => CouponOutcome::Created { position: positions.take() },
-                Action::Issue { .. } => {
-                    CouponOutcome::Issued { serial: words.integer()?, remaining: words.integer()?, position: positions.take() }
-                }
-            },
-            "exists" => CouponOutcome::Exists,
-            "already" => CouponOutcome::Already { serial: words.integer()? },
-            "soldout" => CouponOutcome::SoldOut,
-            "early" => CouponOutcome::NotStarted { start_ms: words.integer()? },
-            "ended" => CouponOutcome::Ended { end_ms: words.integer()? },
-            "absent" => CouponOutcome::Absent,
-            "corrupt" => CouponOutcome::Corrupt,
-            "locked" => {
-                let (holder, remaining_ms) = (words.text()?, words.integer()?);
-                let lock = keys::coupon_lock(&op.coupon);
-                return Ok(Verdict::Again(format!(
-                    "the lock '{lock}' is held by '{holder}' for {remaining_ms} ms more; nothing was changed"
-                )));
-            }
-            other => return requests::verdict(other, words, CouponOutcome::Remembered),
-        };
-        Ok(Verdict::Decided(outcome))
+    fn read<'a>(
+        (): &(),
+        ops: impl Iterator<Item = &'a CouponOp>,
+        words: &mut Words,
+        positions: &mut Positions,
+    ) -> Result<Vec<Verdict<CouponOutcome>>, Error> {
+        ops.map(|op| decided(op, words, positions)).collect()
     }
 
     fn note(_: &CouponOp, outcome: &CouponOutcome) -> Option<Note> {
@@ -169,17 +152,13 @@ impl Family for Coupon {
         Some(Note { position, serial, remaining, available: Vec::new() })
     }
 
-    fn kept(mut op: CouponOp) -> Kept {
-        op.coupon = op.coupon.unshared();
-        if let Action::Issue { user } = &mut op.action {
-            *user = user.unshared();
-        }
-        op.request.iter_mut().for_each(Request::unshare);
+    fn keep(batch: &mut CopiedBatch, k: u32, op: CouponOp, note: Note) {
         let action = match op.action {
             Action::Issue { user } => Action::Issue { user: user.detached() },
             create @ Action::Create(_) => create,
         };
-        Kept::Coupon(CouponOp { coupon: op.coupon.detached(), action, request: op.request.map(Request::detached) })
+        let op = CouponOp { coupon: op.coupon.detached(), action, request: op.request.map(Request::detached) };
+        batch.copies.push(Copy { k, kept: Kept::Coupon(op), note });
     }
 
     fn replayed(op: &CouponOp, line: &Operation, position: Position) -> Option<CouponOutcome> {
@@ -205,6 +184,33 @@ impl Family for Coupon {
     fn remembered(remembered: Remembered) -> CouponOutcome {
         CouponOutcome::Remembered(remembered)
     }
+}
+
+/// What the script says of an operation.
+fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Result<Verdict<CouponOutcome>, Error> {
+    let word = words.text()?;
+    let outcome = match word.as_str() {
+        "ok" => match op.action {
+            Action::Create(_) => CouponOutcome::Created { position: positions.take() },
+            Action::Issue { .. } => {
+                CouponOutcome::Issued { serial: words.integer()?, remaining: words.integer()?, position: positions.take() }
+            }
+        },
+        "exists" => CouponOutcome::Exists,
+        "already" => CouponOutcome::Already { serial: words.integer()? },
+        "soldout" => CouponOutcome::SoldOut,
+        "early" => CouponOutcome::NotStarted { start_ms: words.integer()? },
+        "ended" => CouponOutcome::Ended { end_ms: words.integer()? },
+        "absent" => CouponOutcome::Absent,
+        "corrupt" => CouponOutcome::Corrupt,
+        "locked" => {
+            let (holder, remaining_ms) = (words.text()?, words.integer()?);
+            let lock = keys::coupon_lock(&op.coupon);
+            return Ok(Verdict::Again(format!("the lock '{lock}' is held by '{holder}' for {remaining_ms} ms more; nothing was changed")));
+        }
+        other => return requests::verdict(other, words, CouponOutcome::Remembered),
+    };
+    Ok(Verdict::Decided(outcome))
 }
 
 /// What a user has of a coupon (serial, state, when it was issued in Unix ms), as lua/coupon_write.lua keeps it: one line each.

@@ -21,7 +21,8 @@ use tracing::{info, warn};
 
 use self::batch::Sent;
 use super::clock::Clock;
-use super::copies::{Kept, Note};
+use super::copies::{CopiedBatch, Note};
+use super::key_list::KeyList;
 use super::partition::State;
 use super::requests::{Remembered, Request};
 use super::script::Script;
@@ -51,6 +52,7 @@ pub enum Verdict<O> {
 }
 
 /// The positions of a batch's accepted operations, in their order.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Positions {
     epoch: u64,
     before: u64,
@@ -58,9 +60,19 @@ pub struct Positions {
 }
 
 impl Positions {
+    /// Those behind `position`.
+    pub(super) fn after(position: Position) -> Self {
+        Self { epoch: position.epoch, before: position.n, n: position.n }
+    }
+
     /// The position of the newest accepted operation, if there is any.
     fn newest(&self) -> Option<Position> {
         (self.n > self.before).then(|| Position::new(self.epoch, self.n))
+    }
+
+    /// Passes over some, which others take.
+    pub fn skip(&mut self, count: u64) {
+        self.n += count;
     }
 
     /// The position of the next accepted operation.
@@ -71,11 +83,13 @@ impl Positions {
 }
 
 /// A batch as the script takes it.
-pub struct Encoded {
+pub struct Encoded<P> {
     /// KEYS behind `holdfast:meta` and `holdfast:outbox`.
-    pub keys: Vec<String>,
+    pub keys: KeyList,
     /// The operations in msgpack.
     pub batch: Vec<u8>,
+    /// What its answer is read by.
+    pub plan: P,
 }
 
 /// One family of operations: what goes into its script and how to read what comes out.
@@ -85,6 +99,8 @@ pub trait Family: 'static {
     const SCRIPT: &'static Script;
     type Op: 'static;
     type Outcome: 'static;
+    /// What the answer to a batch is read by.
+    type Plan: 'static;
 
     /// Whether it may change anything: what only reads is never in doubt.
     fn changes(op: &Self::Op) -> bool;
@@ -95,12 +111,18 @@ pub trait Family: 'static {
     }
     /// How many keys it may add to a batch, and about how many bytes.
     fn weight(op: &Self::Op) -> (usize, usize);
-    fn encode<'a>(ops: impl Iterator<Item = &'a Self::Op> + Clone, generation: i64) -> Encoded;
-    fn decode(op: &Self::Op, words: &mut Words, positions: &mut Positions) -> Result<Verdict<Self::Outcome>, Error>;
+    fn encode<'a>(ops: impl Iterator<Item = &'a Self::Op> + Clone, generation: i64) -> Encoded<Self::Plan>;
+    /// Reads what became of each operation, in their order; `positions` begins in front of the first that was accepted.
+    fn read<'a>(
+        plan: &Self::Plan,
+        ops: impl Iterator<Item = &'a Self::Op>,
+        words: &mut Words,
+        positions: &mut Positions,
+    ) -> Result<Vec<Verdict<Self::Outcome>>, Error>;
     /// What a copy of the operation has to know of its outcome; `None` where Postgres has nothing to be told of it that it could lose.
     fn note(op: &Self::Op, outcome: &Self::Outcome) -> Option<Note>;
-    /// The operation as a copy keeps it.
-    fn kept(op: Self::Op) -> Kept;
+    /// Keeps a copy of the operation at place `k` in that of its batch, in memory of its own.
+    fn keep(batch: &mut CopiedBatch, k: u32, op: Self::Op, note: Note);
     /// The outcome of an operation that was accepted by a batch whose answer got lost, from its line in the outbox.
     fn replayed(op: &Self::Op, line: &Operation, position: Position) -> Option<Self::Outcome>;
     /// Whether a change in the ledger is what the operation asks for, as far as the ledger says.
@@ -490,7 +512,7 @@ mod tests {
     use super::*;
     use crate::domain::Id;
     use crate::domain::change::StockKind;
-    use crate::store::copies::{CopiedBatch, Copy};
+    use crate::store::copies::CopiedBatch;
     use crate::store::stock::{Action, Stock, StockOp, StockOutcome, Upkeep};
 
     #[derive(Clone, Default)]
@@ -508,8 +530,9 @@ mod tests {
         let decr = || op(Action::Change(StockKind::Decr));
         let partition = Arc::new(Partition::new(0, 1).0);
         let note = Note { position: Position::new(1, 1), serial: 0, remaining: 0, available: Vec::new() };
-        let copies = vec![Copy { k: 0, kept: Stock::kept(decr()), note }];
-        partition.copies.keep(CopiedBatch { op: "i:stock:1".into(), at_ms: 7, copies });
+        let mut sold = CopiedBatch::new("i:stock:1".into(), 7);
+        Stock::keep(&mut sold, 0, decr(), note);
+        partition.copies.keep(sold);
         let lane = Lane::<Stock, Told>::new(partition, "redis://127.0.0.1:1", "i", 600_000, Duration::from_secs(60));
         *lane.gate.borrow_mut() = Gate::Open;
         let told = Told::default();

@@ -6,6 +6,7 @@ mod clock;
 pub mod connection;
 pub mod copies;
 pub mod coupon;
+mod key_list;
 pub mod keys;
 pub mod lane;
 pub mod meta;

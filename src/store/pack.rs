@@ -33,6 +33,20 @@ impl Pack {
         self
     }
 
+    /// Text whose bytes are known to be UTF-8.
+    pub fn bytes(&mut self, text: &[u8]) -> &mut Self {
+        let _ = encode::write_str_len(&mut self.0, u32::try_from(text.len()).unwrap_or(u32::MAX));
+        self.0.extend_from_slice(text);
+        self
+    }
+
+    /// An array of `len` elements that were written before their number was known.
+    pub fn array_of(len: usize, elements: Self) -> Self {
+        let mut all = Self(Vec::with_capacity(elements.0.len() + 5));
+        all.array(len).0.extend_from_slice(&elements.0);
+        all
+    }
+
     pub fn into_bytes(self) -> Vec<u8> {
         self.0
     }

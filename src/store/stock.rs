@@ -1,9 +1,14 @@
 //! The STOCK family: its operations as lua/stock_write.lua takes them, and what it answers.
 
-use std::collections::HashMap;
+mod sums;
+
 use std::fmt::Write as _;
 
-use super::copies::{Kept, Note};
+use smallvec::{SmallVec, smallvec};
+
+use self::sums::{Plan, Worked};
+use super::copies::{CopiedBatch, Copy, Kept, Note};
+use super::key_list::KeyList;
 use super::lane::{Encoded, Family, Positions, Verdict};
 use super::pack::Pack;
 use super::partition::Found;
@@ -34,15 +39,18 @@ impl Action {
     }
 }
 
+/// Products with their quantities; most operations have one.
+pub type Items = SmallVec<[(Id, i64); 1]>;
+
 /// One STOCK operation over one or more products, all or nothing.
 #[derive(Clone, Debug)]
 pub struct StockOp {
     pub action: Action,
     /// Each product once, with its quantity (0 where there is none to give).
-    pub items: Vec<(Id, i64)>,
+    pub items: Items,
     /// The new threshold of the low-stock event; only with [`StockKind::Set`].
     pub low: Option<i64>,
-    pub request: Option<Request>,
+    pub request: Option<Box<Request>>,
     /// Only where the server itself asks; `items` is one product then.
     pub upkeep: Option<Box<Upkeep>>,
 }
@@ -160,8 +168,8 @@ impl Upkeep {
 
 impl StockOp {
     /// What a client asks for.
-    pub fn new(action: Action, items: Vec<(Id, i64)>) -> Self {
-        Self { action, items, low: None, request: None, upkeep: None }
+    pub fn new(action: Action, items: impl Into<Items>) -> Self {
+        Self { action, items: items.into(), low: None, request: None, upkeep: None }
     }
 
     /// Gives Redis a product as it was found in Postgres.
@@ -173,7 +181,7 @@ impl StockOp {
     /// What the server itself asks for. `quantity`: see [`Upkeep`]; 0 where there is none to give.
     pub fn upkeep(product: Id, quantity: i64, upkeep: Upkeep) -> Self {
         let action = Action::Change(upkeep.kind());
-        Self { upkeep: Some(Box::new(upkeep)), ..Self::new(action, vec![(product, quantity)]) }
+        Self { upkeep: Some(Box::new(upkeep)), ..Self::new(action, smallvec![(product, quantity)] as Items) }
     }
 }
 
@@ -181,10 +189,10 @@ impl StockOp {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StockOutcome {
     /// Read: the available units of each item, `None` where there is no such product.
-    Values(Vec<Option<i64>>),
+    Values(SmallVec<[Option<i64>; 1]>),
     /// Accepted: the available units of each item after it.
     Done {
-        available: Vec<i64>,
+        available: SmallVec<[i64; 1]>,
         position: Position,
     },
     /// Too little is available.
@@ -223,6 +231,7 @@ impl Family for Stock {
     const SCRIPT: &'static Script = &script::STOCK_WRITE;
     type Op = StockOp;
     type Outcome = StockOutcome;
+    type Plan = Plan;
 
     fn changes(op: &StockOp) -> bool {
         op.action != Action::Read
@@ -233,37 +242,41 @@ impl Family for Stock {
     }
 
     fn request(op: &StockOp) -> Option<&Request> {
-        op.request.as_ref()
+        op.request.as_deref()
     }
 
     fn weight(op: &StockOp) -> (usize, usize) {
         let ids: usize = op.items.iter().map(|(product, _)| product.as_bytes().len()).sum();
-        let (keys, bytes) = op.request.as_ref().map_or((0, 0), Request::weight);
+        let (keys, bytes) = op.request.as_deref().map_or((0, 0), Request::weight);
         (op.items.len() + keys, 32 + 2 * ids + 48 * op.items.len() + bytes)
     }
 
-    fn encode<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone, generation: i64) -> Encoded {
-        let mut places: HashMap<&Id, usize> = HashMap::new();
-        let mut products: Vec<&Id> = Vec::new();
-        for (product, _) in ops.clone().flat_map(|op| &op.items) {
-            places.entry(product).or_insert_with(|| {
-                products.push(product);
-                products.len()
-            });
+    fn encode<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone, generation: i64) -> Encoded<Plan> {
+        let divided = Plan::divide(ops.clone());
+        let mut keys = KeyList::default();
+        for key in [keys::FROZEN, keys::LOW, keys::DELETED] {
+            keys.push(&[key]);
         }
-        let mut requests = RequestKeys::after(FIXED_KEYS + products.len());
+        for product in divided.summed.iter().chain(&divided.decided) {
+            keys.push(&[keys::PRODUCT_PREFIX, product.as_str()]);
+        }
         let mut batch = Pack::default();
-        batch.array(2).array(products.len());
-        for product in &products {
+        batch.array(3);
+        sums::write(&mut batch, &divided, ops.clone());
+        batch.array(divided.decided.len());
+        for product in &divided.decided {
             batch.text(product.as_str());
         }
-        batch.array(ops.clone().count());
-        for (k, op) in ops.enumerate() {
+        let mut requests = RequestKeys::after(FIXED_KEYS + divided.summed.len() + divided.decided.len());
+        let left = ops.enumerate().filter(|(k, _)| !divided.plan.is_summed(*k));
+        batch.array(left.clone().count());
+        let mut places = divided.decided_places.iter();
+        for (k, op) in left {
             batch.array(6).text(op.action.as_str()).text(&line(k, op)).array(op.items.len() * 2);
-            for (product, quantity) in &op.items {
-                batch.count(places.get(product).copied().unwrap_or_default()).integer(*quantity);
+            for ((_, quantity), place) in op.items.iter().zip(&mut places) {
+                batch.integer(i64::from(*place) + 1).integer(*quantity);
             }
-            requests.write(&mut batch, op.request.as_ref(), generation);
+            requests.write(&mut batch, op.request.as_deref(), generation);
             match op.low {
                 Some(low) => batch.integer(low),
                 None => batch.no(),
@@ -275,49 +288,45 @@ impl Family for Stock {
                 }
             }
         }
-        let mut keys = vec![keys::FROZEN.to_owned(), keys::LOW.to_owned(), keys::DELETED.to_owned()];
-        keys.extend(products.into_iter().map(keys::product));
-        keys.extend(requests.into_keys());
-        Encoded { keys, batch: batch.into_bytes() }
+        for key in requests.into_keys() {
+            keys.push(&[&key]);
+        }
+        Encoded { keys, batch: batch.into_bytes(), plan: divided.plan }
     }
 
-    fn decode(op: &StockOp, words: &mut Words, positions: &mut Positions) -> Result<Verdict<StockOutcome>, Error> {
-        let word = words.text()?;
-        let mut item = || words.integer().map(|item| usize::try_from(item - 1).unwrap_or(0));
-        let outcome = match word.as_str() {
-            "ok" if op.action == Action::Read => {
-                StockOutcome::Values(op.items.iter().map(|_| words.maybe_integer()).collect::<Result<_, _>>()?)
-            }
-            "ok" => {
-                let available = op.items.iter().map(|_| words.integer()).collect::<Result<_, _>>()?;
-                StockOutcome::Done { available, position: positions.take() }
-            }
-            "short" => StockOutcome::Short { item: item()?, available: words.integer()? },
-            "absent" => StockOutcome::Absent { item: item()? },
-            "frozen" => StockOutcome::Frozen { item: item()?, reason: words.text()? },
-            "corrupt" => StockOutcome::Corrupt { item: item()? },
-            "over" => StockOutcome::Over { item: item()?, available: words.integer()? },
-            "moved" => StockOutcome::Moved,
-            other => return requests::verdict(other, words, StockOutcome::Remembered),
+    fn read<'a>(
+        plan: &Plan,
+        ops: impl Iterator<Item = &'a StockOp>,
+        words: &mut Words,
+        positions: &mut Positions,
+    ) -> Result<Vec<Verdict<StockOutcome>>, Error> {
+        let mut worked = Worked::read(plan, words, positions)?;
+        let verdict = |(k, op)| match plan.is_summed(k) {
+            true => Ok(Verdict::Decided(worked.next(plan, op))),
+            false => decided(op, words, positions),
         };
-        Ok(Verdict::Decided(outcome))
+        let verdicts = ops.enumerate().map(verdict).collect::<Result<_, _>>()?;
+        worked.check()?;
+        Ok(verdicts)
     }
 
     fn note(op: &StockOp, outcome: &StockOutcome) -> Option<Note> {
         match (op.action, outcome) {
             (Action::Change(kind), StockOutcome::Done { available, position }) if kind.is_of_a_client() => {
-                let available = if op.request.is_some() { available.clone() } else { Vec::new() };
+                let available = if op.request.is_some() { available.to_vec() } else { Vec::new() };
                 Some(Note { position: *position, serial: 0, remaining: 0, available })
             }
             _ => None,
         }
     }
 
-    fn kept(mut op: StockOp) -> Kept {
-        op.items.iter_mut().for_each(|(product, _)| *product = product.unshared());
-        op.request.iter_mut().for_each(Request::unshare);
+    fn keep(batch: &mut CopiedBatch, k: u32, op: StockOp, note: Note) {
+        if let Some((product, delta)) = sums::part(&op) {
+            return batch.parts.push(k, product, delta, note.position);
+        }
         let items = op.items.iter().map(|(product, quantity)| (product.detached(), *quantity)).collect();
-        Kept::Stock(StockOp { items, request: op.request.map(Request::detached), ..op })
+        let request = op.request.map(|request| Box::new(request.detached()));
+        batch.copies.push(Copy { k, kept: Kept::Stock(StockOp { items, request, ..op }), note });
     }
 
     fn replayed(op: &StockOp, line: &Operation, position: Position) -> Option<StockOutcome> {
@@ -348,6 +357,29 @@ impl Family for Stock {
     }
 }
 
+/// What the script says of an operation that it decided by itself.
+fn decided(op: &StockOp, words: &mut Words, positions: &mut Positions) -> Result<Verdict<StockOutcome>, Error> {
+    let word = words.text()?;
+    let mut item = || words.integer().map(|item| usize::try_from(item - 1).unwrap_or(0));
+    let outcome = match word.as_str() {
+        "ok" if op.action == Action::Read => {
+            StockOutcome::Values(op.items.iter().map(|_| words.maybe_integer()).collect::<Result<_, _>>()?)
+        }
+        "ok" => {
+            let available = op.items.iter().map(|_| words.integer()).collect::<Result<_, _>>()?;
+            StockOutcome::Done { available, position: positions.take() }
+        }
+        "short" => StockOutcome::Short { item: item()?, available: words.integer()? },
+        "absent" => StockOutcome::Absent { item: item()? },
+        "frozen" => StockOutcome::Frozen { item: item()?, reason: words.text()? },
+        "corrupt" => StockOutcome::Corrupt { item: item()? },
+        "over" => StockOutcome::Over { item: item()?, available: words.integer()? },
+        "moved" => StockOutcome::Moved,
+        other => return requests::verdict(other, words, StockOutcome::Remembered),
+    };
+    Ok(Verdict::Decided(outcome))
+}
+
 /// What the operation's line in the outbox begins with, up to what only the script knows.
 fn line(k: usize, op: &StockOp) -> String {
     let mut line = format!("{k} {}", op.action.as_str());
@@ -376,7 +408,7 @@ mod tests {
     fn a_line_begins_with_all_that_the_sidecar_knows() {
         let request = Request { id: RequestId::parse(&Bytes::from_static(b"r 1")).unwrap(), digest: "9f86".into() };
         let set = StockOp::new(Action::Change(StockKind::Set), vec![(Id::from("a"), 5)]);
-        let op = StockOp { low: Some(2), request: Some(request), ..set };
+        let op = StockOp { low: Some(2), request: Some(Box::new(request)), ..set };
         let line = line(3, &op) + " a 5 5";
         assert_eq!(line, "3 set request=r%201 digest=9f86 low=2 | a 5 5");
         assert!(Operation::decode(&line).is_ok());
@@ -387,8 +419,10 @@ mod tests {
         let buffer = Bytes::from(vec![b'a'; 4096]);
         let request = Request { id: RequestId::parse(&buffer.slice(..9)).unwrap(), digest: "9f86".into() };
         let mut op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::parse(&buffer.slice(..3)).unwrap(), 1)]);
-        op.request = Some(request);
-        let _kept = Stock::kept(op);
+        op.request = Some(Box::new(request));
+        let note = Note { position: Position::new(1, 1), serial: 0, remaining: 0, available: Vec::new() };
+        let mut batch = CopiedBatch::new("i:stock:1".into(), 7);
+        Stock::keep(&mut batch, 0, op, note);
         assert!(buffer.is_unique());
     }
 
@@ -396,7 +430,10 @@ mod tests {
     fn a_product_named_by_several_operations_is_one_key() {
         let op = |product| StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from(product), 1)]);
         let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0);
-        assert_eq!(encoded.keys, ["stock:frozen", "stock:low", "stock:deleted", "stock:product:a", "stock:product:b"]);
+        assert_eq!(
+            encoded.keys.iter().collect::<Vec<_>>(),
+            ["stock:frozen", "stock:low", "stock:deleted", "stock:product:a", "stock:product:b"]
+        );
     }
 
     #[tokio::test]
@@ -413,14 +450,14 @@ mod tests {
         let mut counter = 0;
         let mut run = async |ops: Vec<StockOp>| {
             let encoded = Stock::encode(ops.iter(), 0);
-            let keys: Vec<&str> = [keys::META, keys::OUTBOX].into_iter().chain(encoded.keys.iter().map(String::as_str)).collect();
+            let keys: Vec<&str> = [keys::META, keys::OUTBOX].into_iter().chain(encoded.keys.iter()).collect();
             counter += 1;
             let counter = counter.to_string();
             let args: [&[u8]; 10] =
                 [b"1", run_id.as_bytes(), b"0", b"9999999999999", b"i:stock", counter.as_bytes(), b"0", b"600000", b"0", &encoded.batch];
             let mut words = Words::new(connection.run(&script::STOCK_WRITE, &keys, &args).await.unwrap()).unwrap();
             assert_eq!(words.text().unwrap(), "ok");
-            (0..3).for_each(|_| _ = words.raw().unwrap());
+            (0..4).for_each(|_| _ = words.raw().unwrap());
             // Of each a word and a number.
             ops.iter().map(|_| (words.text().unwrap(), words.integer().unwrap()).0 == "ok").collect::<Vec<_>>()
         };

@@ -10,7 +10,7 @@ use super::{Failure, Family, Lane, Positions, Queued, Verdict, Waiter};
 use crate::domain::Position;
 use crate::limits;
 use crate::store::clock::Clock;
-use crate::store::copies::{CopiedBatch, Copy, Note};
+use crate::store::copies::{CopiedBatch, Note};
 use crate::store::partition::State;
 use crate::store::script::Script;
 use crate::store::words::Words;
@@ -21,7 +21,7 @@ pub(super) struct Sent<F: Family, W> {
     pub(super) counter: u64,
     epoch: u64,
     run_id: String,
-    encoded: Encoded,
+    encoded: Encoded<F::Plan>,
     generation: i64,
     deadline_ms: i64,
     pub(super) operations: Vec<Queued<F, W>>,
@@ -116,7 +116,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     fn command(&self, sent: &Sent<F, W>, run_id: &str, again: bool, verb: Verb) -> redis::Cmd {
         let mut all_keys: Vec<&str> = Vec::with_capacity(sent.encoded.keys.len() + 2);
         all_keys.extend([keys::META, keys::OUTBOX]);
-        all_keys.extend(sent.encoded.keys.iter().map(String::as_str));
+        all_keys.extend(sent.encoded.keys.iter());
         let numbers = [
             sent.epoch.to_string(),
             self.partition.head().n.to_string(),
@@ -203,54 +203,43 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     fn decided(&self, mut sent: Sent<F, W>, now_ms: i64, words: &mut Words) -> Result<(), Error> {
         let n = u64::try_from(words.integer()?).unwrap_or(0);
         self.partition.saw_n(sent.epoch, n);
-        let mut positions = Positions { epoch: sent.epoch, before: n, n };
-        let mut notes = Vec::with_capacity(sent.operations.len());
-        for k in 0..sent.operations.len() {
-            let queued = &mut sent.operations[k];
-            match F::decode(&queued.op, words, &mut positions) {
-                Ok(Verdict::Decided(outcome)) => {
-                    notes.push(F::note(&queued.op, &outcome));
-                    queued.finish(Ok(outcome));
-                }
-                Ok(Verdict::Again(reason)) => {
-                    notes.push(None);
-                    queued.again = Some(reason);
-                }
-                Err(error) => {
-                    self.doubt(&mut sent, |_| true);
-                    let op = self.op(sent.counter);
-                    self.keep(op, now_ms, sent.operations, notes);
-                    return Err(error);
-                }
+        let mut positions = Positions::after(Position::new(sent.epoch, n));
+        let ops = sent.operations.iter().map(|queued| &queued.op);
+        let verdicts = match F::read(&sent.encoded.plan, ops, words, &mut positions) {
+            Ok(verdicts) => verdicts,
+            Err(error) => {
+                self.doubt(&mut sent, |_| true);
+                return Err(error);
             }
-        }
+        };
         if let Some(newest) = positions.newest() {
             self.partition.saw(newest);
         }
-        let op = self.op(sent.counter);
-        let again = self.keep(op, now_ms, sent.operations, notes);
+        // What is finished here is written to its client later, on this thread: by then the copies are kept.
+        let mut copies = CopiedBatch::new(self.op(sent.counter), now_ms);
         let mut parked = self.parked.borrow_mut();
-        if parked.is_empty() && !again.is_empty() {
-            self.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
-        }
-        parked.extend(again);
-        Ok(())
-    }
-
-    /// Keeps copies of what was accepted. No reply has been written yet: that happens on this thread, after this. Returns the operations
-    /// that somebody still waits for.
-    fn keep(&self, op: String, at_ms: i64, operations: Vec<Queued<F, W>>, notes: Vec<Option<Note>>) -> Vec<Queued<F, W>> {
-        let mut copies = Vec::with_capacity(operations.len());
-        let mut waiting = Vec::new();
-        for (k, (queued, note)) in (0..).zip(operations.into_iter().zip(notes)) {
-            match note {
-                Some(note) => copies.push(Copy { k, kept: F::kept(queued.op), note }),
-                None if queued.waiter.is_some() => waiting.push(queued),
-                None => {}
+        for (k, (mut queued, verdict)) in (0..).zip(sent.operations.into_iter().zip(verdicts)) {
+            match verdict {
+                Verdict::Decided(outcome) => {
+                    let note = F::note(&queued.op, &outcome);
+                    queued.finish(Ok(outcome));
+                    if let Some(note) = note {
+                        F::keep(&mut copies, k, queued.op, note);
+                    }
+                }
+                Verdict::Again(reason) if queued.waiter.is_some() => {
+                    if parked.is_empty() {
+                        self.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
+                    }
+                    queued.again = Some(reason);
+                    parked.push(queued);
+                }
+                Verdict::Again(_) => {}
             }
         }
-        self.partition.copies.keep(CopiedBatch { op, at_ms, copies });
-        waiting
+        drop(parked);
+        self.partition.copies.keep(copies);
+        Ok(())
     }
 
     fn op(&self, counter: u64) -> String {
@@ -269,19 +258,22 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             }
             value => Some(stream::entry(value)?),
         };
-        let mut notes = Vec::with_capacity(sent.operations.len());
-        for (k, queued) in sent.operations.iter_mut().enumerate() {
+        let (op, at_ms) = (self.op(sent.counter), entry.as_ref().map_or(0, |entry| entry.at_ms));
+        let mut copies = CopiedBatch::new(op, at_ms);
+        for (k, mut queued) in (0..).zip(sent.operations) {
             let granted = entry.iter().flat_map(|entry| (entry.first_n..).zip(&entry.operations));
-            let line = granted.into_iter().find(|(_, line)| usize::try_from(line.k) == Ok(k));
+            let line = granted.into_iter().find(|(_, line)| line.k == k);
             let outcome = line.and_then(|(n, line)| F::replayed(&queued.op, line, Position::new(sent.epoch, n)));
-            notes.push(outcome.as_ref().and_then(|outcome| F::note(&queued.op, outcome)));
+            let note: Option<Note> = outcome.as_ref().and_then(|outcome| F::note(&queued.op, outcome));
             queued.finish(outcome.ok_or_else(|| Failure::TryAgain("the answer was lost; nothing was changed".into())));
+            if let Some(note) = note {
+                F::keep(&mut copies, k, queued.op, note);
+            }
         }
         if let Some(entry) = entry {
             self.partition.saw(entry.last);
-            let op = self.op(sent.counter);
-            self.keep(op, entry.at_ms, sent.operations, notes);
         }
+        self.partition.copies.keep(copies);
         Ok(())
     }
 }

@@ -1,0 +1,98 @@
+-- Decides the operations that can be summed up a product: each takes or gives units of one product, and nothing else of the batch is
+-- about that product. Where the sum fits, all of them do, in any order: one comparison a product decides them.
+--
+-- sums is {products, changing, downs, ups or false, leasts, count, text, each}. KEYS has the products from place on, first those that
+-- change, in the order in which text mentions them, then those that are only read. downs and ups are the units wanted and given,
+-- a product; least is the smallest quantity that is taken where nothing is given, else 0. text has a line an operation, count of them, in
+-- the order of arrival, without what is available afterwards: before, what was available before the entry, stands for it, one
+-- number a product in the order of first mention. each is msgpack {place, quantity, ...} of the lines, unpacked only where sums do not
+-- fit.
+--
+-- include: whole
+--
+-- Returns the lines that were accepted {count, text, before}, and the answer for all: how many were accepted, and a word a product: what
+-- was available, - where there is none, ? where it is no number, with ! in front of what is frozen. The sidecar works
+-- out every reply from that by the rule that stands in one_by_one. New values go into set, as MSET takes them.
+local function word_of(value, key)
+  local number = value and string.find(value, '^%d+$') and tonumber(value)
+  if number and number <= 9007199254740991 then return value, number end
+  if value or redis.call('TYPE', KEYS[key]).ok ~= 'none' then return '?' end
+  return '-'
+end
+
+local function one_by_one(sums, numbers, words, place, set)
+  local _, changing, _, _, leasts, _, text, each = unpack(sums)
+  local undecided = false
+  for i = 1, changing do
+    if numbers[i] and numbers[i] >= leasts[i] then undecided = true end
+  end
+  local values, mentioned, before, lines = {}, {}, {}, {}
+  if undecided then
+    each = cmsgpack.unpack(each)
+    local at = 1
+    for line in string.gmatch(text, '[^\n]+') do
+      local i, quantity = each[at], each[at + 1]
+      at = at + 2
+      local value = values[i] or numbers[i]
+      if value then
+        local after = value + quantity
+        if after >= 0 and after <= 9007199254740991 then
+          values[i] = after
+          lines[#lines + 1] = line
+          if not mentioned[i] then
+            mentioned[i] = true
+            before[#before + 1] = words[i]
+          end
+        end
+      end
+    end
+  end
+  for i, value in pairs(values) do
+    set[#set + 1] = KEYS[place + i]
+    set[#set + 1] = value
+  end
+  return {count = #lines, text = table.concat(lines, '\n'), before = table.concat(before, ' ')}
+end
+
+local function sum_up(sums, place, frozen, set)
+  local products, changing, downs, ups, leasts, count, text = unpack(sums)
+  local found = redis.call('MGET', unpack(KEYS, place + 1, place + products))
+  local all = not frozen
+  if all then
+    for i = 1, changing do
+      local value = tonumber(found[i])
+      local after = value and value - downs[i]
+      if not after or after < 0 or value > 9007199254740991 then
+        all = false
+        break
+      end
+      if ups then
+        after = after + ups[i]
+        if value + ups[i] > 9007199254740991 then
+          all = false
+          break
+        end
+      end
+      set[i * 2 - 1] = KEYS[place + i]
+      set[i * 2] = after
+    end
+  end
+  local before = all and table.concat(found, ' ', 1, changing)
+  if all and not string.find(before, '[^%d ]') then
+    local answer = whole(count) .. ' ' .. before
+    if changing < products then
+      if changing == 0 then answer = '0' end
+      for i = changing + 1, products do answer = answer .. ' ' .. word_of(found[i], place + i) end
+    end
+    return {count = count, text = text, before = before}, answer
+  end
+  for i = #set, 1, -1 do set[i] = nil end
+  local numbers, words = {}, {}
+  for i = 1, products do
+    local word, number = word_of(found[i], place + i)
+    if frozen and frozen[i] then word, number = '!' .. word, nil end
+    words[i], numbers[i] = word, number
+  end
+  local summed = one_by_one(sums, numbers, words, place, set)
+  return summed, whole(summed.count) .. ' ' .. table.concat(words, ' ')
+end

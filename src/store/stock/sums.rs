@@ -1,0 +1,505 @@
+//! Operations that are decided by their sum: each takes, gives or reads units of products that nothing else in its batch decides about.
+//!
+//! The script compares once a product (lua/include/sums.lua), and returns what was available before; from that every reply is worked out
+//! here, by the rule that the script goes by. A product that is also part of an operation with a REQUEST, over several products, or of
+//! any other kind is left to the script with all its operations, so the two sections of a batch touch nothing in common and may be
+//! decided one after the other.
+
+use std::collections::HashMap;
+
+use super::{Action, StockOp, StockOutcome};
+use crate::domain::Id;
+use crate::domain::change::StockKind;
+use crate::domain::quantity::TOTAL_MAX;
+use crate::store::Error;
+use crate::store::lane::Positions;
+use crate::store::pack::Pack;
+use crate::store::words::Words;
+
+/// How often reads of several products are looked at again, since one of them was left to the script. Each time at least one more is;
+/// after that all are.
+const PASSES_MAX: usize = 3;
+
+/// How the products and the operations of a batch are divided.
+pub struct Plan {
+    /// For each operation that is summed the places of its products among the summed ones, from 0, in order.
+    places: Vec<u32>,
+    /// For each operation whether it is summed.
+    summed: Vec<bool>,
+    /// How many products are summed.
+    products: usize,
+}
+
+/// A batch's products, each once, and where each stands.
+pub(super) struct Divided<'a> {
+    pub plan: Plan,
+    /// The summed products: first those that change, then those that are only read.
+    pub summed: Vec<&'a Id>,
+    /// Those that the script decides about one by one.
+    pub decided: Vec<&'a Id>,
+    /// For each item of each operation that is not summed, in order, its product's place among the decided ones, from 0.
+    pub decided_places: Vec<u32>,
+}
+
+#[derive(Default)]
+struct Product {
+    decided: bool,
+    place: Option<u32>,
+}
+
+/// The one item of an operation that can be summed and changes something.
+fn change(op: &StockOp) -> Option<&(Id, i64)> {
+    match (op.action, op.items.as_slice()) {
+        (Action::Change(StockKind::Decr | StockKind::Incr), [item]) if op.request.is_none() && op.upkeep.is_none() => Some(item),
+        _ => None,
+    }
+}
+
+/// By how much an operation that can be summed moves its one product.
+pub(super) fn part(op: &StockOp) -> Option<(&Id, i64)> {
+    change(op).map(|(id, quantity)| (id, if op.action == Action::Change(StockKind::Decr) { -quantity } else { *quantity }))
+}
+
+impl Plan {
+    /// Divides a batch.
+    pub(super) fn divide<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone) -> Divided<'a> {
+        let mut indices: HashMap<&[u8], usize, foldhash::fast::RandomState> = HashMap::default();
+        let (mut products, mut ids): (Vec<Product>, Vec<&Id>) = (Vec::new(), Vec::new());
+        let (mut items, mut summed) = (Vec::new(), Vec::new());
+        for op in ops.clone() {
+            let first = items.len();
+            for (id, _) in &op.items {
+                items.push(*indices.entry(id.as_bytes()).or_insert_with(|| {
+                    products.push(Product::default());
+                    ids.push(id);
+                    ids.len() - 1
+                }));
+            }
+            let may_be_summed = op.action == Action::Read || change(op).is_some();
+            summed.push(may_be_summed);
+            if !may_be_summed {
+                items[first..].iter().for_each(|item| products[*item].decided = true);
+            }
+        }
+        leave_reads(ops.clone(), &items, &mut products);
+        let mut divided = Divided {
+            plan: Plan { places: Vec::with_capacity(items.len()), summed, products: 0 },
+            summed: Vec::with_capacity(ids.len()),
+            decided: Vec::new(),
+            decided_places: Vec::new(),
+        };
+        // Those that change come first, in the order of first mention.
+        let mut rest = items.as_slice();
+        for op in ops.clone() {
+            let (own, after) = rest.split_at(op.items.len());
+            rest = after;
+            if let [item] = own
+                && op.action != Action::Read
+                && !products[*item].decided
+            {
+                place(&mut products[*item], ids[*item], &mut divided.summed);
+            }
+        }
+        let mut rest = items.as_slice();
+        for (k, op) in ops.enumerate() {
+            let (own, after) = rest.split_at(op.items.len());
+            rest = after;
+            let is_summed = divided.plan.summed[k] && own.iter().all(|item| !products[*item].decided);
+            divided.plan.summed[k] = is_summed;
+            let (known, places) = match is_summed {
+                true => (&mut divided.summed, &mut divided.plan.places),
+                false => (&mut divided.decided, &mut divided.decided_places),
+            };
+            places.extend(own.iter().map(|item| place(&mut products[*item], ids[*item], known)));
+        }
+        divided.plan.products = divided.summed.len();
+        divided
+    }
+
+    /// Whether the operation at place k of the batch is summed.
+    pub(super) fn is_summed(&self, k: usize) -> bool {
+        self.summed[k]
+    }
+}
+
+/// Leaves reads of several products to the script where one of the products is, and with them all their products.
+fn leave_reads<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone, items: &[usize], products: &mut [Product]) {
+    for pass in 0..=PASSES_MAX {
+        let (mut rest, mut any) = (items, false);
+        for op in ops.clone() {
+            let (own, after) = rest.split_at(op.items.len());
+            rest = after;
+            let is_left = |item: &usize| products[*item].decided;
+            if own.len() > 1 && !own.iter().all(is_left) && (pass == PASSES_MAX || own.iter().any(is_left)) {
+                own.iter().for_each(|item| products[*item].decided = true);
+                any = true;
+            }
+        }
+        if !any {
+            return;
+        }
+    }
+}
+
+fn place<'a>(product: &mut Product, id: &'a Id, known: &mut Vec<&'a Id>) -> u32 {
+    *product.place.get_or_insert_with(|| {
+        known.push(id);
+        u32::try_from(known.len() - 1).unwrap_or(u32::MAX)
+    })
+}
+
+/// The units that are wanted and given of one product.
+#[derive(Clone, Copy, Default)]
+struct Sum {
+    down: i64,
+    up: i64,
+    least: Option<i64>,
+}
+
+/// Writes what lua/include/sums.lua takes: `false` where nothing is summed.
+pub(super) fn write<'a>(batch: &mut Pack, divided: &Divided<'a>, ops: impl Iterator<Item = &'a StockOp>) {
+    let plan = &divided.plan;
+    if plan.products == 0 {
+        batch.no();
+        return;
+    }
+    let mut sums: Vec<Sum> = Vec::with_capacity(plan.products);
+    let (mut text, mut each, mut count, mut number) = (Vec::new(), Pack::default(), 0_usize, itoa::Buffer::new());
+    let mut places = plan.places.iter();
+    for (k, op) in ops.enumerate().filter(|(k, _)| plan.summed[*k]) {
+        let Some((id, quantity)) = change(op) else {
+            places.by_ref().take(op.items.len()).for_each(drop);
+            continue;
+        };
+        let place = places.next().map_or(0, |place| *place as usize);
+        if place >= sums.len() {
+            sums.resize(place + 1, Sum::default());
+        }
+        let sum = &mut sums[place];
+        if count > 0 {
+            text.push(b'\n');
+        }
+        text.extend_from_slice(number.format(k).as_bytes());
+        if op.action == Action::Change(StockKind::Decr) {
+            sum.down += quantity;
+            sum.least = Some(sum.least.map_or(*quantity, |least| least.min(*quantity)));
+            text.extend_from_slice(b" decr | ");
+            text.extend_from_slice(id.as_bytes());
+            text.extend_from_slice(b" -");
+            each.count(place + 1).integer(-quantity);
+        } else {
+            sum.up += quantity;
+            text.extend_from_slice(b" incr | ");
+            text.extend_from_slice(id.as_bytes());
+            text.push(b' ');
+            each.count(place + 1).integer(*quantity);
+        }
+        text.extend_from_slice(number.format(*quantity).as_bytes());
+        count += 1;
+    }
+    batch.array(8).count(plan.products).count(sums.len()).array(sums.len());
+    for sum in &sums {
+        batch.integer(sum.down);
+    }
+    if sums.iter().any(|sum| sum.up > 0) {
+        batch.array(sums.len());
+        for sum in &sums {
+            batch.integer(sum.up);
+        }
+    } else {
+        batch.no();
+    }
+    batch.array(sums.len());
+    for sum in &sums {
+        // Where units are given, too, even the smallest may fit later.
+        batch.integer(if sum.up > 0 { 0 } else { sum.least.unwrap_or(0) });
+    }
+    let pairs = Pack::array_of(count * 2, each);
+    batch.count(count).bytes(&text).bytes(&pairs.into_bytes());
+}
+
+/// What the script found of one product, and what has become of it since.
+#[derive(Clone, Debug, Default)]
+struct Standing {
+    value: Option<i64>,
+    corrupt: bool,
+    frozen: Option<String>,
+}
+
+/// Works out what became of the summed operations. Errors where the script accepted another number of them.
+pub(super) struct Worked {
+    standings: Vec<Standing>,
+    positions: Positions,
+    end: Positions,
+    at: usize,
+}
+
+impl Worked {
+    /// Reads the script's answer; moves `positions` behind the summed operations.
+    pub(super) fn read(plan: &Plan, words: &mut Words, positions: &mut Positions) -> Result<Self, Error> {
+        let answer = words.text()?;
+        if plan.products == 0 {
+            return Ok(Self { standings: Vec::new(), positions: positions.clone(), end: positions.clone(), at: 0 });
+        }
+        let unexpected = || Error::Unexpected(format!("sums {:?}", answer.get(..answer.len().min(100))));
+        let mut found = answer.split(' ');
+        let accepted = found.next().and_then(|count| count.parse().ok()).ok_or_else(unexpected)?;
+        let mut standings = Vec::with_capacity(plan.products);
+        for word in found {
+            let (is_frozen, word) = word.strip_prefix('!').map_or((false, word), |word| (true, word));
+            let mut standing = Standing::default();
+            match word {
+                "-" => {}
+                "?" => standing.corrupt = true,
+                number => standing.value = Some(number.parse().map_err(|_| unexpected())?),
+            }
+            if is_frozen {
+                standing.frozen = Some(words.text()?);
+            }
+            standings.push(standing);
+        }
+        if standings.len() != plan.products {
+            return Err(unexpected());
+        }
+        let of_sums = positions.clone();
+        positions.skip(accepted);
+        Ok(Self { standings, positions: of_sums, end: positions.clone(), at: 0 })
+    }
+
+    /// What became of the next summed operation.
+    pub(super) fn next(&mut self, plan: &Plan, op: &StockOp) -> StockOutcome {
+        let places = &plan.places[self.at..self.at + op.items.len()];
+        self.at += op.items.len();
+        let Some((_, quantity)) = change(op) else {
+            let standings = || places.iter().map(|place| &self.standings[*place as usize]);
+            if let Some(item) = standings().position(|standing| standing.corrupt) {
+                return StockOutcome::Corrupt { item };
+            }
+            return StockOutcome::Values(standings().map(|standing| standing.value).collect());
+        };
+        let standing = &mut self.standings[places[0] as usize];
+        if standing.corrupt {
+            return StockOutcome::Corrupt { item: 0 };
+        }
+        if let Some(reason) = &standing.frozen {
+            return StockOutcome::Frozen { item: 0, reason: reason.clone() };
+        }
+        let Some(value) = standing.value else { return StockOutcome::Absent { item: 0 } };
+        let after = if op.action == Action::Change(StockKind::Decr) { value - quantity } else { value + quantity };
+        if after < 0 {
+            return StockOutcome::Short { item: 0, available: value };
+        }
+        if after > TOTAL_MAX {
+            return StockOutcome::Over { item: 0, available: value };
+        }
+        standing.value = Some(after);
+        StockOutcome::Done { available: smallvec::smallvec![after], position: self.positions.take() }
+    }
+
+    /// Checks that it came to what the script accepted.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        if self.positions == self.end {
+            return Ok(());
+        }
+        Err(Error::Unexpected(format!("sums that come to {:?}, where the script came to {:?}", self.positions, self.end)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use bytes::Bytes;
+    use proptest::prelude::*;
+    use proptest::strategy::ValueTree as _;
+    use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+
+    use super::*;
+    use crate::domain::change::{Effect, Operation};
+    use crate::domain::{Position, RequestId};
+    use crate::ledger::testing::RedisServer;
+    use crate::store::lane::{Family as _, Verdict};
+    use crate::store::requests::Request;
+    use crate::store::stock::{Items, Stock};
+    use crate::store::stream::OutboxReader;
+    use crate::store::stream::testing::send;
+    use crate::store::{Connection, keys, meta, script};
+
+    /// What is known of one product by a model that decides one operation after the other.
+    #[derive(Clone, Debug, Default, PartialEq)]
+    struct Model {
+        value: Option<i64>,
+        corrupt: bool,
+        frozen: bool,
+    }
+
+    type Models = BTreeMap<String, Model>;
+
+    /// Decides an operation as commands.md says; `n` counts the accepted ones.
+    fn decide(models: &mut Models, op: &StockOp, n: &mut u64) -> StockOutcome {
+        let model = |id: &Id| models.get(id.as_str()).cloned().unwrap_or_default();
+        if let Some(item) = op.items.iter().position(|(id, _)| model(id).corrupt) {
+            if op.items.iter().take(item).all(|(id, quantity)| refusal(op.action, &model(id), *quantity, 0).is_none()) {
+                return StockOutcome::Corrupt { item };
+            }
+        }
+        if op.action == Action::Read {
+            return StockOutcome::Values(op.items.iter().map(|(id, _)| model(id).value).collect());
+        }
+        for (item, (id, quantity)) in op.items.iter().enumerate() {
+            if let Some(refused) = refusal(op.action, &model(id), *quantity, item) {
+                return refused;
+            }
+        }
+        *n += 1;
+        let mut available = smallvec::SmallVec::new();
+        for (id, quantity) in &op.items {
+            let model = models.entry(id.to_string()).or_default();
+            let before = model.value.unwrap_or(0);
+            let after = match op.action {
+                Action::Change(StockKind::Decr) => before - quantity,
+                Action::Change(StockKind::Incr) => before + quantity,
+                Action::Change(StockKind::Delete) => 0,
+                _ => *quantity,
+            };
+            model.value = (op.action != Action::Change(StockKind::Delete)).then_some(after);
+            available.push(after);
+        }
+        StockOutcome::Done { available, position: Position::new(1, *n) }
+    }
+
+    fn refusal(action: Action, model: &Model, quantity: i64, item: usize) -> Option<StockOutcome> {
+        let Action::Change(kind) = action else { return None };
+        if model.frozen {
+            return Some(StockOutcome::Frozen { item, reason: "look".into() });
+        }
+        match (kind, model.value) {
+            (StockKind::Set, _) => None,
+            (_, None) => Some(StockOutcome::Absent { item }),
+            (StockKind::Decr, Some(available)) if available < quantity => Some(StockOutcome::Short { item, available }),
+            (StockKind::Incr, Some(available)) if available + quantity > TOTAL_MAX => Some(StockOutcome::Over { item, available }),
+            _ => None,
+        }
+    }
+
+    fn operation() -> impl Strategy<Value = StockOp> {
+        let product = prop_oneof![6 => Just("a"), 3 => Just("b"), 2 => Just("c"), 1 => Just("d"), 1 => Just("bad"), 1 => Just("icy")];
+        let kind = prop_oneof![
+            8 => Just(Action::Change(StockKind::Decr)),
+            3 => Just(Action::Change(StockKind::Incr)),
+            3 => Just(Action::Read),
+            1 => Just(Action::Change(StockKind::Set)),
+            1 => Just(Action::Change(StockKind::Delete)),
+        ];
+        let quantity = prop_oneof![8 => 1..20_i64, 1 => Just(1_000_000_000_000)];
+        let shape = (kind, proptest::collection::vec((product, quantity), 1..4), any::<bool>(), 0..8_u8, any::<u64>());
+        shape.prop_map(|(action, all, several, named, id)| {
+            let mut items = Items::new();
+            for (product, quantity) in all {
+                if !items.iter().any(|(known, _): &(Id, i64)| known.as_str() == product) {
+                    items.push((Id::from(product), quantity));
+                }
+            }
+            if !several || !matches!(action, Action::Read | Action::Change(StockKind::Decr)) {
+                items.truncate(1);
+            }
+            let mut op = StockOp::new(action, items);
+            if named == 0 && action != Action::Read {
+                let id = RequestId::parse(&Bytes::from(format!("r-{id}"))).unwrap();
+                op.request = Some(Box::new(Request { id, digest: "d".into() }));
+            }
+            op
+        })
+    }
+
+    /// Batches of every mixture come to what a model comes to that decides one operation after the other, in replies, in Redis and in
+    /// what is told to Postgres.
+    #[tokio::test]
+    async fn a_batch_comes_to_what_its_operations_come_to_one_by_one() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        let mut reader = OutboxReader::open(&server.url()).await.unwrap();
+        meta::attach(&mut connection, None, 1).await.unwrap();
+        let run_id = connection.run_id().to_owned();
+        send(&mut connection, &["HSET", keys::FROZEN, "icy", "look"]).await;
+        let mut models = Models::new();
+        for (product, value) in [("a", "40"), ("b", "3"), ("c", "9007199254740990"), ("icy", "5"), ("bad", "7x")] {
+            send(&mut connection, &["SET", &format!("stock:product:{product}"), value]).await;
+            let model = Model { value: value.parse().ok(), corrupt: product == "bad", frozen: product == "icy" };
+            models.insert(product.into(), model);
+        }
+        let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
+        let mut runner = TestRunner::new_with_rng(Config::default(), rng);
+        let (mut n, mut at, mut sums, mut rest) = (0_u64, Position::default(), 0, 0);
+        for counter in 1..=1_500_u32 {
+            let batch = proptest::collection::vec(operation(), 1..24);
+            let ops = batch.new_tree(&mut runner).unwrap().current();
+            let encoded = Stock::encode(ops.iter(), 5);
+            let summed: Vec<bool> = (0..ops.len()).map(|k| encoded.plan.is_summed(k)).collect();
+            sums += summed.iter().filter(|is_summed| **is_summed).count();
+            rest += summed.iter().filter(|is_summed| !**is_summed).count();
+            let before = n;
+            // What is summed takes effect first.
+            let mut expected: Vec<Option<StockOutcome>> = vec![None; ops.len()];
+            for section in [true, false] {
+                for (k, op) in ops.iter().enumerate().filter(|(k, _)| summed[*k] == section) {
+                    expected[k] = Some(decide(&mut models, op, &mut n));
+                }
+            }
+            let all_keys: Vec<&str> = [keys::META, keys::OUTBOX].into_iter().chain(encoded.keys.iter()).collect();
+            let counter = counter.to_string();
+            // Without a window of REQUEST ids to fit, since their buckets are named by the clock.
+            let window = "9999999999999999";
+            let args: [&[u8]; 10] = [
+                b"1",
+                run_id.as_bytes(),
+                b"0",
+                b"9999999999999",
+                b"i:stock",
+                counter.as_bytes(),
+                b"0",
+                window.as_bytes(),
+                b"0",
+                &encoded.batch,
+            ];
+            let mut words = Words::new(connection.run(&script::STOCK_WRITE, &all_keys, &args).await.unwrap()).unwrap();
+            assert_eq!(words.text().unwrap(), "ok");
+            (0..2).for_each(|_| _ = words.raw().unwrap());
+            assert_eq!(words.integer().unwrap(), i64::try_from(before).unwrap());
+            let mut positions = Positions::after(Position::new(1, before));
+            let verdicts = Stock::read(&encoded.plan, ops.iter(), &mut words, &mut positions).unwrap();
+            let outcomes: Vec<_> =
+                verdicts.into_iter().map(|verdict| if let Verdict::Decided(outcome) = verdict { Some(outcome) } else { None }).collect();
+            assert_eq!(outcomes, expected, "{ops:#?}");
+            // The entry says the same.
+            let entries = reader.read_after(at, 10, std::time::Duration::ZERO).await.unwrap().entries;
+            assert_eq!(entries.len(), usize::from(n > before));
+            let told: Vec<Operation> = entries.into_iter().flat_map(|entry| entry.operations).collect();
+            at = Position::new(u64::from(n > 0), n);
+            let mut told: Vec<_> = told.iter().zip(before + 1..).map(|(operation, n)| (operation.k, n, &operation.effect)).collect();
+            told.sort_unstable_by_key(|(k, ..)| *k);
+            let accepted = (0..).zip(expected.iter().flatten()).filter_map(|(k, outcome)| match outcome {
+                StockOutcome::Done { available, position } => Some((k, position.n, available.to_vec())),
+                _ => None,
+            });
+            let told: Vec<_> = told
+                .into_iter()
+                .map(|(k, n, effect)| match effect {
+                    Effect::Stock { items, .. } => (k, n, items.iter().map(|item| item.available).collect::<Vec<_>>()),
+                    other => panic!("{other:?}"),
+                })
+                .collect();
+            assert_eq!(told, accepted.collect::<Vec<_>>());
+            for (product, model) in models.iter().filter(|(_, model)| !model.corrupt) {
+                let value = connection.send(redis::cmd("GET").arg(format!("stock:product:{product}"))).await.unwrap();
+                assert_eq!(redis::from_redis_value::<Option<i64>>(value).unwrap(), model.value, "{product} after {ops:?}");
+            }
+            // So that there is always something to sell.
+            if models["a"].value.is_none_or(|value| value < 5) {
+                models.get_mut("a").unwrap().value = Some(60);
+                send(&mut connection, &["SET", "stock:product:a", "60"]).await;
+            }
+        }
+        assert!(sums > 2_000 && rest > 2_000, "{sums} summed, {rest} not");
+    }
+}
