@@ -14,7 +14,7 @@ use tokio::task::{JoinSet, LocalSet};
 
 use crate::rounds::{Latency, Round};
 use crate::stage::{PRODUCTS, Stage, sku, stopped};
-use crate::wire::{command, connect, frame, kind_of};
+use crate::wire::{command, connect_many, frame, kind_of};
 
 /// How long after the last request its reply may come.
 const LAST_REPLIES: Duration = Duration::from_secs(10);
@@ -148,10 +148,7 @@ pub struct Closed {
 
 impl Closed {
     pub async fn run(&self, template: &Template, gate: &Rc<Gate>) -> (Tally, Duration) {
-        let mut streams = Vec::new();
-        for _ in 0..self.connections {
-            streams.push(connect(self.port).await);
-        }
+        let streams = connect_many(self.port, self.connections).await;
         let began = Instant::now();
         let left = Rc::new(Cell::new(self.at_most));
         let (pipeline, time) = (self.pipeline, self.time);
@@ -196,10 +193,7 @@ pub struct Open {
 
 impl Open {
     pub async fn run(&self, template: &Template) -> Tally {
-        let mut streams = Vec::new();
-        for _ in 0..self.connections {
-            streams.push(connect(self.port).await);
-        }
+        let streams = connect_many(self.port, self.connections).await;
         let between = Duration::from_secs_f64((self.connections * self.pipeline) as f64 / self.rate);
         let began = Instant::now();
         let (until, connections, pipeline, unanswered_max) = (began + self.time, self.connections, self.pipeline, self.unanswered_max);

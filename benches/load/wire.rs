@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 /// A command as RESP.
 pub fn command(words: &[&str]) -> Vec<u8> {
@@ -39,6 +39,20 @@ pub async fn connect(port: u16) -> TcpStream {
     let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.unwrap();
     stream.set_nodelay(true).unwrap();
     stream
+}
+
+/// Many at once, from several addresses: those of the round before still take up ports of each.
+pub async fn connect_many(port: u16, count: usize) -> Vec<TcpStream> {
+    let mut streams = Vec::with_capacity(count);
+    for number in 0..count {
+        let socket = TcpSocket::new_v4().unwrap();
+        let from = Ipv4Addr::new(127, 0, 0, 1 + u8::try_from(number / 1_000 % 100).unwrap());
+        socket.bind((from, 0).into()).unwrap();
+        let stream = socket.connect((Ipv4Addr::LOCALHOST, port).into()).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        streams.push(stream);
+    }
+    streams
 }
 
 /// Sends commands, and waits for every answer; none may be an error.
