@@ -20,7 +20,7 @@ use holdfast::command::table::TABLE;
 use holdfast::command::{Args, Commands};
 use holdfast::domain::Id;
 use holdfast::domain::change::{Operation, StockKind};
-use holdfast::resp::{Limits, Protocol, Reader, Reply};
+use holdfast::resp::{Encoder, Limits, Protocol, Reader, Reply};
 use holdfast::store::lane::Family as _;
 use holdfast::store::stock::{Action, Stock, StockOp};
 
@@ -41,6 +41,7 @@ struct Part {
 const PARTS: &[Part] = &[
     Part { name: "requests read", operations: 16, run: read },
     Part { name: "replies written", operations: 16, run: write },
+    Part { name: "replies written, of values", operations: 16, run: write_values },
     Part { name: "arguments matched", operations: 16, run: arguments },
     Part { name: "arguments matched, with REQUEST", operations: 16, run: arguments_with_request },
     Part { name: "combined, one product", operations: 512, run: combine_hot },
@@ -68,7 +69,21 @@ fn read(turns: u64) {
     }
 }
 
+/// As a decrement is answered.
 fn write(turns: u64) {
+    for turn in 0..turns {
+        let mut out = BytesMut::new();
+        for number in 0..16 {
+            let mut reply = Encoder::array(3);
+            reply.bulk(b"OK").integer(1_000_000 - number).bulk(format!("1-{turn}").as_bytes());
+            reply.done().encode(&mut out, Protocol::Resp2);
+        }
+        black_box(out);
+    }
+}
+
+/// As most others are.
+fn write_values(turns: u64) {
     for turn in 0..turns {
         let mut out = BytesMut::new();
         for number in 0..16 {
@@ -199,11 +214,11 @@ fn count(part: usize, turns: u64) -> u64 {
     collected.unwrap_or_else(|| panic!("no count in what callgrind said: {said}"))
 }
 
-/// The compiler that the counts are of: the one in use here.
+/// The compiler and the kind of processor that the counts are of: those in use here.
 fn rustc() -> String {
     let program = std::env::var_os("RUSTC").map_or_else(|| PathBuf::from("rustc"), PathBuf::from);
     let output = Command::new(program).arg("--version").output().unwrap();
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    format!("{} {}", String::from_utf8_lossy(&output.stdout).trim(), std::env::consts::ARCH)
 }
 
 /// The compiler and the counts in the committed file.
