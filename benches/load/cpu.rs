@@ -18,6 +18,8 @@ pub struct Cpu {
     pub proxy: u64,
     /// This program and those that it ran to make load.
     pub load: u64,
+    /// The whole machine, whoever else is on it.
+    pub machine: u64,
 }
 
 impl Cpu {
@@ -29,8 +31,23 @@ impl Cpu {
             postgres: self.postgres.saturating_sub(before.postgres),
             proxy: self.proxy.saturating_sub(before.proxy),
             load: self.load.saturating_sub(before.load),
+            machine: self.machine.saturating_sub(before.machine),
         }
     }
+
+    /// What nobody here has used.
+    pub fn others(self) -> u64 {
+        self.machine.saturating_sub(self.redis + self.front + self.back + self.postgres + self.proxy + self.load)
+    }
+}
+
+/// CPU time of the machine, without what it idled or waited for a disk; what a hypervisor took from it is in.
+pub fn machine() -> u64 {
+    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+    // cpu user nice system idle iowait irq softirq steal
+    let fields = stat.lines().next().unwrap_or_default().split_whitespace().skip(1).take(8);
+    let ticks = fields.enumerate().filter(|(place, _)| *place != 3 && *place != 4).filter_map(|(_, ticks)| ticks.parse::<u64>().ok());
+    ticks.sum::<u64>() * TICK_NANOS
 }
 
 /// CPU time of each thread of a process, in nanoseconds.

@@ -122,6 +122,8 @@ fn main() -> ExitCode {
     let began = Instant::now();
     let mut report = Report::default();
     run(CASES.iter().filter(wanted), length, &mut report);
+    report.line("");
+    report.legend();
     report.line(format_args!("\nTook {} s.", began.elapsed().as_secs()));
     report.missed();
     let broken = report.broken();

@@ -49,6 +49,16 @@ impl Report {
         ));
     }
 
+    /// What its columns are.
+    pub fn legend(&mut self) {
+        self.line(
+            "per s: the median of the rounds, then the least and the most. µs of CPU an operation, until Postgres has all: of Redis, of the \
+             sidecar's threads for clients (front; or of a proxy) and of its others (back: the relay), of Postgres, of what makes the load. \
+             others: how many cores other programs took of the machine meanwhile; the figures of a busy machine say little. lag: changes \
+             that Postgres did not have when a round ended, and drain: how long it took to get them; the most of the rounds.",
+        );
+    }
+
     /// A line for each contender of a case.
     pub fn rounds(&mut self, slug: &str, all: &[Rounds]) {
         for (r, rounds) in all.iter().enumerate() {
@@ -56,7 +66,7 @@ impl Report {
             let between = format!("{:.0}-{:.0}", rounds.least(|sample| sample.rate), rounds.most(|sample| sample.rate));
             let column = |figure: fn(&Sample) -> f64| format!("{:.2}", rounds.median(figure));
             self.line(format_args!(
-                "{name:<16}{:<13}{:>9.0} {between:>19}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>9.0}{:>8.2}",
+                "{name:<16}{:<13}{:>9.0} {between:>19}{:>8}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>8}{:>8}{:>9.0}{:>8.2}",
                 rounds.name,
                 rounds.median(|sample| sample.rate),
                 column(|sample| sample.latency.p50),
@@ -68,6 +78,7 @@ impl Report {
                 column(|sample| sample.back),
                 column(|sample| sample.postgres),
                 column(|sample| sample.load),
+                column(|sample| sample.others),
                 rounds.most(|sample| sample.lag),
                 rounds.most(|sample| sample.drain),
             ));

@@ -1,7 +1,7 @@
 //! Rounds of several contenders in turns, A B A B, so that whatever else the machine does strikes all of them.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
@@ -46,6 +46,8 @@ pub struct Sample {
     pub postgres: f64,
     pub proxy: f64,
     pub load: f64,
+    /// How many cores others took of the machine: where it is much, the round is of little worth.
+    pub others: f64,
     /// Changes that Postgres did not have when the round ended, and how many seconds it took to get them.
     pub lag: f64,
     pub drain: f64,
@@ -70,16 +72,17 @@ pub fn in_turns(stage: &Stage, rounds: usize, contenders: &[Contender<'_>]) -> O
     let mut all: Vec<Rounds> = contenders.iter().map(new).collect();
     for _ in 0..rounds {
         for (contender, rounds) in contenders.iter().zip(&mut all) {
-            let before = stage.cpu();
+            let (began, before) = (Instant::now(), stage.cpu());
             let round = (contender.run)();
-            let load = stage.cpu().since(before).load;
+            let during = stage.cpu().since(before);
+            let others = during.others() as f64 / began.elapsed().as_nanos() as f64;
             let (lag, drain) = stage.drain();
             let mut used = stage.cpu().since(before);
-            used.load = load;
+            used.load = during.load;
             if stopped() {
                 return None;
             }
-            rounds.samples.push(Sample::of(&round, used, lag, drain));
+            rounds.samples.push(Sample::of(&round, used, others, lag, drain));
             round.errors.into_iter().for_each(|(word, count)| *rounds.errors.entry(word).or_default() += count);
             stage.stack.backing().ask("UNLINK direct:outbox");
         }
@@ -88,7 +91,7 @@ pub fn in_turns(stage: &Stage, rounds: usize, contenders: &[Contender<'_>]) -> O
 }
 
 impl Sample {
-    fn of(round: &Round, used: Cpu, lag: f64, drain: Duration) -> Option<Self> {
+    fn of(round: &Round, used: Cpu, others: f64, lag: f64, drain: Duration) -> Option<Self> {
         if round.operations == 0 {
             return None;
         }
@@ -103,6 +106,7 @@ impl Sample {
             postgres: micros(used.postgres),
             proxy: micros(used.proxy),
             load: micros(used.load),
+            others,
             lag,
             drain: drain.as_secs_f64(),
         })

@@ -151,6 +151,7 @@ impl Stage {
             redis: cpu::process(self.stack.redis.pid()),
             postgres: cpu::family(self.stack.postgres.own.as_ref().unwrap().pid()),
             proxy: self.proxy.get().map_or(0, cpu::family),
+            machine: cpu::machine(),
             load: cpu::process(std::process::id()) + cpu::ended_children(std::process::id()),
             ..Cpu::default()
         };
