@@ -234,7 +234,14 @@ impl Front {
             local.block_on(&runtime, async {
                 let Ok(listener) = TcpListener::from_std(listener) else { return };
                 let lanes = CancellationToken::new();
-                let backend = Backend::new(partition, config.redis.url.expose(), &instance, config.idempotency.window, config.reply_within);
+                let backend = Backend::new(
+                    partition,
+                    config.redis.url.expose(),
+                    &instance,
+                    config.idempotency.window,
+                    config.reply_within,
+                    config.stock.sold_out,
+                );
                 let driving = backend.drive(changes, &lanes);
                 spawn_local(beat(pulse));
                 let commands = Rc::new(Commands::new(TABLE));

@@ -45,6 +45,7 @@ pub struct Config {
     pub postgres: Postgres,
     pub outbox: Outbox,
     pub idempotency: Idempotency,
+    pub stock: Stock,
     pub coupon: Coupon,
     pub reconcile: Reconcile,
     pub log: Log,
@@ -88,6 +89,14 @@ pub struct Outbox {
 pub struct Idempotency {
     #[serde(rename = "window_ms", deserialize_with = "milliseconds")]
     pub window: Duration,
+}
+
+/// The section `[stock]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stock {
+    #[serde(rename = "sold_out_ms", deserialize_with = "milliseconds")]
+    pub sold_out: Duration,
 }
 
 /// The section `[coupon]`.

@@ -21,6 +21,12 @@ pub const BATCH_KEYS_MAX: usize = 3_000;
 /// Bytes of one script call, which are also about the bytes of its outbox entry.
 pub const BATCH_BYTES_MAX: usize = 256 * 1024;
 
+/// What the setting `stock.sold_out_ms` may be: what is restocked elsewhere sells here after that at the latest, which nobody notices.
+pub const SOLD_OUT_MAX_MS: u64 = 50;
+
+/// Products that are known to be sold out, or about to be restocked: more than [`LANE_QUEUE_MAX`], which bounds the latter.
+pub const SOLD_OUT_NOTES_MAX: usize = 120_000;
+
 /// Operations that may wait for Redis in one lane. At 10,000 a second, far below what Redis takes, more than this would only wait to
 /// be refused at its deadline.
 pub const LANE_QUEUE_MAX: usize = 100_000;

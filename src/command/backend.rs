@@ -19,6 +19,7 @@ use crate::store::coupon::Coupon;
 use crate::store::lane::Lane;
 use crate::store::partition::ServerChange;
 use crate::store::reads::Reads;
+use crate::store::sold_out::SoldOut;
 use crate::store::stock::Stock;
 
 /// See the module.
@@ -37,13 +38,20 @@ pub struct Backend {
 
 impl Backend {
     /// Connects to nothing yet; `instance` is this process's own name, `window` how long a REQUEST id is remembered, `reply_within` the time
-    /// a command may take.
-    pub fn new(partition: Arc<Partition>, redis_url: &str, instance: &str, window: Duration, reply_within: Duration) -> Self {
+    /// a command may take, `sold_out` how long a refusal is repeated without asking Redis.
+    pub fn new(
+        partition: Arc<Partition>,
+        redis_url: &str,
+        instance: &str,
+        window: Duration,
+        reply_within: Duration,
+        sold_out: Duration,
+    ) -> Self {
         let within = limits::operation_within(reply_within);
         let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
         Self {
-            stock: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within),
-            coupon: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within),
+            stock: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within, SoldOut::new(sold_out)),
+            coupon: Lane::new(Arc::clone(&partition), redis_url, instance, window_ms, within, ()),
             acks: AckQueue::new(Arc::clone(&partition), redis_url),
             reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
@@ -62,6 +70,7 @@ impl Backend {
             "test",
             Duration::from_secs(600),
             Duration::from_millis(100),
+            Duration::ZERO,
         )
     }
 

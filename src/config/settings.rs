@@ -111,6 +111,12 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How long a REQUEST id and its reply are remembered.",
     },
     Setting {
+        key: "stock.sold_out_ms",
+        kind: Kind::Milliseconds(0, limits::SOLD_OUT_MAX_MS),
+        default: "50",
+        doc: "How long INSUFFICIENT is answered without asking Redis again, except where a REQUEST is given; what is restocked through this sidecar sells at once, through another after that at the latest; 0 always asks.",
+    },
+    Setting {
         key: "coupon.lock",
         kind: Kind::Choice(&["elide"]),
         default: "elide",

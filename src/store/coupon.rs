@@ -69,6 +69,7 @@ impl Family for Coupon {
     type Op = CouponOp;
     type Outcome = CouponOutcome;
     type Plan = ();
+    type Memory = ();
 
     fn changes(_: &CouponOp) -> bool {
         true

@@ -101,6 +101,8 @@ pub trait Family: 'static {
     type Outcome: 'static;
     /// What the answer to a batch is read by.
     type Plan: 'static;
+    /// What is known without asking Redis.
+    type Memory: 'static;
 
     /// Whether it may change anything: what only reads is never in doubt.
     fn changes(op: &Self::Op) -> bool;
@@ -109,6 +111,14 @@ pub trait Family: 'static {
     fn is_of_a_client(_: &Self::Op) -> bool {
         true
     }
+    /// Called with every operation that comes in; it is over by `deadline`. What is known of it without asking Redis.
+    fn foreknown(_: &Self::Memory, _: &Self::Op, _deadline: Instant) -> Option<Self::Outcome> {
+        None
+    }
+    /// What Redis, which was asked at `asked`, said of an operation.
+    fn learn(_: &Self::Memory, _: &Self::Op, _: &Self::Outcome, _asked: Instant) {}
+    /// What was known may no longer be so.
+    fn forget(_: &Self::Memory) {}
     /// How many keys it may add to a batch, and about how many bytes.
     fn weight(op: &Self::Op) -> (usize, usize);
     fn encode<'a>(ops: impl Iterator<Item = &'a Self::Op> + Clone, generation: i64) -> Encoded<Self::Plan>;
@@ -186,11 +196,19 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     counter: Cell<u64>,
     clock: Cell<Clock>,
     was_live: Cell<bool>,
+    memory: F::Memory,
 }
 
 impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// `instance` is the sidecar's own: a fresh one a process start. Each operation is done `within` that time of its arrival.
-    pub fn new(partition: Arc<Partition>, redis_url: &str, instance: &str, window_ms: i64, within: Duration) -> Rc<Self> {
+    pub fn new(
+        partition: Arc<Partition>,
+        redis_url: &str,
+        instance: &str,
+        window_ms: i64,
+        within: Duration,
+        memory: F::Memory,
+    ) -> Rc<Self> {
         Rc::new(Self {
             partition,
             redis_url: redis_url.to_owned(),
@@ -205,6 +223,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             counter: Cell::new(0),
             clock: Cell::new(Clock::heard(0)),
             was_live: Cell::new(false),
+            memory,
         })
     }
 
@@ -217,6 +236,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     pub fn submit_until(&self, op: F::Op, deadline: Instant, waiter: W) {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
+        }
+        if let Some(outcome) = F::foreknown(&self.memory, &op, deadline) {
+            return waiter.done(&op, Ok(outcome));
         }
         if F::changes(&op) && F::is_of_a_client(&op) {
             if let Some(why) = self.partition.bound.refusal() {
@@ -294,6 +316,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     fn close(&self, failure: Failure) {
         *self.gate.borrow_mut() = Gate::Closed(failure.clone());
+        F::forget(&self.memory);
         let waiting: Vec<_> = self.queue.take().into_iter().chain(self.parked.take()).collect();
         for mut queued in waiting {
             queued.finish(Err(failure.clone()));
@@ -457,6 +480,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 continue;
             };
             self.send(connection, sent, false, unanswered).await?;
+            tokio::task::yield_now().await;
         }
     }
 
@@ -513,6 +537,7 @@ mod tests {
     use crate::domain::Id;
     use crate::domain::change::StockKind;
     use crate::store::copies::CopiedBatch;
+    use crate::store::sold_out::SoldOut;
     use crate::store::stock::{Action, Stock, StockOp, StockOutcome, Upkeep};
 
     #[derive(Clone, Default)]
@@ -533,7 +558,8 @@ mod tests {
         let mut sold = CopiedBatch::new("i:stock:1".into(), 7);
         Stock::keep(&mut sold, 0, decr(), note);
         partition.copies.keep(sold);
-        let lane = Lane::<Stock, Told>::new(partition, "redis://127.0.0.1:1", "i", 600_000, Duration::from_secs(60));
+        let lane =
+            Lane::<Stock, Told>::new(partition, "redis://127.0.0.1:1", "i", 600_000, Duration::from_secs(60), SoldOut::new(Duration::ZERO));
         *lane.gate.borrow_mut() = Gate::Open;
         let told = Told::default();
         lane.submit(StockOp::upkeep(Id::from("a"), 0, Upkeep::Freeze { reason: "r".into() }), Instant::now(), told.clone());

@@ -19,6 +19,7 @@ pub mod requests;
 pub mod script;
 pub mod settle;
 pub mod snapshot;
+pub mod sold_out;
 pub mod stock;
 pub mod stream;
 pub mod survey;

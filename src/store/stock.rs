@@ -3,6 +3,7 @@
 mod sums;
 
 use std::fmt::Write as _;
+use std::time::Instant;
 
 use smallvec::{SmallVec, smallvec};
 
@@ -14,6 +15,7 @@ use super::pack::Pack;
 use super::partition::Found;
 use super::requests::{self, Remembered, Request, RequestKeys};
 use super::script::{self, Script};
+use super::sold_out::SoldOut;
 use super::words::Words;
 use super::{Error, keys};
 use crate::domain::change::{Effect, Item, Operation, StockKind};
@@ -232,6 +234,7 @@ impl Family for Stock {
     type Op = StockOp;
     type Outcome = StockOutcome;
     type Plan = Plan;
+    type Memory = SoldOut;
 
     fn changes(op: &StockOp) -> bool {
         op.action != Action::Read
@@ -243,6 +246,33 @@ impl Family for Stock {
 
     fn request(op: &StockOp) -> Option<&Request> {
         op.request.as_deref()
+    }
+
+    fn foreknown(memory: &SoldOut, op: &StockOp, deadline: Instant) -> Option<StockOutcome> {
+        match op.action {
+            Action::Read => None,
+            Action::Change(StockKind::Decr) => {
+                let (product, delta) = sums::part(op)?;
+                let available = memory.refuses(product, -delta)?;
+                Some(StockOutcome::Short { item: 0, available })
+            }
+            Action::Change(_) => {
+                memory.may_rise(op.items.iter().map(|(product, _)| product), deadline);
+                None
+            }
+        }
+    }
+
+    fn learn(memory: &SoldOut, op: &StockOp, outcome: &StockOutcome, asked: Instant) {
+        if let StockOutcome::Short { item, available } = outcome
+            && let Some((product, _)) = op.items.get(*item)
+        {
+            memory.had(product, *available, asked);
+        }
+    }
+
+    fn forget(memory: &SoldOut) {
+        memory.clear();
     }
 
     fn weight(op: &StockOp) -> (usize, usize) {

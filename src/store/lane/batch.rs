@@ -24,6 +24,8 @@ pub(super) struct Sent<F: Family, W> {
     encoded: Encoded<F::Plan>,
     generation: i64,
     deadline_ms: i64,
+    /// When it was made, to be sent for the first time.
+    made: Instant,
     pub(super) operations: Vec<Queued<F, W>>,
 }
 
@@ -63,6 +65,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             encoded,
             generation: if operations.iter().any(|queued| F::request(&queued.op).is_some()) { generation } else { 0 },
             deadline_ms: clock.at(youngest),
+            made: Instant::now(),
             operations,
         })
     }
@@ -221,6 +224,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         for (k, (mut queued, verdict)) in (0..).zip(sent.operations.into_iter().zip(verdicts)) {
             match verdict {
                 Verdict::Decided(outcome) => {
+                    F::learn(&self.memory, &queued.op, &outcome, sent.made);
                     let note = F::note(&queued.op, &outcome);
                     queued.finish(Ok(outcome));
                     if let Some(note) = note {
