@@ -1,6 +1,7 @@
 //! As much of RESP as a load generator needs.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
@@ -51,6 +52,10 @@ pub async fn connect_many(port: u16, count: usize) -> Vec<TcpStream> {
         let stream = socket.connect((Ipv4Addr::LOCALHOST, port).into()).await.unwrap();
         stream.set_nodelay(true).unwrap();
         streams.push(stream);
+        // A server that has not come to accept these would drop the next, which are then tried again only after a second.
+        if number % 64 == 63 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
     streams
 }
