@@ -1,6 +1,7 @@
 //! The cases that are compared with another way of doing the same, in turns, with redis-benchmark as the load.
 
 use std::cell::Cell;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use crate::flow::{closed, load};
@@ -91,9 +92,7 @@ pub fn coupon(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     let time = if stage.is_short() { Duration::from_secs(1) } else { Duration::from_secs(3) };
     let mut contenders: Vec<Contender<'_>> =
         SIDES.map(|(side, name)| by_count(stage, name, 100, 1, move |load| issue(stage, side, load))).into();
-    contenders.extend(
-        programs.iter().map(|program| Contender { name: program.name.to_owned(), run: Box::new(move || program.issue(stage, 100, time)) }),
-    );
+    contenders.extend(programs.iter().map(|program| Contender::new(program.name, move || program.issue(stage, 100, time))));
     let all = in_turns(stage, rounds(stage).1, &contenders)?;
     report.rounds(slug, &all);
     report.comparison("COUPON.ISSUE / direct script without a lock", all[0].ratio(&all[1], |sample| sample.rate));
@@ -114,7 +113,7 @@ pub fn for_update(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> 
     }
     let ours = by_count(stage, "holdfast", 100, 1, |load| decrement(stage, Side::Holdfast, HOT, load));
     let time = rounds(stage).0.max(Duration::from_secs(if stage.is_short() { 1 } else { 2 }));
-    let theirs = Contender { name: "for update".to_owned(), run: Box::new(|| pgbench::run_for(stage, 100, time)) };
+    let theirs = Contender::new("for update", || pgbench::run_for(stage, 100, time));
     let all = in_turns(stage, rounds(stage).1, &[ours, theirs])?;
     report.rounds(slug, &all);
     report.ratio(slug, all[0].ratio(&all[1], |sample| sample.rate));
@@ -156,25 +155,33 @@ fn issue(stage: &Stage, side: Side, load: Load) -> Work {
 /// each round goes by the one before.
 fn by_count<'a>(stage: &'a Stage, name: &str, connections: usize, pipeline: usize, work: impl Fn(Load) -> Work + 'a) -> Contender<'a> {
     let time = rounds(stage).0.as_secs_f64();
-    let rate = Cell::new(None);
-    let send = move |operations: u64| {
+    let rate = Rc::new(Cell::new(0.0));
+    let send = Rc::new(move |operations: u64| {
         let work = work(Load { port: 0, connections, pipeline, range: PRODUCTS });
         let round = work.load.run(&work.words, operations);
         if let Some(forget) = work.forget {
             stage.stack.backing().ask(&forget);
         }
         round
-    };
-    let of = |round: &Round| round.operations as f64 / round.took.as_secs_f64().max(0.01);
-    let run = move || {
-        let known = rate.get().unwrap_or_else(|| of(&send(20_000)));
-        let round = send((known * time).max(10_000.0) as u64);
-        if round.operations > 0 {
-            rate.set(Some(of(&round)));
+    });
+    let learn = {
+        let rate = Rc::clone(&rate);
+        move |round: &Round| {
+            if round.operations > 0 {
+                rate.set(round.operations as f64 / round.took.as_secs_f64());
+            }
         }
+    };
+    let try_out = {
+        let (send, learn) = (Rc::clone(&send), learn.clone());
+        move || learn(&send(20_000))
+    };
+    let run = move || {
+        let round = send((rate.get() * time).max(10_000.0) as u64);
+        learn(&round);
         round
     };
-    Contender { name: name.to_owned(), run: Box::new(run) }
+    Contender::new(name, run).tried_out(try_out)
 }
 
 /// A million products against one.
@@ -208,21 +215,32 @@ pub fn products(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
 }
 
 /// Ten thousand connections against one. Both with a pipeline, so that it is not the sockets that are compared; the single connection's is
-/// so long that it is never idle, the others' so short that not more is under way than the server lets wait.
+/// so long that it is never idle, the others' so short that not more is under way than the server lets wait. And against fifty with the
+/// same pipeline, which tells what their number alone costs.
 pub fn connections(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
+    // Longer than others: making so many connections takes CPU time too.
+    let time = rounds(stage).0 * 2;
     let template = Template::decrement(stage, false, &[]);
     let contender = |name: &str, connections, pipeline| {
-        let (template, time) = (template.clone(), rounds(stage).0);
+        let template = template.clone();
         let run = move || {
             let (tally, took) = load(stage, &closed(stage, connections, pipeline, time), &template);
             tally.into_round(took)
         };
-        Contender { name: name.to_owned(), run: Box::new(run) }
+        Contender::new(name, run)
     };
-    let all = [contender("10,000, p4", 10_000, 4), contender("10,000, p1", 10_000, 1), contender("1, p1000", 1, 1_000)];
+    let all = [
+        contender("10,000, p4", 10_000, 4),
+        contender("10,000, p1", 10_000, 1),
+        contender("50, p4", 50, 4),
+        contender("50, p1", 50, 1),
+        contender("1, p1000", 1, 1_000),
+    ];
     let all = in_turns(stage, rounds(stage).1, &all)?;
     report.rounds(slug, &all);
-    report.ratio(slug, all[0].ratio(&all[2], |sample| sample.rate));
-    report.comparison("10,000 connections without a pipeline / 1 with", all[1].ratio(&all[2], |sample| sample.rate));
+    let rate = |a: usize, b: usize| all[a].ratio(&all[b], |sample| sample.rate);
+    report.ratio(slug, rate(0, 4));
+    report.comparison("10,000 connections / 50, both with pipeline 4", rate(0, 2));
+    report.comparison("10,000 connections / 50, both without a pipeline", rate(1, 3));
     Some(())
 }

@@ -180,7 +180,7 @@ pub fn ack(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
             let (tally, took) = load(stage, &closed(stage, 100, 1, time), &template);
             tally.into_round(took)
         };
-        Contender { name: name.to_owned(), run: Box::new(run) }
+        Contender::new(name, run)
     });
     let all = in_turns(stage, rounds, &contenders)?;
     report.rounds(slug, &all);

@@ -55,8 +55,20 @@ pub struct Sample {
 
 /// Somebody who takes part.
 pub struct Contender<'a> {
-    pub name: String,
-    pub run: Box<dyn Fn() -> Round + 'a>,
+    name: String,
+    /// What comes before the rounds, and does not count.
+    try_out: Option<Box<dyn Fn() + 'a>>,
+    run: Box<dyn Fn() -> Round + 'a>,
+}
+
+impl<'a> Contender<'a> {
+    pub fn new(name: impl Into<String>, run: impl Fn() -> Round + 'a) -> Self {
+        Self { name: name.into(), try_out: None, run: Box::new(run) }
+    }
+
+    pub fn tried_out(self, try_out: impl Fn() + 'a) -> Self {
+        Self { try_out: Some(Box::new(try_out)), ..self }
+    }
 }
 
 /// All rounds of a contender; one that failed is missing.
@@ -70,6 +82,8 @@ pub struct Rounds {
 pub fn in_turns(stage: &Stage, rounds: usize, contenders: &[Contender<'_>]) -> Option<Vec<Rounds>> {
     let new = |contender: &Contender<'_>| Rounds { name: contender.name.clone(), samples: Vec::new(), errors: BTreeMap::new() };
     let mut all: Vec<Rounds> = contenders.iter().map(new).collect();
+    contenders.iter().filter_map(|contender| contender.try_out.as_ref()).for_each(|try_out| try_out());
+    stage.drain();
     for _ in 0..rounds {
         for (contender, rounds) in contenders.iter().zip(&mut all) {
             let (began, before) = (Instant::now(), stage.cpu());
