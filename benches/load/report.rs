@@ -135,9 +135,9 @@ impl Report {
         self.line(format_args!("Of {all} goals missed: {missed}"));
     }
 
-    /// Keeps the table and the plot.
-    pub fn save(&mut self) {
-        let (text, plot) = (made().join("load.txt"), made().join("load.svg"));
+    /// Keeps the table and the plot under this name.
+    pub fn save(&mut self, name: &str) {
+        let (text, plot) = (made().join(format!("{name}.txt")), made().join(format!("{name}.svg")));
         self.line(format_args!("Kept in {} and {}", text.display(), plot.display()));
         fs::write(text, &self.text).unwrap();
         fs::write(plot, plot::svg(&self.figures)).unwrap();
