@@ -30,7 +30,8 @@ test-clients: build ## Runs the clients of other languages against it
 test-sabotage: setup ## Shows that builds which break a promise fail the tests
 	tests/sabotage
 
-bench: setup ## Measures it; BENCH=short for a minute
+bench: ## Measures it; BENCH=short for a minute, BENCH_ONLY=hot-p16 for one case, UPDATE=1 for new counts
+	@scripts/setup.sh bench
 	BENCH=$(BENCH) HOLDFAST_TEST_FSYNC=1 cargo bench --locked
 
 lint: ## Checks format and lints

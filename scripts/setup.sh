@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what Holdfast needs beside Rust, where it is missing: a Redis, a PostgreSQL, a C compiler.
+# Installs what Holdfast needs beside Rust, where it is missing: a Redis, a PostgreSQL, a C compiler. `setup.sh clients` and
+# `setup.sh bench` also install what those need.
 #
 # Debian's packages also start a Redis and a PostgreSQL of the system. Holdfast leaves those alone: `holdfast dev` and the tests start
 # their own, on other ports.
@@ -11,6 +12,14 @@ command -v redis-server >/dev/null || command -v valkey-server >/dev/null || pac
 command -v cc >/dev/null || packages+=(gcc libc6-dev)
 # What the tests with clients of other languages need.
 if [ "${1:-}" = clients ]; then
+    command -v node >/dev/null && command -v npm >/dev/null || packages+=(nodejs npm)
+    python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3 python3-venv)
+fi
+# What the benchmark needs. Java and Maven are used where they are there: they are large, and serve one of its comparisons.
+if [ "${1:-}" = bench ]; then
+    command -v redis-benchmark >/dev/null || packages+=(redis-tools)
+    command -v haproxy >/dev/null || packages+=(haproxy)
+    command -v valgrind >/dev/null || packages+=(valgrind)
     command -v node >/dev/null && command -v npm >/dev/null || packages+=(nodejs npm)
     python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3 python3-venv)
 fi

@@ -100,7 +100,7 @@ impl Postgres {
             let mut child = as_postgres(&program("postgres"))
                 .arg("-D")
                 .arg(directory.join("data"))
-                .args(["-p", &port.to_string(), "-h", "127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=100"])
+                .args(["-p", &port.to_string(), "-h", "127.0.0.1", "-c", "unix_socket_directories=", "-c", "max_connections=200"])
                 // Tests need no data after a power cut; a benchmark must pay for it.
                 .args(["-c", if std::env::var_os("HOLDFAST_TEST_FSYNC").is_some() { "fsync=on" } else { "fsync=off" }])
                 .stdout(Stdio::null())
