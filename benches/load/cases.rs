@@ -218,8 +218,7 @@ pub fn products(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
 /// so long that it is never idle, the others' so short that not more is under way than the server lets wait. And against fifty with the
 /// same pipeline, which tells what their number alone costs.
 pub fn connections(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
-    // Longer than others: making so many connections takes CPU time too.
-    let time = rounds(stage).0 * 2;
+    let time = rounds(stage).0;
     let template = Template::decrement(stage, false, &[]);
     let contender = |name: &str, connections, pipeline| {
         let template = template.clone();
