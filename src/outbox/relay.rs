@@ -2,7 +2,8 @@
 //!
 //! Each pass of the loop does the next thing that is due: connect, prove that the outbox continues what Postgres has, read, apply one
 //! transaction, trim. Whatever fails, the next pass begins with what is then due; nothing read is given up before Postgres has it, and
-//! that it is applied once is up to the row that [`apply`] locks. Several relays on one partition are in each other's way, but do no harm.
+//! that it is applied once is up to the row that [`apply`] locks. While Postgres works on a transaction, the next batch is read and decoded;
+//! it stands behind the one at hand, and whatever gives that up gives up both. Several relays on one partition are in each other's way, but do no harm.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -73,6 +74,10 @@ struct Carrier {
     /// Up to where the outbox has been read; `None` until it is proved that the outbox continues what Postgres has.
     cursor: Option<Position>,
     batch: Batch,
+    /// What was read behind `batch` while Postgres was at work; `cursor` is at its end.
+    ahead: Batch,
+    /// Whether more may have arrived since `batch` was read ahead, and it has room.
+    top_up: bool,
     /// How many changes a transaction may have: fewer after one that took too long.
     changes_max: usize,
     /// How many entries the next read asks for.
@@ -97,6 +102,8 @@ impl Carrier {
             reader: None,
             cursor: None,
             batch: Batch::default(),
+            ahead: Batch::default(),
+            top_up: false,
             changes_max: RELAY_CHANGES_MAX,
             entries_max: RELAY_READ_ENTRIES_MAX,
             trimmed: Instant::now(),
@@ -129,6 +136,9 @@ impl Carrier {
         self.trim().await;
         if self.batch.is_empty() {
             return self.read(cursor, RELAY_BLOCK).await;
+        }
+        if std::mem::take(&mut self.top_up) {
+            return self.read(cursor, Duration::ZERO).await;
         }
         self.carry().await
     }
@@ -182,6 +192,8 @@ impl Carrier {
     fn start_over(&mut self) {
         self.cursor = None;
         self.batch = Batch::default();
+        self.ahead = Batch::default();
+        self.top_up = false;
     }
 
     /// Makes sure that Postgres is there, asking it where it has said nothing for a while. Errors with how long to wait.
@@ -325,55 +337,57 @@ impl Carrier {
         self.say(None);
     }
 
-    /// Reads a batch: what is there, up to about as much as one transaction should have.
+    /// Reads a batch, or more of the one at hand: what is there, up to about as much as one transaction should have.
     async fn read(&mut self, cursor: Position, block: Duration) -> Next {
         let Some(reader) = &mut self.reader else { return Next::Now };
-        let (mut entries, mut bytes, mut changes, mut after, mut block) = (Vec::new(), 0, 0, cursor, block);
-        while changes < RELAY_CHANGES_GOAL && bytes < RELAY_READ_BYTES_GOAL {
-            let read = match reader.read_after(after, self.entries_max, block).await {
-                Ok(read) => read,
-                // What came before is as good as ever; the next read meets the error again.
-                Err(_) if !entries.is_empty() => break,
-                Err(error) => return self.outbox_failed(error),
-            };
-            let full = read.entries.len() == self.entries_max;
-            bytes += read.bytes;
-            changes += read.entries.iter().map(|entry| entry.operations.len()).sum::<usize>();
-            after = read.entries.last().map_or(after, |entry| entry.last);
-            entries.extend(read.entries);
-            if !full {
-                break;
+        match gather(reader, &self.relay.partition, cursor, self.entries_max, self.batch.changes(), block).await {
+            Ok(found) => {
+                self.entries_max = found.entries_max;
+                self.cursor = Some(found.end);
+                self.batch.extend(found.entries, found.bytes);
+                Next::Now
             }
-            block = Duration::ZERO;
+            // What came before is as good as ever; the next read meets the error again.
+            Err(_) if !self.batch.is_empty() => Next::Now,
+            Err(error) => self.outbox_failed(error),
         }
-        if let Some(each) = changes.checked_div(entries.len()) {
-            self.entries_max = RELAY_CHANGES_GOAL.div_ceil(each.max(1)).clamp(1, RELAY_READ_ENTRIES_MAX);
-        }
-        if after > cursor {
-            self.relay.partition.saw(after);
-        }
-        self.cursor = Some(after);
-        self.batch = Batch::new(entries, bytes);
-        Next::Now
     }
 
-    /// Applies the next slice of the batch.
+    /// Applies the next slice of the batch. While Postgres works on the last one, what comes behind it is read.
     async fn carry(&mut self) -> Next {
         let slice = self.batch.slice(self.changes_max);
         let Some(connection) = self.ledger.take() else { return Next::Now };
-        let began = Instant::now();
-        let partition = &self.relay.partition;
-        let (connection, result) = match transact(connection, partition, slice, Refused::EndsIt).await {
-            (Some(connection), Err(ledger::Error::Data(reason))) if slice.len() == 1 => {
-                tracing::warn!(partition = self.id, entry = %slice[0].last, reason, "postgres refuses a change: parked as a dead letter");
-                transact(connection, partition, slice, Refused::IsParked).await
-            }
-            other => other,
+        let (partition, id) = (&*self.relay.partition, self.id);
+        let end = self.cursor.filter(|end| slice.last().is_some_and(|entry| entry.last == *end));
+        let reading = async {
+            let (reader, end) = (self.reader.as_mut()?, end?);
+            // The next read meets an error again.
+            gather(reader, partition, end, self.entries_max, 0, Duration::ZERO).await.ok()
         };
+        let carrying = async {
+            let began = Instant::now();
+            let (connection, result) = match transact(connection, partition, slice, Refused::EndsIt).await {
+                (Some(connection), Err(ledger::Error::Data(reason))) if slice.len() == 1 => {
+                    tracing::warn!(partition = id, entry = %slice[0].last, reason, "postgres refuses a change: parked as a dead letter");
+                    transact(connection, partition, slice, Refused::IsParked).await
+                }
+                other => other,
+            };
+            // Whoever waits for it does not wait for the read as well.
+            if let Ok((applied, _)) = &result {
+                partition.set_applied(applied.position);
+            }
+            (connection, result, began.elapsed().as_secs_f64())
+        };
+        let ((connection, result, seconds), found) = tokio::join!(carrying, reading);
         self.ledger = connection;
+        if let Some(found) = found {
+            self.entries_max = found.entries_max;
+            self.cursor = Some(found.end);
+            self.ahead.extend(found.entries, found.bytes);
+        }
         match result {
             Ok((applied, parked)) => {
-                let seconds = began.elapsed().as_secs_f64();
                 if parked > 0 {
                     self.relay.partition.parked.notify_one();
                 }
@@ -388,14 +402,14 @@ impl Carrier {
         self.ledger_answered();
         self.transaction.over(self.id);
         self.unstuck();
-        let partition = &self.relay.partition;
-        partition.set_applied(applied.position);
         counter!("holdfast_relay_applied_changes_total", "partition" => self.label.clone()).increment(applied.operations);
         histogram!("holdfast_relay_batch_changes", "partition" => self.label.clone()).record(applied.operations as f64);
         histogram!("holdfast_relay_transaction_seconds", "partition" => self.label.clone()).record(seconds);
         self.changes_max = (self.changes_max * 2).min(RELAY_CHANGES_MAX);
         if let Some((position, bytes)) = self.batch.advance() {
             self.marks.push(position, bytes as u64, Instant::now());
+            self.batch = std::mem::take(&mut self.ahead);
+            self.top_up = !self.batch.is_empty() && self.batch.changes() < RELAY_CHANGES_GOAL;
         }
     }
 
@@ -443,6 +457,54 @@ impl Carrier {
             Err(error) => tracing::warn!(partition = self.id, %error, "trimming the outbox failed; a later cut takes this one's part"),
         }
     }
+}
+
+/// What was read of the outbox in a row.
+struct Found {
+    entries: Vec<Entry>,
+    bytes: usize,
+    /// The position of the last of them; where the read began, if there are none.
+    end: Position,
+    /// How many entries the next read should ask for.
+    entries_max: usize,
+}
+
+/// Reads what stands behind `after`, until there is nothing more or a batch that has `had` changes already is full. Waits up to `block`
+/// for the first entry.
+async fn gather(
+    reader: &mut OutboxReader,
+    partition: &Partition,
+    after: Position,
+    entries_max: usize,
+    had: usize,
+    mut block: Duration,
+) -> Result<Found, store::Error> {
+    let mut found = Found { entries: Vec::new(), bytes: 0, end: after, entries_max };
+    let mut changes = 0;
+    while had + changes < RELAY_CHANGES_GOAL && found.bytes < RELAY_READ_BYTES_GOAL {
+        let read = match reader.read_after(found.end, entries_max, block).await {
+            Ok(read) => read,
+            // What came before is as good as ever; the next read meets the error again.
+            Err(_) if !found.entries.is_empty() => break,
+            Err(error) => return Err(error),
+        };
+        let full = read.entries.len() == entries_max;
+        found.bytes += read.bytes;
+        changes += read.entries.iter().map(|entry| entry.operations.len()).sum::<usize>();
+        found.end = read.entries.last().map_or(found.end, |entry| entry.last);
+        found.entries.extend(read.entries);
+        if !full {
+            break;
+        }
+        block = Duration::ZERO;
+    }
+    if let Some(each) = changes.checked_div(found.entries.len()) {
+        found.entries_max = RELAY_CHANGES_GOAL.div_ceil(each.max(1)).clamp(1, RELAY_READ_ENTRIES_MAX);
+    }
+    if found.end > after {
+        partition.saw(found.end);
+    }
+    Ok(found)
 }
 
 /// What becomes of a change that Postgres refuses for its data.

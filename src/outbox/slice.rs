@@ -27,6 +27,21 @@ impl Batch {
         Self { entries, bytes, done: 0, taken: 0, narrow: usize::MAX }
     }
 
+    /// Puts what was read next at its end.
+    pub(super) fn extend(&mut self, entries: Vec<Entry>, bytes: usize) {
+        if self.is_empty() {
+            *self = Self::new(entries, bytes);
+        } else {
+            self.entries.extend(entries);
+            self.bytes += bytes;
+        }
+    }
+
+    /// How many changes of it are not applied yet.
+    pub(super) fn changes(&self) -> usize {
+        self.entries[self.done..].iter().map(|entry| entry.operations.len()).sum()
+    }
+
     /// Whether all of it is applied.
     pub(super) fn is_empty(&self) -> bool {
         self.done == self.entries.len()

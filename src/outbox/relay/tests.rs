@@ -158,6 +158,41 @@ async fn a_cut_connection_loses_and_repeats_nothing() {
 }
 
 #[tokio::test]
+async fn what_was_read_ahead_of_a_transaction_that_fails_arrives_once() {
+    let (mut stage, mut database) = (Stage::new().await, database().await);
+    stage.append("0 set | a 100000 100000").await;
+    let entry: Vec<_> = (0..500).map(|k| format!("{k} decr | a -1 0")).collect();
+    let all = 1 + 20 * 500;
+    for _ in 0..20 {
+        stage.append(&entry.join("\n")).await;
+    }
+    let mut holder = ledger::connect(&database.url).await.unwrap();
+    execute(&mut holder, "BEGIN; SELECT * FROM holdfast.partition FOR UPDATE").await;
+    stage.live();
+    stage.start(&database.url);
+    // Two batches are read although Postgres has taken none: the second one behind the transaction that waits for the lock.
+    let ahead = RELAY_CHANGES_GOAL as u64 + 1_000;
+    stage.until(|partition| partition.lag() >= ahead).await;
+    // It gives up waiting for the lock, with what was read pending, and tries again; then it loses its connection.
+    tokio::time::sleep(Duration::from_millis(1_300)).await;
+    assert_eq!((stage.partition.applied.borrow().n, lines(&mut database.connection).await), (0, 0));
+    execute(
+        &mut database.connection,
+        "SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity a WHERE a.datname = current_database() AND a.wait_event_type = 'Lock'",
+    )
+    .await;
+    execute(&mut holder, "COMMIT").await;
+    stage.applied(all).await;
+    stage.stop().await;
+    assert_eq!(units_and_lines(&mut database.connection).await, (90_000, 10_001));
+}
+
+/// How many lines the ledger has.
+async fn lines(connection: &mut PgConnection) -> i64 {
+    number_of(connection, "SELECT count(*) FROM holdfast.stock_ledger").await
+}
+
+#[tokio::test]
 async fn a_postgres_that_dies_and_comes_back_has_everything_once() {
     let mut server = tokio::task::spawn_blocking(Postgres::start).await.unwrap();
     let url = server.database().await;

@@ -338,10 +338,10 @@ mod tests {
     /// Decides an operation as commands.md says; `n` counts the accepted ones.
     fn decide(models: &mut Models, op: &StockOp, n: &mut u64) -> StockOutcome {
         let model = |id: &Id| models.get(id.as_str()).cloned().unwrap_or_default();
-        if let Some(item) = op.items.iter().position(|(id, _)| model(id).corrupt) {
-            if op.items.iter().take(item).all(|(id, quantity)| refusal(op.action, &model(id), *quantity, 0).is_none()) {
-                return StockOutcome::Corrupt { item };
-            }
+        if let Some(item) = op.items.iter().position(|(id, _)| model(id).corrupt)
+            && op.items.iter().take(item).all(|(id, quantity)| refusal(op.action, &model(id), *quantity, 0).is_none())
+        {
+            return StockOutcome::Corrupt { item };
         }
         if op.action == Action::Read {
             return StockOutcome::Values(op.items.iter().map(|(id, _)| model(id).value).collect());
