@@ -31,6 +31,9 @@ if sums then
     local ids = {}
     for i = 1, sums[1] do ids[i] = string.sub(KEYS[FIXED + i], #'stock:product:' + 1) end
     reasons_of = redis.call('HMGET', frozen, unpack(ids))
+    local is_one = false
+    for i = 1, #ids do is_one = is_one or reasons_of[i] end
+    if not is_one then reasons_of = nil end
   end
   summed, answered = sum_up(sums, FIXED, reasons_of, set)
   head.n = head.n + summed.count

@@ -298,7 +298,7 @@ impl FrontThread {
         let (redis_url, window) = (config.redis.url.expose(), config.idempotency.window);
         let backend = Backend::new(self.partition, redis_url, &self.instance, window, config.reply_within, self.number);
         let driving = backend.drive(self.changes, &lanes);
-        spawn_local(beat(self.pulses, self.number));
+        spawn_local(beat(self.pulses, self.number, Arc::clone(&backend.partition)));
         let cx = Rc::new(Context::new(Rc::new(Commands::new(TABLE)), self.registry, self.stats, backend));
         spawn_local(Rc::clone(&cx.heartbeat).beat());
         cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
@@ -312,9 +312,10 @@ impl FrontThread {
 }
 
 /// Shows, for as long as this thread gets anything done, that it does.
-async fn beat(pulses: Pulses, number: usize) {
+async fn beat(pulses: Pulses, number: usize, partition: Arc<Partition>) {
     loop {
         *pulses[number].lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        partition.sold_out.purge();
         tokio::time::sleep(limits::PULSE_EVERY).await;
     }
 }

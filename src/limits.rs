@@ -24,8 +24,11 @@ pub const BATCH_BYTES_MAX: usize = 256 * 1024;
 /// What the setting `stock.sold_out_ms` may be: what is restocked elsewhere sells here after that at the latest, which nobody notices.
 pub const SOLD_OUT_MAX_MS: u64 = 50;
 
-/// Products that are known to be sold out, or about to be restocked: more than [`LANE_QUEUE_MAX`], which bounds the latter.
-pub const SOLD_OUT_NOTES_MAX: usize = 120_000;
+/// Products that are known to be sold out: as many as a flash sale has, some 100 bytes each. Of more, Redis is asked.
+pub const SOLD_OUT_NOTES_MAX: usize = 100_000;
+
+/// Room for such notes that is kept while there are none.
+pub const SOLD_OUT_NOTES_KEPT: usize = 64;
 
 /// What the setting `threads` may be.
 pub const THREADS_MAX: u64 = crate::domain::request::THREADS_MAX;

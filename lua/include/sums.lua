@@ -78,7 +78,10 @@ local function sum_up(sums, place, frozen, set)
     end
   end
   local before = all and table.concat(found, ' ', 1, changing)
-  if all and not string.find(before, '[^%d ]') then
+  -- tonumber is not strict. A blank of a value's own stands beside another one, or at an end.
+  local strict = all and not string.find(before, '[^%d ]') and not string.find(before, '  ', 1, true)
+    and string.byte(before, 1) ~= 32 and string.byte(before, -1) ~= 32
+  if strict then
     local answer = whole(count) .. ' ' .. before
     if changing < products then
       if changing == 0 then answer = '0' end

@@ -43,6 +43,8 @@ pub struct Copy {
 #[derive(Debug, Default)]
 pub struct Parts {
     epoch: u64,
+    /// The newest of their positions: what was decided one by one may stand behind what was summed.
+    newest: u64,
     /// The products' ids, one after the other.
     names: String,
     parts: Vec<Part>,
@@ -63,6 +65,7 @@ impl Parts {
     pub fn push(&mut self, k: u32, product: &Id, delta: i64, position: Position) {
         let small = |len: usize| u16::try_from(len).unwrap_or(u16::MAX);
         self.epoch = position.epoch;
+        self.newest = self.newest.max(position.n);
         // A hot product is named once, not once an operation.
         let (name_at, name_len) = match self.parts.last() {
             Some(last) if self.name(last) == product.as_str() => (last.name_at, last.name_len),
@@ -113,8 +116,8 @@ impl CopiedBatch {
     }
 
     fn last(&self) -> Position {
-        let part = self.parts.parts.last().map(|part| Position::new(self.parts.epoch, part.n));
-        part.max(self.copies.last().map(|copy| copy.note.position)).unwrap_or_default()
+        let copies = self.copies.iter().map(|copy| copy.note.position).max();
+        copies.unwrap_or_default().max(Position::new(self.parts.epoch, self.parts.newest))
     }
 
     fn bytes(&self) -> usize {

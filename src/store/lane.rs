@@ -110,10 +110,12 @@ pub trait Family: 'static {
     fn is_of_a_client(_: &Self::Op) -> bool {
         true
     }
-    /// Called with every operation that comes in; it is over by `deadline`. What is known of it without asking Redis.
-    fn foreknown(_: &SoldOut, _: &Self::Op, _deadline: Instant) -> Option<Self::Outcome> {
+    /// What is known of an operation without asking Redis.
+    fn foreknown(_: &SoldOut, _: &Self::Op) -> Option<Self::Outcome> {
         None
     }
+    /// Called with every operation that goes to Redis; it is over by `deadline`.
+    fn goes(_: &SoldOut, _: &Self::Op, _deadline: Instant) {}
     /// What Redis, which was asked at `asked`, said of an operation.
     fn learn(_: &SoldOut, _: &Self::Op, _: &Self::Outcome, _asked: Instant) {}
     /// How many keys it may add to a batch, and about how many bytes.
@@ -193,6 +195,8 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     counter: Cell<u64>,
     clock: Cell<Clock>,
     was_live: Cell<bool>,
+    batch_operations: metrics::Histogram,
+    script_seconds: metrics::Histogram,
 }
 
 impl<F: Family, W: Waiter<F>> Lane<F, W> {
@@ -212,6 +216,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             counter: Cell::new(0),
             clock: Cell::new(Clock::heard(0)),
             was_live: Cell::new(false),
+            batch_operations: metrics::histogram!("holdfast_batch_operations", "lane" => F::LANE),
+            script_seconds: metrics::histogram!("holdfast_script_seconds", "lane" => F::LANE),
         })
     }
 
@@ -225,7 +231,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
         }
-        if let Some(outcome) = F::foreknown(&self.partition.sold_out, &op, deadline) {
+        if let Some(outcome) = F::foreknown(&self.partition.sold_out, &op) {
             return waiter.done(&op, Ok(outcome));
         }
         if F::changes(&op) && F::is_of_a_client(&op) {
@@ -241,6 +247,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             drop(queue);
             return waiter.done(&op, Err(Failure::TryAgain("overloaded: too many operations are waiting for Redis".into())));
         }
+        F::goes(&self.partition.sold_out, &op, deadline);
         // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
         let at = queue.iter().rposition(|queued| queued.deadline <= deadline).map_or(0, |before| before + 1);
         queue.insert(at, Queued { op, waiter: Some(waiter), deadline, again: None });

@@ -26,11 +26,11 @@ type Notes = HashMap<Id, Note, foldhash::fast::RandomState>;
 
 #[derive(Clone, Copy, Debug)]
 enum Note {
-    /// So many units were available when Redis was asked.
+    /// So many units were available when Redis was asked, as far as this process knows.
     Had { available: i64, until: Instant },
     /// So many operations that may add units are under way; all are over by then.
     MayRise { pending: u32, until: Instant },
-    /// The last of them has been answered: what Redis said before that no longer counts.
+    /// The last of them has been answered: what Redis was asked before that no longer counts.
     Rose { at: Instant },
 }
 
@@ -44,9 +44,14 @@ impl SoldOut {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether nothing is noted of any product.
+    pub fn is_empty(&self) -> bool {
+        !self.any.load(Ordering::Relaxed)
+    }
+
     /// What was available moments ago, if it is less than `wanted`.
     pub fn refuses(&self, product: &Id, wanted: i64) -> Option<i64> {
-        if !self.any.load(Ordering::Relaxed) {
+        if self.is_empty() {
             return None;
         }
         match self.notes().get(product) {
@@ -60,31 +65,35 @@ impl SoldOut {
         if self.lasts.is_zero() {
             return;
         }
-        let mut notes = self.notes();
+        let (now, mut notes) = (Instant::now(), self.notes());
+        self.any.store(true, Ordering::Relaxed);
         for product in products {
             let note = match notes.get(product) {
-                Some(Note::MayRise { pending, until: other }) if Instant::now() < *other => {
+                Some(Note::MayRise { pending, until: other }) if now < *other => {
                     Note::MayRise { pending: pending + 1, until: until.max(*other) }
                 }
                 _ => Note::MayRise { pending: 1, until },
             };
-            self.put(&mut notes, product, note);
+            // As many as there are operations under way, which the lanes bound.
+            match notes.get_mut(product) {
+                Some(known) => *known = note,
+                None => _ = notes.insert(product.detached(), note),
+            }
         }
     }
 
     /// One of these operations has been answered.
     pub fn rose<'a>(&self, products: impl Iterator<Item = &'a Id>) {
-        if !self.any.load(Ordering::Relaxed) {
+        if self.lasts.is_zero() {
             return;
         }
         let mut notes = self.notes();
         for product in products {
-            if let Some(note @ Note::MayRise { .. }) = notes.get_mut(product) {
-                *note = match *note {
-                    Note::MayRise { pending, until } if pending > 1 => Note::MayRise { pending: pending - 1, until },
-                    _ => Note::Rose { at: Instant::now() },
-                };
-            }
+            let note = match notes.get(product) {
+                Some(Note::MayRise { pending, until }) if *pending > 1 => Note::MayRise { pending: pending - 1, until: *until },
+                _ => Note::Rose { at: Instant::now() },
+            };
+            self.put(&mut notes, product, note);
         }
     }
 
@@ -99,42 +108,58 @@ impl SoldOut {
         let is_older = match notes.get(product) {
             Some(Note::MayRise { until, .. }) => now < *until,
             Some(Note::Rose { at }) => asked <= *at,
-            Some(Note::Had { .. }) | None => false,
+            Some(Note::Had { until: other, .. }) => until < *other,
+            None => false,
         };
         if !is_older {
             self.put(&mut notes, product, Note::Had { available, until });
         }
     }
 
-    /// Forgets everything.
+    /// Redis, asked at `asked`, had so many units of a product, or had no such product: what is noted of it is put right.
+    pub fn saw(&self, product: &Id, available: Option<i64>, asked: Instant) {
+        if self.is_empty() {
+            return;
+        }
+        let mut notes = self.notes();
+        let Some(Note::Had { available: noted, until }) = notes.get_mut(product) else { return };
+        if asked + self.lasts < *until {
+            return;
+        }
+        match available {
+            Some(available) => (*noted, *until) = (available, asked + self.lasts),
+            None => _ = notes.remove(product),
+        }
+    }
+
+    /// Forgets what refuses.
     pub fn clear(&self) {
-        self.notes().clear();
-        self.any.store(false, Ordering::Relaxed);
+        self.notes().retain(|_, note| !matches!(note, Note::Had { .. }));
+    }
+
+    /// Removes what no longer counts. Called now and then.
+    pub fn purge(&self) {
+        if self.is_empty() {
+            return;
+        }
+        let (now, lasts, mut notes) = (Instant::now(), self.lasts, self.notes());
+        notes.retain(|_, note| match note {
+            Note::Had { until, .. } | Note::MayRise { until, .. } => now < *until,
+            Note::Rose { at } => now < *at + lasts,
+        });
+        if notes.is_empty() {
+            notes.shrink_to(limits::SOLD_OUT_NOTES_KEPT);
+            self.any.store(false, Ordering::Relaxed);
+        }
     }
 
     fn put(&self, notes: &mut Notes, product: &Id, note: Note) {
-        self.any.store(true, Ordering::Relaxed);
         if let Some(known) = notes.get_mut(product) {
             *known = note;
-            return;
+        } else if notes.len() < limits::SOLD_OUT_NOTES_MAX {
+            self.any.store(true, Ordering::Relaxed);
+            notes.insert(product.detached(), note);
         }
-        if notes.len() >= limits::SOLD_OUT_NOTES_MAX {
-            let now = Instant::now();
-            let lasts = self.lasts;
-            notes.retain(|_, note| match note {
-                Note::Had { until, .. } | Note::MayRise { until, .. } => now < *until,
-                Note::Rose { at } => now < *at + lasts,
-            });
-            if notes.len() >= limits::SOLD_OUT_NOTES_MAX {
-                match note {
-                    // Refusing less is always right.
-                    Note::Had { .. } | Note::Rose { .. } => return,
-                    // This must be known. Without notes that refuse there is room, for there are never so many operations under way.
-                    Note::MayRise { .. } => notes.retain(|_, note| matches!(note, Note::MayRise { .. })),
-                }
-            }
-        }
-        notes.insert(product.detached(), note);
     }
 }
 
@@ -193,13 +218,36 @@ mod tests {
     }
 
     #[test]
-    fn it_is_bounded_and_never_forgets_what_may_rise() {
+    fn what_was_seen_since_puts_the_note_right() {
+        let (notes, now, product) = (SoldOut::new(LASTS), Instant::now(), Id::from("a"));
+        notes.had(&product, 5, now);
+        notes.saw(&product, Some(0), now);
+        assert_eq!(notes.refuses(&product, 10), Some(0));
+        notes.saw(&product, Some(100), now);
+        assert_eq!(notes.refuses(&product, 10), None);
+        notes.had(&product, 3, now + Duration::from_secs(1));
+        notes.saw(&product, Some(100), now);
+        assert_eq!(notes.refuses(&product, 10), Some(3), "what was asked before does not count");
+        notes.saw(&product, None, now + Duration::from_secs(2));
+        assert_eq!(notes.refuses(&product, 10), None, "it was deleted");
+    }
+
+    #[test]
+    fn it_is_bounded_purged_and_never_forgets_what_may_rise() {
         let (notes, now) = (SoldOut::new(LASTS), Instant::now());
         let id = |n: usize| Id::from(format!("p-{n}").as_str());
         (0..limits::SOLD_OUT_NOTES_MAX + 5).for_each(|n| notes.had(&id(n), 0, now));
         assert_eq!(notes.notes().len(), limits::SOLD_OUT_NOTES_MAX);
-        notes.may_rise([&id(limits::SOLD_OUT_NOTES_MAX + 7)].into_iter(), now + LASTS);
-        notes.had(&id(limits::SOLD_OUT_NOTES_MAX + 7), 0, now);
-        assert_eq!(notes.refuses(&id(limits::SOLD_OUT_NOTES_MAX + 7), 1), None);
+        let rising = id(limits::SOLD_OUT_NOTES_MAX + 7);
+        notes.may_rise([&rising].into_iter(), now + LASTS);
+        notes.clear();
+        notes.had(&rising, 0, now);
+        assert_eq!((notes.refuses(&rising, 1), notes.notes().len()), (None, 1));
+        let short = SoldOut::new(Duration::from_millis(1));
+        short.had(&rising, 0, Instant::now());
+        short.may_rise([&id(1)].into_iter(), Instant::now());
+        std::thread::sleep(Duration::from_millis(2));
+        short.purge();
+        assert!(short.is_empty());
     }
 }

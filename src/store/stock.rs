@@ -169,6 +169,11 @@ impl Upkeep {
 }
 
 impl StockOp {
+    /// Whether there may be more units of its products afterwards.
+    fn may_add_units(&self) -> bool {
+        !matches!(self.action, Action::Read | Action::Change(StockKind::Decr))
+    }
+
     /// What a client asks for.
     pub fn new(action: Action, items: impl Into<Items>) -> Self {
         Self { action, items: items.into(), low: None, request: None, upkeep: None }
@@ -247,31 +252,38 @@ impl Family for Stock {
         op.request.as_deref()
     }
 
-    fn foreknown(sold_out: &SoldOut, op: &StockOp, deadline: Instant) -> Option<StockOutcome> {
-        match op.action {
-            Action::Read => None,
-            Action::Change(StockKind::Decr) => {
-                let (product, delta) = sums::part(op)?;
-                let available = sold_out.refuses(product, -delta)?;
-                Some(StockOutcome::Short { item: 0, available })
-            }
-            Action::Change(_) => {
-                sold_out.may_rise(op.items.iter().map(|(product, _)| product), deadline);
-                None
-            }
+    fn foreknown(sold_out: &SoldOut, op: &StockOp) -> Option<StockOutcome> {
+        let (product, delta) = sums::part(op).filter(|(_, delta)| *delta < 0)?;
+        let available = sold_out.refuses(product, -delta)?;
+        Some(StockOutcome::Short { item: 0, available })
+    }
+
+    fn goes(sold_out: &SoldOut, op: &StockOp, deadline: Instant) {
+        if op.may_add_units() {
+            sold_out.may_rise(op.items.iter().map(|(product, _)| product), deadline);
         }
     }
 
     fn learn(sold_out: &SoldOut, op: &StockOp, outcome: &StockOutcome, asked: Instant) {
-        match (op.action, outcome) {
-            (Action::Read, _) => {}
-            (Action::Change(StockKind::Decr), StockOutcome::Short { item, available }) => {
+        let products = op.items.iter().map(|(product, _)| product);
+        if op.may_add_units() {
+            return sold_out.rose(products);
+        }
+        match outcome {
+            StockOutcome::Short { item, available } => {
                 if let Some((product, _)) = op.items.get(*item) {
                     sold_out.had(product, *available, asked);
                 }
             }
-            (Action::Change(StockKind::Decr), _) => {}
-            (Action::Change(_), _) => sold_out.rose(op.items.iter().map(|(product, _)| product)),
+            _ if sold_out.is_empty() => {}
+            StockOutcome::Done { available, .. } => {
+                products.zip(available).for_each(|(product, available)| sold_out.saw(product, Some(*available), asked));
+            }
+            StockOutcome::Values(values) => products.zip(values).for_each(|(product, value)| sold_out.saw(product, *value, asked)),
+            StockOutcome::Absent { item } | StockOutcome::Frozen { item, .. } | StockOutcome::Corrupt { item } => {
+                products.skip(*item).take(1).for_each(|product| sold_out.saw(product, None, asked));
+            }
+            _ => {}
         }
     }
 

@@ -57,7 +57,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let generation = clock.at(Instant::now()).div_euclid(self.window_ms);
         let encoded = F::encode(operations.iter().map(|queued| &queued.op), generation);
         self.counter.set(self.counter.get() + 1);
-        metrics::histogram!("holdfast_batch_operations", "lane" => F::LANE).record(u32::try_from(count).unwrap_or(u32::MAX));
+        self.batch_operations.record(u32::try_from(count).unwrap_or(u32::MAX));
         Some(Sent {
             counter: self.counter.get(),
             epoch,
@@ -102,7 +102,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             let command = self.command(sent, connection.run_id(), again, Script::eval);
             answer = self.while_expiring(connection.send(&command), unanswered).await;
         }
-        metrics::histogram!("holdfast_script_seconds", "lane" => F::LANE).record(started.elapsed());
+        self.script_seconds.record(started.elapsed());
         // A broken connection leaves the batch unanswered, to be sent again over the next.
         let value = match answer {
             Err(error @ (Error::Connection(_) | Error::Unfit(_))) => return Err(error),
@@ -268,6 +268,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             let granted = entry.iter().flat_map(|entry| (entry.first_n..).zip(&entry.operations));
             let line = granted.into_iter().find(|(_, line)| line.k == k);
             let outcome = line.and_then(|(n, line)| F::replayed(&queued.op, line, Position::new(sent.epoch, n)));
+            if let Some(outcome) = &outcome {
+                F::learn(&self.partition.sold_out, &queued.op, outcome, sent.made);
+            }
             let note: Option<Note> = outcome.as_ref().and_then(|outcome| F::note(&queued.op, outcome));
             queued.finish(outcome.ok_or_else(|| Failure::TryAgain("the answer was lost; nothing was changed".into())));
             if let Some(note) = note {

@@ -368,6 +368,13 @@ mod tests {
         StockOutcome::Done { available, position: Position::new(1, *n) }
     }
 
+    fn unplaced(outcome: StockOutcome) -> StockOutcome {
+        match outcome {
+            StockOutcome::Done { available, .. } => StockOutcome::Done { available, position: Position::default() },
+            other => other,
+        }
+    }
+
     fn refusal(action: Action, model: &Model, quantity: i64, item: usize) -> Option<StockOutcome> {
         let Action::Change(kind) = action else { return None };
         if model.frozen {
@@ -383,7 +390,7 @@ mod tests {
     }
 
     fn operation() -> impl Strategy<Value = StockOp> {
-        let product = prop_oneof![6 => Just("a"), 3 => Just("b"), 2 => Just("c"), 1 => Just("d"), 1 => Just("bad"), 1 => Just("icy")];
+        let product = prop_oneof![6 => Just("a"), 3 => Just("b"), 2 => Just("c"), 1 => Just("d"), 1 => Just("bad"), 1 => Just("blank"), 1 => Just("icy")];
         let kind = prop_oneof![
             8 => Just(Action::Change(StockKind::Decr)),
             3 => Just(Action::Change(StockKind::Incr)),
@@ -421,11 +428,10 @@ mod tests {
         let mut reader = OutboxReader::open(&server.url()).await.unwrap();
         meta::attach(&mut connection, None, 1).await.unwrap();
         let run_id = connection.run_id().to_owned();
-        send(&mut connection, &["HSET", keys::FROZEN, "icy", "look"]).await;
         let mut models = Models::new();
-        for (product, value) in [("a", "40"), ("b", "3"), ("c", "9007199254740990"), ("icy", "5"), ("bad", "7x")] {
+        for (product, value) in [("a", "40"), ("b", "3"), ("c", "9007199254740990"), ("icy", "500"), ("bad", "7x"), ("blank", " 5")] {
             send(&mut connection, &["SET", &format!("stock:product:{product}"), value]).await;
-            let model = Model { value: value.parse().ok(), corrupt: product == "bad", frozen: product == "icy" };
+            let model = Model { value: value.parse().ok(), corrupt: ["bad", "blank"].contains(&product), frozen: false };
             models.insert(product.into(), model);
         }
         let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
@@ -438,16 +444,26 @@ mod tests {
             let summed: Vec<bool> = (0..ops.len()).map(|k| encoded.plan.is_summed(k)).collect();
             sums += summed.iter().filter(|is_summed| **is_summed).count();
             rest += summed.iter().filter(|is_summed| !**is_summed).count();
+            // Nothing is frozen in every other batch: only then all may be decided at once.
+            let is_frozen = counter % 2 == 0;
+            let freeze: &[&str] = if is_frozen { &["HSET", keys::FROZEN, "icy", "look"] } else { &["HDEL", keys::FROZEN, "icy"] };
+            send(&mut connection, freeze).await;
+            models.get_mut("icy").unwrap().frozen = is_frozen;
+            // One after the other in the order of arrival, but for the positions.
+            let (mut arriving, mut counted) = (models.clone(), 0);
+            let in_order: Vec<_> = ops.iter().map(|op| unplaced(decide(&mut arriving, op, &mut counted))).collect();
             let before = n;
-            // What is summed takes effect first.
+            // Positions: what is summed takes effect first.
             let mut expected: Vec<Option<StockOutcome>> = vec![None; ops.len()];
             for section in [true, false] {
                 for (k, op) in ops.iter().enumerate().filter(|(k, _)| summed[*k] == section) {
                     expected[k] = Some(decide(&mut models, op, &mut n));
                 }
             }
+            assert_eq!(expected.iter().flatten().cloned().map(unplaced).collect::<Vec<_>>(), in_order);
+            assert_eq!(models, arriving);
             let all_keys: Vec<&str> = [keys::META, keys::OUTBOX].into_iter().chain(encoded.keys.iter()).collect();
-            let counter = counter.to_string();
+            let batch_number = counter.to_string();
             // Without a window of REQUEST ids to fit, since their buckets are named by the clock.
             let window = "9999999999999999";
             let args: [&[u8]; 10] = [
@@ -456,7 +472,7 @@ mod tests {
                 b"0",
                 b"9999999999999",
                 b"i:stock",
-                counter.as_bytes(),
+                batch_number.as_bytes(),
                 b"0",
                 window.as_bytes(),
                 b"0",
@@ -494,6 +510,9 @@ mod tests {
                 let value = connection.send(redis::cmd("GET").arg(format!("stock:product:{product}"))).await.unwrap();
                 assert_eq!(redis::from_redis_value::<Option<i64>>(value).unwrap(), model.value, "{product} after {ops:?}");
             }
+            // Garbage of every kind.
+            let (bad, blank) = [("7x", " 5"), ("", "5 "), ("-1", " 5 "), ("1e3", "5  5")][counter as usize % 4];
+            send(&mut connection, &["MSET", "stock:product:bad", bad, "stock:product:blank", blank]).await;
             // So that there is always something to sell.
             if models["a"].value.is_none_or(|value| value < 5) {
                 models.get_mut("a").unwrap().value = Some(60);
