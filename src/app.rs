@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{LocalSet, spawn_local};
 use tokio_util::sync::CancellationToken;
@@ -74,7 +74,7 @@ fn error(why: impl fmt::Display) -> Error {
 pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<oneshot::Sender<Ready>>) -> Result<(), Error> {
     let metrics = metrics::install().map_err(error)?;
     let http_listener = http::bind(config.http.listen).await.map_err(error)?;
-    let listener = listen(config.listen).await?;
+    let listener = listen(config.listen)?;
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
@@ -180,9 +180,15 @@ pub async fn rebuild(config: &Config, from: Side) -> Result<(), Error> {
     by_hand::rebuild(from, config.redis.url.expose(), config.postgres.url.expose(), window_ms).await.map_err(error)
 }
 
-async fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
-    let bound = TcpListener::bind(address).await;
-    bound.map_err(|why| {
+fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
+    let bound = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(limits::LISTEN_BACKLOG)
+    };
+    let bound = bound();
+    bound.map_err(|why: std::io::Error| {
         Error(format!(
             "cannot listen on {address}: {why}; stop what listens there, or choose another address with --listen (HOLDFAST_LISTEN)"
         ))

@@ -30,6 +30,9 @@ pub const SOLD_OUT_NOTES_MAX: usize = 100_000;
 /// Room for such notes that is kept while there are none.
 pub const SOLD_OUT_NOTES_KEPT: usize = 64;
 
+/// Connections that may wait to be accepted: as many as connect at once when a fleet of services starts. The kernel's own bound counts, too.
+pub const LISTEN_BACKLOG: u32 = 4_096;
+
 /// What the setting `threads` may be.
 pub const THREADS_MAX: u64 = crate::domain::request::THREADS_MAX;
 
@@ -39,6 +42,14 @@ pub const THREADS_BY_CORES_MAX: usize = 4;
 /// Operations that may wait for Redis in one lane. At 10,000 a second, far below what Redis takes, more than this would only wait to
 /// be refused at its deadline.
 pub const LANE_QUEUE_MAX: usize = 100_000;
+
+/// Of the time that an operation has, the part that it may wait for its batch: the rest is for a script call, and for what takes longer than
+/// usual. What would wait longer is refused as it comes. Refused late, at its deadline, it would have kept others waiting: under more load
+/// than Redis takes nearly all would be late.
+pub const QUEUE_PART: u32 = 2;
+
+/// However slow the last batches were, so many of them may wait: what comes at once when a stall is over is no overload.
+pub const QUEUE_BATCHES_MIN: usize = 2;
 
 /// What is not sent so long before its deadline is not sent at all: its answer would hardly be in time.
 pub const SEND_WITHIN: Duration = Duration::from_millis(5);

@@ -8,6 +8,7 @@
 //! under the same counter, which the guard runs at most once.
 
 mod batch;
+mod pace;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use self::batch::Sent;
+use self::pace::Pace;
 use super::clock::Clock;
 use super::copies::{CopiedBatch, Note};
 use super::key_list::KeyList;
@@ -197,6 +199,8 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     was_live: Cell<bool>,
     batch_operations: metrics::Histogram,
     script_seconds: metrics::Histogram,
+    /// What large batches take, one after the other: what waits longer than that permits is refused as it comes.
+    pace: Pace,
 }
 
 impl<F: Family, W: Waiter<F>> Lane<F, W> {
@@ -218,6 +222,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             was_live: Cell::new(false),
             batch_operations: metrics::histogram!("holdfast_batch_operations", "lane" => F::LANE),
             script_seconds: metrics::histogram!("holdfast_script_seconds", "lane" => F::LANE),
+            pace: Pace::new(within),
         })
     }
 
@@ -243,9 +248,13 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             }
         }
         let mut queue = self.queue.borrow_mut();
-        if queue.len() >= limits::LANE_QUEUE_MAX {
+        let queue_max = if F::is_of_a_client(&op) { self.pace.queue_max() } else { limits::LANE_QUEUE_MAX };
+        if queue.len() >= queue_max {
             drop(queue);
-            return waiter.done(&op, Err(Failure::TryAgain("overloaded: too many operations are waiting for Redis".into())));
+            return waiter.done(
+                &op,
+                Err(Failure::TryAgain("overloaded: more operations wait for Redis than it does in time; nothing was changed".into())),
+            );
         }
         F::goes(&self.partition.sold_out, &op, deadline);
         // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.

@@ -51,6 +51,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             return None;
         }
         let operations: Vec<_> = queue.drain(..count).collect();
+        self.pace.sent(count, !queue.is_empty());
         drop(queue);
         let clock = self.clock.get();
         let youngest = operations.iter().map(|queued| queued.deadline).max().unwrap_or_else(Instant::now);
