@@ -311,9 +311,11 @@ impl FrontThread {
         let partition = Arc::clone(&cx.backend.partition);
         let render = Box::new(move |text: &mut String| show_partition(&partition, text));
         cx.sections.borrow_mut().push(Section { name: "Holdfast", render });
-        listener::serve(listener, Rc::clone(&cx), shutdown).await;
-        lanes.cancel();
-        driving.await;
+        let serving = async {
+            listener::serve(listener, Rc::clone(&cx), shutdown).await;
+            lanes.cancel();
+        };
+        tokio::join!(driving, serving);
     }
 }
 

@@ -310,7 +310,7 @@ pub const READ_AHEAD_MAX: usize = 256 << 10;
 pub const IN_FLIGHT_MAX: usize = 1024;
 
 /// Commands dispatched for one connection before the others get their turn.
-pub const TURN_COMMANDS_MAX: usize = 256;
+pub const TURN_COMMANDS_MAX: usize = 64;
 
 /// Unsent reply bytes of one connection beyond which nothing more of it is read or encoded.
 pub const OUTPUT_SOFT_MAX: usize = 1 << 20;

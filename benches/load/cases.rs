@@ -9,7 +9,7 @@ use crate::generator::Template;
 use crate::haproxy::HaProxy;
 use crate::redis_benchmark::Load;
 use crate::report::Report;
-use crate::rounds::{Contender, Round, in_turns};
+use crate::rounds::{Contender, Relay, Round, in_turns};
 use crate::stage::{PRODUCTS, Side, Stage, stopped};
 use crate::wire::{command, send_all};
 use crate::{locks, pgbench};
@@ -50,7 +50,7 @@ pub fn direct(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     let case = CASES.iter().find(|case| case.slug == slug).unwrap();
     let contenders = SIDES
         .map(|(side, name)| by_count(stage, name, case.connections, case.pipeline, move |load| decrement(stage, side, case.product, load)));
-    let all = in_turns(stage, rounds(stage).1, &contenders)?;
+    let all = in_turns(stage, rounds(stage).1, Relay::Held, &contenders)?;
     report.rounds(case.slug, &all);
     report.ratio(case.slug, all[0].ratio(&all[1], |sample| sample.rate));
     if let Some(slug) = case.redis_cpu {
@@ -72,7 +72,7 @@ pub fn haproxy(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     let pipeline = if slug == "haproxy-p16" { 16 } else { 1 };
     let through = by_count(stage, "haproxy", 50, pipeline, |load| decrement(stage, Side::Direct, HOT, Load { port: proxy.port, ..load }));
     let direct = by_count(stage, "direct", 50, pipeline, |load| decrement(stage, Side::Direct, HOT, load));
-    let all = in_turns(stage, rounds(stage).1, &[through, direct]);
+    let all = in_turns(stage, rounds(stage).1, Relay::Held, &[through, direct]);
     stage.proxy.set(None);
     let all = all?;
     report.rounds(slug, &all);
@@ -93,7 +93,7 @@ pub fn coupon(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     let mut contenders: Vec<Contender<'_>> =
         SIDES.map(|(side, name)| by_count(stage, name, 100, 1, move |load| issue(stage, side, load))).into();
     contenders.extend(programs.iter().map(|program| Contender::new(program.name, move || program.issue(stage, 100, time))));
-    let all = in_turns(stage, rounds(stage).1, &contenders)?;
+    let all = in_turns(stage, rounds(stage).1, Relay::Held, &contenders)?;
     report.rounds(slug, &all);
     report.comparison("COUPON.ISSUE / direct script without a lock", all[0].ratio(&all[1], |sample| sample.rate));
     if let Some(best) = all[2..].iter().max_by(|a, b| a.median(|sample| sample.rate).total_cmp(&b.median(|sample| sample.rate))) {
@@ -114,7 +114,7 @@ pub fn for_update(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> 
     let ours = by_count(stage, "holdfast", 100, 1, |load| decrement(stage, Side::Holdfast, HOT, load));
     let time = rounds(stage).0.max(Duration::from_secs(if stage.is_short() { 1 } else { 2 }));
     let theirs = Contender::new("for update", || pgbench::run_for(stage, 100, time));
-    let all = in_turns(stage, rounds(stage).1, &[ours, theirs])?;
+    let all = in_turns(stage, rounds(stage).1, Relay::Held, &[ours, theirs])?;
     report.rounds(slug, &all);
     report.ratio(slug, all[0].ratio(&all[1], |sample| sample.rate));
     Some(())
@@ -202,7 +202,7 @@ pub fn products(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
             decrement(stage, Side::Holdfast, "m-__rand_int__", Load { range: MILLION, ..load })
         });
         let one = by_count(stage, "1", 50, pipeline, |load| decrement(stage, Side::Holdfast, HOT, load));
-        let all = in_turns(stage, rounds(stage).1, &[million, one])?;
+        let all = in_turns(stage, rounds(stage).1, Relay::Held, &[million, one])?;
         let name = if goal.is_some() { slug.to_owned() } else { "  pipeline 16".to_owned() };
         report.rounds(&name, &all);
         let ratio = all[0].ratio(&all[1], |sample| sample.rate);
@@ -235,7 +235,7 @@ pub fn connections(slug: &str, stage: &Stage, report: &mut Report) -> Option<()>
         contender("50, p1", 50, 1),
         contender("1, p1000", 1, 1_000),
     ];
-    let all = in_turns(stage, rounds(stage).1, &all)?;
+    let all = in_turns(stage, rounds(stage).1, Relay::Held, &all)?;
     report.rounds(slug, &all);
     let rate = |a: usize, b: usize| all[a].ratio(&all[b], |sample| sample.rate);
     report.ratio(slug, rate(0, 4));

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::generator::{Closed, Gate, Tally, Template, status};
 use crate::report::Report;
-use crate::rounds::{Contender, in_turns, median};
+use crate::rounds::{Contender, Relay, in_turns, median};
 use crate::stage::{Side, Stage, stopped};
 use crate::wire::connect;
 
@@ -182,7 +182,7 @@ pub fn ack(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
         };
         Contender::new(name, run)
     });
-    let all = in_turns(stage, rounds, &contenders)?;
+    let all = in_turns(stage, rounds, Relay::Beside, &contenders)?;
     report.rounds(slug, &all);
     report.figure(slug, Some(all[0].median(|sample| sample.rate)), "one product");
     report.figure("ack-postgres-p99", Some(all[0].median(|sample| sample.latency.p99)), "one product");

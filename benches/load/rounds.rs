@@ -53,6 +53,14 @@ pub struct Sample {
     pub drain: f64,
 }
 
+/// What the relay does during a round.
+#[derive(Clone, Copy)]
+pub enum Relay {
+    /// It waits: the outbox is written, and carried to Postgres when the round is over.
+    Held,
+    Beside,
+}
+
 /// Somebody who takes part.
 pub struct Contender<'a> {
     name: String,
@@ -79,7 +87,7 @@ pub struct Rounds {
 }
 
 /// `None` when told to stop.
-pub fn in_turns(stage: &Stage, rounds: usize, contenders: &[Contender<'_>]) -> Option<Vec<Rounds>> {
+pub fn in_turns(stage: &Stage, rounds: usize, relay: Relay, contenders: &[Contender<'_>]) -> Option<Vec<Rounds>> {
     let new = |contender: &Contender<'_>| Rounds { name: contender.name.clone(), samples: Vec::new(), errors: BTreeMap::new() };
     let mut all: Vec<Rounds> = contenders.iter().map(new).collect();
     contenders.iter().filter_map(|contender| contender.try_out.as_ref()).for_each(|try_out| try_out());
@@ -87,12 +95,14 @@ pub fn in_turns(stage: &Stage, rounds: usize, contenders: &[Contender<'_>]) -> O
     for _ in 0..rounds {
         for (contender, rounds) in contenders.iter().zip(&mut all) {
             let (began, before) = (Instant::now(), stage.cpu());
-            // The outbox is written, and what it takes to Postgres is counted when the round is over: the case 'sustained' is the one where
-            // the relay works beside it.
-            let (round, during) = stage.stack.postgres.holding("BEGIN; SELECT FROM holdfast.partition FOR UPDATE", || {
+            let run = || {
                 let round = (contender.run)();
                 (round, stage.cpu().since(before))
-            });
+            };
+            let (round, during) = match relay {
+                Relay::Held => stage.stack.postgres.holding("BEGIN; SELECT FROM holdfast.partition FOR UPDATE", run),
+                Relay::Beside => run(),
+            };
             let others = during.others() as f64 / began.elapsed().as_nanos() as f64;
             let (lag, drain) = stage.drain();
             let mut used = stage.cpu().since(before);

@@ -74,21 +74,23 @@ impl Backend {
         )
     }
 
-    /// Starts the lanes on this thread. After `cancel` they finish what waits; the future ends when they have.
+    /// Starts what works on this thread, and returns the lanes as a future that is to be polled in front of the thread's tasks: as one of them
+    /// a lane would wait for its turn behind all the connections that have something to read. After `cancel` they finish what waits; the
+    /// future ends when they have.
     pub fn drive(&self, changes: Option<mpsc::Receiver<ServerChange>>, cancel: &CancellationToken) -> impl Future<Output = ()> + use<> {
         if let Some(changes) = changes {
             spawn_local(cancel.clone().run_until_cancelled_owned(take_in(changes, Rc::clone(&self.stock))));
         }
         let tasks: Vec<JoinHandle<()>> = vec![
-            spawn_local(Rc::clone(&self.stock).drive(cancel.clone())),
-            spawn_local(Rc::clone(&self.coupon).drive(cancel.clone())),
             spawn_local(Rc::clone(&self.acks).drive(cancel.clone())),
             spawn_local({
                 let (acks, cancel) = (Rc::clone(&self.acks), cancel.clone());
                 async move { acks.replicas.drive(cancel).await }
             }),
         ];
+        let (stock, coupon) = (Rc::clone(&self.stock).drive(cancel.clone()), Rc::clone(&self.coupon).drive(cancel.clone()));
         async {
+            tokio::join!(stock, coupon);
             for task in tasks {
                 // A panic has been reported where it happened.
                 _ = task.await;
