@@ -220,7 +220,7 @@ pub const REFILL_KEYS: usize = 500;
 // The relay: from the outbox to Postgres.
 
 /// At how many changes a batch is full: from here on one more change hardly makes the transaction cheaper for each.
-pub const RELAY_CHANGES_GOAL: usize = 4_000;
+pub const RELAY_CHANGES_GOAL: usize = 2_000;
 
 /// The most changes of one transaction: a few tens of milliseconds, for which others wait. A single entry is never split.
 pub const RELAY_CHANGES_MAX: usize = 5_000;

@@ -78,87 +78,36 @@ pub(super) fn small(number: impl TryInto<i32>) -> i32 {
     number.try_into().unwrap_or(i32::MAX)
 }
 
-/// By COPY, which writes many rows at once; an INSERT from arrays stores them a second time before, and writes them one by one.
 async fn stock_ledger(connection: &mut PgConnection, partition: u32, lines: &[StockLine<'_>]) -> Result<(), Error> {
-    let mut rows = Rows::new(lines.len() * 220);
-    for StockLine { place, i, kind, item, pg_delta } in lines {
-        rows.begin(16);
-        rows.int(partition::id(partition));
-        rows.bigint(to_bigint(place.epoch));
-        rows.bigint(to_bigint(place.n));
-        rows.int(small(*i));
-        rows.text(place.op);
-        rows.int(small(place.k));
-        rows.text(&item.product);
-        rows.text(kind.as_str());
-        rows.bigint(item.delta);
-        rows.bigint(*pg_delta);
-        rows.bigint(item.available);
-        rows.or_null(place.request, Rows::text);
-        rows.or_null(place.digest, Rows::text);
-        rows.time(place.at_ms);
-        rows.or_null(place.origin, |rows, origin| rows.bigint(to_bigint(origin.epoch)));
-        rows.or_null(place.origin, |rows, origin| rows.bigint(to_bigint(origin.n)));
-    }
-    let mut copy = connection
-        .copy_in_raw(
-            "COPY holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after, \
-             request_id, request_digest, at, origin_epoch, origin_n) FROM STDIN (FORMAT binary)",
-        )
-        .await?;
-    copy.send(rows.end()).await?;
-    copy.finish().await?;
+    let places = Places::of(lines.iter().map(|line| line.place));
+    sqlx::query(
+        "INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after, \
+         request_id, request_digest, at, origin_epoch, origin_n) \
+         SELECT $1, l.epoch, l.n, l.i, l.op, l.k, l.product, l.kind, l.redis_delta, l.pg_delta, l.available, l.request, l.digest, \
+         timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n \
+         FROM unnest($2::bigint[], $3::bigint[], $4::int[], $5::text[], $6::int[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
+         $11::bigint[], $12::text[], $13::text[], $14::bigint[], $15::bigint[], $16::bigint[]) \
+         AS l (epoch, n, i, op, k, product, kind, redis_delta, pg_delta, available, request, digest, at_ms, origin_epoch, origin_n)",
+    )
+    .bind(partition::id(partition))
+    .bind(places.epoch)
+    .bind(places.n)
+    .bind(lines.iter().map(|line| small(line.i)).collect::<Vec<_>>())
+    .bind(places.op)
+    .bind(places.k)
+    .bind(lines.iter().map(|line| line.item.product.as_str()).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.kind.as_str()).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.item.delta).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.pg_delta).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.item.available).collect::<Vec<_>>())
+    .bind(places.request)
+    .bind(places.digest)
+    .bind(places.at_ms)
+    .bind(places.origin_epoch)
+    .bind(places.origin_n)
+    .execute(connection)
+    .await?;
     Ok(())
-}
-
-/// Rows as COPY reads them in its binary format.
-struct Rows(Vec<u8>);
-
-impl Rows {
-    fn new(capacity: usize) -> Self {
-        let mut bytes = Vec::with_capacity(capacity + 32);
-        bytes.extend_from_slice(b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0");
-        Self(bytes)
-    }
-
-    fn begin(&mut self, columns: i16) {
-        self.0.extend_from_slice(&columns.to_be_bytes());
-    }
-
-    fn value(&mut self, bytes: &[u8]) {
-        // What is longer than this Postgres refuses anyway.
-        self.0.extend_from_slice(&i32::try_from(bytes.len()).unwrap_or(i32::MAX).to_be_bytes());
-        self.0.extend_from_slice(bytes);
-    }
-
-    fn int(&mut self, number: i32) {
-        self.value(&number.to_be_bytes());
-    }
-
-    fn bigint(&mut self, number: i64) {
-        self.value(&number.to_be_bytes());
-    }
-
-    fn text(&mut self, text: &str) {
-        self.value(text.as_bytes());
-    }
-
-    /// Unix ms as a timestamptz, which counts microseconds from the year 2000.
-    fn time(&mut self, at_ms: i64) {
-        self.bigint(at_ms.saturating_sub(946_684_800_000).saturating_mul(1000));
-    }
-
-    fn or_null<T>(&mut self, value: Option<T>, write: impl FnOnce(&mut Self, T)) {
-        match value {
-            Some(value) => write(self, value),
-            None => self.0.extend_from_slice(&(-1_i32).to_be_bytes()),
-        }
-    }
-
-    fn end(mut self) -> Vec<u8> {
-        self.begin(-1);
-        self.0
-    }
 }
 
 /// A product that was set gets a row with nothing in it where it has none; what it holds comes as its move. (Inserting the move itself
