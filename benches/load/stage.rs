@@ -119,7 +119,7 @@ impl Stage {
     pub fn create_coupon(&self, side: Side) -> String {
         let coupon = format!("c-{}", self.fresh());
         match side {
-            Side::Holdfast => assert!(self.stack.connect().ask(&format!("COUPON.CREATE {coupon} 1000000000")).starts_with("[OK")),
+            Side::Holdfast => assert!(self.stack.connect().ask(&format!("COUPON.CREATE {coupon} 1000000000 ACK redis")).starts_with("[OK")),
             Side::Direct => _ = self.stack.backing().ask(&format!("HSET direct:{coupon} issued 0 total 1000000000")),
         }
         coupon

@@ -19,7 +19,12 @@ pub async fn weigh(partition: Arc<Partition>, redis_url: String, cancel: Cancell
             reader = OutboxReader::open(&redis_url).await.ok();
         }
         let Some(open) = &mut reader else { continue };
-        match open.memory().await {
+        // Redis judges by the oldest entries. Before anybody is refused for it, all are looked at.
+        let weighed = match open.memory().await {
+            Ok(bytes) if partition.bound.is_half(bytes) => open.exact_memory().await,
+            other => other,
+        };
+        match weighed {
             Ok(bytes) => {
                 partition.bound.note_bytes(bytes);
                 gauge!("holdfast_outbox_bytes", "partition" => label.clone()).set(bytes as f64);

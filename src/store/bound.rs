@@ -30,6 +30,11 @@ impl Bound {
         flip(&self.too_large, bytes, self.bytes_max);
     }
 
+    /// Whether this is half of the bytes that the outbox may take, or more.
+    pub fn is_half(&self, bytes: u64) -> bool {
+        bytes >= self.bytes_max / 2
+    }
+
     /// What the outbox took of Redis's memory at the last look, in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)

@@ -78,7 +78,12 @@ impl OutboxReader {
         self.number(redis::cmd("XLEN").arg(keys::OUTBOX)).await
     }
 
-    /// About how many bytes of Redis's memory the outbox takes.
+    /// How many bytes of Redis's memory the outbox takes. Every node is looked at, which takes Redis some 0.06 ms for each thousand of them.
+    pub async fn exact_memory(&mut self) -> Result<u64, Error> {
+        self.number(redis::cmd("MEMORY").arg("USAGE").arg(keys::OUTBOX).arg("SAMPLES").arg(0)).await
+    }
+
+    /// About how many bytes of Redis's memory the outbox takes, judged by its oldest entries: where later ones are smaller, too much.
     pub async fn memory(&mut self) -> Result<u64, Error> {
         self.number(redis::cmd("MEMORY").arg("USAGE").arg(keys::OUTBOX)).await
     }
@@ -197,7 +202,7 @@ mod tests {
             assert_eq!(reader.entry_at(Position::new(1, 3)).await.unwrap().unwrap().op, "i:stock:2");
             assert_eq!(reader.entry_at(Position::new(1, 1)).await.unwrap(), None);
             assert_eq!(reader.last().await.unwrap(), Some(Position::new(2, 4)));
-            assert!(reader.memory().await.unwrap() > 0);
+            assert!(reader.memory().await.unwrap() > 0 && reader.exact_memory().await.unwrap() > 0);
             assert_eq!(reader.trim(Position::new(1, 3)).await.unwrap(), 1);
             assert_eq!(reader.length().await.unwrap(), 2);
         }
