@@ -194,7 +194,8 @@ pub struct Open {
 impl Open {
     pub async fn run(&self, template: &Template) -> Tally {
         let streams = connect_many(self.port, self.connections).await;
-        let between = Duration::from_secs_f64((self.connections * self.pipeline) as f64 / self.rate);
+        // A peak of nothing is a failed one, and told as errors: it must not end the whole run.
+        let between = Duration::from_secs_f64((self.connections * self.pipeline) as f64 / self.rate.max(1.0));
         let began = Instant::now();
         let (until, connections, pipeline, unanswered_max) = (began + self.time, self.connections, self.pipeline, self.unanswered_max);
         let each = streams.into_iter().enumerate().map(|(number, stream)| {
