@@ -13,7 +13,6 @@
 -- have a sign.
 -- Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason · 'corrupt' item ·
 -- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'.
-local TOTAL_MAX = 9007199254740991
 local FIXED = 5
 window, generation = tonumber(window), tonumber(generation)
 
@@ -41,15 +40,8 @@ end
 if #names > 0 then
   local found = redis.call('MGET', unpack(KEYS, place + 1, place + #names))
   for i = 1, #names do
-    local value = found[i]
-    if value then
-      local number = string.find(value, '^%d+$') and tonumber(value)
-      values[i] = number and number <= TOTAL_MAX and number or 'corrupt'
-    elseif redis.call('TYPE', KEYS[place + i]).ok == 'none' then
-      values[i] = false
-    else
-      values[i] = 'corrupt'
-    end
+    local word, number = word_of(found[i], place + i)
+    values[i] = number or (word == '?' and 'corrupt')
   end
   if is_any_frozen then reasons = redis.call('HMGET', frozen, unpack(names)) end
 end

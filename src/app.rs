@@ -180,15 +180,16 @@ pub async fn rebuild(config: &Config, from: Side) -> Result<(), Error> {
     by_hand::rebuild(from, config.redis.url.expose(), config.postgres.url.expose(), window_ms).await.map_err(error)
 }
 
+/// Binds as the runtime does, but with a longer backlog.
+fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(limits::LISTEN_BACKLOG)
+}
+
 fn listen(address: SocketAddr) -> Result<TcpListener, Error> {
-    let bound = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        socket.set_reuseaddr(true)?;
-        socket.bind(address)?;
-        socket.listen(limits::LISTEN_BACKLOG)
-    };
-    let bound = bound();
-    bound.map_err(|why: std::io::Error| {
+    bind(address).map_err(|why| {
         Error(format!(
             "cannot listen on {address}: {why}; stop what listens there, or choose another address with --listen (HOLDFAST_LISTEN)"
         ))

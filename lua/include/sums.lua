@@ -13,9 +13,12 @@
 -- Returns the lines that were accepted {count, text, before}, and the answer for all: how many were accepted, and a word a product: what
 -- was available, - where there is none, ? where it is no number, with ! in front of what is frozen. The sidecar works
 -- out every reply from that by the rule that stands in one_by_one. New values go into set, as MSET takes them.
+local TOTAL_MAX = 9007199254740991
+
+-- What a product's value comes to: a word for the answer, and its number if it is one.
 local function word_of(value, key)
   local number = value and string.find(value, '^%d+$') and tonumber(value)
-  if number and number <= 9007199254740991 then return value, number end
+  if number and number <= TOTAL_MAX then return value, number end
   if value or redis.call('TYPE', KEYS[key]).ok ~= 'none' then return '?' end
   return '-'
 end
@@ -36,7 +39,7 @@ local function one_by_one(sums, numbers, words, place, set)
       local value = values[i] or numbers[i]
       if value then
         local after = value + quantity
-        if after >= 0 and after <= 9007199254740991 then
+        if after >= 0 and after <= TOTAL_MAX then
           values[i] = after
           lines[#lines + 1] = line
           if not mentioned[i] then
@@ -62,13 +65,13 @@ local function sum_up(sums, place, frozen, set)
     for i = 1, changing do
       local value = tonumber(found[i])
       local after = value and value - downs[i]
-      if not after or after < 0 or value > 9007199254740991 then
+      if not after or after < 0 or value > TOTAL_MAX then
         all = false
         break
       end
       if ups then
         after = after + ups[i]
-        if value + ups[i] > 9007199254740991 then
+        if value + ups[i] > TOTAL_MAX then
           all = false
           break
         end

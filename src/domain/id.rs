@@ -38,11 +38,6 @@ impl Id {
         &self.0
     }
 
-    /// The same id in memory of its own: what is kept must not keep the buffer that its request was read into.
-    pub fn unshared(&self) -> Self {
-        Self(Bytes::copy_from_slice(&self.0))
-    }
-
     /// The id in memory of its own, where it is to be kept: it shares the buffer that its request was read into.
     pub fn detached(&self) -> Self {
         Self(Bytes::copy_from_slice(&self.0))

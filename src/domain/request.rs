@@ -41,11 +41,6 @@ impl RequestId {
         Self(text::unescape_bytes(escaped).into())
     }
 
-    /// The same id in memory of its own.
-    pub fn unshared(&self) -> Self {
-        Self(Bytes::copy_from_slice(&self.0))
-    }
-
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }

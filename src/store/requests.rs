@@ -26,11 +26,6 @@ pub struct Request {
 }
 
 impl Request {
-    /// Gives its id memory of its own.
-    pub fn unshare(&mut self) {
-        self.id = self.id.unshared();
-    }
-
     /// The same in memory of its own.
     pub fn detached(self) -> Self {
         Self { id: self.id.detached(), ..self }
