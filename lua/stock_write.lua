@@ -1,19 +1,20 @@
 -- Decides a batch of STOCK operations, in order, and appends what it accepted to the outbox.
--- keys: meta, outbox, frozen, low, deleted, products...
+-- keys: meta, outbox, frozen, low, deleted, held, expiry, products...
 -- args: epoch, run, seen, deadline, lane, counter, resend, window, generation, batch
--- include: guard, outbox, requests, sums
+-- include: guard, outbox, requests, chunks, sums, orders
 -- returns: {'ok', op, now, n before, answer of sums or '', a reason a frozen product of sums, word, values, word, values, ...}, or a refusal of the guard
 --
--- KEYS goes on with the products of sums, the other products, then the buckets of request ids. batch is msgpack
+-- KEYS goes on with the products of sums, the other products, the orders, then the buckets of request ids. batch is msgpack
 -- {sums or false, names, operations}: sums is what can be decided by its sum (sums.lua), the rest is decided one by one. An operation is
--- {kind, text, items, request or false, low or false, upkeep or false}: text is what its outbox line begins with, items are places in
--- names with their quantities. A set that creates is marked new=1: what Postgres may have of the product gives way.
+-- {kind, text, items, request or false, low or false, upkeep or false, order or false}: text is what its outbox line begins with, items
+-- are places in names with their quantities, order is what orders.lua says. A set that creates is marked new=1: what Postgres may have of the product gives way.
 -- upkeep is what only the server itself asks for, each about one product: init {mark, n, low or false, reason or false} ·
 -- inbox {mark before, mark, row, reason} · correct and adopt {n, round, reason} · freeze {reason} · unfreeze {}. Their quantities
 -- have a sign.
 -- Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason · 'corrupt' item ·
--- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'.
-local FIXED = 5
+-- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'; of orders 'told' line · 'stands' state, position, expires,
+-- items · 'unknown' · 'nowhere' · 'stuck' key.
+local FIXED = 7
 window, generation = tonumber(window), tonumber(generation)
 
 local head, refusal = enter(meta, outbox, epoch, run, seen, deadline, lane, counter, resend)
@@ -40,13 +41,15 @@ end
 if #names > 0 then
   local found = redis.call('MGET', unpack(KEYS, place + 1, place + #names))
   for i = 1, #names do
-    local word, number = word_of(found[i], place + i)
+    local word, number = word_of(found[i], KEYS[place + i])
     values[i] = number or (word == '?' and 'corrupt')
   end
   if is_any_frozen then reasons = redis.call('HMGET', frozen, unpack(names)) end
 end
 
 local reply, lines, lows, life, freezes = {'ok', head.op, head.now, head.first, answered}, {}, {}, {}, {}
+local shelf = {names = names, values = values, dirty = dirty, held = {}, keys = {}, set = set}
+for i = 1, #names do shelf.keys[i] = KEYS[place + i] end
 local marks
 
 local function say(...)
@@ -167,6 +170,14 @@ for _, operation in ipairs(operations) do
     if known then reply[#reply + 1] = known end
   elseif operation[6] then
     if not upkeep_refused(kind, items, operation[6]) then keep(operation) end
+  elseif operation[7] then
+    local position = head.epoch .. '-' .. whole(head.n + #lines + 1)
+    local line, answer = decide_order(head, shelf, operation, reply, refused, position)
+    if line then
+      lines[#lines + 1] = line
+      say('told', line)
+      if request and answer then remember(head, request, window, generation, answer .. ' ' .. position) end
+    end
   elseif not refused(kind, items) then
     reply[#reply + 1] = 'ok'
     if kind == 'get' then
@@ -210,6 +221,7 @@ end
 -- A hash of another type must fail before the first write, not after it.
 if next(lows) then redis.call('HLEN', low) end
 if next(life) then redis.call('HLEN', deleted) end
+local after = held_afterwards(shelf, held, expiry)
 append(head, lines, summed)
 keep_requests(window)
 if marks and marks.dirty then redis.call('HSET', meta, 'inbox', marks.inbox, 'corrected', whole(marks.n) .. ':' .. (marks.round or '')) end
@@ -219,14 +231,15 @@ end
 local gone = {}
 for i in pairs(dirty) do
   if values[i] then
-    set[#set + 1] = KEYS[place + i]
+    set[#set + 1] = shelf.keys[i]
     set[#set + 1] = whole(values[i])
   else
-    gone[#gone + 1] = KEYS[place + i]
+    gone[#gone + 1] = shelf.keys[i]
   end
 end
-if #set > 0 then redis.call('MSET', unpack(set)) end
-if #gone > 0 then redis.call('DEL', unpack(gone)) end
+keep_orders(held, expiry, after)
+in_chunks(set, function(...) redis.call('MSET', ...) end)
+in_chunks(gone, function(...) redis.call('DEL', ...) end)
 for i, threshold in pairs(lows) do
   if threshold then redis.call('HSET', low, names[i], whole(threshold)) else redis.call('HDEL', low, names[i]) end
 end

@@ -27,7 +27,9 @@ use crate::limits;
 use crate::outbox::archivist::Archivist;
 use crate::outbox::by_hand;
 use crate::outbox::clerk::Clerk;
+use crate::outbox::expirer::Expirer;
 use crate::outbox::inbox::Inbox;
+use crate::outbox::librarian::Librarian;
 use crate::outbox::loader::Loader;
 use crate::outbox::presence::Presence;
 use crate::outbox::relay::Relay;
@@ -78,7 +80,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
     info!(version = env!("CARGO_PKG_VERSION"), listen = %listens.listen, http = %listens.http, "holdfast starts");
 
-    let (partition, Receivers { inquiries, letters, loads, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
+    let (partition, Receivers { inquiries, letters, loads, lookups, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
     let partition = partition.bounded(config.outbox.max_changes, config.outbox.max_bytes as u64).refusing_for(config.stock.sold_out);
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
@@ -93,6 +95,8 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let relay =
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
     let loader = Loader::new(Arc::clone(&partition), &postgres_url, loads);
+    let librarian = Librarian::new(Arc::clone(&partition), &postgres_url, lookups);
+    let expirer = Expirer::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url, &instance);
     let archivist = Archivist::new(Arc::clone(&partition), &postgres_url, inquiries);
     let clerk = Clerk::new(Arc::clone(&partition), &postgres_url, letters);
     let inbox = Inbox::new(Arc::clone(&partition), config.redis.url.expose(), &postgres_url);
@@ -121,6 +125,8 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
                     relay.run(back.clone()),
                     verifier.run(back.clone()),
                     loader.run(back.clone()),
+                    librarian.run(back.clone()),
+                    expirer.run(back.clone()),
                     archivist.run(back.clone()),
                     inbox.run(back.clone()),
                     clerk.run(back.clone()),

@@ -368,6 +368,29 @@ pub const LOAD_BATCH_MAX: usize = 256;
 /// Changes that the server itself asks for and that wait for the lane: as many as one batch takes.
 pub const SERVER_CHANGES_MAX: usize = BATCH_OPERATIONS_MAX;
 
+/// How long Redis keeps an order that is over, in ms; lua/include/orders.lua says the same. Who asks later is answered from Postgres.
+pub const ORDER_KEPT_MS: i64 = 86_400_000;
+
+/// For how long units may be held for an order, in ms: 30 days. What is held for longer is sold.
+pub const ORDER_TTL_MS_MAX: i64 = 30 * 86_400_000;
+
+/// How often a sidecar looks for orders whose time has passed: they are to be over within a second of it.
+pub const EXPIRE_EVERY: Duration = Duration::from_millis(250);
+/// How long the right to expire orders lasts without being renewed, in ms: how much later they are over when its sidecar dies.
+pub const EXPIRE_LEASE_MS: i64 = 600;
+/// How many orders expire at once: a batch takes Redis some milliseconds, which others wait for.
+pub const EXPIRE_AT_ONCE: usize = 200;
+/// How often Postgres is asked for orders that are held there long after their time, and after how long that is.
+pub const OVERDUE_EVERY: Duration = Duration::from_secs(60);
+pub const OVERDUE_AFTER_MS: i64 = 60_000;
+
+/// How long a position is as text, at most: two numbers of 20 digits and a dash.
+pub const POSITION_TEXT_MAX: usize = 41;
+
+/// How many changes STOCK.HISTORY shows at most, and if it is not told how many.
+pub const HISTORY_COUNT_MAX: i64 = 1_000;
+pub const HISTORY_COUNT: i64 = 20;
+
 /// How long a look-up waits for Postgres to have what it needs: past that its clients have been told to try again.
 pub const LOAD_WITHIN: Duration = Duration::from_secs(2);
 

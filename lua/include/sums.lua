@@ -19,7 +19,7 @@ local TOTAL_MAX = 9007199254740991
 local function word_of(value, key)
   local number = value and string.find(value, '^%d+$') and tonumber(value)
   if number and number <= TOTAL_MAX then return value, number end
-  if value or redis.call('TYPE', KEYS[key]).ok ~= 'none' then return '?' end
+  if value or redis.call('TYPE', key).ok ~= 'none' then return '?' end
   return '-'
 end
 
@@ -88,14 +88,14 @@ local function sum_up(sums, place, frozen, set)
     local answer = whole(count) .. ' ' .. before
     if changing < products then
       if changing == 0 then answer = '0' end
-      for i = changing + 1, products do answer = answer .. ' ' .. word_of(found[i], place + i) end
+      for i = changing + 1, products do answer = answer .. ' ' .. word_of(found[i], KEYS[place + i]) end
     end
     return {count = count, text = text, before = before}, answer
   end
   for i = #set, 1, -1 do set[i] = nil end
   local numbers, words = {}, {}
   for i = 1, products do
-    local word, number = word_of(found[i], place + i)
+    local word, number = word_of(found[i], KEYS[place + i])
     if frozen and frozen[i] then word, number = '!' .. word, nil end
     words[i], numbers[i] = word, number
   end

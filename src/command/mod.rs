@@ -22,6 +22,7 @@ pub mod glob;
 mod heartbeat;
 pub mod holdfast;
 pub mod info;
+pub mod order;
 mod read;
 pub mod replicas;
 pub mod server;

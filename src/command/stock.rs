@@ -8,8 +8,8 @@ use tokio::sync::oneshot;
 
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
-use super::spec::{self, ACK, FAST, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
-use super::{Call, Context, Step, doubt, first_use, read};
+use super::spec::{self, ACK, FAST, ORDER, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
+use super::{Call, Context, Step, doubt, first_use, order, read};
 use crate::domain::change::StockKind;
 use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
 use crate::domain::{Drift, Id};
@@ -89,10 +89,10 @@ pub static INCR: Spec = Spec::new("STOCK.INCR", "Adds units to a product: restoc
 
 pub static DECR: Spec = Spec::new("STOCK.DECR", "Takes units off one or more products, all or nothing, never below zero.")
     .family("stock")
-    .args(&[PRODUCT.repeated(), QUANTITY.repeated(), REQUEST, ACK, TIMEOUT])
+    .args(&[PRODUCT.repeated(), QUANTITY.repeated(), ORDER.token("ORDER"), REQUEST, ACK, TIMEOUT])
     .flags(WRITE | FAST)
     .complexity("O(N) in the number of products")
-    .reply("`OK, available..., position` / `INSUFFICIENT, product, available`")
+    .reply("`OK, available..., position` / `INSUFFICIENT, product, available`; with ORDER also `EXISTS, state` / `CANCELLED`")
     .example("STOCK.DECR sku-1 1")
     .run(decr);
 
@@ -153,6 +153,19 @@ fn change(call: &mut Call<'_>, kind: StockKind, default: Ack) -> Step {
 }
 
 fn decr(call: &mut Call<'_>) -> Step {
+    let items = match pairs(call) {
+        Ok(items) => items,
+        Err(reply) => return Step::Reply(reply),
+    };
+    let op = match call.args.maybe_id("order") {
+        Some(order) => StockOp::of_order(Action::Change(StockKind::Sell), order, 0, items),
+        None => StockOp::new(Action::Change(StockKind::Decr), items),
+    };
+    submit_change(call, op, ACK_REDIS)
+}
+
+/// The products with their quantities, each product once. Errors with the reply where there are too many.
+pub(super) fn pairs(call: &Call<'_>) -> Result<Items, Reply> {
     let mut items = Items::new();
     for (product, quantity) in call.args.pairs() {
         match items.iter_mut().find(|(known, _)| *known == product) {
@@ -161,13 +174,13 @@ fn decr(call: &mut Call<'_>) -> Step {
             None => items.push((product, quantity)),
         }
         if items.len() > limits::PRODUCTS_MAX {
-            return Step::Reply(too_many_products());
+            return Err(too_many_products());
         }
     }
-    submit_change(call, StockOp::new(Action::Change(StockKind::Decr), items), ACK_REDIS)
+    Ok(items)
 }
 
-fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
+pub(super) fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
     let confirmation = match Confirmation::of(call, default) {
         Ok(confirmation) => confirmation,
         Err(reply) => return Step::Reply(reply),
@@ -179,13 +192,17 @@ fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) -> Step {
 }
 
 fn look(call: &mut Call<'_>, items: Items, shape: Shape) -> Step {
-    let op = StockOp::new(Action::Read, items);
+    submit_read(call, StockOp::new(Action::Read, items), shape)
+}
+
+pub(super) fn submit_read(call: &mut Call<'_>, op: StockOp, shape: Shape) -> Step {
     let waiter = StockWaiter::client(call, call.ticket(), shape);
     call.cx.backend.stock.submit(op, call.arrived, waiter);
     Step::Later
 }
 
-enum Shape {
+/// What a reply is made of.
+pub(super) enum Shape {
     One,
     Many,
     Change(Confirmation),
@@ -231,6 +248,10 @@ impl Waiter<Stock> for StockWaiter {
                 return;
             }
         };
+        if matches!(result, Ok(StockOutcome::Unknown)) {
+            let (cx, deadline) = (Rc::clone(&client.cx), client.lookup_deadline());
+            return order::look_up_and_retry(&cx, op.clone(), deadline, Self::Client(client));
+        }
         let missing = result.as_ref().map_or_else(|_| Vec::new(), |outcome| client.missing(op, outcome));
         if missing.is_empty() {
             return client.answer(op, result);
@@ -292,6 +313,10 @@ impl ClientWaiter {
                     _ => Reply::Array(values.collect()),
                 })
             }
+            Ok(StockOutcome::Told { line, position }) => {
+                order::told(&line, position).and_then(|(position, reply)| accepted_at(position, reply))
+            }
+            Ok(StockOutcome::Stands(stands)) => order::stands(op, &stands).and_then(|(position, reply)| accepted_at(position, reply)),
             Ok(refusal) => Err(refused(op, &refusal)),
         };
         match outcome {
@@ -319,9 +344,17 @@ fn refused(op: &StockOp, refusal: &StockOutcome) -> Reply {
         StockOutcome::Over { item, available } => {
             Reply::error(format!("ERR invalid quantity: product '{}' has {available} units, and may not pass {TOTAL_MAX}", product(*item)))
         }
-        StockOutcome::Values(_) | StockOutcome::Done { .. } | StockOutcome::Remembered(_) | StockOutcome::Moved => {
-            Reply::error("ERR internal error")
+        StockOutcome::Nowhere => order::nowhere(op),
+        StockOutcome::Stuck { key } => {
+            Reply::error(format!("FROZEN the key '{key}' holds what does not belong there: repair it in Redis; nothing was changed"))
         }
+        StockOutcome::Values(_)
+        | StockOutcome::Done { .. }
+        | StockOutcome::Remembered(_)
+        | StockOutcome::Moved
+        | StockOutcome::Told { .. }
+        | StockOutcome::Stands(_)
+        | StockOutcome::Unknown => Reply::error("ERR internal error"),
     }
 }
 

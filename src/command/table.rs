@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use bytes::Bytes;
 
 use super::spec::Spec;
-use super::{client, connection, coupon, cut, dead_letter, describe, holdfast, server, stock, unknown_command};
+use super::{client, connection, coupon, cut, dead_letter, describe, holdfast, order, server, stock, unknown_command};
 use crate::limits::{ERROR_ECHO_MAX, NAME_MAX};
 
 /// The commands. A new one is declared above its handler and gets a line here; nothing else lists it.
@@ -17,6 +17,12 @@ pub static TABLE: &[&Spec] = &[
     &stock::INFO,
     &stock::INCR,
     &stock::DECR,
+    &order::RESERVE,
+    &order::CONFIRM,
+    &order::CANCEL,
+    &order::EXTEND,
+    &order::GET,
+    &order::HISTORY,
     &stock::SCAN,
     &stock::SYNC,
     &stock::UNFREEZE,

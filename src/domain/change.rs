@@ -12,7 +12,12 @@
 //! 3 coupon.issue coupon=c-1 user=u-7 serial=12 remaining=988 |
 //! 4 inbox inbox=771:12 | sku-1 5 102
 //! 5 freeze reason=differs%20by%2012 | sku-1 0 102
+//! 6 reserve order=o-1 expires=1700000060000 | sku-1 -3 99 sku-2 -1 3
+//! 7 confirm order=o-1 from=held units=3,1 | sku-1 0 99 sku-2 0 3
+//! 8 cancel order=o-7 |
 //! ```
+//!
+//! The last one is of an order that was not there: a tombstone, which refuses it when it comes.
 //!
 //! k is the operation's place in its batch; the refused ones leave gaps. The sidecar writes each line up to what only the
 //! script can know (k stands first, so that a line is found by it), and the script completes it.
@@ -32,7 +37,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Entered;
 
-use super::{InboxMark, Position, text};
+use super::{InboxMark, OrderChange, OrderState, Position, text};
 
 /// What a change of stock is called, in the outbox and in the ledger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -57,10 +62,22 @@ pub enum StockKind {
     Freeze,
     /// A person has looked: it sells again.
     Unfreeze,
+    /// STOCK.RESERVE: units are held for an order.
+    Reserve,
+    /// STOCK.DECR with ORDER: units are sold to an order.
+    Sell,
+    /// STOCK.CONFIRM: the held units are sold.
+    Confirm,
+    /// STOCK.CANCEL: what the order took comes back.
+    Cancel,
+    /// STOCK.EXTEND: the units are held for longer.
+    Extend,
+    /// The order's time has passed: its held units come back.
+    Expire,
 }
 
 impl StockKind {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 16] = [
         Self::Set,
         Self::Delete,
         Self::Incr,
@@ -71,6 +88,12 @@ impl StockKind {
         Self::Adopt,
         Self::Freeze,
         Self::Unfreeze,
+        Self::Reserve,
+        Self::Sell,
+        Self::Confirm,
+        Self::Cancel,
+        Self::Extend,
+        Self::Expire,
     ];
 
     pub fn parse(text: &str) -> Option<Self> {
@@ -89,12 +112,24 @@ impl StockKind {
             Self::Adopt => "adopt",
             Self::Freeze => "freeze",
             Self::Unfreeze => "unfreeze",
+            Self::Reserve => "reserve",
+            Self::Sell => "sell",
+            Self::Confirm => "confirm",
+            Self::Cancel => "cancel",
+            Self::Extend => "extend",
+            Self::Expire => "expire",
         }
     }
 
-    /// Whether a client asked for it: then Postgres moves as Redis does. Everything else brings the two together.
-    pub const fn is_of_a_client(self) -> bool {
-        matches!(self, Self::Set | Self::Delete | Self::Incr | Self::Decr)
+    /// Whether Postgres moves as Redis does: what a client asked for, and what became of it with time. Everything else brings the two
+    /// together.
+    pub const fn moves_both(self) -> bool {
+        matches!(self, Self::Set | Self::Delete | Self::Incr | Self::Decr) || self.is_of_an_order()
+    }
+
+    /// Whether it changes an order.
+    pub const fn is_of_an_order(self) -> bool {
+        OrderState::after(self).is_some()
     }
 }
 
@@ -140,6 +175,8 @@ pub struct Detail {
     pub reason: Option<String>,
     /// `short`: how many units Redis could not give, since it had fewer. The product is frozen.
     pub short: Option<i64>,
+    /// `order`, `expires`, `from`, `units`: what became of an order. There with every change of one, and with nothing else.
+    pub order: Option<Box<OrderChange>>,
 }
 
 /// The client's idempotency key with the fingerprint of what it asked.
@@ -297,7 +334,12 @@ impl Operation {
                     };
                     items.push(Item { product: product.into(), delta, available });
                 }
-                if items.is_empty() {
+                let order = match kind.is_of_an_order() {
+                    true => Some(Box::new(named.order(kind, &items)?)),
+                    false => None,
+                };
+                let is_tombstone = kind == StockKind::Cancel && order.as_ref().is_some_and(|order| order.from.is_none());
+                if items.is_empty() != is_tombstone {
                     return None;
                 }
                 let detail = Detail {
@@ -307,6 +349,7 @@ impl Operation {
                     pg: named.number("pg"),
                     reason: named.find("reason").map(text::unescape),
                     short: named.number("short"),
+                    order,
                 };
                 Effect::Stock { kind, items, detail }
             }
@@ -333,8 +376,9 @@ impl std::fmt::Display for Operation {
             write!(f, " request={request} digest={digest}")?;
         }
         match &self.effect {
-            Effect::Stock { items, detail, .. } => {
+            Effect::Stock { kind, items, detail } => {
                 detail.fmt(f)?;
+                detail.order.as_ref().map_or(Ok(()), |order| order.write(*kind, f))?;
                 f.write_str(" |")?;
                 items.iter().try_for_each(|item| write!(f, " {} {} {}", item.product, item.delta, item.available))
             }
@@ -348,6 +392,22 @@ impl std::fmt::Display for Operation {
                 write!(f, " coupon={coupon} user={user} serial={serial} remaining={remaining} |")
             }
         }
+    }
+}
+
+impl OrderChange {
+    /// A reservation's and a sale's units are what their items moved by.
+    fn write(&self, kind: StockKind, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, " order={}", self.order)?;
+        self.expires_ms.map_or(Ok(()), |expires| write!(f, " expires={expires}"))?;
+        self.from.map_or(Ok(()), |from| write!(f, " from={}", from.as_str()))?;
+        if matches!(kind, StockKind::Reserve | StockKind::Sell) {
+            return Ok(());
+        }
+        for (i, units) in self.units.iter().enumerate() {
+            write!(f, "{}{units}", if i == 0 { " units=" } else { "," })?;
+        }
+        Ok(())
     }
 }
 
@@ -398,6 +458,18 @@ impl Named<'_> {
 
     fn number(&self, name: &str) -> Option<i64> {
         self.find(name).and_then(|value| value.parse().ok())
+    }
+
+    fn order(&self, kind: StockKind, items: &[Item]) -> Option<OrderChange> {
+        let units = match self.find("units") {
+            Some(units) => units.split(',').map(|units| units.parse().ok()).collect::<Option<Vec<_>>>()?,
+            None if matches!(kind, StockKind::Reserve | StockKind::Sell) => items.iter().map(|item| -item.delta).collect(),
+            None => Vec::new(),
+        };
+        let from = self.find("from").map_or(Some(None), |from| OrderState::parse(from).map(Some))?;
+        let expires_ms = self.number("expires");
+        let is_whole = units.len() == items.len() && expires_ms.is_some() == matches!(kind, StockKind::Reserve | StockKind::Extend);
+        is_whole.then_some(OrderChange { order: self.text("order")?, expires_ms, from, units })
     }
 }
 
@@ -486,6 +558,13 @@ mod tests {
             "5 adopt pg=-3 | a 0 7",
             "6 coupon.create coupon=c total=10 peruser=1 end=7 |",
             "7 coupon.issue request=r digest=d coupon=c user=u=7 serial=12 remaining=988 |",
+            "8 reserve request=r digest=d order=o=1 expires=1700000060000 | a -3 97 b -1 4",
+            "9 sell order=o-2 | a -3 94",
+            "10 confirm order=o-1 from=held units=3,1 | a 0 97 b 0 4",
+            "11 cancel order=o-2 from=confirmed units=3 | a 3 97",
+            "12 cancel order=o-9 |",
+            "13 expire order=o-3 from=held units=1 | a 1 98",
+            "14 extend order=o-3 expires=1700000090000 from=held units=1 | a 0 97",
         ] {
             assert_eq!(Operation::decode(line).unwrap().to_string(), line);
         }
@@ -509,6 +588,14 @@ mod tests {
             "0 decr | a x 1",
             "0 decr request=1 | a 1 1",
             "0 coupon.issue coupon=c |",
+            "0 reserve | a -1 1",
+            "0 reserve order=o | a -1 1",
+            "0 reserve order=o expires=7 |",
+            "0 confirm order=o from=held | a 0 1",
+            "0 confirm order=o from=held units=1,2 | a 0 1",
+            "0 cancel order=o from=held |",
+            "0 cancel order=o from=gone units=1 | a 1 1",
+            "0 cancel order=o units=1 | a 1 1",
         ] {
             assert!(Operation::decode(bad).is_err(), "{bad:?}");
         }

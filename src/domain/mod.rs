@@ -3,8 +3,10 @@
 pub mod change;
 pub mod dead_letter;
 pub mod drift;
+pub mod history;
 pub mod id;
 pub mod mark;
+pub mod order;
 pub mod position;
 pub mod quantity;
 pub mod request;
@@ -15,6 +17,7 @@ pub use dead_letter::{DeadLetter, Settled};
 pub use drift::{Drift, Remedy};
 pub use id::Id;
 pub use mark::InboxMark;
+pub use order::{Order, OrderChange, OrderState};
 pub use position::Position;
 pub use request::RequestId;
 pub use side::Side;

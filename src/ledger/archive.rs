@@ -3,9 +3,9 @@
 use sqlx::PgConnection;
 
 use super::{Error, from_bigint, write};
-use crate::domain::Position;
 use crate::domain::change::{CouponTerms, Detail, Effect, Item, Operation, Recorded, Remembered, StockKind};
 use crate::domain::request::Sent;
+use crate::domain::{OrderChange, OrderState, Position};
 
 /// Where a row of either ledger stands: epoch, n, origin's epoch, origin's n, REQUEST id, its fingerprint.
 type Place = (i64, i64, Option<i64>, Option<i64>, Option<String>, Option<String>);
@@ -33,9 +33,13 @@ async fn stock(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Pla
         product_id: String,
         redis_delta: i64,
         available_after: i64,
+        held_delta: i64,
+        order_id: Option<String>,
+        expires_ms: Option<i64>,
     }
     let rows: Vec<Row> = sqlx::query_as(
-        "SELECT epoch, n, origin_epoch, origin_n, request_id, request_digest, kind, product_id, redis_delta, available_after \
+        "SELECT epoch, n, origin_epoch, origin_n, request_id, request_digest, kind, product_id, redis_delta, available_after, \
+         held_delta, order_id, expires_ms \
          FROM holdfast.stock_ledger WHERE (op = $1 AND k = $2) OR (request_id = $3 AND request_id LIKE 'hf-%') ORDER BY epoch, n, i",
     )
     .bind(sent.op())
@@ -45,10 +49,23 @@ async fn stock(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Pla
     .await?;
     let Some(first) = rows.first() else { return Ok(None) };
     let kind = StockKind::parse(&first.kind).ok_or_else(|| Error::Unfit(format!("holdfast.stock_ledger: kind {:?}", first.kind)))?;
-    let place = first.place.clone();
-    let of_it = rows.into_iter().filter(|row| (row.place.0, row.place.1) == (place.0, place.1));
+    let (place, order_id, expires_ms) = (first.place.clone(), first.order_id.clone(), first.expires_ms);
+    let of_it: Vec<Row> = rows.into_iter().filter(|row| (row.place.0, row.place.1) == (place.0, place.1)).collect();
+    let order = order_id.map(|order| {
+        let is_of_nothing = of_it.iter().all(|row| row.product_id.is_empty());
+        let from = match kind {
+            StockKind::Reserve | StockKind::Sell => None,
+            StockKind::Cancel if is_of_nothing => None,
+            StockKind::Cancel if of_it.iter().all(|row| row.held_delta == 0) => Some(OrderState::Confirmed),
+            _ => Some(OrderState::Held),
+        };
+        // An extension's row does not say how many units it was of.
+        let units = of_it.iter().filter(|row| !row.product_id.is_empty()).map(|row| row.redis_delta.abs().max(row.held_delta.abs()));
+        Box::new(OrderChange { order, expires_ms, from, units: units.collect() })
+    });
+    let of_it = of_it.into_iter().filter(|row| !row.product_id.is_empty());
     let items = of_it.map(|row| Item { product: row.product_id, delta: row.redis_delta, available: row.available_after }).collect();
-    Ok(Some((place, Effect::Stock { kind, items, detail: Detail::default() })))
+    Ok(Some((place, Effect::Stock { kind, items, detail: Detail { order, ..Detail::default() } })))
 }
 
 async fn coupon(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Place, Effect)>, Error> {

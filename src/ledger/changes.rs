@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::Error;
+use super::order::Orders;
 use crate::domain::change::{CouponTerms, Effect, Entry, Item, Operation, StockKind};
-use crate::domain::{InboxMark, Position};
+use crate::domain::{InboxMark, OrderChange, Position};
 
 /// What an operation's ledger rows have in common.
 #[derive(Clone, Copy)]
@@ -28,7 +29,19 @@ pub(super) struct StockLine<'a> {
     pub item: &'a Item,
     /// By how much Postgres's available units move.
     pub pg_delta: i64,
+    /// The order that it is of.
+    pub order: Option<&'a OrderChange>,
 }
+
+impl StockLine<'_> {
+    /// By how much the held units of its product move.
+    pub fn held_delta(&self) -> i64 {
+        self.order.map_or(0, |order| order.held_delta(self.kind, self.i))
+    }
+}
+
+/// What the ledger's row says of a change that is about no product: one has to be there, so that the change is found.
+pub(super) static NO_ITEM: Item = Item { product: String::new(), delta: 0, available: 0 };
 
 /// One row of `coupon_ledger`.
 pub(super) struct CouponLine<'a> {
@@ -52,6 +65,8 @@ pub(super) enum Lifecycle {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct StockMove {
     pub delta: i64,
+    /// By how much its held units move.
+    pub held: i64,
     /// Whether some operation may have created it.
     pub created: bool,
     pub lifecycle: Option<Lifecycle>,
@@ -79,6 +94,7 @@ pub(super) struct Issue<'a> {
 pub(super) struct Changes<'a> {
     pub stock_lines: Vec<StockLine<'a>>,
     pub stock: BTreeMap<&'a str, StockMove>,
+    pub orders: Orders<'a>,
     pub coupon_lines: Vec<CouponLine<'a>>,
     pub created: Vec<(&'a str, CouponTerms)>,
     pub issues: Vec<Issue<'a>>,
@@ -154,6 +170,13 @@ impl<'a> Changes<'a> {
         match &operation.effect {
             Effect::Stock { kind, items, detail } => {
                 self.mark = self.mark.max(detail.mark);
+                let order = detail.order.as_deref();
+                if let Some(order) = order {
+                    self.orders.add(place, *kind, items, order);
+                }
+                if items.is_empty() {
+                    self.stock_lines.push(StockLine { place, i: 0, kind: *kind, item: &NO_ITEM, pg_delta: 0, order });
+                }
                 for (i, item) in items.iter().enumerate() {
                     let mark = self.mark.unwrap_or(created.mark);
                     let known = created.products.get(&item.product).filter(|_| *kind == StockKind::Set);
@@ -167,10 +190,10 @@ impl<'a> Changes<'a> {
                     });
                     let pg_delta = match before {
                         Some(before) => item.available.saturating_sub(before),
-                        None if kind.is_of_a_client() => item.delta,
+                        None if kind.moves_both() => item.delta,
                         None => detail.pg.unwrap_or(0),
                     };
-                    let line = StockLine { place, i, kind: *kind, item, pg_delta };
+                    let line = StockLine { place, i, kind: *kind, item, pg_delta, order };
                     self.move_stock(&line, detail.low)?;
                     if *kind == StockKind::Freeze || detail.short.is_some() {
                         self.frozen.insert(&item.product, Some(detail.reason.as_deref().unwrap_or("its units do not add up")));
@@ -203,10 +226,13 @@ impl<'a> Changes<'a> {
     }
 
     fn move_stock(&mut self, line: &StockLine<'a>, low: Option<i64>) -> Result<(), Error> {
-        if !line.kind.is_of_a_client() && line.pg_delta == 0 {
+        let held = line.held_delta();
+        let may_move_nothing = !line.kind.moves_both() || line.order.is_some();
+        if may_move_nothing && line.pg_delta == 0 && held == 0 {
             return Ok(());
         }
         let moved = self.stock.entry(&line.item.product).or_default();
+        moved.held = moved.held.saturating_add(held);
         moved.delta = moved.delta.checked_add(line.pg_delta).ok_or_else(|| {
             Error::Data(format!(
                 "the changes of product '{}' up to {}-{} add up to more than 2^63",
@@ -254,9 +280,9 @@ mod tests {
         let changes = Changes::gather([&entry], &Created::default()).unwrap();
         let deleted = Some(Lifecycle::Deleted(1_700_000_000_000));
         let expected = [
-            ("a", StockMove { delta: 2, created: true, lifecycle: Some(Lifecycle::Set), low: Some(None) }),
-            ("b", StockMove { delta: -5, created: false, lifecycle: deleted, low: Some(None) }),
-            ("d", StockMove { delta: 2, created: true, lifecycle: Some(Lifecycle::Set), low: Some(Some(1)) }),
+            ("a", StockMove { delta: 2, created: true, lifecycle: Some(Lifecycle::Set), low: Some(None), ..StockMove::default() }),
+            ("b", StockMove { delta: -5, lifecycle: deleted, low: Some(None), ..StockMove::default() }),
+            ("d", StockMove { delta: 2, created: true, lifecycle: Some(Lifecycle::Set), low: Some(Some(1)), ..StockMove::default() }),
         ];
         assert_eq!(changes.stock, BTreeMap::from(expected));
         let lines: Vec<_> = changes.stock_lines.iter().map(|line| (line.place.n, line.i, line.pg_delta)).collect();

@@ -11,7 +11,7 @@ use super::apply::{Applied, advance, check_epochs, continuation, what_is_created
 use super::changes::{Changes, Created};
 use super::partition::{self, id};
 use super::{Error, from_bigint, inbox, to_bigint, write};
-use crate::domain::change::{Effect, Entry, Operation};
+use crate::domain::change::{Effect, Entry, Item, Operation};
 use crate::domain::{DeadLetter, InboxMark, Position, Settled};
 use crate::limits;
 
@@ -109,22 +109,25 @@ async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, pa
         insert(connection, partition, part, operation, &Letter { i: 0, product: None, delta: 0, reason }).await?;
         return Ok(1);
     };
+    // An order is what it is, also where its units are owed.
+    let mut savepoint = connection.begin().await?;
+    let mut of_orders = 0;
+    match write::orders(&mut savepoint, partition, &changes).await {
+        Ok(()) => savepoint.commit().await?,
+        Err(Error::Data(reason)) => {
+            savepoint.rollback().await?;
+            insert(connection, partition, part, operation, &Letter { i: 0, product: None, delta: 0, reason: &reason }).await?;
+            of_orders = 1;
+        }
+        Err(error) => return Err(error),
+    }
     let mut refused = Vec::new();
     for (i, item) in items.iter().enumerate() {
-        let mut alone = part.clone();
-        for operation in &mut alone.operations {
-            if let Effect::Stock { items, .. } = &mut operation.effect {
-                *items = vec![item.clone()];
-            }
-        }
-        let mut savepoint = connection.begin().await?;
-        match write::moves(&mut savepoint, &Changes::gather([&alone], &created)?).await {
-            Ok(()) => savepoint.commit().await?,
-            Err(Error::Data(reason)) => {
-                savepoint.rollback().await?;
-                refused.push((i, item.product.as_str(), reason));
-            }
-            Err(error) => return Err(error),
+        let Some(reason) = move_alone(connection, &line_of(part, i, item), &created).await? else { continue };
+        refused.push((i, item.product.as_str(), reason));
+        // What is held moves all the same.
+        if let Some(more) = move_alone(connection, &line_of(part, i, &Item { delta: 0, ..item.clone() }), &created).await? {
+            tracing::warn!(product = item.product, error = more, "postgres does not take what is held of a product either");
         }
     }
     let mut frozen = BTreeMap::new();
@@ -140,7 +143,37 @@ async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, pa
         Err(Error::Data(_)) => savepoint.rollback().await?,
         Err(error) => return Err(error),
     }
-    Ok(refused.len())
+    Ok(refused.len() + of_orders)
+}
+
+/// One product's part of the operation that is all of `part`.
+fn line_of(part: &Entry, i: usize, item: &Item) -> Entry {
+    let mut alone = part.clone();
+    for operation in &mut alone.operations {
+        if let Effect::Stock { items, detail, .. } = &mut operation.effect {
+            *items = vec![item.clone()];
+            if let Some(order) = &mut detail.order {
+                order.units = order.units.get(i).copied().into_iter().collect();
+            }
+        }
+    }
+    alone
+}
+
+/// Moves what it moves. Returns why Postgres refuses that for its data.
+async fn move_alone(connection: &mut PgConnection, alone: &Entry, created: &Created) -> Result<Option<String>, Error> {
+    let mut savepoint = connection.begin().await?;
+    match write::moves(&mut savepoint, &Changes::gather([alone], created)?).await {
+        Ok(()) => {
+            savepoint.commit().await?;
+            Ok(None)
+        }
+        Err(Error::Data(reason)) => {
+            savepoint.rollback().await?;
+            Ok(Some(reason))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 struct Letter<'a> {
@@ -265,6 +298,8 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
         items.iter_mut().for_each(|item| item.delta = delta);
         detail.created = false;
         detail.pg = Some(delta);
+        // What is held has moved already.
+        detail.order = None;
     }
     let last = Position::new(from_bigint(epoch), from_bigint(n));
     let entry = Entry { last, first_n: last.n, prev: partition::NO_OP.into(), op, at_ms, operations: vec![operation] };

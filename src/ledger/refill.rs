@@ -6,6 +6,7 @@ use std::marker::PhantomData;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Connection, FromRow, PgConnection, Postgres, Transaction};
 
+use super::order::{COLUMNS as ORDER_COLUMNS, OrderRow};
 use super::{Error, from_bigint, partition};
 use crate::domain::{InboxMark, Position};
 use crate::limits::REFILL_PAGE;
@@ -154,6 +155,21 @@ impl<'c> Snapshot<'c> {
         Ok(sqlx::query_scalar(recently).fetch_all(&mut *self.transaction).await?)
     }
 
+    /// What orders hold of products that were deleted: it stays owed.
+    pub async fn held_of_deleted(&mut self) -> Result<Vec<(String, i64)>, Error> {
+        let held = "SELECT product_id, held FROM holdfast.stock WHERE deleted_at IS NOT NULL AND held > 0";
+        Ok(sqlx::query_as(held).fetch_all(&mut *self.transaction).await?)
+    }
+
+    /// Every order that is held or has become what it is lately, as it stands.
+    pub async fn orders(&mut self) -> Result<Pages<OrderRow>, Error> {
+        let query = format!(
+            "SELECT DISTINCT ON (order_id) {ORDER_COLUMNS} FROM holdfast.stock_order \
+             WHERE state = 'held' OR changed_at > now() - interval '24 hours' ORDER BY order_id, epoch DESC, n DESC"
+        );
+        self.open("orders", &query).await
+    }
+
     /// Every coupon.
     pub async fn coupons(&mut self) -> Result<Pages<Coupon>, Error> {
         self.open(
@@ -181,7 +197,8 @@ impl<'c> Snapshot<'c> {
         self.open(
             "requests",
             &format!(
-                "(SELECT request_id, request_digest, kind, CASE WHEN kind <> 'delete' THEN available_after END AS one, NULL::bigint AS two, \
+                "(SELECT request_id, request_digest, kind, CASE WHEN kind IN ('reserve', 'extend') THEN CASE WHEN i = 0 THEN expires_ms END \
+                 WHEN kind NOT IN ('delete', 'confirm', 'cancel') THEN available_after END AS one, NULL::bigint AS two, \
                  {place} FROM holdfast.stock_ledger WHERE {since} ORDER BY at, stock_ledger.epoch, stock_ledger.n, i) \
                  UNION ALL (SELECT request_id, request_digest, 'coupon.' || kind, serial, CASE WHEN kind = 'issue' THEN remaining_after END, \
                  {place} FROM holdfast.coupon_ledger WHERE {since})"

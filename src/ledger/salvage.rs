@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use sqlx::{Connection, PgConnection};
 
-use super::changes::{Changes, CouponLine, CouponMove, Issue, Lifecycle, Place, StockLine};
+use super::changes::{Changes, CouponLine, CouponMove, Issue, Lifecycle, NO_ITEM, Place, StockLine};
 use super::{Error, apply, from_bigint, partition, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
@@ -213,7 +213,8 @@ impl Shelf {
         let Effect::Stock { kind, items, .. } = &mut told.effect else { return (told, true) };
         let before = |item: &Item| self.stock.get(&item.product).copied().flatten();
         let replaces = matches!(kind, StockKind::Set | StockKind::Delete);
-        let fits = replaces || items.iter().all(|item| before(item).is_some_and(|before| (0..=TOTAL_MAX).contains(&(before + item.delta))));
+        let fits = |item: &Item| item.delta == 0 || before(item).is_some_and(|before| (0..=TOTAL_MAX).contains(&(before + item.delta)));
+        let fits = replaces || items.iter().all(fits);
         for item in items {
             let before = self.stock.get(&item.product).copied().flatten();
             let after = match kind {
@@ -237,8 +238,10 @@ impl Shelf {
     /// Adds only the ledger rows of an operation that Postgres refuses. Always errors with why it is owed.
     fn owe<'a>(&self, place: Place<'a>, operation: &'a Operation, changes: &mut Changes<'a>) -> Result<(), String> {
         match &operation.effect {
-            Effect::Stock { kind, items, .. } => {
-                let line = |(i, item): (usize, &'a Item)| StockLine { place, i, kind: *kind, item, pg_delta: item.delta };
+            Effect::Stock { kind, items, detail } => {
+                let order = detail.order.as_deref();
+                let items = if items.is_empty() { std::slice::from_ref(&NO_ITEM) } else { items.as_slice() };
+                let line = |(i, item): (usize, &'a Item)| StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order };
                 changes.stock_lines.extend(items.iter().enumerate().map(line));
             }
             Effect::CouponCreate { coupon, terms } => {
@@ -256,14 +259,27 @@ impl Shelf {
     fn take<'a>(&mut self, place: Place<'a>, operation: &'a Operation, fits: bool, changes: &mut Changes<'a>) -> Result<(), String> {
         match &operation.effect {
             Effect::Stock { kind, items, detail } => {
+                let order = detail.order.as_deref();
+                if let Some(order) = order {
+                    changes.orders.add(place, *kind, items, order);
+                }
+                if items.is_empty() {
+                    changes.stock_lines.push(StockLine { place, i: 0, kind: *kind, item: &NO_ITEM, pg_delta: 0, order });
+                }
                 for (i, item) in items.iter().enumerate() {
-                    changes.stock_lines.push(StockLine { place, i, kind: *kind, item, pg_delta: item.delta });
+                    let line = StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order };
+                    let held = line.held_delta();
+                    changes.stock_lines.push(line);
+                    // What is held moves also where the units are owed.
+                    if held != 0 && self.rows.contains(&item.product) {
+                        changes.stock.entry(&item.product).or_default().held += held;
+                    }
                     // What was deleted and never came here has nothing to move.
                     let is_here = *kind != StockKind::Delete || self.rows.contains(&item.product);
                     if *kind == StockKind::Set {
                         self.rows.insert(item.product.clone());
                     }
-                    if fits && is_here {
+                    if fits && is_here && (item.delta != 0 || order.is_none()) {
                         let moved = changes.stock.entry(&item.product).or_default();
                         moved.delta += item.delta;
                         match kind {

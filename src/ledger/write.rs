@@ -6,16 +6,22 @@ use std::collections::BTreeMap;
 use sqlx::PgConnection;
 
 use super::changes::{Changes, CouponLine, Lifecycle, Place, StockLine};
-use super::{Error, inbox, partition, to_bigint};
+use super::{Error, inbox, order, partition, to_bigint};
 
 /// Writes everything; the caller holds the partition's row and commits. Errors with [`Error::Data`] where Postgres does not know a
 /// product or a coupon that moved.
 pub(super) async fn changes(connection: &mut PgConnection, partition: u32, changes: &Changes<'_>) -> Result<(), Error> {
     ledgers(connection, partition, changes).await?;
+    orders(connection, partition, changes).await?;
     moves(connection, changes).await
 }
 
-/// Writes everything but the ledgers.
+/// Writes what became of orders.
+pub(super) async fn orders(connection: &mut PgConnection, partition: u32, changes: &Changes<'_>) -> Result<(), Error> {
+    if changes.orders.is_empty() { Ok(()) } else { order::write(connection, partition, &changes.orders).await }
+}
+
+/// Moves the products and the coupons.
 pub(super) async fn moves(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
     if !changes.stock_lines.is_empty() {
         create_products(connection, changes).await?;
@@ -82,12 +88,13 @@ async fn stock_ledger(connection: &mut PgConnection, partition: u32, lines: &[St
     let places = Places::of(lines.iter().map(|line| line.place));
     sqlx::query(
         "INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after, \
-         request_id, request_digest, at, origin_epoch, origin_n) \
+         request_id, request_digest, at, origin_epoch, origin_n, held_delta, order_id, expires_ms) \
          SELECT $1, l.epoch, l.n, l.i, l.op, l.k, l.product, l.kind, l.redis_delta, l.pg_delta, l.available, l.request, l.digest, \
-         timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n \
+         timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n, coalesce(l.held, 0), l.order_id, l.expires_ms \
          FROM unnest($2::bigint[], $3::bigint[], $4::int[], $5::text[], $6::int[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
-         $11::bigint[], $12::text[], $13::text[], $14::bigint[], $15::bigint[], $16::bigint[]) \
-         AS l (epoch, n, i, op, k, product, kind, redis_delta, pg_delta, available, request, digest, at_ms, origin_epoch, origin_n)",
+         $11::bigint[], $12::text[], $13::text[], $14::bigint[], $15::bigint[], $16::bigint[], $17::bigint[], $18::text[], $19::bigint[]) \
+         AS l (epoch, n, i, op, k, product, kind, redis_delta, pg_delta, available, request, digest, at_ms, origin_epoch, origin_n, held, \
+         order_id, expires_ms)",
     )
     .bind(partition::id(partition))
     .bind(places.epoch)
@@ -105,6 +112,9 @@ async fn stock_ledger(connection: &mut PgConnection, partition: u32, lines: &[St
     .bind(places.at_ms)
     .bind(places.origin_epoch)
     .bind(places.origin_n)
+    .bind(lines.iter().map(|line| line.order.map(|_| line.held_delta())).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.order.map(|order| order.order.as_str())).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.order.and_then(|order| order.expires_ms)).collect::<Vec<_>>())
     .execute(connection)
     .await?;
     Ok(())
@@ -129,11 +139,12 @@ async fn move_products(connection: &mut PgConnection, changes: &Changes<'_>) -> 
         return Ok(());
     }
     let moved = sqlx::query(
-        "UPDATE holdfast.stock AS s SET available = s.available + m.delta \
-         FROM unnest($1::text[], $2::bigint[]) AS m (product, delta) WHERE s.product_id = m.product",
+        "UPDATE holdfast.stock AS s SET available = s.available + m.delta, held = greatest(s.held + m.held, 0) \
+         FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS m (product, delta, held) WHERE s.product_id = m.product",
     )
     .bind(&products)
     .bind(changes.stock.values().map(|moved| moved.delta).collect::<Vec<_>>())
+    .bind(changes.stock.values().map(|moved| moved.held).collect::<Vec<_>>())
     .execute(&mut *connection)
     .await?
     .rows_affected();

@@ -78,10 +78,15 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
             salvage::taken_up(postgres, partition.id, &answered, None).await?;
             continue;
         }
-        let owed = match again(&answered.operation, &id) {
+        let owed = match again(&answered.operation, &id, answered.at_ms) {
             None => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
             Some(op) => match partition.change(op).await {
-                Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(Remembered::Known(_))) => None,
+                Ok(
+                    StockOutcome::Done { .. }
+                    | StockOutcome::Told { .. }
+                    | StockOutcome::Stands(_)
+                    | StockOutcome::Remembered(Remembered::Known(_)),
+                ) => None,
                 Ok(refused) => Some(format!("it was answered before Redis lost its data, and cannot be repeated: {refused:?}")),
                 // Perhaps it ran: under its name it runs once.
                 Err(_) => return Ok(()),
@@ -97,13 +102,23 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
 }
 
 /// The operation, to be done again under its client's REQUEST, else under the server's own name; `None` for what would overwrite, or give
-/// another serial than was answered.
-fn again(operation: &Operation, id: &str) -> Option<StockOp> {
-    let Effect::Stock { kind: kind @ (StockKind::Decr | StockKind::Incr), items, .. } = &operation.effect else { return None };
+/// another serial than was answered. What is done already to an order, it stays. `at_ms`: when it was done, which what is held is counted
+/// from.
+fn again(operation: &Operation, id: &str, at_ms: i64) -> Option<StockOp> {
+    let Effect::Stock { kind, items, detail } = &operation.effect else { return None };
     let items: Items = items.iter().map(|item| (Id::from(item.product.as_str()), item.delta.abs())).collect();
+    let op = match (kind, detail.order.as_deref()) {
+        (StockKind::Decr | StockKind::Incr, None) => StockOp::new(Action::Change(*kind), items),
+        (_, Some(of)) => {
+            let items = if matches!(kind, StockKind::Reserve | StockKind::Sell) { items } else { Items::new() };
+            let ttl_ms = of.expires_ms.map_or(0, |expires| (expires - at_ms).max(1));
+            StockOp::of_order(Action::Change(*kind), Id::from(of.order.as_str()), ttl_ms, items)
+        }
+        _ => return None,
+    };
     let request = match &operation.remembered {
         Some(of_client) => Request { id: RequestId::of_escaped(&of_client.request), digest: of_client.digest.clone() },
         None => Request { id: RequestId::of_escaped(id), digest: HANDED_OVER.to_owned() },
     };
-    Some(StockOp { request: Some(Box::new(request)), ..StockOp::new(Action::Change(*kind), items) })
+    Some(StockOp { request: Some(Box::new(request)), ..op })
 }

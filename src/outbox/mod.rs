@@ -4,8 +4,10 @@
 pub mod archivist;
 pub mod by_hand;
 pub mod clerk;
+pub mod expirer;
 mod handover;
 pub mod inbox;
+pub mod librarian;
 pub mod loader;
 pub mod presence;
 mod proof;

@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use super::handover;
 use crate::domain::change::{Effect, Entry};
 use crate::domain::{Id, Position, RequestId};
+use crate::ledger::order::OrderRow;
 use crate::ledger::refill::Snapshot;
 use crate::ledger::salvage::{self, Answered, Saved};
 use crate::ledger::{self, PartitionRow, PgConnection};
@@ -260,6 +261,20 @@ impl Rebuild<'_> {
         let deleted = step(snapshot.deleted()).await?;
         step(refill::deleted(self.redis, epoch, &deleted, snapshot.applied.n)).await?;
 
+        let held = step(snapshot.held_of_deleted()).await?;
+        step(refill::units_held(self.redis, epoch, &held)).await?;
+
+        let pages = step(snapshot.orders()).await?;
+        loop {
+            let rows: Vec<OrderRow> = slow_step(snapshot.next(&pages)).await?;
+            if rows.is_empty() {
+                break;
+            }
+            let order = |row: OrderRow| Ok((Id::from(row.order.as_str()), row.order()?, row.changed_at_ms));
+            let rows = rows.into_iter().map(order).collect::<Result<Vec<_>, ledger::Error>>().map_err(|error| error.to_string())?;
+            step(refill::orders(self.redis, epoch, &rows)).await?;
+        }
+
         let pages = step(snapshot.coupons()).await?;
         loop {
             let rows = slow_step(snapshot.next(&pages)).await?;
@@ -347,7 +362,7 @@ impl Rebuild<'_> {
 
 /// The changes of an entry that clients asked for. What the server did by itself brought Redis and Postgres together, and is done anew.
 fn answered(entry: &Entry) -> impl Iterator<Item = Answered> {
-    let of_a_client = |effect: &Effect| !matches!(effect, Effect::Stock { kind, .. } if !kind.is_of_a_client());
+    let of_a_client = |effect: &Effect| !matches!(effect, Effect::Stock { kind, .. } if !kind.moves_both());
     (entry.first_n..).zip(&entry.operations).filter(move |(_, operation)| of_a_client(&operation.effect)).map(|(n, operation)| Answered {
         op: entry.op.clone(),
         origin: Position::new(entry.last.epoch, n),
@@ -363,7 +378,13 @@ impl From<store::copies::Salvaged> for Answered {
 }
 
 fn request(row: &ledger::refill::Request) -> refill::Request {
-    let word = if row.kind == "coupon.issue" { "ISSUED" } else { "OK" };
+    let word = match row.kind.as_str() {
+        "coupon.issue" => "ISSUED",
+        "reserve" | "extend" => "HELD",
+        "confirm" => "CONFIRMED",
+        "cancel" => "CANCELLED",
+        _ => "OK",
+    };
     refill::Request {
         id: RequestId::of_escaped(&row.id),
         digest: row.digest.clone(),

@@ -21,6 +21,15 @@ pub struct Note {
     pub remaining: i64,
     /// What was available after it; only where a REQUEST may ask for it again.
     pub available: Vec<i64>,
+    /// Its line in the outbox, where that says what the operation itself does not.
+    pub line: Option<Box<Operation>>,
+}
+
+impl Note {
+    /// Of what was accepted there, and says nothing more.
+    pub fn at(position: Position) -> Self {
+        Self { position, serial: 0, remaining: 0, available: Vec::new(), line: None }
+    }
 }
 
 /// An accepted operation.
@@ -28,6 +37,8 @@ pub struct Note {
 pub enum Kept {
     Stock(StockOp),
     Coupon(CouponOp),
+    /// As its line in the outbox says.
+    Line(Box<Operation>),
 }
 
 /// One accepted operation of a batch.
@@ -270,6 +281,9 @@ impl Copy {
             Kept::Coupon(op) => {
                 id(op.coupon.as_bytes()) + if let coupon::Action::Issue { user } = &op.action { id(user.as_bytes()) } else { 0 }
             }
+            Kept::Line(line) => {
+                size_of::<Operation>() + line.products().map(|product| size_of::<Item>() + 8 + id(product.as_bytes())).sum::<usize>() + 256
+            }
         };
         let request = request.map_or(0, |request| id(request.id.as_bytes()) + id(request.digest.as_bytes()));
         size_of::<Self>() + ids + request
@@ -279,12 +293,14 @@ impl Copy {
         let request = match &self.kept {
             Kept::Stock(op) => op.request.as_deref(),
             Kept::Coupon(op) => op.request.as_ref(),
+            Kept::Line(_) => None,
         };
         (&self.kept, request)
     }
 
     fn salvage(&self, batch: &CopiedBatch) -> Salvaged {
         let (kept, request) = self.parts();
+        let told = |operation| Salvaged { op: batch.op.clone(), origin: self.note.position, at_ms: batch.at_ms, operation };
         let remembered = request.map(|request| Remembered { request: request.id.escaped(), digest: request.digest.clone() });
         let effect = match kept {
             Kept::Stock(op) => stock_effect(op, &self.note),
@@ -297,9 +313,9 @@ impl Copy {
                 serial: self.note.serial,
                 remaining: self.note.remaining,
             },
+            Kept::Line(line) => return told(line.as_ref().clone()),
         };
-        let operation = Operation { k: self.k, remembered, effect };
-        Salvaged { op: batch.op.clone(), origin: self.note.position, at_ms: batch.at_ms, operation }
+        told(Operation { k: self.k, remembered, effect })
     }
 }
 
@@ -329,7 +345,7 @@ mod tests {
         let copies = (0..count).map(|k| Copy {
             k,
             kept: Kept::Stock(StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 2)])),
-            note: Note { position: Position::new(epoch, first_n + u64::from(k)), serial: 0, remaining: 0, available: Vec::new() },
+            note: Note::at(Position::new(epoch, first_n + u64::from(k))),
         });
         CopiedBatch { copies: copies.collect(), ..CopiedBatch::new(op.into(), 7) }
     }

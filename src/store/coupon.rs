@@ -149,7 +149,7 @@ impl Family for Coupon {
             CouponOutcome::Issued { serial, remaining, position } => (*position, *serial, *remaining),
             _ => return None,
         };
-        Some(Note { position, serial, remaining, available: Vec::new() })
+        Some(Note { serial, remaining, ..Note::at(position) })
     }
 
     fn keep(batch: &mut CopiedBatch, k: u32, op: CouponOp, note: Note) {

@@ -6,6 +6,8 @@ use crate::domain::Id;
 pub const META: &str = "holdfast:meta";
 /// Stream: the changes that Postgres may not have yet, and some that it has.
 pub const OUTBOX: &str = "holdfast:outbox";
+/// String: which sidecar may expire orders, for a moment.
+pub const SWEEPER: &str = "holdfast:sweeper";
 /// Hash: product → units held by orders.
 pub const HELD: &str = "stock:held";
 /// Hash: product → why a person has to look at it.
@@ -14,6 +16,10 @@ pub const FROZEN: &str = "stock:frozen";
 pub const LOW: &str = "stock:low";
 /// Hash: product → n when it was deleted, until it is created again: what Postgres says of it may be older.
 pub const DELETED: &str = "stock:deleted";
+/// Sorted set: order → until when its units are held, in Unix ms.
+pub const EXPIRY: &str = "stock:expiry";
+/// What stands before an order's id: a hash with its state, its expiry, its items, and the position that made it so.
+pub const ORDER_PREFIX: &str = "stock:order:";
 /// What stands before a product's id.
 pub const PRODUCT_PREFIX: &str = "stock:product:";
 /// What stands before a coupon's id in the key of its terms.
@@ -24,7 +30,12 @@ const COUPON_USERS_PREFIX: &str = "coupon:users:";
 /// What stands in the keys of the memory of REQUEST ids.
 const REQUEST_PREFIX: &str = "holdfast:request:";
 /// What the keys begin with that a rebuild removes and makes anew.
-pub const REBUILT_PREFIXES: [&str; 4] = [PRODUCT_PREFIX, COUPON_INFO_PREFIX, COUPON_USERS_PREFIX, REQUEST_PREFIX];
+pub const REBUILT_PREFIXES: [&str; 5] = [PRODUCT_PREFIX, ORDER_PREFIX, COUPON_INFO_PREFIX, COUPON_USERS_PREFIX, REQUEST_PREFIX];
+
+/// See [`ORDER_PREFIX`].
+pub fn order(order: &Id) -> String {
+    format!("{ORDER_PREFIX}{order}")
+}
 
 /// String: a product's available units in decimal.
 pub fn product(product: &Id) -> String {

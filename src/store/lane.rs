@@ -116,6 +116,10 @@ pub trait Family: 'static {
     fn foreknown(_: &SoldOut, _: &Self::Op) -> Option<Self::Outcome> {
         None
     }
+    /// Whether it may turn what is foreknown of any operation: then what comes after it goes to Redis until it is over.
+    fn may_turn_all(_: &Self::Op) -> bool {
+        false
+    }
     /// Called with every operation that goes to Redis; it is over by `deadline`.
     fn goes(_: &SoldOut, _: &Self::Op, _deadline: Instant) {}
     /// What Redis, which was asked at `asked`, said of an operation.
@@ -155,6 +159,24 @@ struct Queued<F: Family, W> {
     deadline: Instant,
     /// Why it was not decided when it was last tried.
     again: Option<String>,
+    /// Counted, for as long as it is on its way, where [`Family::may_turn_all`].
+    _turning: Option<Turning>,
+}
+
+/// One that is counted until it is dropped.
+struct Turning(Rc<Cell<usize>>);
+
+impl Turning {
+    fn count(counted: &Rc<Cell<usize>>) -> Self {
+        counted.set(counted.get() + 1);
+        Self(Rc::clone(counted))
+    }
+}
+
+impl Drop for Turning {
+    fn drop(&mut self) {
+        self.0.set(self.0.get().saturating_sub(1));
+    }
 }
 
 impl<F: Family, W: Waiter<F>> Queued<F, W> {
@@ -197,6 +219,8 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     counter: Cell<u64>,
     clock: Cell<Clock>,
     was_live: Cell<bool>,
+    /// How many operations are on their way that [`Family::may_turn_all`].
+    turning: Rc<Cell<usize>>,
     batch_operations: metrics::Histogram,
     script_seconds: metrics::Histogram,
     /// What large batches take, one after the other: what waits longer than that permits is refused as it comes.
@@ -220,6 +244,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             counter: Cell::new(0),
             clock: Cell::new(Clock::heard(0)),
             was_live: Cell::new(false),
+            turning: Rc::default(),
             batch_operations: metrics::histogram!("holdfast_batch_operations", "lane" => F::LANE),
             script_seconds: metrics::histogram!("holdfast_script_seconds", "lane" => F::LANE),
             pace: Pace::new(within),
@@ -236,7 +261,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
         }
-        if let Some(outcome) = F::foreknown(&self.partition.sold_out, &op) {
+        if self.turning.get() == 0
+            && let Some(outcome) = F::foreknown(&self.partition.sold_out, &op)
+        {
             return waiter.done(&op, Ok(outcome));
         }
         if F::changes(&op) && F::is_of_a_client(&op) {
@@ -259,7 +286,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         F::goes(&self.partition.sold_out, &op, deadline);
         // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
         let at = queue.iter().rposition(|queued| queued.deadline <= deadline).map_or(0, |before| before + 1);
-        queue.insert(at, Queued { op, waiter: Some(waiter), deadline, again: None });
+        let turning = F::may_turn_all(&op).then(|| Turning::count(&self.turning));
+        queue.insert(at, Queued { op, waiter: Some(waiter), deadline, again: None, _turning: turning });
         if queue.len() == 1 {
             self.work.notify_one();
         }
@@ -557,7 +585,7 @@ mod tests {
         let op = |action| StockOp::new(action, vec![(Id::from("a"), 1)]);
         let decr = || op(Action::Change(StockKind::Decr));
         let partition = Arc::new(Partition::new(0, 1).0);
-        let note = Note { position: Position::new(1, 1), serial: 0, remaining: 0, available: Vec::new() };
+        let note = Note::at(Position::new(1, 1));
         let mut sold = CopiedBatch::new("i:stock:1".into(), 7);
         Stock::keep(&mut sold, 0, decr(), note);
         partition.copies.keep(sold);

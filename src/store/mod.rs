@@ -6,6 +6,7 @@ mod clock;
 pub mod connection;
 pub mod copies;
 pub mod coupon;
+pub mod expiry;
 mod key_list;
 pub mod keys;
 pub mod lane;

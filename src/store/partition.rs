@@ -12,8 +12,9 @@ use super::lane::Failure;
 use super::sold_out::SoldOut;
 use super::stock::{StockOp, StockOutcome};
 use crate::domain::change::Recorded;
+use crate::domain::history::PastChange;
 use crate::domain::request::Sent;
-use crate::domain::{DeadLetter, Drift, Id, InboxMark, Position, Settled};
+use crate::domain::{DeadLetter, Drift, Id, InboxMark, Order, Position, Settled};
 use crate::limits;
 
 /// Whether a partition sells.
@@ -85,6 +86,28 @@ pub struct Found {
     pub frozen: Option<String>,
 }
 
+/// Asks for something that only Postgres has. Dropped unanswered where Postgres cannot say.
+#[derive(Debug)]
+pub enum Lookup {
+    /// An order that Redis does not have.
+    Order {
+        order: Id,
+        /// n when Redis did not have it: Postgres is asked once it has everything up to there.
+        absent_at: u64,
+        /// `None` where there is no such order.
+        answer: oneshot::Sender<Option<Order>>,
+    },
+    /// What became of a product, the newest change first.
+    History {
+        product: Id,
+        /// Only what came before this position.
+        before: Option<Position>,
+        /// At most so many.
+        count: i64,
+        answer: oneshot::Sender<Vec<PastChange>>,
+    },
+}
+
 /// Asks for a comparison of Redis with Postgres now.
 #[derive(Debug)]
 pub struct SyncRequest {
@@ -128,6 +151,7 @@ pub struct Receivers {
     pub inquiries: mpsc::Receiver<Inquiry>,
     pub letters: mpsc::Receiver<LetterRequest>,
     pub loads: mpsc::Receiver<LoadRequest>,
+    pub lookups: mpsc::Receiver<Lookup>,
     pub syncs: mpsc::Receiver<SyncRequest>,
     pub changes: mpsc::Receiver<ServerChange>,
 }
@@ -147,6 +171,8 @@ pub struct Partition {
     pub ended: watch::Sender<Vec<EndedEpoch>>,
     /// Reaches the loader. Bounded: where it is full, the client is told to try again.
     pub loads: mpsc::Sender<LoadRequest>,
+    /// Reaches the librarian. Bounded likewise.
+    pub lookups: mpsc::Sender<Lookup>,
     /// Reaches the archivist. Bounded likewise: where it is full, it stays in doubt.
     pub inquiries: mpsc::Sender<Inquiry>,
     /// Reaches the reconciler. Bounded likewise.
@@ -176,6 +202,7 @@ impl Partition {
     /// `copies_bytes_max`: see [`Copies::new`].
     pub fn new(id: u32, copies_bytes_max: usize) -> (Self, Receivers) {
         let (loads, requests) = mpsc::channel(limits::LOADS_MAX);
+        let (lookups, looking_up) = mpsc::channel(limits::LOADS_MAX);
         let (inquiries, inquired) = mpsc::channel(limits::INQUIRIES_MAX);
         let (syncs, syncing) = mpsc::channel(limits::SYNCS_MAX);
         let (letters, asked) = mpsc::channel(limits::DEAD_LETTER_REQUESTS_MAX);
@@ -183,6 +210,7 @@ impl Partition {
         let partition = Self {
             id,
             loads,
+            lookups,
             inquiries,
             syncs,
             letters,
@@ -201,7 +229,10 @@ impl Partition {
             ledger_up: AtomicBool::new(false),
             head: Mutex::default(),
         };
-        (partition, Receivers { inquiries: inquired, letters: asked, loads: requests, syncs: syncing, changes: changing })
+        (
+            partition,
+            Receivers { inquiries: inquired, letters: asked, loads: requests, lookups: looking_up, syncs: syncing, changes: changing },
+        )
     }
 
     /// The same with an outbox of at most so many changes that are not applied, and so many bytes of Redis's memory.

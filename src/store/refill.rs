@@ -7,8 +7,8 @@ use redis::Value;
 use super::pack::Pack;
 use super::words::Words;
 use super::{Connection, Error, coupon, keys, requests, script};
-use crate::domain::{Id, Position, RequestId};
-use crate::limits::REFILL_KEYS;
+use crate::domain::{Id, Order, OrderState, Position, RequestId};
+use crate::limits::{ORDER_KEPT_MS, REFILL_KEYS};
 
 /// A product as Redis has to have it.
 pub struct Product {
@@ -102,7 +102,7 @@ impl Work {
 
 /// Removes every key that is ours, but for meta, the locks of coupons and what belongs to locks. Returns how many there were.
 pub async fn clear(connection: &mut Connection, epoch: u64) -> Result<u64, Error> {
-    let fixed = [keys::OUTBOX, keys::HELD, keys::FROZEN, keys::LOW, keys::DELETED];
+    let fixed = [keys::OUTBOX, keys::HELD, keys::EXPIRY, keys::FROZEN, keys::LOW, keys::DELETED];
     let mut removed = unlink(connection, epoch, fixed.map(String::from).to_vec()).await?;
     let ours = |key: &String| keys::REBUILT_PREFIXES.iter().any(|prefix| key.starts_with(prefix));
     let mut cursor = "0".to_owned();
@@ -154,6 +154,40 @@ pub async fn products(connection: &mut Connection, epoch: u64, products: &[Produ
         work.hash(keys::LOW, low);
         let frozen = products.iter().filter_map(|product| Some((product.product.to_string(), product.frozen.clone()?)));
         work.hash(keys::FROZEN, frozen);
+        work.run(connection).await?;
+    }
+    Ok(())
+}
+
+/// Sets what is held of products.
+pub async fn units_held(connection: &mut Connection, epoch: u64, held: &[(String, i64)]) -> Result<(), Error> {
+    for held in held.chunks(REFILL_KEYS) {
+        let mut work = Work::new(epoch);
+        work.hash(keys::HELD, held.iter().map(|(product, units)| (product.clone(), units.to_string())));
+        work.run(connection).await?;
+    }
+    Ok(())
+}
+
+/// Sets orders, each with when it became what it is, in Unix ms: what is over goes as long after that as if it had happened here.
+pub async fn orders(connection: &mut Connection, epoch: u64, orders: &[(Id, Order, i64)]) -> Result<(), Error> {
+    for orders in orders.chunks(REFILL_KEYS) {
+        let mut work = Work::new(epoch);
+        for (id, order, changed_ms) in orders {
+            let key = keys::order(id);
+            let fields = [
+                ("state", order.state.as_str().to_owned()),
+                ("expires", order.expires_ms.to_string()),
+                ("items", order.items_text()),
+                ("position", order.position.to_string()),
+            ];
+            work.hash(&key, fields.into_iter().map(|(field, value)| (field.to_owned(), value)));
+            if order.state == OrderState::Held {
+                work.add("ZADD", vec![keys::EXPIRY.to_owned()], vec![order.expires_ms.to_string(), id.to_string()]);
+            } else {
+                work.add("PEXPIREAT", vec![key], vec![(changed_ms + ORDER_KEPT_MS).to_string()]);
+            }
+        }
         work.run(connection).await?;
     }
     Ok(())

@@ -97,6 +97,17 @@ impl SoldOut {
         }
     }
 
+    /// Units of this product came back with an answer: what Redis was asked before that no longer counts.
+    pub fn dropped(&self, product: &str) {
+        if self.lasts.is_zero() {
+            return;
+        }
+        let (product, mut notes) = (Id::from(product), self.notes());
+        if !matches!(notes.get(&product), Some(Note::MayRise { .. })) {
+            self.put(&mut notes, &product, Note::Rose { at: Instant::now() });
+        }
+    }
+
     /// Redis, asked at `asked`, had so many units, too few for somebody.
     pub fn had(&self, product: &Id, available: i64, asked: Instant) {
         let now = Instant::now();

@@ -2,6 +2,7 @@
 
 mod sums;
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::time::Instant;
 
@@ -19,16 +20,18 @@ use super::sold_out::SoldOut;
 use super::words::Words;
 use super::{Error, keys};
 use crate::domain::change::{Effect, Item, Operation, StockKind};
-use crate::domain::{Id, InboxMark, Position, text};
+use crate::domain::{Id, InboxMark, Order, OrderState, Position, text};
 
-/// The keys of lua/stock_write.lua before the products: meta, outbox, frozen, low, deleted.
-const FIXED_KEYS: usize = 5;
+/// The keys of lua/stock_write.lua before the products: meta, outbox, frozen, low, deleted, held, expiry.
+const FIXED_KEYS: usize = 7;
 
 /// What a STOCK operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Reads the available units; changes nothing.
     Read,
+    /// Reads an order; changes nothing.
+    Look,
     Change(StockKind),
 }
 
@@ -36,6 +39,7 @@ impl Action {
     const fn as_str(self) -> &'static str {
         match self {
             Self::Read => "get",
+            Self::Look => "look",
             Self::Change(kind) => kind.as_str(),
         }
     }
@@ -55,6 +59,43 @@ pub struct StockOp {
     pub request: Option<Box<Request>>,
     /// Only where the server itself asks; `items` is one product then.
     pub upkeep: Option<Box<Upkeep>>,
+    /// Only of what is about an order. `items` is what it takes: nothing once it is there.
+    pub order: Option<Box<OfOrder>>,
+}
+
+/// Which order an operation is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OfOrder {
+    pub order: Id,
+    /// For how long its units are held, in ms; only of a reservation and its extension.
+    pub ttl_ms: i64,
+    pub looked: Looked,
+}
+
+/// What is known of an order that Redis does not have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Looked {
+    NotYet,
+    /// Postgres has no such order either.
+    Nowhere,
+    /// What Postgres has: it counts as long as Redis has nothing.
+    Found(Order),
+}
+
+impl OfOrder {
+    fn write(&self, batch: &mut Pack, place: usize) {
+        batch.array(4).count(place).text(self.order.as_str()).integer(self.ttl_ms);
+        match &self.looked {
+            Looked::NotYet => batch.no(),
+            Looked::Nowhere => batch.text(""),
+            Looked::Found(order) => batch
+                .array(4)
+                .text(order.state.as_str())
+                .integer(order.expires_ms)
+                .text(&order.items_text())
+                .text(&order.position.to_string()),
+        };
+    }
 }
 
 /// What only the server itself asks for: it brings Redis and Postgres together. Each goes through the write script like any change.
@@ -171,12 +212,23 @@ impl Upkeep {
 impl StockOp {
     /// Whether there may be more units of its products afterwards.
     fn may_add_units(&self) -> bool {
-        !matches!(self.action, Action::Read | Action::Change(StockKind::Decr))
+        use StockKind::{Decr, Reserve, Sell};
+        !matches!(self.action, Action::Read | Action::Look | Action::Change(Decr | Reserve | Sell))
+    }
+
+    /// Whether it may add units of products that only the script finds out, in an order.
+    fn may_add_any_units(&self) -> bool {
+        self.order.is_some() && self.may_add_units()
     }
 
     /// What a client asks for.
     pub fn new(action: Action, items: impl Into<Items>) -> Self {
-        Self { action, items: items.into(), low: None, request: None, upkeep: None }
+        Self { action, items: items.into(), low: None, request: None, upkeep: None, order: None }
+    }
+
+    /// What is asked of an order. `ttl_ms`: 0 where there is none to give.
+    pub fn of_order(action: Action, order: Id, ttl_ms: i64, items: Items) -> Self {
+        Self { order: Some(Box::new(OfOrder { order, ttl_ms, looked: Looked::NotYet })), ..Self::new(action, items) }
     }
 
     /// Gives Redis a product as it was found in Postgres.
@@ -227,6 +279,21 @@ pub enum StockOutcome {
     },
     /// Only of what the server asks for: what it was made from is no longer so.
     Moved,
+    /// What became of an order, as its line in the outbox says.
+    Told {
+        line: Box<Operation>,
+        position: Position,
+    },
+    /// Nothing changed, since the order is this already.
+    Stands(Box<Order>),
+    /// Redis does not have the order, and Postgres was not asked.
+    Unknown,
+    /// There is no such order.
+    Nowhere,
+    /// The order cannot change, since this key holds what does not belong there.
+    Stuck {
+        key: String,
+    },
     Remembered(Remembered),
 }
 
@@ -241,11 +308,11 @@ impl Family for Stock {
     type Plan = Plan;
 
     fn changes(op: &StockOp) -> bool {
-        op.action != Action::Read
+        !matches!(op.action, Action::Read | Action::Look)
     }
 
     fn is_of_a_client(op: &StockOp) -> bool {
-        op.upkeep.is_none()
+        op.upkeep.is_none() && op.action != Action::Change(StockKind::Expire)
     }
 
     fn request(op: &StockOp) -> Option<&Request> {
@@ -258,6 +325,10 @@ impl Family for Stock {
         Some(StockOutcome::Short { item: 0, available })
     }
 
+    fn may_turn_all(op: &StockOp) -> bool {
+        op.may_add_any_units()
+    }
+
     fn goes(sold_out: &SoldOut, op: &StockOp, deadline: Instant) {
         if op.may_add_units() {
             sold_out.may_rise(op.items.iter().map(|(product, _)| product), deadline);
@@ -266,6 +337,11 @@ impl Family for Stock {
 
     fn learn(sold_out: &SoldOut, op: &StockOp, outcome: &StockOutcome, asked: Instant) {
         let products = op.items.iter().map(|(product, _)| product);
+        if let StockOutcome::Told { line, .. } = outcome
+            && op.may_add_any_units()
+        {
+            line.products().for_each(|product| sold_out.dropped(product));
+        }
         if op.may_add_units() {
             return sold_out.rose(products);
         }
@@ -290,13 +366,14 @@ impl Family for Stock {
     fn weight(op: &StockOp) -> (usize, usize) {
         let ids: usize = op.items.iter().map(|(product, _)| product.as_bytes().len()).sum();
         let (keys, bytes) = op.request.as_deref().map_or((0, 0), Request::weight);
-        (op.items.len() + keys, 32 + 2 * ids + 48 * op.items.len() + bytes)
+        let order = op.order.as_ref().map_or(0, |of| of.order.as_bytes().len());
+        (op.items.len() + usize::from(order > 0) + keys, 32 + 2 * ids + 48 * op.items.len() + bytes + 3 * order)
     }
 
     fn encode<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone, generation: i64) -> Encoded<Plan> {
         let divided = Plan::divide(ops.clone());
         let mut keys = KeyList::default();
-        for key in [keys::FROZEN, keys::LOW, keys::DELETED] {
+        for key in [keys::FROZEN, keys::LOW, keys::DELETED, keys::HELD, keys::EXPIRY] {
             keys.push(&[key]);
         }
         for product in divided.summed.iter().chain(&divided.decided) {
@@ -309,12 +386,21 @@ impl Family for Stock {
         for product in &divided.decided {
             batch.text(product.as_str());
         }
-        let mut requests = RequestKeys::after(FIXED_KEYS + divided.summed.len() + divided.decided.len());
+        let before_orders = FIXED_KEYS + divided.summed.len() + divided.decided.len();
+        let mut orders: HashMap<&[u8], usize, foldhash::fast::RandomState> = HashMap::default();
+        for of in ops.clone().filter_map(|op| op.order.as_deref()) {
+            let place = before_orders + orders.len() + 1;
+            orders.entry(of.order.as_bytes()).or_insert_with(|| {
+                keys.push(&[keys::ORDER_PREFIX, of.order.as_str()]);
+                place
+            });
+        }
+        let mut requests = RequestKeys::after(before_orders + orders.len());
         let left = ops.enumerate().filter(|(k, _)| !divided.plan.is_summed(*k));
         batch.array(left.clone().count());
         let mut places = divided.decided_places.iter();
         for (k, op) in left {
-            batch.array(6).text(op.action.as_str()).text(&line(k, op)).array(op.items.len() * 2);
+            batch.array(7).text(op.action.as_str()).text(&line(k, op)).array(op.items.len() * 2);
             for ((_, quantity), place) in op.items.iter().zip(&mut places) {
                 batch.integer(i64::from(*place) + 1).integer(*quantity);
             }
@@ -325,6 +411,12 @@ impl Family for Stock {
             };
             match &op.upkeep {
                 Some(upkeep) => upkeep.write(&mut batch),
+                None => {
+                    batch.no();
+                }
+            }
+            match &op.order {
+                Some(of) => of.write(&mut batch, orders.get(of.order.as_bytes()).copied().unwrap_or_default()),
                 None => {
                     batch.no();
                 }
@@ -354,10 +446,11 @@ impl Family for Stock {
 
     fn note(op: &StockOp, outcome: &StockOutcome) -> Option<Note> {
         match (op.action, outcome) {
-            (Action::Change(kind), StockOutcome::Done { available, position }) if kind.is_of_a_client() => {
+            (Action::Change(kind), StockOutcome::Done { available, position }) if kind.moves_both() => {
                 let available = if op.request.is_some() { available.to_vec() } else { Vec::new() };
-                Some(Note { position: *position, serial: 0, remaining: 0, available })
+                Some(Note { available, ..Note::at(*position) })
             }
+            (_, StockOutcome::Told { line, position }) => Some(Note { line: Some(line.clone()), ..Note::at(*position) }),
             _ => None,
         }
     }
@@ -366,6 +459,9 @@ impl Family for Stock {
         if let Some((product, delta)) = sums::part(&op) {
             return batch.parts.push(k, product, delta, note.position);
         }
+        if let Some(line) = note.line.clone() {
+            return batch.copies.push(Copy { k, kept: Kept::Line(line), note: Note { line: None, ..note } });
+        }
         let items = op.items.iter().map(|(product, quantity)| (product.detached(), *quantity)).collect();
         let request = op.request.map(|request| Box::new(request.detached()));
         batch.copies.push(Copy { k, kept: Kept::Stock(StockOp { items, request, ..op }), note });
@@ -373,6 +469,9 @@ impl Family for Stock {
 
     fn replayed(op: &StockOp, line: &Operation, position: Position) -> Option<StockOutcome> {
         match &line.effect {
+            Effect::Stock { kind, .. } if op.order.is_some() => {
+                kind.is_of_an_order().then(|| StockOutcome::Told { line: Box::new(line.clone()), position })
+            }
             Effect::Stock { items, .. } if items.len() == op.items.len() => {
                 Some(StockOutcome::Done { available: items.iter().map(|item| item.available).collect(), position })
             }
@@ -381,7 +480,19 @@ impl Family for Stock {
     }
 
     fn is_same(op: &StockOp, line: &Operation) -> bool {
-        let Effect::Stock { kind, items, .. } = &line.effect else { return false };
+        let Effect::Stock { kind, items, detail } = &line.effect else { return false };
+        if let Some(of) = &op.order {
+            // What comes too late for an order makes it expire.
+            let expired = *kind == StockKind::Expire && op.items.is_empty();
+            let takes =
+                |((product, quantity), (item, units)): (&(Id, i64), (&Item, &i64))| product.as_str() == item.product && quantity == units;
+            return detail.order.as_ref().is_some_and(|done| {
+                done.order == of.order.as_str()
+                    && (expired || op.action == Action::Change(*kind))
+                    && (op.items.is_empty()
+                        || op.items.len() == items.len() && op.items.iter().zip(items.iter().zip(&done.units)).all(takes))
+            });
+        }
         let same = |((product, quantity), item): (&(Id, i64), &Item)| {
             product.as_str() == item.product
                 && match kind {
@@ -417,9 +528,25 @@ fn decided(op: &StockOp, words: &mut Words, positions: &mut Positions) -> Result
         "corrupt" => StockOutcome::Corrupt { item: item()? },
         "over" => StockOutcome::Over { item: item()?, available: words.integer()? },
         "moved" => StockOutcome::Moved,
+        "told" => {
+            let line = words.text()?;
+            let line = Operation::decode(&line).map_err(|error| Error::Unexpected(error.to_string()))?;
+            StockOutcome::Told { line: Box::new(line), position: positions.take() }
+        }
+        "stands" => StockOutcome::Stands(Box::new(order(words)?)),
+        "unknown" => StockOutcome::Unknown,
+        "nowhere" => StockOutcome::Nowhere,
+        "stuck" => StockOutcome::Stuck { key: words.text()? },
         other => return requests::verdict(other, words, StockOutcome::Remembered),
     };
     Ok(Verdict::Decided(outcome))
+}
+
+fn order(words: &mut Words) -> Result<Order, Error> {
+    let (state, position, expires_ms, items) = (words.text()?, words.text()?, words.integer()?, words.text()?);
+    let order = || Some((OrderState::parse(&state)?, Position::parse(position.as_bytes())?, Order::parse_items(&items)?));
+    let (state, position, items) = order().ok_or_else(|| Error::Unexpected(format!("an order that is {state:?} at {position:?}")))?;
+    Ok(Order { state, expires_ms, items, position })
 }
 
 /// What the operation's line in the outbox begins with, up to what only the script knows.
@@ -434,7 +561,10 @@ fn line(k: usize, op: &StockOp) -> String {
     if let Some(upkeep) = &op.upkeep {
         upkeep.write_to(&mut line);
     }
-    line.push_str(" |");
+    match &op.order {
+        Some(of) => _ = write!(line, " order={}", of.order),
+        None => line.push_str(" |"),
+    }
     line
 }
 
@@ -462,7 +592,7 @@ mod tests {
         let request = Request { id: RequestId::parse(&buffer.slice(..9)).unwrap(), digest: "9f86".into() };
         let mut op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::parse(&buffer.slice(..3)).unwrap(), 1)]);
         op.request = Some(Box::new(request));
-        let note = Note { position: Position::new(1, 1), serial: 0, remaining: 0, available: Vec::new() };
+        let note = Note::at(Position::new(1, 1));
         let mut batch = CopiedBatch::new("i:stock:1".into(), 7);
         Stock::keep(&mut batch, 0, op, note);
         assert!(buffer.is_unique());
@@ -474,7 +604,7 @@ mod tests {
         let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0);
         assert_eq!(
             encoded.keys.iter().collect::<Vec<_>>(),
-            ["stock:frozen", "stock:low", "stock:deleted", "stock:product:a", "stock:product:b"]
+            ["stock:frozen", "stock:low", "stock:deleted", "stock:held", "stock:expiry", "stock:product:a", "stock:product:b"]
         );
     }
 

@@ -109,6 +109,13 @@ pub const METRICS: &[Metric] = &[
         doc: "Operations in one script call.",
     },
     Metric {
+        name: "holdfast_orders_expired_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["partition"],
+        doc: "Orders whose time passed and whose units were given back.",
+    },
+    Metric {
         name: "holdfast_expired_total",
         kind: Kind::Counter,
         unit: Unit::Count,

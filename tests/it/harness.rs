@@ -137,8 +137,12 @@ impl Sidecar {
     }
 
     /// A new client connection.
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/", self.port)
+    }
+
     pub fn connect(&self) -> Client {
-        let client = redis::Client::open(format!("redis://127.0.0.1:{}/", self.port)).unwrap();
+        let client = redis::Client::open(self.url()).unwrap();
         Client { connection: client.get_connection_with_timeout(PATIENCE).unwrap() }
     }
 

@@ -66,6 +66,8 @@ impl Plan {
         let mut indices: HashMap<&[u8], usize, foldhash::fast::RandomState> = HashMap::default();
         let (mut products, mut ids): (Vec<Product>, Vec<&Id>) = (Vec::new(), Vec::new());
         let (mut items, mut summed) = (Vec::new(), Vec::new());
+        // Which products an order gives units back to is found out by the script, after the sums. What came later gets them, too.
+        let mut may_have_risen = false;
         for op in ops.clone() {
             let first = items.len();
             for (id, _) in &op.items {
@@ -75,7 +77,8 @@ impl Plan {
                     ids.len() - 1
                 }));
             }
-            let may_be_summed = op.action == Action::Read || change(op).is_some();
+            let may_be_summed = !may_have_risen && (op.action == Action::Read || change(op).is_some());
+            may_have_risen |= op.may_add_any_units();
             summed.push(may_be_summed);
             if !may_be_summed {
                 items[first..].iter().for_each(|item| products[*item].decided = true);

@@ -1,0 +1,180 @@
+//! Orders: written with the changes that made them, and read when Redis no longer has them.
+
+use std::collections::HashMap;
+
+use sqlx::PgConnection;
+
+use super::changes::Place;
+use super::{Error, from_bigint, partition, to_bigint};
+use crate::domain::change::{Item, StockKind};
+use crate::domain::{Order, OrderChange, OrderState, Position};
+
+/// An order as the changes of a run leave it.
+#[derive(Clone, Debug)]
+pub(super) struct OrderMove<'a> {
+    order: &'a str,
+    /// Where it began; `None` of one that began before the run.
+    start: Option<(u64, u64)>,
+    state: OrderState,
+    /// `None` leaves it as it is.
+    expires_ms: Option<i64>,
+    items: &'a [Item],
+    units: &'a [i64],
+    created_ms: i64,
+    changed: Position,
+    changed_ms: i64,
+    /// Where it stands in the ledger.
+    place: (u64, u64),
+}
+
+/// The orders of a run, in the order in which they were first mentioned.
+#[derive(Default)]
+pub(super) struct Orders<'a> {
+    moves: Vec<OrderMove<'a>>,
+    latest: HashMap<&'a str, usize>,
+}
+
+impl<'a> Orders<'a> {
+    pub(super) fn is_empty(&self) -> bool {
+        self.moves.is_empty()
+    }
+
+    /// Takes in what a change did to an order.
+    pub(super) fn add(&mut self, place: Place<'_>, kind: StockKind, items: &'a [Item], change: &'a OrderChange) {
+        let Some(state) = OrderState::after(kind) else { return };
+        let changed = place.origin.unwrap_or(Position::new(place.epoch, place.n));
+        let known = self.latest.get(change.order.as_str()).and_then(|latest| self.moves.get_mut(*latest));
+        if let Some(known) = known.filter(|_| change.from.is_some()) {
+            known.state = state;
+            known.expires_ms = change.expires_ms.or(known.expires_ms);
+            (known.changed, known.changed_ms) = (changed, place.at_ms);
+            return;
+        }
+        self.latest.insert(&change.order, self.moves.len());
+        self.moves.push(OrderMove {
+            order: &change.order,
+            start: change.from.is_none().then_some((place.epoch, place.n)),
+            state,
+            expires_ms: change.expires_ms,
+            items,
+            units: &change.units,
+            created_ms: place.at_ms,
+            changed,
+            changed_ms: place.at_ms,
+            place: (place.epoch, place.n),
+        });
+    }
+}
+
+/// Writes them. One that changed and is not here is written as if it began with that change.
+pub(super) async fn write(connection: &mut PgConnection, partition: u32, orders: &Orders<'_>) -> Result<(), Error> {
+    let (begun, moved): (Vec<&OrderMove<'_>>, Vec<&OrderMove<'_>>) = orders.moves.iter().partition(|order| order.start.is_some());
+    if !moved.is_empty() {
+        let missing = update(connection, &moved).await?;
+        insert(connection, partition, &moved.into_iter().filter(|order| missing.contains(&order.order.to_owned())).collect::<Vec<_>>())
+            .await?;
+    }
+    insert(connection, partition, &begun).await
+}
+
+/// Returns those that are not here.
+async fn update(connection: &mut PgConnection, moved: &[&OrderMove<'_>]) -> Result<Vec<String>, Error> {
+    let updated: Vec<String> = sqlx::query_scalar(
+        "UPDATE holdfast.stock_order AS o SET state = m.state, expires_ms = coalesce(m.expires_ms, o.expires_ms), \
+         changed_epoch = m.epoch, changed_n = m.n, changed_at = timestamptz 'epoch' + m.at_ms * interval '1 millisecond' \
+         FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[]) \
+         AS m (order_id, state, expires_ms, epoch, n, at_ms) CROSS JOIN LATERAL (SELECT l.epoch, l.n FROM holdfast.stock_order l \
+         WHERE l.order_id = m.order_id ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS last \
+         WHERE o.order_id = m.order_id AND o.epoch = last.epoch AND o.n = last.n RETURNING o.order_id",
+    )
+    .bind(moved.iter().map(|order| order.order).collect::<Vec<_>>())
+    .bind(moved.iter().map(|order| order.state.as_str()).collect::<Vec<_>>())
+    .bind(moved.iter().map(|order| order.expires_ms).collect::<Vec<_>>())
+    .bind(moved.iter().map(|order| to_bigint(order.changed.epoch)).collect::<Vec<_>>())
+    .bind(moved.iter().map(|order| to_bigint(order.changed.n)).collect::<Vec<_>>())
+    .bind(moved.iter().map(|order| order.changed_ms).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    if updated.len() == moved.len() {
+        return Ok(Vec::new());
+    }
+    Ok(moved.iter().map(|order| order.order.to_owned()).filter(|order| !updated.contains(order)).collect())
+}
+
+async fn insert(connection: &mut PgConnection, partition: u32, begun: &[&OrderMove<'_>]) -> Result<(), Error> {
+    if begun.is_empty() {
+        return Ok(());
+    }
+    let products = |order: &OrderMove<'_>| order.items.iter().map(|item| item.product.as_str()).collect::<Vec<_>>().join(" ");
+    let units = |order: &OrderMove<'_>| order.units.iter().map(i64::to_string).collect::<Vec<_>>().join(" ");
+    sqlx::query(
+        "INSERT INTO holdfast.stock_order (order_id, epoch, n, partition, state, expires_ms, products, units, changed_epoch, changed_n, \
+         created_at, changed_at) SELECT m.order_id, m.epoch, m.n, $1, m.state, m.expires_ms, string_to_array(m.products, ' '), \
+         string_to_array(m.units, ' ')::bigint[], m.changed_epoch, m.changed_n, timestamptz 'epoch' + m.created_ms * interval '1 millisecond', \
+         timestamptz 'epoch' + m.changed_ms * interval '1 millisecond' \
+         FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::bigint[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
+         $11::bigint[], $12::bigint[]) \
+         AS m (order_id, epoch, n, state, expires_ms, products, units, changed_epoch, changed_n, created_ms, changed_ms)",
+    )
+    .bind(partition::id(partition))
+    .bind(begun.iter().map(|order| order.order).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| to_bigint(order.place.0)).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| to_bigint(order.place.1)).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| order.state.as_str()).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| order.expires_ms).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| products(order)).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| units(order)).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| to_bigint(order.changed.epoch)).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| to_bigint(order.changed.n)).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| order.created_ms).collect::<Vec<_>>())
+    .bind(begun.iter().map(|order| order.changed_ms).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// An order as Postgres has it.
+#[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
+pub struct OrderRow {
+    #[sqlx(rename = "order_id")]
+    pub order: String,
+    state: String,
+    expires_ms: i64,
+    products: Vec<String>,
+    units: Vec<i64>,
+    changed_epoch: i64,
+    changed_n: i64,
+    /// When it became what it is, by Redis's clock, in Unix ms.
+    pub changed_at_ms: i64,
+}
+
+impl OrderRow {
+    /// The order. Errors with [`Error::Unfit`] where somebody has written an unknown state.
+    pub fn order(&self) -> Result<Order, Error> {
+        let state = OrderState::parse(&self.state).ok_or_else(|| Error::Unfit(format!("holdfast.stock_order: state {:?}", self.state)))?;
+        let items = self.products.iter().cloned().zip(self.units.iter().copied()).collect();
+        let position = Position::new(from_bigint(self.changed_epoch), from_bigint(self.changed_n));
+        Ok(Order { state, expires_ms: self.expires_ms, items, position })
+    }
+}
+
+/// The columns of an [`OrderRow`].
+pub(super) const COLUMNS: &str = "order_id, state, coalesce(expires_ms, 0) AS expires_ms, products, units, changed_epoch, changed_n, \
+     (extract(epoch FROM changed_at) * 1000)::bigint AS changed_at_ms";
+
+/// Reads orders as they stand, in no particular order; those that are unknown are left out.
+pub async fn load(connection: &mut PgConnection, orders: &[String]) -> Result<Vec<OrderRow>, Error> {
+    let query = format!(
+        "SELECT DISTINCT ON (order_id) {COLUMNS} FROM holdfast.stock_order WHERE order_id = ANY($1) ORDER BY order_id, epoch DESC, n DESC"
+    );
+    Ok(sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(orders).fetch_all(connection).await?)
+}
+
+/// The orders that are held here although their time passed before `before_ms` (Unix ms), at most `limit`: Redis has lost sight of them.
+pub async fn overdue(connection: &mut PgConnection, partition: u32, before_ms: i64, limit: i64) -> Result<Vec<OrderRow>, Error> {
+    let query = format!(
+        "SELECT {COLUMNS} FROM holdfast.stock_order WHERE state = 'held' AND expires_ms < $2 AND partition = $1 ORDER BY expires_ms LIMIT $3"
+    );
+    let rows = sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(partition::id(partition)).bind(before_ms).bind(limit);
+    Ok(rows.fetch_all(connection).await?)
+}

@@ -1,0 +1,140 @@
+//! Expires orders whose time has passed, by Redis's clock: their units come back through the write script, like any change.
+//!
+//! One sidecar does it at a time, by a lease in Redis; that an order expires once is the script's doing. What Redis has lost sight of, which
+//! can happen to an order that was saved late out of a Redis that lost its data, is found in Postgres.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use metrics::counter;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use super::retry::Trouble;
+use crate::domain::Id;
+use crate::domain::change::StockKind;
+use crate::ledger::{self, order};
+use crate::limits::{EXPIRE_AT_ONCE, EXPIRE_EVERY, LEDGER_SILENCE_MAX, OUTBOX_ANSWER_TIMEOUT, OVERDUE_AFTER_MS, OVERDUE_EVERY};
+use crate::store::expiry::{self, Due};
+use crate::store::partition::State;
+use crate::store::stock::{Action, Items, Looked, StockOp, StockOutcome};
+use crate::store::{Connection, Partition};
+
+/// See the module.
+pub struct Expirer {
+    partition: Arc<Partition>,
+    redis_url: String,
+    postgres_url: String,
+    instance: String,
+    redis: Option<Connection>,
+    /// Those that stand in front and cannot expire, since a key of theirs is not what it should be.
+    stuck: HashSet<Id>,
+    looked: Instant,
+    trouble: Trouble,
+}
+
+impl Expirer {
+    pub fn new(partition: Arc<Partition>, redis_url: &str, postgres_url: &str, instance: &str) -> Self {
+        Self {
+            partition,
+            redis_url: redis_url.to_owned(),
+            postgres_url: postgres_url.to_owned(),
+            instance: instance.to_owned(),
+            redis: None,
+            stuck: HashSet::new(),
+            looked: Instant::now(),
+            trouble: Trouble::new("expiring orders"),
+        }
+    }
+
+    /// Works until `cancel`.
+    pub async fn run(mut self, cancel: CancellationToken) {
+        let mut pause = EXPIRE_EVERY;
+        while cancel.run_until_cancelled(tokio::time::sleep(pause)).await.is_some() {
+            let run_id = match &*self.partition.state.borrow() {
+                State::Live { run_id, .. } => run_id.clone(),
+                State::Loading(_) | State::Rebuilding(_) => continue,
+            };
+            pause = match self.round(&run_id).await {
+                Ok(more) => {
+                    self.trouble.over(self.partition.id);
+                    if more { Duration::ZERO } else { EXPIRE_EVERY }
+                }
+                Err(why) => {
+                    self.redis = None;
+                    self.trouble.failed(self.partition.id, &why).max(EXPIRE_EVERY)
+                }
+            };
+        }
+    }
+
+    /// Expires some. Returns whether there may be more that are due.
+    async fn round(&mut self, run_id: &str) -> Result<bool, String> {
+        let redis = match &mut self.redis {
+            Some(redis) if redis.run_id() == run_id => redis,
+            other => other.insert(Connection::open(&self.redis_url).await.map_err(|error| error.to_string())?),
+        };
+        let asking = tokio::time::timeout(OUTBOX_ANSWER_TIMEOUT, expiry::due(redis, &self.instance, self.stuck.len())).await;
+        let due = asking.map_err(|_| "Redis does not answer".to_owned())?.map_err(|error| error.to_string())?;
+        let Some(Due { now_ms, orders }) = due else { return Ok(false) };
+        let is_full = orders.len() == EXPIRE_AT_ONCE;
+        let expired = self.expire(orders.into_iter().map(|order| (order, Looked::NotYet)).collect()).await;
+        if self.looked.elapsed() >= OVERDUE_EVERY {
+            self.looked = Instant::now();
+            self.stuck.clear();
+            self.expire_overdue(now_ms).await?;
+        }
+        Ok(is_full && expired > 0)
+    }
+
+    /// Returns how many have expired.
+    async fn expire(&mut self, orders: Vec<(Id, Looked)>) -> usize {
+        let op = |(order, looked): &(Id, Looked)| {
+            let mut op = StockOp::of_order(Action::Change(StockKind::Expire), order.clone(), 0, Items::new());
+            if let Some(of) = &mut op.order {
+                of.looked = looked.clone();
+            }
+            op
+        };
+        let outcomes = self.partition.change_all(orders.iter().map(op).collect()).await;
+        let mut expired = 0;
+        for ((order, looked), outcome) in orders.into_iter().zip(outcomes) {
+            match outcome {
+                Ok(StockOutcome::Told { .. }) => expired += 1,
+                // It is found again.
+                Err(_) => {}
+                Ok(_) if looked != Looked::NotYet => {}
+                Ok(other) => {
+                    if let StockOutcome::Stuck { key } = &other {
+                        warn!(partition = self.partition.id, %order, key, "an order cannot expire: its key holds what does not belong there");
+                    }
+                    self.stuck.insert(order);
+                }
+            }
+        }
+        counter!("holdfast_orders_expired_total", "partition" => self.partition.id.to_string()).increment(expired as u64);
+        expired
+    }
+
+    async fn expire_overdue(&mut self, now_ms: i64) -> Result<(), String> {
+        if !self.partition.ledger_up() {
+            return Ok(());
+        }
+        let (url, id) = (self.postgres_url.clone(), self.partition.id);
+        let limit = i64::try_from(EXPIRE_AT_ONCE).unwrap_or(i64::MAX);
+        let reading = async {
+            let mut postgres = ledger::connect(&url).await?;
+            order::overdue(&mut postgres, id, now_ms - OVERDUE_AFTER_MS, limit).await
+        };
+        let rows = tokio::time::timeout(LEDGER_SILENCE_MAX, reading).await.map_err(|_| "Postgres does not answer".to_owned())?;
+        let rows = rows.map_err(|error| error.to_string())?;
+        let order = |row: order::OrderRow| Ok((Id::from(row.order.as_str()), Looked::Found(row.order()?)));
+        let orders = rows.into_iter().map(order).collect::<Result<Vec<_>, ledger::Error>>().map_err(|error| error.to_string())?;
+        if !orders.is_empty() {
+            let (found, expired) = (orders.len(), self.expire(orders).await);
+            warn!(partition = id, found, expired, "orders were held in postgres long after their time");
+        }
+        Ok(())
+    }
+}

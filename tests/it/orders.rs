@@ -1,0 +1,348 @@
+//! STOCK, the commands about orders: reserve, confirm, cancel, extend, expire.
+
+use std::time::Duration;
+
+use crate::harness::{Sidecar, Stack, wait_until};
+
+/// Long enough for a test to be over.
+const LONG: &str = "600000";
+
+/// Nobody expires anything until it is released.
+const SOMEBODY_ELSE_SWEEPS: &str = "SET holdfast:sweeper somebody-else";
+
+fn held(reply: &str) -> bool {
+    reply.starts_with("[HELD, ")
+}
+
+#[test]
+fn an_order_is_held_then_sold_or_given_back_in_redis_and_in_postgres() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    client.ok("STOCK.SET b 5");
+    let ledger = |product: &str| {
+        stack.wait_until_applied();
+        stack.postgres.value(&format!("SELECT available || ' ' || held FROM holdfast.stock WHERE product_id = '{product}'"))
+    };
+    assert!(held(&client.ask("STOCK.RESERVE paid 600000 a 1 b 1 a 1")));
+    assert_eq!(client.ask("STOCK.MGET a b"), "[8, 4]");
+    assert_eq!((client.field("STOCK.INFO a", "held"), ledger("a"), ledger("b")), ("2".into(), "8 2".into(), "4 1".into()));
+    assert_eq!(stack.backing().ask("HGET stock:held a"), "2");
+    assert_eq!(stack.backing().ask("ZCARD stock:expiry"), "1");
+    assert_eq!(client.ask("STOCK.RESERVE paid 600000 a 1"), "[EXISTS, held]");
+    let shown = client.ask("STOCK.ORDER paid");
+    assert!(shown.starts_with("[order, paid, state, held, expires_at_ms, 1"), "{shown}");
+    assert!(shown.ends_with(", items, [a, 2, b, 1]]"), "{shown}");
+    assert_eq!(client.ask("STOCK.CONFIRM paid"), "[CONFIRMED, 1-4]");
+    assert_eq!(client.ask("STOCK.CONFIRM paid ACK postgres TIMEOUT 20000"), "[CONFIRMED, 1-4]", "the same again");
+    assert_eq!(
+        (client.ask("STOCK.MGET a b"), client.field("STOCK.INFO a", "held"), ledger("a")),
+        ("[8, 4]".into(), "0".into(), "8 0".into())
+    );
+    assert_eq!(client.ask(&format!("STOCK.EXTEND paid {LONG}")), "[CONFIRMED]");
+    assert_eq!(client.ask("STOCK.CANCEL paid"), "[CANCELLED, 1-5]", "the customer sends it back");
+    assert_eq!(ledger("a"), "10 0", "Redis and Postgres are both done");
+    assert_eq!(client.ask("STOCK.CANCEL paid"), "[CANCELLED, 1-5]");
+    assert_eq!(client.ask("STOCK.CONFIRM paid"), "[CANCELLED]");
+    assert_eq!(client.ask(&format!("STOCK.EXTEND paid {LONG}")), "[CANCELLED]");
+    assert_eq!(client.ask("STOCK.RESERVE paid 600000 a 1"), "[EXISTS, cancelled]");
+
+    assert!(held(&client.ask("STOCK.RESERVE failed 600000 a 3")));
+    assert_eq!(client.ask("STOCK.CANCEL failed ACK redis"), "[CANCELLED, 1-7]");
+    assert_eq!((client.ask("STOCK.GET a"), ledger("a")), ("10".into(), "10 0".into()));
+    assert_eq!(client.ask("STOCK.RESERVE much 600000 b 1 a 11"), "[INSUFFICIENT, a, 10]");
+    assert_eq!(client.ask("STOCK.RESERVE much 600000 b 1 nothing 1"), "-NOTFOUND no product 'nothing'");
+    assert_eq!(client.ask("STOCK.ORDER much"), "nil");
+    assert_eq!(stack.backing().ask("EXISTS stock:held stock:expiry stock:order:much"), "0");
+    assert_eq!(
+        stack
+            .postgres
+            .column("SELECT order_id || ' ' || state || ' ' || products::text || ' ' || units::text FROM holdfast.stock_order ORDER BY n"),
+        ["paid cancelled {a,b} {2,1}", "failed cancelled {a} {3}"]
+    );
+    assert_eq!(
+        stack
+            .postgres
+            .column("SELECT kind || ' ' || redis_delta || ' ' || held_delta FROM holdfast.stock_ledger WHERE product_id = 'a' ORDER BY n"),
+        ["set 10 0", "reserve -2 2", "confirm 0 -2", "cancel 2 0", "reserve -3 3", "cancel 3 -3"]
+    );
+}
+
+#[test]
+fn a_sale_to_an_order_can_be_undone() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    client.ok("STOCK.SET b 10");
+    assert_eq!(client.ask("STOCK.DECR a 1 b 2 a 2 ORDER o"), "[OK, 7, 8, 1-3]");
+    assert_eq!(client.ask("STOCK.DECR a 1 ORDER o"), "[EXISTS, confirmed]");
+    assert_eq!(client.ask("STOCK.DECR a 8 ORDER p"), "[INSUFFICIENT, a, 7]");
+    assert_eq!(client.ask("STOCK.CONFIRM o"), "[CONFIRMED, 1-3]", "it is that already");
+    assert_eq!(client.ask("STOCK.ORDER o"), "[order, o, state, confirmed, expires_at_ms, 0, items, [a, 3, b, 2]]");
+    assert_eq!(client.ask("STOCK.CANCEL o"), "[CANCELLED, 1-4]");
+    assert_eq!(client.ask("STOCK.MGET a b"), "[10, 10]");
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.column("SELECT available || ' ' || held FROM holdfast.stock ORDER BY product_id"), ["10 0", "10 0"]);
+}
+
+#[test]
+fn a_cancellation_that_comes_first_refuses_the_order() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    assert_eq!(client.ask("STOCK.CONFIRM o"), "[NOTFOUND]");
+    assert_eq!(client.ask(&format!("STOCK.EXTEND o {LONG}")), "[NOTFOUND]");
+    assert_eq!(client.ask("STOCK.CANCEL o"), "[CANCELLED, 1-2]");
+    assert_eq!(client.ask("STOCK.CANCEL o"), "[CANCELLED, 1-2]");
+    assert_eq!(client.ask("STOCK.RESERVE o 600000 a 1"), "[CANCELLED]");
+    assert_eq!(client.ask("STOCK.DECR a 1 ORDER o"), "[CANCELLED]");
+    assert_eq!(client.ask("STOCK.CONFIRM o"), "[CANCELLED]");
+    assert_eq!(client.ask("STOCK.GET a"), "10");
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT state || cardinality(products) FROM holdfast.stock_order"), "cancelled0");
+    let ttl: i64 = stack.backing().ask("TTL stock:order:o").parse().unwrap();
+    assert!((86_000..=86_400).contains(&ttl), "{ttl}");
+}
+
+#[test]
+fn units_come_back_by_themselves_also_after_a_restart() {
+    let mut stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    assert!(held(&client.ask("STOCK.RESERVE o 200 a 4")));
+    client.until("STOCK.GET a", "10");
+    assert!(client.ask("STOCK.ORDER o").contains("state, expired"));
+    assert_eq!(client.ask("STOCK.CONFIRM o"), "[EXPIRED]");
+    assert_eq!(client.ask("STOCK.CANCEL o"), "[EXPIRED]");
+    assert_eq!(client.ask(&format!("STOCK.EXTEND o {LONG}")), "[EXPIRED]");
+    assert_eq!(client.ask("STOCK.RESERVE o 200 a 1"), "[EXISTS, expired]");
+
+    assert!(held(&client.ask("STOCK.RESERVE p 1000 a 4")));
+    stack.sidecar.kill();
+    std::thread::sleep(Duration::from_millis(1_000));
+    stack.restart_sidecar();
+    // Nobody asks for anything.
+    wait_until("the order has expired in postgres", || {
+        stack.postgres.value("SELECT state FROM holdfast.stock_order WHERE order_id = 'p'") == "expired"
+    });
+    let late = stack.postgres.value(
+        "SELECT max(changed_ms - expires_ms) FROM (SELECT (extract(epoch FROM changed_at) * 1000)::bigint AS changed_ms, expires_ms \
+         FROM holdfast.stock_order WHERE order_id = 'o') o",
+    );
+    assert!(late.parse::<i64>().unwrap() < 1_000, "{late} ms late");
+    assert_eq!(stack.postgres.value("SELECT available || ' ' || held FROM holdfast.stock"), "10 0");
+    assert_eq!(stack.backing().ask("EXISTS stock:held stock:expiry"), "0");
+}
+
+#[test]
+fn what_comes_after_an_orders_time_is_too_late_even_if_nobody_swept() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    // The right lasts less than that, and is not renewed.
+    wait_until("somebody else sweeps", || {
+        stack.backing().ask(&format!("{SOMEBODY_ELSE_SWEEPS} NX")) == "OK" || {
+            stack.backing().ask("DEL holdfast:sweeper");
+            false
+        }
+    });
+    for (order, late) in [("c", "STOCK.CONFIRM c"), ("x", "STOCK.CANCEL x"), ("e", "STOCK.EXTEND e 600000")] {
+        assert!(held(&client.ask(&format!("STOCK.RESERVE {order} 1 a 2"))));
+        std::thread::sleep(Duration::from_millis(5));
+        assert!(client.ask(&format!("STOCK.ORDER {order}")).contains("state, expired"), "reading changes nothing");
+        assert_eq!(client.ask("STOCK.GET a"), "8");
+        assert_eq!(client.ask(late), "[EXPIRED]");
+        assert_eq!(client.ask("STOCK.GET a"), "10", "{late}: and its units are back");
+    }
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock_ledger WHERE kind = 'expire'"), "3");
+    assert_eq!(stack.postgres.value("SELECT available || ' ' || held FROM holdfast.stock"), "10 0");
+}
+
+#[test]
+fn an_order_expires_once_with_two_sidecars_and_is_extended_in_time() {
+    let stack = Stack::start();
+    let other = Sidecar::start(&stack.redis.url(), &stack.postgres.url);
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 1000");
+    for n in 0..300 {
+        assert!(held(&client.ask(&format!("STOCK.RESERVE o{n} 1500 a 1"))));
+    }
+    assert!(held(&client.ask("STOCK.RESERVE kept 400 a 7")));
+    assert!(held(&client.ask(&format!("STOCK.EXTEND kept {LONG}"))));
+    let mut there = other.connect();
+    there.until("STOCK.GET a", "993");
+    assert!(there.ask("STOCK.ORDER kept").contains("state, held"));
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock_ledger WHERE kind = 'expire'"), "300");
+    assert_eq!(stack.postgres.value("SELECT available || ' ' || held FROM holdfast.stock"), "993 7");
+    assert_eq!(stack.backing().ask("HGET stock:held a"), "7");
+}
+
+#[test]
+fn a_request_repeats_what_it_did_to_an_order() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    let commands = [
+        "STOCK.RESERVE o 600000 a 2 REQUEST r1",
+        "STOCK.EXTEND o 700000 REQUEST r2",
+        "STOCK.CONFIRM o REQUEST r3",
+        "STOCK.CANCEL o REQUEST r4",
+        "STOCK.DECR a 3 ORDER p REQUEST r5",
+        "STOCK.CANCEL nothing REQUEST r6",
+    ];
+    let first: Vec<_> = commands.iter().map(|command| client.ask(command)).collect();
+    let words: Vec<_> = first.iter().map(|reply| reply.split(", ").next().unwrap()).collect();
+    assert_eq!(words, ["[HELD", "[HELD", "[CONFIRMED", "[CANCELLED", "[OK", "[CANCELLED"]);
+    let again = |client: &mut crate::harness::Client| commands.iter().map(|command| client.ask(command)).collect::<Vec<_>>();
+    assert_eq!(again(&mut client), first);
+    assert!(client.ask("STOCK.RESERVE o 600000 a 3 REQUEST r1").starts_with("-MISMATCH "));
+    stack.wait_until_applied();
+    stack.backing().ask("FLUSHALL");
+    client.until_not("STOCK.GET a", "-");
+    assert_eq!(again(&mut client), first, "also after Redis was filled anew");
+    assert_eq!(client.ask("STOCK.GET a"), "7");
+}
+
+#[test]
+fn a_product_that_is_set_or_deleted_still_owes_what_is_held() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    client.ok("STOCK.SET b 10");
+    assert!(held(&client.ask("STOCK.RESERVE o 600000 a 2 b 1")));
+    assert!(held(&client.ask("STOCK.RESERVE p 600000 a 3 b 1")));
+    assert!(held(&client.ask("STOCK.RESERVE q 600000 a 1")));
+    client.ok("STOCK.SET a 50");
+    assert_eq!((client.ask("STOCK.GET a"), client.field("STOCK.INFO a", "held")), ("50".into(), "6".into()));
+    client.ask("STOCK.CANCEL q");
+    assert_eq!(client.ask("STOCK.GET a"), "51");
+    client.ok("STOCK.DEL a");
+    assert_eq!(client.ask("STOCK.RESERVE r 600000 a 1"), "-NOTFOUND no product 'a'", "no new sales");
+    assert_eq!(stack.backing().ask("HGET stock:held a"), "5");
+    assert!(client.ask("STOCK.CONFIRM o").starts_with("[CONFIRMED, "));
+    assert!(client.ask("STOCK.CANCEL p").starts_with("[CANCELLED, "));
+    assert_eq!(client.ask("STOCK.MGET a b"), "[nil, 9]", "a deleted product gets nothing back");
+    stack.wait_until_applied();
+    let rows = "SELECT product_id || ' ' || available || ' ' || held FROM holdfast.stock ORDER BY product_id";
+    assert_eq!(stack.postgres.column(rows), ["a 0 0", "b 9 0"]);
+    assert_eq!(stack.backing().ask("EXISTS stock:held"), "0");
+}
+
+#[test]
+fn an_order_that_redis_no_longer_knows_is_found_in_postgres() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    client.ask("STOCK.DECR a 4 ORDER sold");
+    client.ask("STOCK.DECR a 1 ORDER shown");
+    client.ask("STOCK.CANCEL undone");
+    stack.wait_until_applied();
+    assert_eq!(stack.backing().ask("DEL stock:order:sold stock:order:shown stock:order:undone"), "3", "as a day later");
+    assert_eq!(client.ask("STOCK.ORDER shown"), "[order, shown, state, confirmed, expires_at_ms, 0, items, [a, 1]]");
+    assert_eq!(client.ask("STOCK.CONFIRM sold"), "[CONFIRMED, 1-2]", "as it was answered then");
+    assert_eq!(client.ask("STOCK.CANCEL sold"), "[CANCELLED, 1-5]");
+    assert_eq!(client.ask("STOCK.CANCEL undone"), "[CANCELLED, 1-4]");
+    assert_eq!(client.ask("STOCK.GET a"), "9");
+    assert_eq!(client.ask("STOCK.CONFIRM sold"), "[CANCELLED]");
+    assert!(held(&client.ask("STOCK.RESERVE shown 600000 a 2")), "an id that is used again later is a new order");
+    stack.wait_until_applied();
+    assert_eq!(
+        stack.postgres.column("SELECT order_id || ' ' || state FROM holdfast.stock_order ORDER BY epoch, n"),
+        ["sold cancelled", "shown confirmed", "undone cancelled", "shown held"]
+    );
+    assert!(client.ask("STOCK.CONFIRM shown").starts_with("[CONFIRMED, "));
+    stack.wait_until_applied();
+    assert_eq!(
+        stack.postgres.column("SELECT state FROM holdfast.stock_order WHERE order_id = 'shown' ORDER BY n"),
+        ["confirmed", "confirmed"]
+    );
+}
+
+#[test]
+fn orders_survive_an_emptied_redis() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 20");
+    client.ok("STOCK.SET gone 20");
+    for command in ["RESERVE held 600000 a 1 gone 2", "RESERVE due 3000 a 2", "DECR a 4 ORDER sold", "CANCEL late"] {
+        assert!(!client.ask(&format!("STOCK.{command}")).starts_with('-'));
+    }
+    client.ok("STOCK.DEL gone");
+    stack.wait_until_applied();
+    stack.backing().ask("FLUSHALL");
+    assert_eq!(client.until_not("STOCK.GET a", "-"), "13");
+    assert_eq!(client.field("STOCK.INFO a", "held"), "3");
+    assert_eq!(stack.backing().ask("HGET stock:held gone"), "2");
+    assert_eq!(client.ask("STOCK.RESERVE late 600000 a 1"), "[CANCELLED]");
+    assert_eq!(client.ask("STOCK.RESERVE sold 600000 a 1"), "[EXISTS, confirmed]");
+    client.until("STOCK.GET a", "15");
+    assert!(client.ask("STOCK.ORDER due").contains("state, expired"));
+    assert_eq!(client.ask("STOCK.CONFIRM held"), "[CONFIRMED, 2-9]");
+    assert_eq!(client.ask("STOCK.CANCEL sold"), "[CANCELLED, 2-10]");
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.column("SELECT available || ' ' || held FROM holdfast.stock ORDER BY product_id"), ["19 0", "0 0"]);
+    assert_eq!(stack.backing().ask("EXISTS stock:held stock:expiry"), "0");
+}
+
+#[test]
+fn what_an_order_gives_back_is_there_for_what_comes_after_it_in_one_pipeline() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 2");
+    client.ok("STOCK.SET b 2");
+    for round in 0..30 {
+        let order = format!("o{round}");
+        assert!(held(&client.ask(&format!("STOCK.RESERVE {order} 600000 a 2 b 2"))));
+        assert_eq!(client.ask("STOCK.DECR a 1"), "[INSUFFICIENT, a, 0]");
+        let commands = [&format!("STOCK.CANCEL {order} ACK redis"), "STOCK.DECR a 2", "STOCK.GET b", "STOCK.INCR a 2"];
+        let mut connection = redis::Client::open(stack.sidecar.url()).unwrap().get_connection().unwrap();
+        let mut pipeline = redis::Pipeline::new();
+        for command in commands {
+            let mut words = command.split(' ');
+            pipeline.add_command(redis::cmd(words.next().unwrap()).arg(words.collect::<Vec<_>>()).clone());
+        }
+        let replies: Vec<redis::Value> = pipeline.query(&mut connection).unwrap();
+        assert!(matches!(&replies[1], redis::Value::Array(words) if words[1] == redis::Value::Int(0)), "{replies:?}");
+        assert_eq!(replies[2], redis::Value::Int(2));
+    }
+}
+
+#[test]
+fn the_history_of_a_product_is_told() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    client.ask("STOCK.RESERVE o 600000 a 2 REQUEST r%1");
+    client.ask("STOCK.CONFIRM o");
+    client.ok("STOCK.DECR a 1");
+    stack.wait_until_applied();
+    let change = |text: &str| format!("[position, {text}, at_ms, ");
+    let told = client.ask("STOCK.HISTORY a COUNT 3");
+    let expected = [
+        "1-4, kind, decr, delta, -1, available, 7, held, 0, order, nil, request, nil",
+        "1-3, kind, confirm, delta, 0, available, 8, held, -2, order, o, request, nil",
+        "1-2, kind, reserve, delta, -2, available, 8, held, 2, order, o, request, r%1",
+    ];
+    let mut rest = told.as_str();
+    for change in expected.map(change) {
+        rest = rest.split_once(&change).unwrap_or_else(|| panic!("no {change} in {told}")).1;
+    }
+    assert!(client.ask("STOCK.HISTORY a BEFORE 1-2").starts_with("[[position, 1-1, kind, set, delta, 10, available, 10"));
+    assert_eq!(client.ask("STOCK.HISTORY nothing"), "[]");
+    assert!(client.ask("STOCK.HISTORY a BEFORE x").starts_with("-ERR invalid before"));
+}
+
+#[test]
+fn a_key_that_is_no_order_stops_only_its_own() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    stack.backing().ask("SET stock:order:odd x");
+    assert!(client.ask("STOCK.RESERVE odd 600000 a 1").starts_with("-FROZEN the key 'stock:order:odd'"));
+    assert!(client.ask("STOCK.ORDER odd").starts_with("-FROZEN "));
+    stack.backing().ask("ZADD stock:expiry 1 odd");
+    assert!(held(&client.ask("STOCK.RESERVE o 100 a 2")));
+    client.until("STOCK.GET a", "10");
+}
