@@ -14,6 +14,7 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{LocalSet, spawn_local};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
@@ -31,6 +32,7 @@ use crate::outbox::expirer::Expirer;
 use crate::outbox::inbox::Inbox;
 use crate::outbox::librarian::Librarian;
 use crate::outbox::loader::Loader;
+use crate::outbox::lock_epochs::LockEpochs;
 use crate::outbox::presence::Presence;
 use crate::outbox::relay::Relay;
 use crate::outbox::sweep::Sweeper;
@@ -43,6 +45,7 @@ use crate::reconcile::schedule::Scheduler;
 use crate::server::listener;
 use crate::session::registry::Registry;
 use crate::store::Partition;
+use crate::store::lock::{self, Locks};
 use crate::store::partition::{Receivers, ServerChange, State};
 use crate::telemetry::http::{self, Check, Readiness};
 use crate::telemetry::metrics;
@@ -88,9 +91,12 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let instance = Uuid::new_v4().simple().to_string();
     let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&pulses));
     let web = tokio::spawn(http::serve(http_listener, metrics, readiness, back.clone()));
-    let front = Front::start(&config, listener, &partition, &instance, changes, &shutdown, &pulses)?;
+    let (locks, epochs) = Locks::new(locking(&config, &instance));
+    let shared = Shared { partition: Arc::clone(&partition), locks, instance: instance.clone(), shutdown: shutdown.clone(), pulses };
+    let front = Front::start(&config, listener, shared, changes)?;
 
     let postgres_url = config.postgres.url.expose().to_owned();
+    let lock_epochs = LockEpochs { partition: Arc::clone(&partition), postgres_url: postgres_url.clone(), requests: epochs };
     let redis_url = config.redis.url.expose().to_owned();
     let relay =
         Relay { partition: Arc::clone(&partition), redis_url, postgres_url: postgres_url.clone(), drain: config.shutdown_timeout / 2 };
@@ -130,6 +136,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
                     archivist.run(back.clone()),
                     inbox.run(back.clone()),
                     clerk.run(back.clone()),
+                    lock_epochs.run(back.clone()),
                     sweeper.run(back.clone()),
                     presence.run(back.clone()),
                     weighing(back.clone()),
@@ -162,6 +169,16 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     _ = web.await;
     info!("stopped");
     Ok(())
+}
+
+fn locking(config: &Config, instance: &str) -> lock::Settings {
+    lock::Settings {
+        redis_url: config.redis.url.expose().to_owned(),
+        instance: instance.to_owned(),
+        session_lease: config.lock.session_lease,
+        max_hold: config.lock.max_hold,
+        max_turn: config.lock.max_turn,
+    }
 }
 
 fn reconciling(config: &Config) -> Settings {
@@ -239,15 +256,7 @@ struct Front {
 }
 
 impl Front {
-    fn start(
-        config: &Config,
-        listener: TcpListener,
-        partition: &Arc<Partition>,
-        instance: &str,
-        changes: mpsc::Receiver<ServerChange>,
-        shutdown: &CancellationToken,
-        pulses: &Pulses,
-    ) -> Result<Self, Error> {
+    fn start(config: &Config, listener: TcpListener, shared: Shared, changes: mpsc::Receiver<ServerChange>) -> Result<Self, Error> {
         let listener = listener.into_std().map_err(error)?;
         let registry = Arc::new(Registry::new(config.max_clients));
         let stats = Arc::new(Stats::new(&Commands::new(TABLE)));
@@ -255,20 +264,18 @@ impl Front {
         // What the server itself asks for goes through the first thread's lanes.
         let mut changes = Some(changes);
         let mut stopped = Vec::new();
-        for number in 0..pulses.len() {
+        for number in 0..shared.pulses.len() {
             let (stopping, ended) = oneshot::channel();
             stopped.push(ended);
             let thread = FrontThread {
                 number,
                 config: config.clone(),
                 listener: listener.try_clone().map_err(error)?,
-                partition: Arc::clone(partition),
-                instance: instance.to_owned(),
+                user: shared.locks.user(),
+                shared: shared.clone(),
                 registry: Arc::clone(&registry),
                 stats: Arc::clone(&stats),
                 changes: changes.take(),
-                shutdown: shutdown.clone(),
-                pulses: Arc::clone(pulses),
             };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(error)?;
             let serve = move || {
@@ -289,29 +296,47 @@ impl Front {
     }
 }
 
+/// What the threads that serve clients share.
+#[derive(Clone)]
+struct Shared {
+    partition: Arc<Partition>,
+    locks: Locks,
+    instance: String,
+    shutdown: CancellationToken,
+    pulses: Pulses,
+}
+
 /// One thread that serves clients, and what it shares with the others.
 struct FrontThread {
     number: usize,
     config: Config,
     listener: std::net::TcpListener,
-    partition: Arc<Partition>,
-    instance: String,
+    shared: Shared,
+    /// The locks are served until every thread is done with them.
+    user: TaskTrackerToken,
     registry: Arc<Registry>,
     stats: Arc<Stats>,
     changes: Option<mpsc::Receiver<ServerChange>>,
-    shutdown: CancellationToken,
-    pulses: Pulses,
 }
 
 impl FrontThread {
     async fn serve(self) {
-        let Self { config, shutdown, .. } = self;
+        let config = self.config;
+        let Shared { partition, locks, instance, shutdown, pulses } = self.shared;
         let Ok(listener) = TcpListener::from_std(self.listener) else { return };
         let lanes = CancellationToken::new();
         let (redis_url, window) = (config.redis.url.expose(), config.idempotency.window);
-        let backend = Backend::new(self.partition, redis_url, &self.instance, window, config.reply_within, self.number);
+        let locking = {
+            let (locks, shutdown) = (locks.clone(), shutdown.clone());
+            async move {
+                if self.number == 0 {
+                    locks.run(shutdown).await;
+                }
+            }
+        };
+        let backend = Backend::new(partition, redis_url, &instance, window, config.reply_within, self.number, locks);
         let driving = backend.drive(self.changes, &lanes);
-        spawn_local(beat(self.pulses, self.number, Arc::clone(&backend.partition)));
+        spawn_local(beat(pulses, self.number, Arc::clone(&backend.partition)));
         let cx = Rc::new(Context::new(Rc::new(Commands::new(TABLE)), self.registry, self.stats, backend));
         spawn_local(Rc::clone(&cx.heartbeat).beat());
         cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
@@ -321,8 +346,9 @@ impl FrontThread {
         let serving = async {
             listener::serve(listener, Rc::clone(&cx), shutdown).await;
             lanes.cancel();
+            drop(self.user);
         };
-        tokio::join!(driving, serving);
+        tokio::join!(driving, serving, locking);
     }
 }
 

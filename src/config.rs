@@ -48,6 +48,7 @@ pub struct Config {
     pub idempotency: Idempotency,
     pub stock: Stock,
     pub coupon: Coupon,
+    pub lock: Lock,
     pub reconcile: Reconcile,
     pub log: Log,
 }
@@ -113,6 +114,18 @@ pub struct Coupon {
 pub enum CouponLock {
     /// One round trip: the script goes ahead only while nobody holds the coupon's lock.
     Elide,
+}
+
+/// The section `[lock]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Lock {
+    #[serde(rename = "session_lease_ms", deserialize_with = "milliseconds")]
+    pub session_lease: Duration,
+    #[serde(rename = "max_hold_ms", deserialize_with = "milliseconds")]
+    pub max_hold: Duration,
+    #[serde(rename = "max_turn_ms", deserialize_with = "milliseconds")]
+    pub max_turn: Duration,
 }
 
 /// The section `[reconcile]`.

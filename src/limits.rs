@@ -64,6 +64,73 @@ pub const LOCKED_RETRY_AFTER: Duration = Duration::from_millis(5);
 /// How much time a try needs: with less left it would more likely end in doubt than in a decision.
 pub const LOCKED_RETRY_WITHIN: Duration = Duration::from_millis(15);
 
+// Locks.
+
+/// What LEASE and the time of LOCK.EXTEND may be, in ms: below a second a stall of the machine would end it, above an hour it is no lease.
+pub const LOCK_LEASE_MIN_MS: i64 = 1_000;
+pub const LOCK_LEASE_MAX_MS: i64 = 3_600_000;
+
+/// The lease where LEASE says nothing: Redisson's.
+pub const LOCK_LEASE_DEFAULT_MS: i64 = 30_000;
+
+/// The longest WAIT, in ms: beyond ten minutes a client should ask again.
+pub const LOCK_WAIT_MAX_MS: i64 = 600_000;
+
+/// What the setting `lock.session_lease_ms` may be: it is renewed at a third of it, which must be longer than a stall.
+pub const LOCK_SESSION_LEASE_MIN_MS: u64 = 1_000;
+pub const LOCK_SESSION_LEASE_MAX_MS: u64 = 3_600_000;
+
+/// What the setting `lock.max_hold_ms` may be: a day is as long as any run of a job.
+pub const LOCK_HOLD_MIN_MS: u64 = 1_000;
+pub const LOCK_HOLD_MAX_MS: u64 = 86_400_000;
+
+/// What the setting `lock.max_turn_ms` may be: a turn that lasts longer keeps other services waiting for no gain.
+pub const LOCK_TURN_MAX_MS: u64 = 10_000;
+
+/// How long a sidecar leaves a lock to others after its turn: a few round trips, enough for whoever was told to take it.
+pub const LOCK_STAY_OUT: Duration = Duration::from_millis(5);
+
+/// How long after a release a message on its channel is taken for our own: far longer than one travels.
+pub const LOCK_ECHO_WITHIN: Duration = Duration::from_millis(50);
+
+/// How long the first in line waits at most without looking, should nobody say that the lock is free: a lost message costs no more.
+pub const LOCK_POLL: Duration = Duration::from_millis(250);
+
+/// How long Redis may take for one script of a lock: beyond that the connection is replaced, and the script sent again under the same name.
+pub const LOCK_CALL_WITHIN: Duration = Duration::from_secs(1);
+
+/// How long what was done last to a lock is remembered after it: a repetition comes within a few [`LOCK_CALL_WITHIN`].
+pub const LOCK_NOTE: Duration = Duration::from_secs(5);
+
+/// How long it is waited before a connection for locks is tried again.
+pub const LOCK_RECONNECT_AFTER: Duration = Duration::from_millis(20);
+
+/// How long Postgres may take to say under which epoch tokens go on, before it is asked again.
+pub const LOCK_EPOCH_WITHIN: Duration = Duration::from_secs(5);
+
+/// Requests for an epoch that may wait: there is one at a time, and those that were given up.
+pub const LOCK_EPOCH_REQUESTS_MAX: usize = 4;
+
+/// Locks that clients of one sidecar may hold at a time, as far as it knows: some 200 bytes each.
+pub const LOCKS_HELD_MAX: usize = 1_000_000;
+
+/// Channels in one SUBSCRIBE: Redis serves nobody else meanwhile.
+pub const LOCK_CHANNELS_AT_ONCE: usize = 500;
+
+/// Sessions whose locks are renewed by one script call, as many as Redisson's watchdog takes.
+pub const LOCK_RENEWALS_AT_ONCE: usize = 100;
+
+/// How often it is looked which sessions' locks are to be renewed and have been lost, and how often all the rest: what others hold, and who
+/// waits.
+pub const LOCK_LOOK_EVERY: Duration = Duration::from_millis(100);
+pub const LOCK_LOOK_THOROUGHLY_EVERY: Duration = Duration::from_secs(1);
+
+/// How long a lock that nobody waits for any more is still listened for: it is often wanted again.
+pub const LOCK_LINGER: Duration = Duration::from_secs(5);
+
+/// How long a shutdown waits for the last releases.
+pub const LOCK_CLOSE_WITHIN: Duration = Duration::from_secs(1);
+
 /// How often an idle connection to Redis is tried, so that a dead one is replaced before it is needed.
 pub const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
 

@@ -17,6 +17,9 @@ use crate::limits;
 use crate::store::Partition;
 use crate::store::coupon::Coupon;
 use crate::store::lane::{Family as _, Lane};
+use crate::store::lock::Locks;
+#[cfg(test)]
+use crate::store::lock::Settings;
 use crate::store::partition::ServerChange;
 use crate::store::reads::Reads;
 use crate::store::stock::Stock;
@@ -29,6 +32,7 @@ pub struct Backend {
     pub acks: Rc<AckQueue>,
     pub reads: Reads,
     pub first_use: FirstUse,
+    pub locks: Locks,
     /// How long an operation may take, from the arrival of its command.
     pub within: Duration,
     /// How long its reply may take.
@@ -37,7 +41,7 @@ pub struct Backend {
 
 impl Backend {
     /// Connects to nothing yet; `instance` is this process's own name, `window` how long a REQUEST id is remembered, `reply_within` the time
-    /// a command may take, `thread` the number of the thread whose it is.
+    /// a command may take, `thread` the number of the thread whose it is, `locks` those of all threads.
     pub fn new(
         partition: Arc<Partition>,
         redis_url: &str,
@@ -45,6 +49,7 @@ impl Backend {
         window: Duration,
         reply_within: Duration,
         thread: usize,
+        locks: Locks,
     ) -> Self {
         let within = limits::operation_within(reply_within);
         let name = |lane| if thread == 0 { format!("{instance}:{lane}") } else { format!("{instance}:{lane}.{thread}") };
@@ -55,6 +60,7 @@ impl Backend {
             acks: AckQueue::new(Arc::clone(&partition), redis_url),
             reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
+            locks,
             within,
             reply_within,
             partition,
@@ -71,6 +77,14 @@ impl Backend {
             Duration::from_secs(600),
             Duration::from_millis(100),
             0,
+            Locks::new(Settings {
+                redis_url: "redis://127.0.0.1:1".to_owned(),
+                instance: "test".to_owned(),
+                session_lease: Duration::from_secs(10),
+                max_hold: Duration::from_secs(3600),
+                max_turn: Duration::from_millis(20),
+            })
+            .0,
         )
     }
 

@@ -5,7 +5,7 @@
 //! - [`describe`]: COMMAND, COMMAND DOCS and the README's table, from the specs.
 //! - [`stats`]: what INFO and the metrics count; [`info`]: INFO's text; [`glob`]: patterns.
 //! - [`connection`], [`client`], [`server`]: the session's and the server's own commands.
-//! - [`stock`], [`coupon`], [`holdfast`], [`dead_letter`]: what Holdfast is for; [`backend`]: what they work with; [`ack`], [`replicas`]: replies that wait for Postgres, or for a replica.
+//! - [`stock`], [`coupon`], [`lock`], [`holdfast`], [`dead_letter`]: what Holdfast is for; [`backend`]: what they work with; [`ack`], [`replicas`]: replies that wait for Postgres, or for a replica.
 
 pub mod ack;
 pub mod args;
@@ -22,6 +22,7 @@ pub mod glob;
 mod heartbeat;
 pub mod holdfast;
 pub mod info;
+pub mod lock;
 pub mod order;
 mod read;
 pub mod replicas;

@@ -280,6 +280,8 @@ pub const PRODUCT: Arg = Arg::new("product", Kind::Id { what: "product id", key:
 pub const COUPON: Arg = Arg::new("coupon", Kind::Id { what: "coupon id", key: true });
 /// A lock's name.
 pub const LOCK_NAME: Arg = Arg::new("name", Kind::Id { what: "lock name", key: true });
+/// A lock's fencing token.
+pub const TOKEN: Arg = integer("token", 1, crate::domain::quantity::TOTAL_MAX, "");
 /// A user's id.
 pub const USER: Arg = Arg::new("user", Kind::Id { what: "user id", key: false });
 /// An order's id.

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use bytes::Bytes;
 
 use super::spec::Spec;
-use super::{client, connection, coupon, cut, dead_letter, describe, holdfast, order, server, stock, unknown_command};
+use super::{client, connection, coupon, cut, dead_letter, describe, holdfast, lock, order, server, stock, unknown_command};
 use crate::limits::{ERROR_ECHO_MAX, NAME_MAX};
 
 /// The commands. A new one is declared above its handler and gets a line here; nothing else lists it.
@@ -30,6 +30,11 @@ pub static TABLE: &[&Spec] = &[
     &coupon::ISSUE,
     &coupon::GET,
     &coupon::INFO,
+    &lock::ACQUIRE,
+    &lock::RELEASE,
+    &lock::EXTEND,
+    &lock::CHECK,
+    &lock::INFO,
     &holdfast::STATUS,
     &holdfast::AWAIT,
     &dead_letter::DEADLETTER,

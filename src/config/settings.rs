@@ -129,6 +129,24 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How a coupon is locked while it is issued; `elide`: the script goes ahead only while nobody holds the lock.",
     },
     Setting {
+        key: "lock.session_lease_ms",
+        kind: Kind::Milliseconds(limits::LOCK_SESSION_LEASE_MIN_MS, limits::LOCK_SESSION_LEASE_MAX_MS),
+        default: "10000",
+        doc: "How long a lock that was acquired with SESSION outlives a sidecar that dies; it is renewed at a third of it.",
+    },
+    Setting {
+        key: "lock.max_hold_ms",
+        kind: Kind::Milliseconds(limits::LOCK_HOLD_MIN_MS, limits::LOCK_HOLD_MAX_MS),
+        default: "3600000",
+        doc: "How long a session may hold a lock; it is not renewed beyond that.",
+    },
+    Setting {
+        key: "lock.max_turn_ms",
+        kind: Kind::Milliseconds(0, limits::LOCK_TURN_MAX_MS),
+        default: "20",
+        doc: "How long this sidecar passes a lock on from one of its clients to the next before other sidecars and Java services get their turn.",
+    },
+    Setting {
         key: "reconcile.sync_every_ms",
         kind: Kind::Milliseconds(limits::RECONCILE_EVERY_MIN_MS, limits::RECONCILE_EVERY_MAX_MS),
         default: "60000",

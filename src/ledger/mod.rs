@@ -15,6 +15,7 @@ pub mod drift;
 pub mod error;
 pub mod history;
 pub mod inbox;
+pub mod lock;
 pub mod migrate;
 pub mod order;
 pub mod partition;

@@ -9,6 +9,7 @@ mod handover;
 pub mod inbox;
 pub mod librarian;
 pub mod loader;
+pub mod lock_epochs;
 pub mod presence;
 mod proof;
 mod rebuild;

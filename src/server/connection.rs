@@ -299,6 +299,10 @@ impl Connection {
     /// Runs the command that runs alone, once every reply before its own is on its way.
     fn poll_waiting(&mut self, cx: &mut TaskContext<'_>) -> bool {
         let Some(waiting) = &mut self.waiting else { return false };
+        // What is won for a client that has gone must not be taken for it.
+        if self.phase == Phase::Gone {
+            return false;
+        }
         if !self.pipeline.is_first(&waiting.ticket) {
             return false;
         }

@@ -6,7 +6,9 @@
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo, ServerErrorKind, Value};
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, ProtocolVersion, PushInfo, PushKind, ServerErrorKind, Value,
+};
 
 use crate::limits::REDIS_SILENCE_MAX;
 
@@ -94,10 +96,30 @@ impl Connection {
     /// Connects and shakes hands: learns the run id and checks that this Redis can be trusted with stock. Errors with
     /// [`Error::Unfit`] and what to change where it cannot.
     pub async fn open(url: &str) -> Result<Self, Error> {
+        Self::open_with(url.into_connection_info()?, AsyncConnectionConfig::new()).await
+    }
+
+    /// The same for a connection that subscribes: `told` is called with the channel of each message, and with none when the connection ends.
+    /// It must not wait.
+    pub async fn open_listening(url: &str, told: impl Fn(Option<&[u8]>) + Send + Sync + 'static) -> Result<Self, Error> {
         let info = url.into_connection_info()?;
+        // Only there may one connection subscribe and send other commands.
+        let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
+        let pushed = move |push: PushInfo| -> Result<(), std::convert::Infallible> {
+            match (push.kind, push.data.first()) {
+                (PushKind::Message, Some(Value::BulkString(channel))) => told(Some(channel)),
+                (PushKind::Disconnection, _) => told(None),
+                _ => {}
+            }
+            Ok(())
+        };
+        Self::open_with(info.set_redis_settings(settings), AsyncConnectionConfig::new().set_push_sender(pushed)).await
+    }
+
+    async fn open_with(info: ConnectionInfo, config: AsyncConnectionConfig) -> Result<Self, Error> {
         let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(REDIS_SILENCE_MAX);
         let client = Client::open(info.set_tcp_settings(tcp))?;
-        let config = AsyncConnectionConfig::new()
+        let config = config
             .set_connection_timeout(Some(CONNECT_TIMEOUT))
             // A time-out never closes a connection: each caller has its own deadline, and a reply that comes late is still read.
             .set_response_timeout(None);
@@ -121,6 +143,16 @@ impl Connection {
     /// Sends one command and returns its answer.
     pub async fn send(&mut self, command: &redis::Cmd) -> Result<Value, Error> {
         Ok(self.inner.send_packed_command(command).await?.extract_error()?)
+    }
+
+    /// Hears of these channels from now on. Only on a connection that listens.
+    pub async fn subscribe(&mut self, channels: &[String]) -> Result<(), Error> {
+        Ok(self.inner.subscribe(channels).await?)
+    }
+
+    /// No longer hears of these.
+    pub async fn unsubscribe(&mut self, channels: &[String]) -> Result<(), Error> {
+        Ok(self.inner.unsubscribe(channels).await?)
     }
 
     /// Redis's clock in Unix ms.

@@ -1,6 +1,7 @@
 //! Every key's name, once (design: one partition on standalone Redis and Sentinel, so no hash tags yet).
 
 use crate::domain::Id;
+use crate::domain::lock::LockName;
 
 /// Hash: epoch, verified run id, n, last op, state, and `<instance>:<lane>` → counter of each lane.
 pub const META: &str = "holdfast:meta";
@@ -20,6 +21,8 @@ pub const DELETED: &str = "stock:deleted";
 pub const EXPIRY: &str = "stock:expiry";
 /// What stands before an order's id: a hash with its state, its expiry, its items, and the position that made it so.
 pub const ORDER_PREFIX: &str = "stock:order:";
+/// Hash: epoch, run id, and the highest fencing token that this node has given out.
+pub const LOCKS: &str = "holdfast:lock";
 /// What stands before a product's id.
 pub const PRODUCT_PREFIX: &str = "stock:product:";
 /// What stands before a coupon's id in the key of its terms.
@@ -45,6 +48,26 @@ pub fn product(product: &Id) -> String {
 /// Hash: a coupon's lock, in Redisson's layout.
 pub fn coupon_lock(coupon: &Id) -> String {
     format!("coupon:issue:{coupon}")
+}
+
+/// Hash: a lock, in Redisson's layout: who holds it, and how often.
+pub fn lock(name: &LockName) -> String {
+    name.coupon().map_or_else(|| name.as_str().to_owned(), |coupon| coupon_lock(&coupon))
+}
+
+/// String: the newest fencing token of a lock, where Redisson's RFencedLock has its own.
+pub fn lock_token(name: &LockName) -> String {
+    format!("redisson_lock_token:{{{}}}", lock(name))
+}
+
+/// Channel: where Redisson, and a sidecar, say that a lock is free.
+pub fn lock_channel(name: &LockName) -> String {
+    format!("redisson_lock__channel:{{{}}}", lock(name))
+}
+
+/// Hash: the owner that may acquire a lock once more, its token, and what was done last.
+pub fn lock_owner(name: &LockName) -> String {
+    format!("holdfast:owner:{{{}}}", lock(name))
 }
 
 /// Hash: total, issued, used, window, per-user limit, state.

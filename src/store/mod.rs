@@ -10,6 +10,7 @@ pub mod expiry;
 mod key_list;
 pub mod keys;
 pub mod lane;
+pub mod lock;
 pub mod meta;
 mod pack;
 pub mod partition;

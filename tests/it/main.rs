@@ -13,6 +13,7 @@ mod doubt;
 mod faults;
 mod http;
 mod inbox;
+mod locks;
 mod orders;
 mod protocol;
 mod proxy;

@@ -1,0 +1,74 @@
+//! Locks: what they may be named, and under which epoch their fencing tokens grow.
+
+use super::Id;
+
+/// What a lock's name may not begin with: these are data, or Redisson's own.
+const RESERVED: [&str; 4] = ["stock:", "holdfast:", "redisson_", "coupon:"];
+
+/// What the name of a coupon's lock begins with.
+const OF_A_COUPON: &str = "coupon:issue:";
+
+/// A lock's name, which is also its key on the backing Redis.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LockName(Id);
+
+impl LockName {
+    /// Takes an id as the name of a lock; `None` where it is the name of something else.
+    pub fn of(id: Id) -> Option<Self> {
+        let name = id.as_str();
+        let of_a_coupon = name.strip_prefix(OF_A_COUPON).is_some_and(|coupon| !coupon.is_empty());
+        (of_a_coupon || !RESERVED.iter().any(|prefix| name.starts_with(prefix))).then_some(Self(id))
+    }
+
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        self.0.as_str()
+    }
+
+    /// The name as an id.
+    pub fn id(&self) -> &Id {
+        &self.0
+    }
+
+    /// The coupon that is issued under this lock, if it is one's.
+    pub fn coupon(&self) -> Option<Id> {
+        self.as_str().strip_prefix(OF_A_COUPON).map(Id::from)
+    }
+}
+
+impl std::fmt::Display for LockName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Under what an installation gives out fencing tokens: all of one epoch are above `number` · 2^32, and below those of the next.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Epoch {
+    pub number: u64,
+    /// Whose locks they are: the same for every sidecar, so that each can release what another acquired.
+    pub installation: String,
+}
+
+impl Epoch {
+    /// The epoch that a token belongs to.
+    pub const fn of(token: u64) -> u64 {
+        token >> 32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_data_is_no_lock() {
+        for good in ["invoice-7", "coupon:issue:spring", "coupons", "stock", "a:b"] {
+            assert!(LockName::of(Id::from(good)).is_some(), "{good}");
+        }
+        for bad in ["stock:product:1", "holdfast:meta", "redisson_lock_token:x", "coupon:info:spring", "coupon:issue:", "coupon:"] {
+            assert!(LockName::of(Id::from(bad)).is_none(), "{bad}");
+        }
+        assert_eq!(LockName::of(Id::from("coupon:issue:spring")).and_then(|name| name.coupon()), Some(Id::from("spring")));
+    }
+}

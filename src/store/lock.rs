@@ -1,0 +1,674 @@
+//! Locks on the backing Redis, in Redisson's layout, for all threads of this sidecar.
+//!
+//! Those who want one lock stand in a line, first come first served; one task a line tries for the first of them, sleeps until it is told
+//! that the lock is free, and looks itself now and then. A release passes the lock on to the next in line, in the same script, until the
+//! turn of this sidecar is over; then everybody else gets a chance. Every try and release is a script that can be repeated: it
+//! carries a name, and is carried out once.
+//!
+//! What is won for a client that has gone is released at once: a [`Grant`] that nobody takes releases itself.
+
+mod call;
+mod hold;
+mod line;
+pub mod link;
+mod subscriber;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use metrics::{counter, gauge, histogram};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use self::call::{Asked, Released, Tried};
+use self::hold::Holds;
+use self::line::{By, Line, Waiter};
+use self::link::{EpochRequest, Link, jittered};
+use self::subscriber::{Heard, Subscriber};
+use crate::domain::{Id, LockName};
+use crate::limits;
+
+/// How locks are held.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub redis_url: String,
+    /// This process, among the sidecars.
+    pub instance: String,
+    /// How long a session's lock lasts without being renewed.
+    pub session_lease: Duration,
+    /// How long a session may hold a lock.
+    pub max_hold: Duration,
+    /// How long this sidecar passes a lock on among its own clients while others may want it.
+    pub max_turn: Duration,
+}
+
+/// What a client asks for.
+#[derive(Debug)]
+pub struct Ask {
+    pub name: LockName,
+    /// Of no account for a session.
+    pub lease: Duration,
+    /// Who may acquire it once more.
+    pub owner: Option<Id>,
+    /// Held while a connection lives.
+    pub session: bool,
+    /// Waits where somebody holds it.
+    pub patient: bool,
+}
+
+/// What a client is told.
+#[derive(Debug)]
+pub enum Answer {
+    Got(Grant),
+    /// Somebody holds it, for so many ms; -1: without end.
+    Held(i64),
+    Refused(Refusal),
+}
+
+/// Why something was not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Surely not done.
+    TryAgain(String),
+    /// Surely not done: starting or shutting down.
+    Loading(String),
+    /// Sent, and no answer in time.
+    InDoubt(String),
+    /// The key holds something of this type.
+    NotALock(String),
+}
+
+/// What LOCK.INFO shows.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LockInfo {
+    /// OWNER, or the field in the lock's key.
+    pub owner: String,
+    /// `None` where it is not held by a client of this installation.
+    pub token: Option<String>,
+    pub remaining_ms: i64,
+    /// How many wait for it in this sidecar.
+    pub waiters: usize,
+}
+
+/// A lock that was acquired. Dropped without [`Grant::take`], it is released.
+#[derive(Debug)]
+pub struct Grant {
+    locks: Locks,
+    pub name: LockName,
+    pub token: u64,
+    /// How long it lasts.
+    pub lease_ms: i64,
+    /// Of a session: told when it was lost.
+    pub lost: Option<oneshot::Receiver<()>>,
+    taken: bool,
+}
+
+impl Grant {
+    /// From here on the client releases it.
+    pub fn take(mut self) {
+        self.taken = true;
+    }
+
+    /// Whether it is still held, as far as is known.
+    pub fn lasts(&self) -> bool {
+        self.locks.0.holds.has(self.token)
+    }
+}
+
+impl Drop for Grant {
+    fn drop(&mut self) {
+        if !self.taken && self.lasts() {
+            self.locks.0.release_soon(self.name.clone(), self.token);
+        }
+    }
+}
+
+/// See the module. Cheap to clone.
+#[derive(Clone)]
+pub struct Locks(Arc<Inner>);
+
+impl std::fmt::Debug for Locks {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Locks")
+    }
+}
+
+struct Inner {
+    settings: Settings,
+    link: Link,
+    subscriber: Subscriber,
+    lines: Mutex<HashMap<LockName, Line>>,
+    holds: Holds,
+    numbers: AtomicU64,
+    closing: AtomicBool,
+    /// Where tasks run.
+    runtime: OnceLock<Handle>,
+    /// The tasks that change something in Redis.
+    under_way: TaskTracker,
+    /// The threads whose clients hold locks.
+    users: TaskTracker,
+}
+
+impl Locks {
+    /// Connects to nothing yet. Whoever receives the requests answers them with what Postgres says.
+    pub fn new(settings: Settings) -> (Self, mpsc::Receiver<EpochRequest>) {
+        let (epochs, requests) = mpsc::channel(limits::LOCK_EPOCH_REQUESTS_MAX);
+        let inner = Arc::new_cyclic(|inner| Inner {
+            link: Link::new(&settings.redis_url, epochs),
+            subscriber: Subscriber::new(&settings.redis_url, inner.clone()),
+            lines: Mutex::default(),
+            holds: Holds::default(),
+            numbers: AtomicU64::new(1),
+            closing: AtomicBool::new(false),
+            runtime: OnceLock::new(),
+            under_way: TaskTracker::new(),
+            users: TaskTracker::new(),
+            settings,
+        });
+        (Self(inner), requests)
+    }
+
+    /// Serves on this thread. After `shutdown` nobody gets a lock any more; once the last user is gone and what sessions held is released, it
+    /// ends.
+    pub async fn run(&self, shutdown: CancellationToken) {
+        _ = self.0.runtime.set(Handle::current());
+        let serving = async { tokio::join!(self.0.link.run(), self.0.subscriber.run(), self.0.look_after()) };
+        let closing = async {
+            shutdown.cancelled().await;
+            self.0.close();
+            self.0.users.close();
+            self.0.users.wait().await;
+            self.0.release_sessions();
+            self.0.under_way.close();
+            _ = tokio::time::timeout(limits::LOCK_CLOSE_WITHIN, self.0.under_way.wait()).await;
+        };
+        tokio::select! { _ = serving => {}, () = closing => {} }
+    }
+
+    /// Says that there is one more thread whose clients hold locks, until this is dropped.
+    pub fn user(&self) -> TaskTrackerToken {
+        self.0.users.token()
+    }
+
+    /// Whether locks are served, and why not.
+    pub fn trouble(&self) -> Option<String> {
+        self.0.link.trouble()
+    }
+
+    /// How many clients of this sidecar wait.
+    pub fn waiting(&self) -> usize {
+        self.0.lines().values().map(|line| line.waiters.len()).sum()
+    }
+
+    /// Stands in line, or asks once.
+    pub fn acquire(&self, ask: Ask) -> Waiting {
+        let inner = &self.0;
+        let id = inner.number();
+        let (answer, answered) = oneshot::channel();
+        let Ask { name, lease, owner, session, patient } = ask;
+        let name = LockName::of(name.id().detached()).unwrap_or(name);
+        let waiter = Waiter {
+            lease: if session { inner.settings.session_lease.min(inner.settings.max_hold) } else { lease },
+            owner: owner.map(|owner| owner.detached()),
+            session,
+            patient,
+            arrived: Instant::now(),
+            answer,
+        };
+        inner.enqueue(&name, id, waiter);
+        Waiting { locks: self.clone(), name, id, answered }
+    }
+
+    /// Releases it once. `false` where it is not held under this token. Done even if nobody waits for the answer; `within`: how long that
+    /// takes at most.
+    pub async fn release(&self, name: LockName, token: u64, within: Duration) -> Result<bool, Refusal> {
+        let (answer, answered) = oneshot::channel();
+        let releasing = Arc::clone(&self.0);
+        self.0.spawn(async move { _ = answer.send(releasing.release(name, token).await) });
+        match tokio::time::timeout(within, answered).await {
+            Ok(Ok(released)) => released,
+            _ if self.0.link.trouble().is_some() => Err(Refusal::InDoubt("Redis cannot be reached".to_owned())),
+            _ => Err(Refusal::InDoubt("Redis does not answer".to_owned())),
+        }
+    }
+
+    /// Lets it last so long from now on. `false` where it is not held under this token.
+    pub async fn extend(&self, name: &LockName, token: u64, lease: Duration, within: Duration) -> Result<bool, Refusal> {
+        let sent = Instant::now();
+        let extended = self.0.extend(&[(name.clone(), token, lease)], sent + within).await?.first() == Some(&true);
+        if extended {
+            self.0.holds.extended(token, sent + lease);
+        }
+        Ok(extended)
+    }
+
+    /// How many ms it is still held under this token; -1: without end. `None` where it is not.
+    pub async fn check(&self, name: &LockName, token: u64, within: Duration) -> Result<Option<i64>, Refusal> {
+        Ok(self.0.look(name, token, Instant::now() + within).await?.filter(|seen| seen.held).map(|seen| seen.remaining_ms))
+    }
+
+    /// Who holds it; `None` where nobody does.
+    pub async fn info(&self, name: &LockName, within: Duration) -> Result<Option<LockInfo>, Refusal> {
+        let seen = self.0.look(name, 0, Instant::now() + within).await?;
+        let waiters = self.0.lines().get(name).map_or(0, |line| line.waiters.len());
+        Ok(seen.map(|seen| LockInfo {
+            owner: seen.owner.filter(|owner| !owner.is_empty()).unwrap_or(seen.field),
+            token: seen.token,
+            remaining_ms: seen.remaining_ms,
+            waiters,
+        }))
+    }
+}
+
+/// A place in line. Dropped, it is given up.
+pub struct Waiting {
+    locks: Locks,
+    name: LockName,
+    id: u64,
+    answered: oneshot::Receiver<Answer>,
+}
+
+impl Waiting {
+    /// What became of it, at `until` at the latest.
+    pub async fn answer(mut self, until: Instant) -> Answer {
+        match tokio::time::timeout_at(until.into(), &mut self.answered).await {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Answer::Refused(Refusal::TryAgain("the lock was not decided".to_owned())),
+            Err(_) => {
+                let known = self.locks.0.leave(&self.name, self.id);
+                // It may have been decided this very moment.
+                self.answered.try_recv().unwrap_or_else(|_| self.locks.0.known(known))
+            }
+        }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.locks.0.leave(&self.name, self.id);
+    }
+}
+
+impl Inner {
+    fn lines(&self) -> MutexGuard<'_, HashMap<LockName, Line>> {
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn number(&self) -> u64 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Runs a task that changes something in Redis to its end.
+    fn spawn(self: &Arc<Self>, task: impl Future<Output = ()> + Send + 'static) {
+        if let Some(runtime) = self.runtime.get() {
+            runtime.spawn(self.under_way.track_future(task));
+        }
+    }
+
+    fn enqueue(self: &Arc<Self>, name: &LockName, id: u64, waiter: Waiter) {
+        if self.closing.load(Ordering::Relaxed) {
+            return refuse(waiter, Refusal::Loading("shutting down".to_owned()));
+        }
+        if self.holds.len() >= limits::LOCKS_HELD_MAX {
+            return refuse(waiter, Refusal::TryAgain("this sidecar's clients hold too many locks".to_owned()));
+        }
+        let mut lines = self.lines();
+        let line = lines.entry(name.clone()).or_default();
+        if !line.waiters.is_empty() && !waiter.patient {
+            drop(lines);
+            let (inner, name) = (Arc::clone(self), name.clone());
+            return self.spawn(async move { inner.ask_beside_the_line(&name, waiter).await });
+        }
+        if !line.waiters.is_empty() && waiter.owner.is_some() {
+            let (inner, name, lease, owner) = (Arc::clone(self), name.clone(), waiter.lease, waiter.owner.clone());
+            self.spawn(async move { inner.ask_once_more(&name, id, lease, owner).await });
+        }
+        line.waiters.insert(id, waiter);
+        line.idle_since = None;
+        if !line.contending {
+            line.contending = true;
+            let (inner, name) = (Arc::clone(self), name.clone());
+            self.spawn(async move { inner.contend(name).await });
+        } else if line.waiters.len() == 1 {
+            line.rouse(By::Free);
+        }
+    }
+
+    /// Gives up a place in line. Returns until when the lock is held: `None` where nothing is known of it.
+    fn leave(&self, name: &LockName, id: u64) -> Option<Instant> {
+        let mut lines = self.lines();
+        let line = lines.get_mut(name)?;
+        let waited = line.waiters.remove(&id).is_some_and(|waiter| waiter.patient);
+        line.held_until.or_else(|| waited.then(Instant::now))
+    }
+
+    /// What to say to whoever has waited for long enough.
+    fn known(&self, held_until: Option<Instant>) -> Answer {
+        match (self.link.trouble(), held_until) {
+            (Some(why), _) => Answer::Refused(Refusal::TryAgain(why)),
+            (None, Some(until)) => Answer::Held(millis(until.saturating_duration_since(Instant::now()))),
+            (None, None) => Answer::Refused(Refusal::TryAgain("Redis does not answer".to_owned())),
+        }
+    }
+
+    /// Tries for the first in line, again and again, until nobody is left.
+    async fn contend(self: Arc<Self>, name: LockName) {
+        let mut by = By::Free;
+        let mut tried = true;
+        loop {
+            match self.next_step(&name, tried) {
+                Step::Done => return,
+                Step::Sleep(wake, pause) => {
+                    tried = false;
+                    by = match tokio::time::timeout(pause, wake.notified()).await {
+                        Ok(()) => self.lines().get_mut(&name).and_then(|line| line.woken.take()).unwrap_or(By::Message),
+                        Err(_) => By::Timer,
+                    };
+                }
+                Step::Try { id, asked } => {
+                    tried = true;
+                    let sent = Instant::now();
+                    let result = self.attempt(&name, &asked, true, sent + asked.lease).await;
+                    let held = matches!(result, Ok(Tried::Held(_)));
+                    self.settle(&name, id, result, by);
+                    // Whoever releases it from now on is heard.
+                    if held && self.lines().get(&name).is_some_and(|line| !line.waiters.is_empty()) {
+                        tried = self.subscriber.hear(&name).await != Heard::FromNow;
+                    }
+                }
+            }
+        }
+    }
+
+    /// What the task of a line does next; `tried`: whether the first in line has just been tried for.
+    fn next_step(&self, name: &LockName, tried: bool) -> Step {
+        let now = Instant::now();
+        let mut lines = self.lines();
+        let Some(line) = lines.get_mut(name) else { return Step::Done };
+        let Some((id, waiter)) = line.head() else {
+            line.contending = false;
+            line.idle_since = Some(now);
+            return Step::Done;
+        };
+        let poll = jittered(limits::LOCK_POLL, id ^ self.numbers.load(Ordering::Relaxed));
+        if line.trying.is_some() {
+            return Step::Sleep(Arc::clone(&line.wake), poll);
+        }
+        if let Some(until) = line.turn.keeps_out(now) {
+            let pause = until.map_or(poll, |until| until.saturating_duration_since(now));
+            return Step::Sleep(Arc::clone(&line.wake), pause);
+        }
+        let asked = Asked::of(waiter, self.op());
+        if tried && line.held_until.is_some_and(|until| until > now) {
+            let left = line.held_until.map_or(poll, |until| until.saturating_duration_since(now));
+            return Step::Sleep(Arc::clone(&line.wake), poll.min(left + Duration::from_millis(1)));
+        }
+        line.trying = Some(id);
+        Step::Try { id, asked }
+    }
+
+    /// Notes what became of a try for the first in line.
+    fn settle(self: &Arc<Self>, name: &LockName, id: u64, result: Result<Tried, Refusal>, by: By) {
+        let now = Instant::now();
+        let mut lines = self.lines();
+        let Some(line) = lines.get_mut(name) else { return };
+        line.trying = None;
+        match result {
+            Ok(Tried::Got { token, lease, sent }) => {
+                line.held_until = Some(sent + lease);
+                line.turn.acquired(now);
+                let waiter = line.waiters.remove(&id);
+                drop(lines);
+                self.grant(name, waiter, token, lease, sent, by);
+            }
+            Ok(Tried::Held(ms)) => {
+                // Without end: it is looked at again like all others.
+                let lasts = u64::try_from(ms).map_or(limits::LOCK_POLL, Duration::from_millis);
+                line.held_until = Some(now + lasts);
+                if line.head().is_some_and(|(head, waiter)| head == id && !waiter.patient)
+                    && let Some(waiter) = line.waiters.remove(&id)
+                {
+                    drop(lines);
+                    _ = waiter.answer.send(Answer::Held(ms));
+                }
+            }
+            Ok(Tried::Free) => {}
+            Err(refusal) => {
+                line.held_until = None;
+                if let Some(waiter) = line.waiters.remove(&id) {
+                    drop(lines);
+                    refuse(waiter, refusal);
+                }
+            }
+        }
+    }
+
+    /// Gives a lock to whom it was won for, or back where they have gone.
+    fn grant(self: &Arc<Self>, name: &LockName, waiter: Option<Waiter>, token: u64, lease: Duration, sent: Instant, by: By) {
+        let Some(waiter) = waiter else { return self.release_soon(name.clone(), token) };
+        let lost = self.holds.add(name, token, sent, lease, waiter.session.then_some(&self.settings));
+        counter!("holdfast_lock_acquired_total", "by" => by.label()).increment(1);
+        if !matches!(by, By::Free | By::Again) {
+            histogram!("holdfast_lock_wait_seconds").record(waiter.arrived.elapsed().as_secs_f64());
+        }
+        let grant = Grant { locks: Locks(Arc::clone(self)), name: name.clone(), token, lease_ms: millis(lease), lost, taken: false };
+        // Where nobody hears it any more, the grant is dropped and releases itself.
+        _ = waiter.answer.send(Answer::Got(grant));
+    }
+
+    /// Asks once for a client that does not wait, while others do: only who holds it already can get it.
+    async fn ask_beside_the_line(self: &Arc<Self>, name: &LockName, waiter: Waiter) {
+        let asked = Asked::of(&waiter, self.op());
+        match self.attempt(name, &asked, false, Instant::now() + asked.lease).await {
+            Ok(Tried::Got { token, lease, sent }) => self.grant(name, Some(waiter), token, lease, sent, By::Again),
+            Ok(Tried::Held(ms)) => _ = waiter.answer.send(Answer::Held(ms)),
+            Ok(Tried::Free) => _ = waiter.answer.send(Answer::Held(0)),
+            Err(refusal) => refuse(waiter, refusal),
+        }
+    }
+
+    /// Tries whether a waiter's owner holds the lock already.
+    async fn ask_once_more(self: &Arc<Self>, name: &LockName, id: u64, lease: Duration, owner: Option<Id>) {
+        let asked = Asked { op: self.op(), lease, owner };
+        if let Ok(Tried::Got { token, lease, sent }) = self.attempt(name, &asked, false, Instant::now() + lease).await {
+            let waiter = self.lines().get_mut(name).and_then(|line| line.waiters.remove(&id));
+            self.grant(name, waiter, token, lease, sent, By::Again);
+        }
+    }
+
+    fn release_soon(self: &Arc<Self>, name: LockName, token: u64) {
+        let inner = Arc::clone(self);
+        self.spawn(async move { _ = inner.release(name, token).await });
+    }
+
+    /// Releases it once, and passes it on to the next in line where it may.
+    async fn release(self: &Arc<Self>, name: LockName, token: u64) -> Result<bool, Refusal> {
+        let heir = {
+            let now = Instant::now();
+            let mut lines = self.lines();
+            let max_turn = self.settings.max_turn;
+            let line = lines.get_mut(&name);
+            match line {
+                Some(line) => {
+                    let heir = line.heir(now, max_turn).map(|(id, waiter)| (id, Asked::of(waiter, self.op())));
+                    match &heir {
+                        Some((id, _)) => line.trying = Some(*id),
+                        None => line.turn.releases(now),
+                    }
+                    heir
+                }
+                None => None,
+            }
+        };
+        let told_us = self.subscriber.hears(&name);
+        let sent = Instant::now();
+        let op = heir.as_ref().map_or_else(|| self.op(), |(_, asked)| asked.op.clone());
+        let within = heir.as_ref().map_or(limits::LOCK_NOTE, |(_, asked)| asked.lease);
+        let result = self.let_go(&name, token, &op, heir.as_ref().map(|(_, asked)| asked), sent + within).await;
+        let now = Instant::now();
+        let mut lines = self.lines();
+        let mut passed_to = None;
+        if let Some(line) = lines.get_mut(&name) {
+            if heir.is_some() {
+                line.trying = None;
+            }
+            match (&result, &heir) {
+                (Ok(Released::Passed { lease, .. }), Some((id, _))) => {
+                    line.held_until = Some(sent + *lease);
+                    passed_to = line.waiters.remove(id);
+                }
+                (Ok(Released::ForAll { told }), _) => {
+                    line.held_until = None;
+                    let others = *told > u64::from(told_us);
+                    line.turn.released(now, self.settings.max_turn, others);
+                }
+                _ => line.turn.not_released(),
+            }
+            if !matches!(result, Ok(Released::Passed { .. } | Released::Kept)) {
+                line.rouse(By::Release);
+            }
+            let forgotten = line.waiters.is_empty() && !line.contending && line.turn.keeps_out(now).is_none() && !told_us;
+            if forgotten {
+                lines.remove(&name);
+            }
+        }
+        drop(lines);
+        match result? {
+            Released::Kept => Ok(true),
+            Released::ForAll { .. } => {
+                self.holds.remove(token);
+                Ok(true)
+            }
+            Released::Passed { token: next, lease } => {
+                self.holds.remove(token);
+                self.grant(&name, passed_to, next, lease, sent, By::Passed);
+                Ok(true)
+            }
+            Released::Lost => {
+                self.holds.remove(token);
+                Ok(false)
+            }
+        }
+    }
+
+    /// Somebody said on this channel that the lock is free.
+    fn told(&self, channel: &str) {
+        if let Some(name) = self.subscriber.lock_of(channel)
+            && let Some(line) = self.lines().get_mut(&name)
+        {
+            line.heard(Instant::now());
+        }
+    }
+
+    /// What was said meanwhile was missed: everybody looks.
+    fn resubscribed(&self) {
+        for line in self.lines().values_mut().filter(|line| line.contending) {
+            line.rouse(By::Resubscribed);
+        }
+    }
+
+    /// Renews what sessions hold, notices what is lost, and forgets what nobody wants. Never returns.
+    async fn look_after(self: &Arc<Self>) {
+        let mut looked = Instant::now();
+        loop {
+            tokio::time::sleep(limits::LOCK_LOOK_EVERY).await;
+            let now = Instant::now();
+            let due = self.holds.due(now);
+            for some in due.chunks(limits::LOCK_RENEWALS_AT_ONCE) {
+                let (inner, some) = (Arc::clone(self), some.to_vec());
+                self.spawn(async move { inner.renew(some).await });
+            }
+            let thorough = now.saturating_duration_since(looked) >= limits::LOCK_LOOK_THOROUGHLY_EVERY;
+            self.holds.end(now, thorough);
+            if !thorough {
+                continue;
+            }
+            looked = now;
+            gauge!("holdfast_locks_held").set(self.holds.len() as f64);
+            let mut waiting = 0;
+            let mut idle = Vec::new();
+            for (name, line) in self.lines().iter() {
+                waiting += line.waiters.len();
+                let long_idle = line.idle_since.is_some_and(|since| now.saturating_duration_since(since) >= limits::LOCK_LINGER);
+                if line.waiters.is_empty() && !line.contending && long_idle {
+                    idle.push(name.clone());
+                }
+            }
+            gauge!("holdfast_lock_waiters").set(waiting as f64);
+            self.forget(idle).await;
+        }
+    }
+
+    /// Forgets lines in which nobody stands, and no longer listens for them.
+    async fn forget(&self, idle: Vec<LockName>) {
+        let gone: Vec<LockName> = {
+            let mut lines = self.lines();
+            let unwanted = |line: &Line| line.waiters.is_empty() && !line.contending && line.trying.is_none();
+            idle.into_iter().filter(|name| lines.get(name).is_some_and(unwanted) && lines.remove(name).is_some()).collect()
+        };
+        let heard: Vec<LockName> = gone.into_iter().filter(|name| self.subscriber.hears(name)).collect();
+        if !heard.is_empty() {
+            self.subscriber.forget(&heard).await;
+            // Somebody may have come meanwhile and believed that it is heard of.
+            heard.iter().for_each(|name| {
+                if let Some(line) = self.lines().get_mut(name) {
+                    line.rouse(By::Resubscribed);
+                }
+            });
+        }
+    }
+
+    async fn renew(&self, holds: Vec<hold::Renewal>) {
+        let sent = Instant::now();
+        let wanted: Vec<(LockName, u64, Duration)> = holds.iter().map(|hold| (hold.name.clone(), hold.token, hold.lease)).collect();
+        match self.extend(&wanted, sent + limits::LOCK_CALL_WITHIN).await {
+            Ok(renewed) => {
+                for (hold, renewed) in holds.iter().zip(renewed) {
+                    self.holds.renewed(hold, renewed.then_some(sent));
+                }
+            }
+            Err(_) => holds.iter().for_each(|hold| self.holds.not_renewed(hold)),
+        }
+    }
+
+    /// Nobody gets a lock any more, and nobody waits.
+    fn close(&self) {
+        self.closing.store(true, Ordering::Relaxed);
+        let waiters: Vec<Waiter> = self.lines().values_mut().flat_map(|line| std::mem::take(&mut line.waiters).into_values()).collect();
+        for waiter in waiters {
+            refuse(waiter, Refusal::Loading("shutting down".to_owned()));
+        }
+    }
+
+    fn release_sessions(self: &Arc<Self>) {
+        for (name, token) in self.holds.sessions() {
+            self.release_soon(name, token);
+        }
+    }
+
+    /// A name for one try or release, that no other has.
+    fn op(&self) -> String {
+        format!("{}:{}", self.settings.instance, self.number())
+    }
+}
+
+/// What the task of a line does next.
+enum Step {
+    Done,
+    Sleep(Arc<tokio::sync::Notify>, Duration),
+    Try { id: u64, asked: Asked },
+}
+
+fn refuse(waiter: Waiter, refusal: Refusal) {
+    // Whoever has gone does not hear it.
+    _ = waiter.answer.send(Answer::Refused(refusal));
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}

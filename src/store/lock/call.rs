@@ -1,0 +1,271 @@
+//! The scripts of locks: calling them, until Redis has answered or there is no more time.
+
+use std::time::{Duration, Instant};
+
+use super::super::pack::Pack;
+use super::super::script::{self, Script};
+use super::super::words::Words;
+use super::super::{Error, keys};
+use super::line::Waiter;
+use super::link::Node;
+use super::{Inner, Refusal, millis};
+use crate::domain::{Id, LockName};
+use crate::limits;
+
+/// One try to acquire.
+pub(super) struct Asked {
+    /// Its name: sent again, it is carried out once.
+    pub op: String,
+    pub lease: Duration,
+    pub owner: Option<Id>,
+}
+
+impl Asked {
+    pub fn of(waiter: &Waiter, op: String) -> Self {
+        Self { op, lease: waiter.lease, owner: waiter.owner.clone() }
+    }
+
+    fn owner(&self) -> &[u8] {
+        self.owner.as_ref().map_or(b"", Id::as_bytes)
+    }
+}
+
+/// What became of a try.
+pub(super) enum Tried {
+    Got {
+        token: u64,
+        lease: Duration,
+        /// When it was asked for, before which its lease has not begun.
+        sent: Instant,
+    },
+    /// For so many ms; -1: without end.
+    Held(i64),
+    Free,
+}
+
+/// What became of a release.
+pub(super) enum Released {
+    /// It is still held, as it was acquired more than once.
+    Kept,
+    Passed {
+        token: u64,
+        lease: Duration,
+    },
+    /// So many clients were told.
+    ForAll {
+        told: u64,
+    },
+    /// It was not held under that token.
+    Lost,
+}
+
+/// What a look at a lock that is held shows.
+pub(super) struct Seen {
+    pub remaining_ms: i64,
+    /// Whether it is held under the token that was asked for.
+    pub held: bool,
+    pub field: String,
+    pub token: Option<String>,
+    pub owner: Option<String>,
+}
+
+/// What goes on after an answer that decides nothing.
+enum Again {
+    /// The node is in doubt, or was too slow.
+    Now,
+    /// Nothing can be done about it.
+    Never(Refusal),
+}
+
+impl Inner {
+    /// Tries to acquire; where not `fresh`, only for an owner that holds the lock.
+    pub(super) async fn attempt(&self, name: &LockName, asked: &Asked, fresh: bool, until: Instant) -> Result<Tried, Refusal> {
+        let keys = [keys::LOCKS.to_owned(), keys::lock(name), keys::lock_token(name), keys::lock_owner(name)];
+        let (lease, keep) = (millis(asked.lease).to_string(), limits::LOCK_NOTE.as_millis().to_string());
+        let mut sent = Instant::now();
+        let mut words = self
+            .call(&script::LOCK_ACQUIRE, &keys, &asked.op, until, |node| {
+                sent = Instant::now();
+                let deadline = node.time_at(sent + limits::LOCK_CALL_WITHIN).to_string();
+                let mut args = of_node(node);
+                args.extend([deadline.into_bytes(), node.epoch.installation.clone().into_bytes(), asked.op.clone().into_bytes()]);
+                args.extend([lease.clone().into_bytes(), asked.owner().to_vec(), if fresh { b"1".to_vec() } else { b"0".to_vec() }]);
+                args.push(keep.clone().into_bytes());
+                args
+            })
+            .await?;
+        let read = |words: &mut Words| {
+            Ok::<_, Error>(match words.text()?.as_str() {
+                "got" => Tried::Got { token: number(words)?, lease: lasting(words)?, sent },
+                "free" => Tried::Free,
+                "held" => Tried::Held(words.integer()?),
+                other => return Err(Error::Unexpected(format!("{other:?} of lock_acquire"))),
+            })
+        };
+        read(&mut words).map_err(|error| refused(&error))
+    }
+
+    /// Releases, and passes on to `next`.
+    pub(super) async fn let_go(
+        &self,
+        name: &LockName,
+        token: u64,
+        op: &str,
+        next: Option<&Asked>,
+        until: Instant,
+    ) -> Result<Released, Refusal> {
+        let keys = [keys::LOCKS.to_owned(), keys::lock(name), keys::lock_token(name), keys::lock_owner(name), keys::lock_channel(name)];
+        let (token, keep) = (token.to_string(), limits::LOCK_NOTE.as_millis().to_string());
+        let lease = next.map_or(0, |next| millis(next.lease)).to_string();
+        let mut words = self
+            .call(&script::LOCK_RELEASE, &keys, op, until, |node| {
+                let mut args = of_node(node);
+                args.extend([node.epoch.installation.clone().into_bytes(), op.as_bytes().to_vec(), token.clone().into_bytes()]);
+                args.extend([lease.clone().into_bytes(), next.map_or(b"".as_slice(), Asked::owner).to_vec(), keep.clone().into_bytes()]);
+                args
+            })
+            .await?;
+        let read = |words: &mut Words| {
+            Ok::<_, Error>(match words.text()?.as_str() {
+                "kept" => Released::Kept,
+                "passed" => Released::Passed { token: number(words)?, lease: lasting(words)? },
+                "released" => Released::ForAll { told: number(words)? },
+                "lost" => Released::Lost,
+                other => return Err(Error::Unexpected(format!("{other:?} of lock_release"))),
+            })
+        };
+        read(&mut words).map_err(|error| refused(&error))
+    }
+
+    /// Sets how long these last from now on; for each whether it is still held.
+    pub(super) async fn extend(&self, holds: &[(LockName, u64, Duration)], until: Instant) -> Result<Vec<bool>, Refusal> {
+        let keys: Vec<String> = holds.iter().flat_map(|(name, ..)| [keys::lock(name), keys::lock_owner(name)]).collect();
+        let mut batch = Pack::default();
+        batch.array(holds.len());
+        for (_, token, lease) in holds {
+            batch.array(2).text(&token.to_string()).integer(millis(*lease));
+        }
+        let (batch, keep) = (batch.into_bytes(), limits::LOCK_NOTE.as_millis().to_string());
+        let mut words = self
+            .call(&script::LOCK_EXTEND, &keys, "", until, |node| {
+                vec![node.epoch.installation.clone().into_bytes(), keep.clone().into_bytes(), batch.clone()]
+            })
+            .await?;
+        holds.iter().map(|_| Ok(words.integer().map_err(|error| refused(&error))? == 1)).collect()
+    }
+
+    /// Looks at a lock; `None` where nobody holds it.
+    pub(super) async fn look(&self, name: &LockName, token: u64, until: Instant) -> Result<Option<Seen>, Refusal> {
+        let (keys, token) = ([keys::lock(name), keys::lock_owner(name)], token.to_string());
+        let mut words = self
+            .call(&script::LOCK_LOOK, &keys, "", until, |node| {
+                vec![node.epoch.installation.clone().into_bytes(), token.clone().into_bytes()]
+            })
+            .await?;
+        let read = |words: &mut Words| {
+            let (remaining_ms, held) = (words.integer()?, words.integer()? == 1);
+            if remaining_ms == -2 {
+                return Ok(None);
+            }
+            let (field, token, owner) = (words.maybe_text()?.unwrap_or_default(), words.maybe_text()?, words.maybe_text()?);
+            Ok::<_, Error>(Some(Seen { remaining_ms, held, field, token, owner }))
+        };
+        read(&mut words).map_err(|error| refused(&error))
+    }
+
+    /// Calls a script, on another connection where one breaks. `op` names it for people, empty where it may be asked again without harm.
+    async fn call(
+        &self,
+        script: &Script,
+        keys: &[String],
+        op: &str,
+        until: Instant,
+        mut args: impl FnMut(&Node) -> Vec<Vec<u8>>,
+    ) -> Result<Words, Refusal> {
+        let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
+        let mut sent = false;
+        let over = |sent: bool| match sent && !op.is_empty() {
+            true => Refusal::InDoubt(op.to_owned()),
+            false => Refusal::TryAgain(self.link.trouble().unwrap_or_else(|| "Redis does not answer".to_owned())),
+        };
+        loop {
+            let Ok(node) = tokio::time::timeout_at(until.into(), self.link.node()).await else { return Err(over(sent)) };
+            let args = args(&node);
+            let args: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
+            let mut connection = node.connection.clone();
+            let limit = until.min(Instant::now() + limits::LOCK_CALL_WITHIN);
+            let again = match tokio::time::timeout_at(limit.into(), connection.run(script, &keys, &args)).await {
+                Ok(Ok(value)) => match self.judge(value, &node) {
+                    Ok(words) => return Ok(words),
+                    Err(again) => again,
+                },
+                Ok(Err(error @ Error::Connection(_))) => {
+                    tracing::debug!(%error, script = script.name, "the connection of locks broke");
+                    sent = true;
+                    self.link.failed(&node);
+                    Again::Now
+                }
+                Err(_) => {
+                    sent = true;
+                    self.link.failed(&node);
+                    Again::Now
+                }
+                Ok(Err(error)) if error.is_of_the_role() || error.code() == "LOADING" => {
+                    self.link.failed(&node);
+                    Again::Now
+                }
+                Ok(Err(error)) => Again::Never(refused(&error)),
+            };
+            match again {
+                Again::Never(refusal) => return Err(refusal),
+                Again::Now if Instant::now() >= until => return Err(over(sent)),
+                Again::Now => {}
+            }
+        }
+    }
+
+    /// Whether an answer decides anything.
+    fn judge(&self, value: redis::Value, node: &Node) -> Result<Words, Again> {
+        let unexpected = |error: &Error| Again::Never(refused(error));
+        let redis::Value::Array(values) = value else {
+            return Err(unexpected(&Error::Unexpected(format!("{value:?}"))));
+        };
+        let word = match values.first() {
+            Some(redis::Value::BulkString(word)) => word.clone(),
+            _ => Vec::new(),
+        };
+        let mut words = Words::new(redis::Value::Array(values)).map_err(|error| unexpected(&error))?;
+        match word.as_slice() {
+            b"epoch" => self.link.stale(node, 0),
+            b"spent" => {
+                let spent = words.text().and_then(|_| number(&mut words)).map_err(|error| unexpected(&error))?;
+                self.link.stale(node, spent);
+            }
+            b"late" => {}
+            b"type" => {
+                let kind = words.text().and_then(|_| words.text()).map_err(|error| unexpected(&error))?;
+                return Err(Again::Never(Refusal::NotALock(kind)));
+            }
+            _ => return Ok(words),
+        }
+        Err(Again::Now)
+    }
+}
+
+fn of_node(node: &Node) -> Vec<Vec<u8>> {
+    vec![node.epoch.number.to_string().into_bytes(), node.connection.run_id().as_bytes().to_vec()]
+}
+
+fn number(words: &mut Words) -> Result<u64, Error> {
+    let integer = words.integer()?;
+    u64::try_from(integer).map_err(|_| Error::Unexpected(format!("{integer} where a token belongs")))
+}
+
+/// A lease that Redis says in ms.
+fn lasting(words: &mut Words) -> Result<Duration, Error> {
+    Ok(Duration::from_millis(u64::try_from(words.integer()?).unwrap_or(0)))
+}
+
+fn refused(error: &Error) -> Refusal {
+    Refusal::TryAgain(error.to_string())
+}

@@ -1,0 +1,216 @@
+//! What clients of this sidecar hold, as far as it knows: sessions' locks are renewed, and what has ended is counted.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use metrics::counter;
+use tokio::sync::oneshot;
+
+use super::Settings;
+use crate::domain::LockName;
+
+struct Hold {
+    name: LockName,
+    /// When its lease surely has ended, by our clock: it counts from before it was asked for.
+    until: Instant,
+    session: Option<Session>,
+}
+
+struct Session {
+    lease: Duration,
+    renew_at: Instant,
+    /// Beyond this it is not renewed.
+    ends: Instant,
+    /// Whether a renewal is under way.
+    renewing: bool,
+    lost: oneshot::Sender<()>,
+}
+
+/// One hold that is to be renewed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Renewal {
+    pub name: LockName,
+    pub token: u64,
+    pub lease: Duration,
+}
+
+/// See the module. By token: no two holds have the same.
+#[derive(Default)]
+pub(super) struct Holds(Mutex<HashMap<u64, Hold>>);
+
+impl Holds {
+    fn all(&self) -> MutexGuard<'_, HashMap<u64, Hold>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn len(&self) -> usize {
+        self.all().len()
+    }
+
+    /// Whether it is held as far as is known.
+    pub fn has(&self, token: u64) -> bool {
+        self.all().contains_key(&token)
+    }
+
+    /// Notes a lock that was asked for at `sent`. For a session, given how it holds, returns what tells when it is lost.
+    pub fn add(
+        &self,
+        name: &LockName,
+        token: u64,
+        sent: Instant,
+        lease: Duration,
+        session: Option<&Settings>,
+    ) -> Option<oneshot::Receiver<()>> {
+        let (session, lost) = session
+            .map(|settings| {
+                let (lost, hears) = oneshot::channel();
+                (Session { lease, renew_at: sent + lease / 3, ends: sent + settings.max_hold, renewing: false, lost }, hears)
+            })
+            .unzip();
+        let mut all = self.all();
+        let hold = all.entry(token).or_insert_with(|| Hold { name: name.clone(), until: sent, session: None });
+        hold.until = hold.until.max(sent + lease);
+        hold.session = session.or(hold.session.take());
+        lost
+    }
+
+    /// It was released, or is held no more.
+    pub fn remove(&self, token: u64) {
+        self.all().remove(&token);
+    }
+
+    /// It lasts until then, if it is known.
+    pub fn extended(&self, token: u64, until: Instant) {
+        if let Some(hold) = self.all().get_mut(&token) {
+            hold.until = until;
+        }
+    }
+
+    /// The sessions' locks that are to be renewed now. Each is due again a third of its lease later.
+    pub fn due(&self, now: Instant) -> Vec<Renewal> {
+        let mut due = Vec::new();
+        for (token, hold) in self.all().iter_mut() {
+            let Some(session) = &mut hold.session else { continue };
+            let left = session.ends.saturating_duration_since(now);
+            if session.renewing || now < session.renew_at || now >= hold.until || left.is_zero() {
+                continue;
+            }
+            session.renewing = true;
+            due.push(Renewal { name: hold.name.clone(), token: *token, lease: session.lease.min(left) });
+        }
+        due
+    }
+
+    /// What became of a renewal: when it was sent, or `None` where the lock was held no more.
+    pub fn renewed(&self, renewal: &Renewal, sent: Option<Instant>) {
+        let mut all = self.all();
+        match sent {
+            Some(sent) => {
+                if let Some(hold) = all.get_mut(&renewal.token) {
+                    hold.until = hold.until.max(sent + renewal.lease);
+                    if let Some(session) = &mut hold.session {
+                        session.renewing = false;
+                        session.renew_at = sent + session.lease / 3;
+                    }
+                }
+            }
+            None => {
+                if let Some(hold) = all.remove(&renewal.token) {
+                    lose(hold);
+                }
+            }
+        }
+    }
+
+    /// A renewal could not be carried out: it is due again at once.
+    pub fn not_renewed(&self, renewal: &Renewal) {
+        if let Some(session) = self.all().get_mut(&renewal.token).and_then(|hold| hold.session.as_mut()) {
+            session.renewing = false;
+        }
+    }
+
+    /// Removes the holds whose leases have ended; of `all` or only of sessions.
+    pub fn end(&self, now: Instant, all: bool) {
+        let mut holds = self.all();
+        let ended: Vec<u64> =
+            holds.iter().filter(|(_, hold)| now >= hold.until && (all || hold.session.is_some())).map(|(token, _)| *token).collect();
+        let ended: Vec<Hold> = ended.iter().filter_map(|token| holds.remove(token)).collect();
+        drop(holds);
+        for hold in ended {
+            counter!("holdfast_lock_expired_total").increment(1);
+            lose(hold);
+        }
+    }
+
+    /// The locks of all sessions.
+    pub fn sessions(&self) -> Vec<(LockName, u64)> {
+        let all = self.all();
+        all.iter().filter(|(_, hold)| hold.session.is_some()).map(|(token, hold)| (hold.name.clone(), *token)).collect()
+    }
+}
+
+/// Tells a session that its lock is gone.
+fn lose(hold: Hold) {
+    if let Some(session) = hold.session {
+        counter!("holdfast_lock_lost_total").increment(1);
+        // A session that has ended does not hear it.
+        _ = session.lost.send(());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Id;
+
+    const LEASE: Duration = Duration::from_secs(9);
+
+    fn settings() -> Settings {
+        Settings {
+            redis_url: String::new(),
+            instance: String::new(),
+            session_lease: LEASE,
+            max_hold: Duration::from_secs(20),
+            max_turn: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn a_session_is_renewed_at_a_third_and_never_beyond_its_end() {
+        let (holds, name) = (Holds::default(), LockName::of(Id::from("l")).unwrap());
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut lost = holds.add(&name, 7, start, LEASE, Some(&settings())).unwrap();
+        assert_eq!(holds.due(at(2)), []);
+        let first = Renewal { name: name.clone(), token: 7, lease: LEASE };
+        assert_eq!(holds.due(at(3)), std::slice::from_ref(&first));
+        assert_eq!(holds.due(at(3)), [], "one renewal at a time");
+        holds.renewed(&first, Some(at(3)));
+        assert_eq!(holds.due(at(5)), []);
+        let last = holds.due(at(12)).pop();
+        assert_eq!(last, None, "its lease had ended: it is not brought back");
+        holds.add(&name, 8, start, LEASE, Some(&settings()));
+        holds.extended(8, at(18));
+        let last = holds.due(at(15)).pop().unwrap();
+        assert_eq!((last.token, last.lease), (8, Duration::from_secs(5)));
+        holds.renewed(&last, Some(at(15)));
+        assert_eq!(holds.due(at(20)), []);
+        holds.end(at(13), false);
+        assert!(lost.try_recv().is_ok() && !holds.has(7) && holds.has(8));
+        holds.end(at(20), false);
+        assert_eq!(holds.len(), 0);
+    }
+
+    #[test]
+    fn a_lock_that_is_released_is_neither_renewed_nor_lost() {
+        let (holds, name) = (Holds::default(), LockName::of(Id::from("l")).unwrap());
+        let start = Instant::now();
+        let mut lost = holds.add(&name, 7, start, LEASE, Some(&settings())).unwrap();
+        let renewal = holds.due(start + LEASE / 2).pop().unwrap();
+        holds.remove(7);
+        holds.renewed(&renewal, None);
+        holds.end(start + LEASE * 2, true);
+        assert_eq!(lost.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+    }
+}

@@ -1,0 +1,235 @@
+//! The connection that locks are held over, and under which epoch the node behind it gives out tokens.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tracing::{info, warn};
+
+use super::super::clock::Clock;
+use super::super::words::Words;
+use super::super::{Connection, Error, keys, script};
+use crate::domain::lock::Epoch;
+use crate::limits::{HEARTBEAT_EVERY, HEARTBEAT_WITHIN, LOCK_EPOCH_WITHIN, LOCK_RECONNECT_AFTER};
+
+/// Asks Postgres under which epoch a node may give out tokens. Dropped unanswered where Postgres cannot say.
+#[derive(Debug)]
+pub struct EpochRequest {
+    /// What the node holds, if it is known to have every token that was given under it.
+    pub kept: Option<u64>,
+    /// The highest epoch that the node shows.
+    pub seen: u64,
+    pub answer: oneshot::Sender<Epoch>,
+}
+
+/// A Redis that locks can be held on.
+#[derive(Clone)]
+pub(super) struct Node {
+    pub connection: Connection,
+    pub epoch: Arc<Epoch>,
+    number: u64,
+    clock: Arc<Mutex<Clock>>,
+}
+
+impl Node {
+    /// Redis's time at `instant`, in Unix ms.
+    pub fn time_at(&self, instant: Instant) -> i64 {
+        self.clock.lock().unwrap_or_else(PoisonError::into_inner).at(instant)
+    }
+}
+
+/// Why the node is to be looked at again.
+#[derive(Default)]
+struct Doubt {
+    /// About the connection of this number.
+    number: u64,
+    /// A token that is not to be had under its epoch.
+    spent: u64,
+}
+
+/// See the module.
+pub(super) struct Link {
+    redis_url: String,
+    epochs: mpsc::Sender<EpochRequest>,
+    /// The node, or why there is none.
+    state: watch::Sender<Result<Node, String>>,
+    doubt: Mutex<Doubt>,
+    doubted: Notify,
+}
+
+impl Link {
+    pub fn new(redis_url: &str, epochs: mpsc::Sender<EpochRequest>) -> Self {
+        Self {
+            redis_url: redis_url.to_owned(),
+            epochs,
+            state: watch::Sender::new(Err("starting".to_owned())),
+            doubt: Mutex::default(),
+            doubted: Notify::new(),
+        }
+    }
+
+    /// Waits for a node.
+    pub async fn node(&self) -> Node {
+        let mut state = self.state.subscribe();
+        loop {
+            if let Ok(node) = &*state.borrow_and_update() {
+                return node.clone();
+            }
+            // The sender is ours, so it cannot be gone.
+            _ = state.changed().await;
+        }
+    }
+
+    /// Why there is no node; `None` where there is one.
+    pub fn trouble(&self) -> Option<String> {
+        self.state.borrow().as_ref().err().cloned()
+    }
+
+    /// The connection of this node does not answer.
+    pub fn failed(&self, node: &Node) {
+        self.doubt(node, 0, "Redis cannot be reached");
+    }
+
+    /// This node is not known to have every token; `spent`: one that it cannot have under its epoch, 0 where it is not about that.
+    pub fn stale(&self, node: &Node, spent: u64) {
+        self.doubt(node, spent, "waiting for Postgres to say how locks' tokens go on");
+    }
+
+    fn doubt(&self, node: &Node, spent: u64, why: &str) {
+        let first = self.state.send_if_modified(|state| {
+            let current = matches!(state, Ok(current) if current.number == node.number);
+            if current {
+                *state = Err(why.to_owned());
+            }
+            current
+        });
+        if first {
+            *self.doubt.lock().unwrap_or_else(PoisonError::into_inner) = Doubt { number: node.number, spent };
+            self.doubted.notify_one();
+        }
+    }
+
+    /// Connects, and connects again. Never returns.
+    pub async fn run(&self) {
+        let (mut number, mut agreed, mut said) = (0, None, String::new());
+        loop {
+            number += 1;
+            let spent = std::mem::take(&mut self.doubt.lock().unwrap_or_else(PoisonError::into_inner).spent);
+            match self.open(number, spent, &mut agreed).await {
+                Ok(node) => {
+                    said.clear();
+                    _ = self.state.send_replace(Ok(node.clone()));
+                    self.keep(node).await;
+                }
+                Err(error) => {
+                    let why = error.to_string();
+                    if said != why {
+                        warn!(why, "locks cannot be served yet, trying on");
+                        _ = self.state.send_replace(Err(why.clone()));
+                        said = why;
+                    }
+                    tokio::time::sleep(LOCK_RECONNECT_AFTER).await;
+                }
+            }
+        }
+    }
+
+    /// Keeps the clock, until the node is in doubt.
+    async fn keep(&self, node: Node) {
+        let mut connection = node.connection.clone();
+        loop {
+            tokio::select! {
+                () = self.doubted.notified() => {
+                    if self.doubt.lock().unwrap_or_else(PoisonError::into_inner).number == node.number {
+                        return;
+                    }
+                }
+                () = tokio::time::sleep(HEARTBEAT_EVERY) => match tokio::time::timeout(HEARTBEAT_WITHIN, connection.time_ms()).await {
+                    Ok(Ok(ms)) => *node.clock.lock().unwrap_or_else(PoisonError::into_inner) = Clock::heard(ms),
+                    _ => self.failed(&node),
+                },
+            }
+        }
+    }
+
+    /// Connects and makes sure that no token can be given out twice.
+    async fn open(&self, number: u64, spent: u64, agreed: &mut Option<Arc<Epoch>>) -> Result<Node, Error> {
+        let mut connection = Connection::open(&self.redis_url).await?;
+        let clock = Arc::new(Mutex::new(Clock::heard(connection.time_ms().await?)));
+        loop {
+            let marker = Marker::of(&mut connection).await?;
+            let kept = marker.epoch.filter(|_| marker.run.as_deref() == Some(connection.run_id()) && spent == 0);
+            let known = agreed.clone().filter(|epoch| kept == Some(epoch.number));
+            let epoch = match known {
+                Some(epoch) => epoch,
+                None => {
+                    let seen = marker.epoch.unwrap_or(0).max(Epoch::of(marker.token)).max(Epoch::of(spent));
+                    let epoch = Arc::new(self.ask(kept, seen).await?);
+                    *agreed = Some(Arc::clone(&epoch));
+                    epoch
+                }
+            };
+            if kept != Some(epoch.number) {
+                let (number, run) = (epoch.number.to_string(), connection.run_id().to_owned());
+                let opened = connection.run(&script::LOCK_OPEN, &[keys::LOCKS], &[number.as_bytes(), run.as_bytes()]).await?;
+                if Words::new(redis::Value::Array(vec![opened]))?.text()? != "ok" {
+                    continue;
+                }
+                info!(epoch = number, run_id = run, "locks' tokens begin anew, above all that were given");
+            }
+            return Ok(Node { connection, epoch, number, clock });
+        }
+    }
+
+    async fn ask(&self, kept: Option<u64>, seen: u64) -> Result<Epoch, Error> {
+        let silent = || Error::Unfit("waiting for Postgres to say how locks' tokens go on".to_owned());
+        let (answer, answered) = oneshot::channel();
+        self.epochs.try_send(EpochRequest { kept, seen, answer }).map_err(|_| silent())?;
+        match tokio::time::timeout(LOCK_EPOCH_WITHIN, answered).await {
+            Ok(Ok(epoch)) => Ok(epoch),
+            _ => Err(silent()),
+        }
+    }
+}
+
+/// What a node says of its tokens.
+struct Marker {
+    epoch: Option<u64>,
+    run: Option<String>,
+    /// The highest that it gave out.
+    token: u64,
+}
+
+impl Marker {
+    async fn of(connection: &mut Connection) -> Result<Self, Error> {
+        let answer = match connection.send(redis::cmd("HMGET").arg(keys::LOCKS).arg("epoch").arg("run").arg("token")).await {
+            // What does not belong there is replaced.
+            Err(error) if error.is_about_what_is_there() => return Ok(Self { epoch: None, run: None, token: 0 }),
+            answer => answer?,
+        };
+        let mut words = Words::new(answer)?;
+        let number = |words: &mut Words| Ok::<_, Error>(words.maybe_text()?.and_then(|text| text.parse().ok()));
+        let epoch = number(&mut words)?;
+        let run = words.maybe_text()?;
+        Ok(Self { epoch, run, token: number(&mut words)?.unwrap_or(0) })
+    }
+}
+
+/// A wait of up to `whole`, between three quarters and all of it by chance, so that sidecars do not poll in step.
+pub(super) fn jittered(whole: Duration, chance: u64) -> Duration {
+    let part = chance.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 54;
+    whole * 3 / 4 + (whole / 4).mul_f64(part as f64 / 1024.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jittered_wait_is_never_longer_and_hardly_shorter() {
+        let whole = Duration::from_millis(250);
+        let waits: Vec<Duration> = (0..100).map(|chance| jittered(whole, chance)).collect();
+        assert!(waits.iter().all(|wait| *wait <= whole && *wait >= whole * 3 / 4));
+        assert!(waits.iter().min() < Some(&(whole * 8 / 10)) && waits.iter().max() > Some(&(whole * 95 / 100)));
+    }
+}
