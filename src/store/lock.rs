@@ -344,7 +344,7 @@ impl Inner {
         let mut lines = self.lines();
         let line = lines.get_mut(name)?;
         let waited = line.waiters.remove(&id).is_some_and(|waiter| waiter.patient);
-        line.held_until.or_else(|| waited.then(Instant::now))
+        line.held_until.or_else(|| (waited && line.trying.is_none()).then(Instant::now))
     }
 
     /// What to say to whoever has waited for long enough.
