@@ -29,7 +29,7 @@ fn the_readme_lists_the_metrics() {
 
 #[test]
 fn the_readme_lists_the_commands() {
-    check_section("README.md", "commands", &describe::markdown_table(TABLE, &["stock", "coupon", "holdfast"]));
+    check_section("README.md", "commands", &describe::markdown_table(TABLE, &["stock", "coupon", "lock", "holdfast"]));
 }
 
 #[test]

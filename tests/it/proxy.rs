@@ -30,6 +30,8 @@ struct Shared {
     marked: &'static [u8],
     to_lose: AtomicUsize,
     to_repeat: AtomicUsize,
+    /// Whether what is published is lost.
+    mute: AtomicBool,
     delay_us: AtomicU64,
     held: Mutex<Vec<Direction>>,
     released: Condvar,
@@ -48,6 +50,7 @@ impl Proxy {
             marked,
             to_lose: AtomicUsize::new(0),
             to_repeat: AtomicUsize::new(0),
+            mute: AtomicBool::new(false),
             delay_us: AtomicU64::new(0),
             held: Mutex::default(),
             released: Condvar::new(),
@@ -101,6 +104,11 @@ impl Proxy {
         self.shared.to_repeat.load(Ordering::SeqCst)
     }
 
+    /// Loses every message of a subscription from now on (RESP3), and nothing else.
+    pub fn mute(&self) {
+        self.shared.mute.store(true, Ordering::SeqCst);
+    }
+
     /// Takes this long over everything that passes.
     pub fn slow_down(&self, delay: Duration) {
         self.shared.delay_us.store(u64::try_from(delay.as_micros()).unwrap(), Ordering::SeqCst);
@@ -149,6 +157,20 @@ impl Shared {
     }
 }
 
+/// An answer without the messages of a release in it.
+fn without_messages(answer: &[u8]) -> Vec<u8> {
+    let (mut rest, mut kept) = (answer, Vec::new());
+    let find = |text: &[u8], what: &[u8]| text.windows(what.len()).position(|window| window == what);
+    let (begin, end) = (b">3\r\n$7\r\nmessage\r\n".as_slice(), b"\r\n$1\r\n0\r\n".as_slice());
+    while let Some(at) = find(rest, begin) {
+        kept.extend_from_slice(&rest[..at]);
+        let Some(length) = find(&rest[at..], end) else { panic!("half a message") };
+        rest = &rest[at + length + end.len()..];
+    }
+    kept.extend_from_slice(rest);
+    kept
+}
+
 fn take_one(from: &AtomicUsize) -> bool {
     from.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok()
 }
@@ -183,7 +205,8 @@ fn pass(number: u64, client: TcpStream, server: TcpStream, shared: &Arc<Shared>)
         let mut buffer = [0; 65536];
         while let Ok(read @ 1..) = from_server.read(&mut buffer) {
             all.wait_if_told(Direction::Answers);
-            if losing.load(Ordering::SeqCst) || to_client.write_all(&buffer[..read]).is_err() {
+            let answer = if all.mute.load(Ordering::SeqCst) { &without_messages(&buffer[..read]) } else { &buffer[..read] };
+            if losing.load(Ordering::SeqCst) || to_client.write_all(answer).is_err() {
                 break;
             }
         }
