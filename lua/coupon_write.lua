@@ -6,10 +6,14 @@
 --
 -- KEYS goes on with lock, info and users of each coupon, then the buckets of request ids. batch is msgpack
 -- {names, users of each coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total,
--- peruser, start, end (0: none), issue with the user. A user's field holds one line a coupon of theirs: serial, state, issued at, order.
+-- peruser, start, end (0: none), alter with total, start, end (false: as it is), delete with nothing, the others with the user, the
+-- serial (0: the one that fits) and the order (=<order>, - for none). A user's field holds one line a coupon of theirs, by serial: serial,
+-- state, issued at, order. What was revoked is nobody's any more.
 -- An issue goes ahead only while nobody holds the coupon's lock: the lock is elided, and excludes all the same.
--- Words: create 'ok' · 'exists'; issue 'ok' serial, remaining · 'already' serial · 'soldout' · 'early' start · 'ended' end ·
--- 'absent' · 'locked' holder, remaining ms; 'corrupt' · 'known' text · 'stale' · 'ahead' · 'full'.
+-- Words: 'ok', to alter with remaining, to the others with serial, remaining; create 'exists'; alter 'few' issued · 'order';
+-- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms; use 'already' serial · 'none' · 'ended';
+-- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; all of them 'absent' · 'deleted' · 'corrupt' · 'known' text · 'stale' · 'ahead' ·
+-- 'full'.
 local FIXED = 2
 window, generation = tonumber(window), tonumber(generation)
 
@@ -21,7 +25,7 @@ if generation > 0 and not generation_fits(head, window, generation) then return 
 local coupons = {}
 for c = 1, #names do
   local lock_key, info_key, users_key = KEYS[FIXED + c * 3 - 2], KEYS[FIXED + c * 3 - 1], KEYS[FIXED + c * 3]
-  local coupon = {info_key = info_key, users_key = users_key, held = {}, fresh = {}}
+  local coupon = {info_key = info_key, users_key = users_key, held = {}}
   local lock_type, info_type, users_type = redis.call('TYPE', lock_key).ok, redis.call('TYPE', info_key).ok, redis.call('TYPE', users_key).ok
   coupon.corrupt = (lock_type ~= 'none' and lock_type ~= 'hash') or (info_type ~= 'none' and info_type ~= 'hash')
     or (users_type ~= 'none' and users_type ~= 'hash')
@@ -32,12 +36,13 @@ for c = 1, #names do
     end
     coupon.exists = info_type == 'hash'
     if coupon.exists then
-      local info = redis.call('HMGET', info_key, 'total', 'issued', 'serial', 'peruser', 'start', 'end')
-      for i = 1, 6 do
+      local info = redis.call('HMGET', info_key, 'total', 'issued', 'serial', 'peruser', 'start', 'end', 'used', 'state')
+      for i = 1, 7 do
         info[i] = string.find(info[i] or '', '^%d+$') and tonumber(info[i])
         if not info[i] then coupon.corrupt = true end
       end
-      coupon.total, coupon.issued, coupon.serial, coupon.per_user, coupon.start, coupon.stop = unpack(info)
+      coupon.total, coupon.issued, coupon.serial, coupon.per_user, coupon.start, coupon.stop, coupon.used = unpack(info, 1, 7)
+      coupon.deleted = info[8] == 'deleted'
     end
     if #users[c] > 0 then
       local lines = redis.call('HMGET', users_key, unpack(users[c]))
@@ -71,47 +76,150 @@ local function accept(c, line, request, answer)
   end
 end
 
-local function create(c, coupon, operation)
+-- A user's lines, each in its words: only what looks into them needs that, an issue adds one at the end.
+local function rows_of(held)
+  if held.rows then return held.rows end
+  local rows, text = {}, held.text
+  if held.fresh then text = table.concat(held.fresh, '\n') end
+  for line in string.gmatch(text or '', '[^\n]+') do
+    local serial, state, at, order = string.match(line, '^(%d+) (%S+) (%d+) (%S+)$')
+    if not serial then return nil end
+    rows[#rows + 1] = {serial = serial, state = state, at = at, order = order}
+  end
+  held.rows = rows
+  return rows
+end
+
+local function add_line(held, serial)
+  if held.rows then
+    held.rows[#held.rows + 1] = {serial = serial, state = 'issued', at = whole(head.now), order = '-'}
+  else
+    held.fresh = held.fresh or {held.text}
+    held.fresh[#held.fresh + 1] = serial .. ' issued ' .. whole(head.now) .. ' -'
+  end
+  held.count, held.last, held.changed = held.count + 1, tonumber(serial), true
+end
+
+local function remaining_of(coupon)
+  return math.max(coupon.total - coupon.issued, 0)
+end
+
+local kinds = {}
+
+function kinds.create(c, coupon, operation)
   if coupon.exists then return say('exists') end
-  coupon.exists, coupon.created, coupon.issued, coupon.serial = true, true, 0, 0
+  coupon.exists, coupon.created, coupon.issued, coupon.serial, coupon.used = true, true, 0, 0, 0
   coupon.total, coupon.per_user, coupon.start, coupon.stop = unpack(operation, 5, 8)
   say('ok')
   accept(c, operation[2], operation[4], 'OK')
 end
 
-local function issue(c, coupon, operation)
-  local user = operation[5]
-  local held = coupon.held[user]
+function kinds.alter(c, coupon, operation)
+  local total, start, stop = operation[5] or coupon.total, operation[6] or coupon.start, operation[7] or coupon.stop
+  if operation[5] and total < coupon.issued then return say('few', coupon.issued) end
+  if (operation[6] or operation[7]) and stop > 0 and stop <= start then return say('order') end
+  local by = total - coupon.total
+  coupon.total, coupon.start, coupon.stop, coupon.altered = total, start, stop, true
+  say('ok', remaining_of(coupon))
+  accept(c, operation[2] .. ' remaining=' .. whole(remaining_of(coupon)) .. ' by=' .. whole(by) .. ' |', operation[4], 'OK')
+end
+
+function kinds.delete(c, coupon, operation)
+  coupon.deleted, coupon.held, coupon.gone = true, {}, true
+  say('ok')
+  accept(c, operation[2], operation[4], 'OK')
+end
+
+local function stepped(c, coupon, operation, serial, word)
+  local remaining = remaining_of(coupon)
+  say('ok', tonumber(serial), remaining)
+  accept(c, operation[2] .. ' serial=' .. serial .. ' remaining=' .. whole(remaining) .. ' |', operation[4], word)
+end
+
+function kinds.issue(c, coupon, operation, held)
   if coupon.holder then return say('locked', coupon.holder, coupon.holder_ms) end
-  if not coupon.exists then return say('absent') end
   if head.now < coupon.start then return say('early', coupon.start) end
   if coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
   if held.count >= coupon.per_user then return say('already', held.last) end
   if coupon.issued >= coupon.total then return say('soldout') end
   coupon.issued, coupon.serial = coupon.issued + 1, coupon.serial + 1
-  local serial, remaining = whole(coupon.serial), whole(coupon.total - coupon.issued)
-  held.count, held.last = held.count + 1, coupon.serial
-  local fresh = coupon.fresh[user] or {held.text}
-  fresh[#fresh + 1] = serial .. ' issued ' .. whole(head.now) .. ' -'
-  coupon.fresh[user] = fresh
-  say('ok', coupon.serial, coupon.total - coupon.issued)
-  accept(c, operation[2] .. ' serial=' .. serial .. ' remaining=' .. remaining .. ' |', operation[4],
-    'ISSUED :' .. serial .. ' :' .. remaining)
+  local serial = whole(coupon.serial)
+  add_line(held, serial)
+  stepped(c, coupon, operation, serial, 'ISSUED :' .. serial .. ' :' .. whole(remaining_of(coupon)))
+end
+
+-- The user's coupon that an operation is about: the one with its serial, else the first or the last in that state. Then whether there is one
+-- in the other state, and the last of those.
+local function find(rows, serial, state, from_the_front)
+  local found, other
+  for i, row in ipairs(rows) do
+    if serial == 0 or tonumber(row.serial) == serial then
+      if row.state ~= state then
+        other = row
+      elseif not (found and from_the_front) then
+        found = i
+      end
+    end
+  end
+  return found, other
+end
+
+function kinds.use(c, coupon, operation, held)
+  local found, used = find(held.rows, operation[6], 'issued', true)
+  if not found then
+    if used then return say('already', tonumber(used.serial)) end
+    return say('none')
+  end
+  if coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
+  local row = held.rows[found]
+  row.state, row.order, held.changed, coupon.used = 'used', operation[7], true, coupon.used + 1
+  stepped(c, coupon, operation, row.serial, 'USED :' .. row.serial)
+end
+
+function kinds.unuse(c, coupon, operation, held)
+  local found, issued = find(held.rows, operation[6], 'used')
+  if not found then return say(issued and 'unused' or 'none') end
+  local row = held.rows[found]
+  row.state, row.order, held.changed, coupon.used = 'issued', '-', true, math.max(coupon.used - 1, 0)
+  stepped(c, coupon, operation, row.serial, 'ISSUED :' .. row.serial)
+end
+
+function kinds.revoke(c, coupon, operation, held)
+  local found, used = find(held.rows, operation[6], 'issued')
+  if not found then
+    if used then return say('used', tonumber(used.serial)) end
+    return say('none')
+  end
+  local serial = table.remove(held.rows, found).serial
+  local last = held.rows[#held.rows]
+  held.count, held.last, held.changed = held.count - 1, last and tonumber(last.serial), true
+  coupon.issued = math.max(coupon.issued - 1, 0)
+  stepped(c, coupon, operation, serial, 'REVOKED :' .. serial .. ' :' .. whole(remaining_of(coupon)))
 end
 
 for _, operation in ipairs(operations) do
   local kind, c, request = operation[1], operation[3], operation[4]
+  local coupon = coupons[c]
   local word, known
   if request then word, known = recall(head, request, window, generation) end
   if word then
     reply[#reply + 1] = word
     if known then reply[#reply + 1] = known end
-  elseif coupons[c].corrupt then
+  elseif coupon.corrupt then
     say('corrupt')
-  elseif kind == 'create' then
-    create(c, coupons[c], operation)
+  elseif kind ~= 'create' and not coupon.exists then
+    say('absent')
+  elseif kind ~= 'create' and coupon.deleted then
+    say('deleted')
+  elseif kind == 'create' or kind == 'alter' or kind == 'delete' then
+    kinds[kind](c, coupon, operation)
   else
-    issue(c, coupons[c], operation)
+    local held = coupon.held[operation[5]]
+    if kind ~= 'issue' and not rows_of(held) then
+      say('corrupt')
+    else
+      kinds[kind](c, coupon, operation, held)
+    end
   end
 end
 
@@ -119,17 +227,37 @@ append(head, lines)
 keep_requests(window)
 for c in pairs(dirty) do
   local coupon = coupons[c]
-  local info = {'issued', whole(coupon.issued), 'serial', whole(coupon.serial)}
+  local info = {'issued', whole(coupon.issued), 'serial', whole(coupon.serial), 'used', whole(coupon.used)}
+  if coupon.created or coupon.altered then
+    for _, field in ipairs({'total', whole(coupon.total), 'start', whole(coupon.start), 'end', whole(coupon.stop)}) do info[#info + 1] = field end
+  end
   if coupon.created then
-    for _, field in ipairs({'total', whole(coupon.total), 'used', '0', 'peruser', whole(coupon.per_user), 'start', whole(coupon.start),
-      'end', whole(coupon.stop)}) do info[#info + 1] = field end
+    info[#info + 1] = 'peruser'
+    info[#info + 1] = whole(coupon.per_user)
+  end
+  if coupon.gone then
+    info[#info + 1] = 'state'
+    info[#info + 1] = 'deleted'
+    redis.call('UNLINK', coupon.users_key)
   end
   redis.call('HSET', coupon.info_key, unpack(info))
-  local fields = {}
-  for user, lines_of_user in pairs(coupon.fresh) do
-    fields[#fields + 1] = user
-    fields[#fields + 1] = table.concat(lines_of_user, '\n')
+  local fields, gone = {}, {}
+  for user, held in pairs(coupon.held) do
+    if held.changed then
+      local rows = held.fresh
+      if held.rows then
+        rows = {}
+        for i, row in ipairs(held.rows) do rows[i] = row.serial .. ' ' .. row.state .. ' ' .. row.at .. ' ' .. row.order end
+      end
+      if #rows > 0 then
+        fields[#fields + 1] = user
+        fields[#fields + 1] = table.concat(rows, '\n')
+      else
+        gone[#gone + 1] = user
+      end
+    end
   end
   if #fields > 0 then redis.call('HSET', coupon.users_key, unpack(fields)) end
+  if #gone > 0 then redis.call('HDEL', coupon.users_key, unpack(gone)) end
 end
 return reply

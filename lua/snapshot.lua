@@ -1,19 +1,18 @@
 -- Reads what the reconciler compares with Postgres, all at one moment.
 -- keys: meta, frozen, products...
 -- args: epoch, run, names
+-- include: live
 -- flags: readonly
 -- returns: {'ok', n, inbox mark, value, reason, value, reason, ...}, or what does not fit: 'nometa', 'epoch', 'run', 'state'
 --
 -- names is msgpack. A value is the text that the product's key holds, at most 40 bytes of it; of another type its name behind a '!'.
 local FIXED = 2
-local m = redis.call('HMGET', meta, 'epoch', 'run', 'state', 'n', 'inbox')
-if not m[1] then return {'nometa'} end
-if m[1] ~= epoch then return {'epoch'} end
-if m[2] ~= run then return {'run'} end
-if m[3] ~= 'live' then return {'state'} end
+local refusal = unfit(meta, epoch, run)
+if refusal then return {refusal} end
+local m = redis.call('HMGET', meta, 'n', 'inbox')
 local values = redis.call('MGET', unpack(KEYS, FIXED + 1))
 local reasons = redis.call('HMGET', frozen, unpack(cmsgpack.unpack(names)))
-local reply = {'ok', m[4], m[5] or '0:0'}
+local reply = {'ok', m[1], m[2] or '0:0'}
 for i = 1, #values do
   local value = values[i] and string.sub(values[i], 1, 40)
   if not value then

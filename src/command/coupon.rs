@@ -4,17 +4,20 @@ use std::rc::Rc;
 
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
-use super::spec::{self, ACK, COUPON, FAST, READONLY, REQUEST, Spec, TIMEOUT, USER, WRITE};
+use super::spec::{self, ACK, Arg, COUPON, FAST, ORDER, READONLY, REQUEST, Spec, TIMEOUT, USER, WRITE};
 use super::{Call, Context, Step, doubt, read};
-use crate::domain::Id;
-use crate::domain::change::CouponTerms;
-use crate::domain::quantity::QUANTITY_MAX;
+use crate::domain::coupon::{CouponStep, CouponTerms, NewTerms};
+use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
+use crate::domain::{Id, Position};
 use crate::limits;
 use crate::resp::{Reply, Ticket};
 use crate::store::coupon::{Action, Coupon, CouponOp, CouponOutcome};
 use crate::store::keys;
 use crate::store::lane::{Failure, Waiter};
-use crate::store::reads::CouponInfo;
+use crate::store::reads::{CouponInfo, Live};
+
+/// Which of a user's coupons.
+const SERIAL: Arg = spec::integer("serial", 1, TOTAL_MAX, "").token("SERIAL");
 
 pub static CREATE: Spec = Spec::new("COUPON.CREATE", "Creates a coupon that can be issued a number of times.")
     .family("coupon")
@@ -33,6 +36,22 @@ pub static CREATE: Spec = Spec::new("COUPON.CREATE", "Creates a coupon that can 
     .example("COUPON.CREATE spring 1000")
     .run(create);
 
+pub static ALTER: Spec = Spec::new("COUPON.ALTER", "Changes a coupon's total or its time; a START or END of 0 takes that bound away.")
+    .family("coupon")
+    .args(&[
+        COUPON,
+        spec::integer("total", 1, QUANTITY_MAX, "").token("TOTAL"),
+        spec::unix_ms("start").token("START"),
+        spec::unix_ms("end").token("END"),
+        REQUEST,
+        ACK,
+        TIMEOUT,
+    ])
+    .flags(WRITE | FAST)
+    .reply("`OK, position`")
+    .example("COUPON.ALTER spring TOTAL 2000")
+    .run(alter);
+
 pub static ISSUE: Spec = Spec::new("COUPON.ISSUE", "Issues a coupon to a user, first come, first served.")
     .family("coupon")
     .args(&[COUPON, USER, REQUEST, ACK, TIMEOUT])
@@ -40,26 +59,83 @@ pub static ISSUE: Spec = Spec::new("COUPON.ISSUE", "Issues a coupon to a user, f
     .reply("`ISSUED, serial, remaining, position` / `ALREADY, serial` / `SOLDOUT` / `NOTSTARTED, start` / `ENDED, end`")
     .example("COUPON.ISSUE spring user-7")
     .run(|call| {
-        let action = Action::Issue { user: call.args.id("user") };
+        let action = Action::step(CouponStep::Issue, call.args.id("user"));
         submit(call, action, ACK_REDIS)
     });
 
-pub static GET: Spec = Spec::new("COUPON.GET", "Returns the coupons that a user holds.")
+pub static USE: Spec = Spec::new("COUPON.USE", "Redeems a coupon of a user, once; without SERIAL the oldest that is not redeemed.")
+    .family("coupon")
+    .args(&[COUPON, USER, SERIAL, ORDER.token("ORDER"), REQUEST, ACK, TIMEOUT])
+    .flags(WRITE | FAST)
+    .reply("`USED, serial, position` / `ALREADY, serial` / `NOTISSUED` / `ENDED, end`")
+    .example("COUPON.USE spring user-7 ORDER order-1")
+    .run(|call| step(call, CouponStep::Use, ACK_REDIS));
+
+pub static UNUSE: Spec = Spec::new("COUPON.UNUSE", "Takes a redemption back; without SERIAL the newest that is redeemed.")
+    .family("coupon")
+    .args(&[COUPON, USER, SERIAL, REQUEST, ACK, TIMEOUT])
+    .flags(WRITE | FAST)
+    .reply("`ISSUED, serial, position` / `NOTUSED` / `NOTISSUED`")
+    .example("COUPON.UNUSE spring user-7")
+    .run(|call| step(call, CouponStep::Unuse, ACK_REDIS));
+
+pub static REVOKE: Spec =
+    Spec::new("COUPON.REVOKE", "Takes a coupon back that is not redeemed, so that it can be issued again; without SERIAL the newest.")
+        .family("coupon")
+        .args(&[COUPON, USER, SERIAL, REQUEST, ACK, TIMEOUT])
+        .flags(WRITE | FAST)
+        .reply("`REVOKED, serial, remaining, position` / `NOTISSUED` / `USED, serial`")
+        .example("COUPON.REVOKE spring user-7")
+        .run(|call| step(call, CouponStep::Revoke, ACK_POSTGRES));
+
+pub static DEL: Spec = Spec::new("COUPON.DEL", "Deletes a coupon; its id stays taken, and what was issued stays in Postgres.")
+    .family("coupon")
+    .args(&[COUPON, REQUEST, ACK, TIMEOUT])
+    .flags(WRITE | FAST)
+    .reply("`OK, position` / `NOTFOUND`")
+    .example("COUPON.DEL spring")
+    .run(|call| submit(call, Action::Delete, ACK_POSTGRES));
+
+pub static GET: Spec = Spec::new("COUPON.GET", "Returns the coupons that a user holds, redeemed or not.")
     .family("coupon")
     .args(&[COUPON, USER])
     .flags(READONLY | FAST)
-    .reply("array of maps `serial state issued_at_ms order`")
+    .reply("array of maps `serial state issued_at_ms order`; state: `issued`, `used`")
     .example("COUPON.GET spring user-7")
     .run(|call| {
         let (coupon, user) = (call.args.id("coupon"), call.args.id("user"));
         read::from_redis(call, |cx| held(cx, coupon, user))
     });
 
+pub static SCAN: Spec = Spec::new("COUPON.SCAN", "Iterates over the coupons that are not deleted.")
+    .family("coupon")
+    .args(&[
+        spec::cursor("cursor"),
+        spec::pattern("pattern").token("MATCH"),
+        spec::integer("count", 1, limits::SCAN_COUNT_MAX, "").token("COUNT"),
+    ])
+    .flags(READONLY)
+    .complexity("O(1) a call, O(N) for a whole iteration")
+    .reply("`cursor, [coupon, remaining, ...]`")
+    .example("COUPON.SCAN 0 MATCH spring-* COUNT 100")
+    .run(|call| {
+        let scan = read::Scan::of(&call.args);
+        read::from_redis(call, |cx| async move {
+            match cx.backend.reads.scan_coupons(&scan.cursor, &scan.pattern, scan.count).await {
+                Ok(scanned) => read::scanned(scanned),
+                Err(error) => read::failed(&error),
+            }
+        })
+    });
+
 pub static INFO: Spec = Spec::new("COUPON.INFO", "Returns what is known of a coupon.")
     .family("coupon")
     .args(&[COUPON])
     .flags(READONLY | FAST)
-    .reply("map `coupon total issued used remaining peruser start end state lock position applied`, or nil")
+    .reply(
+        "map `coupon total issued used remaining peruser start end state lock position applied`, or nil; \
+         state: `notstarted`, `open`, `soldout`, `ended`, `deleted`",
+    )
     .example("COUPON.INFO spring")
     .run(|call| {
         let coupon = call.args.id("coupon");
@@ -78,9 +154,24 @@ fn create(call: &mut Call<'_>) -> Step {
     if let (Some(start), Some(end)) = (terms.start_ms, terms.end_ms)
         && end <= start
     {
-        return Step::Reply(Reply::error("ERR invalid end: it must be after the start"));
+        return Step::Reply(ends_before_start());
     }
     submit(call, Action::Create(terms), ACK_POSTGRES)
+}
+
+fn alter(call: &mut Call<'_>) -> Step {
+    let number = |name| call.args.maybe_integer(name);
+    let terms = NewTerms { total: number("total"), start_ms: number("start"), end_ms: number("end") };
+    if terms == NewTerms::default() {
+        return Step::Reply(Reply::error("ERR syntax error: give TOTAL, START or END"));
+    }
+    submit(call, Action::Alter(terms), ACK_POSTGRES)
+}
+
+fn step(call: &mut Call<'_>, step: CouponStep, default: Ack) -> Step {
+    let order = (step == CouponStep::Use).then(|| call.args.maybe_id("order")).flatten();
+    let action = Action::Step { step, user: call.args.id("user"), serial: call.args.maybe_integer("serial"), order };
+    submit(call, action, default)
 }
 
 fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
@@ -106,15 +197,23 @@ impl Waiter<Coupon> for CouponWaiter {
     fn done(self, op: &CouponOp, result: Result<CouponOutcome, Failure>) {
         let outcome = match result {
             Err(failure) => Err(failed(failure)),
-            Ok(CouponOutcome::Created { position }) => Ok((position, accepted("OK", &[], position))),
-            Ok(CouponOutcome::Issued { serial, remaining, position }) => Ok((position, accepted("ISSUED", &[serial, remaining], position))),
+            Ok(CouponOutcome::Done { position, .. }) => Ok((position, accepted("OK", &[], position))),
+            Ok(CouponOutcome::Stepped { serial, remaining, position }) => Ok((position, stepped(&op.action, serial, remaining, position))),
             Ok(CouponOutcome::Remembered(remembered)) => change::replay(op.request.as_ref(), &remembered),
             Ok(CouponOutcome::Exists) => Err(outcome("EXISTS", [])),
+            Ok(CouponOutcome::TooFew { issued }) => Err(Reply::error(format!("ERR invalid total: {issued} of them are issued already"))),
+            Ok(CouponOutcome::EndsBeforeStart) => Err(ends_before_start()),
             Ok(CouponOutcome::Already { serial }) => Err(outcome("ALREADY", [Reply::Integer(serial)])),
             Ok(CouponOutcome::SoldOut) => Err(outcome("SOLDOUT", [])),
             Ok(CouponOutcome::NotStarted { start_ms }) => Err(outcome("NOTSTARTED", [Reply::Integer(start_ms)])),
             Ok(CouponOutcome::Ended { end_ms }) => Err(outcome("ENDED", [Reply::Integer(end_ms)])),
-            Ok(CouponOutcome::Absent) => Err(Reply::error(format!("NOTFOUND no coupon '{}'", op.coupon))),
+            Ok(CouponOutcome::NotIssued) => Err(outcome("NOTISSUED", [])),
+            Ok(CouponOutcome::NotUsed) => Err(outcome("NOTUSED", [])),
+            Ok(CouponOutcome::Used { serial }) => Err(outcome("USED", [Reply::Integer(serial)])),
+            Ok(CouponOutcome::Absent | CouponOutcome::Deleted) => Err(match op.action {
+                Action::Delete => outcome("NOTFOUND", []),
+                _ => Reply::error(format!("NOTFOUND no coupon '{}'", op.coupon)),
+            }),
             Ok(CouponOutcome::Corrupt) => Err(Reply::error(format!(
                 "FROZEN a key of coupon '{}' holds something that does not belong there: repair it in Redis",
                 op.coupon
@@ -127,11 +226,24 @@ impl Waiter<Coupon> for CouponWaiter {
     }
 }
 
+fn ends_before_start() -> Reply {
+    Reply::error("ERR invalid end: it must be after the start")
+}
+
+/// The reply to a step of a user's coupon.
+fn stepped(action: &Action, serial: i64, remaining: i64, position: Position) -> Reply {
+    let Action::Step { step, .. } = action else { return accepted("OK", &[], position) };
+    let numbers = [serial, remaining];
+    accepted(step.word(), if step.says_remaining() { &numbers } else { &numbers[..1] }, position)
+}
+
 async fn held(cx: Rc<Context>, coupon: Id, user: Id) -> Reply {
-    match cx.backend.reads.coupon_held(&coupon, &user).await {
+    let Some(live) = Live::of(&cx.backend.partition) else { return read::not_live() };
+    match cx.backend.reads.coupon_held(&live, &coupon, &user).await {
         Err(error) => read::failed(&error),
         Ok(held) => Reply::Array(
             held.into_iter()
+                .flatten()
                 .map(|held| {
                     Reply::map([
                         ("serial", Reply::Integer(held.serial)),
@@ -146,7 +258,8 @@ async fn held(cx: Rc<Context>, coupon: Id, user: Id) -> Reply {
 }
 
 async fn info(cx: Rc<Context>, coupon: Id) -> Reply {
-    let info = match cx.backend.reads.coupon_info(&coupon).await {
+    let Some(live) = Live::of(&cx.backend.partition) else { return read::not_live() };
+    let info = match cx.backend.reads.coupon_info(&live, &coupon).await {
         Ok(Some(info)) => info,
         Ok(None) => return Reply::Nil,
         Err(error) => return read::failed(&error),
@@ -157,7 +270,7 @@ async fn info(cx: Rc<Context>, coupon: Id) -> Reply {
         ("total", Reply::Integer(info.total)),
         ("issued", Reply::Integer(info.issued)),
         ("used", Reply::Integer(info.used)),
-        ("remaining", Reply::Integer(info.total - info.issued)),
+        ("remaining", Reply::Integer((info.total - info.issued).max(0))),
         ("peruser", Reply::Integer(info.per_user)),
         ("start", time(info.start_ms)),
         ("end", time(info.end_ms)),
@@ -170,7 +283,9 @@ async fn info(cx: Rc<Context>, coupon: Id) -> Reply {
 
 /// What COUPON.ISSUE would come to for a new user.
 fn state(info: &CouponInfo) -> &'static str {
-    if info.start_ms.is_some_and(|start| info.now_ms < start) {
+    if info.deleted {
+        "deleted"
+    } else if info.start_ms.is_some_and(|start| info.now_ms < start) {
         "notstarted"
     } else if info.end_ms.is_some_and(|end| info.now_ms >= end) {
         "ended"

@@ -108,12 +108,9 @@ pub static SCAN: Spec = Spec::new("STOCK.SCAN", "Iterates over the products.")
     .reply("`cursor, [product, available, ...]`")
     .example("STOCK.SCAN 0 MATCH sku-* COUNT 100")
     .run(|call| {
-        let cursor = String::from_utf8_lossy(call.args.text("cursor")).into_owned();
-        let pattern =
-            call.args.maybe_text("pattern").map_or_else(|| "*".to_owned(), |pattern| String::from_utf8_lossy(pattern).into_owned());
-        let count = call.args.maybe_integer("count").unwrap_or(10);
+        let scan = read::Scan::of(&call.args);
         read::from_redis(call, |cx| async move {
-            match cx.backend.reads.scan_products(&cursor, &pattern, count).await {
+            match cx.backend.reads.scan_products(&scan.cursor, &scan.pattern, scan.count).await {
                 Ok(scanned) => read::scanned(scanned),
                 Err(error) => read::failed(&error),
             }

@@ -9,7 +9,7 @@
 //! 0 decr request=r-1 digest=9f86d081884c7d65 | sku-1 -3 97 sku-2 -1 4
 //! 1 set low=5 new=1 | sku-9 100 100
 //! 2 delete | sku-7 -12 0
-//! 3 coupon.issue coupon=c-1 user=u-7 serial=12 remaining=988 |
+//! 3 coupon.issue coupon=c-1 user=u-7 serial=12 remaining=988 |      (coupons: see [`coupon`](super::coupon))
 //! 4 inbox inbox=771:12 | sku-1 5 102
 //! 5 freeze reason=differs%20by%2012 | sku-1 0 102
 //! 6 reserve order=o-1 expires=1700000060000 | sku-1 -3 99 sku-2 -1 3
@@ -37,6 +37,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Entered;
 
+use super::coupon::CouponChange;
 use super::{InboxMark, OrderChange, OrderState, Position, text};
 
 /// What a change of stock is called, in the outbox and in the ledger.
@@ -143,21 +144,11 @@ pub struct Item {
     pub available: i64,
 }
 
-/// The terms of a coupon as COUPON.CREATE set them. Times in Unix ms.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CouponTerms {
-    pub total: i64,
-    pub per_user: i64,
-    pub start_ms: Option<i64>,
-    pub end_ms: Option<i64>,
-}
-
 /// What an accepted operation did.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Effect {
     Stock { kind: StockKind, items: Vec<Item>, detail: Detail },
-    CouponCreate { coupon: String, terms: CouponTerms },
-    CouponIssue { coupon: String, user: String, serial: i64, remaining: i64 },
+    Coupon { coupon: String, change: CouponChange },
 }
 
 /// What a line of stock says besides its products.
@@ -286,14 +277,14 @@ impl Operation {
     /// The coupon that it is about.
     pub fn coupon(&self) -> Option<&str> {
         match &self.effect {
-            Effect::CouponCreate { coupon, .. } | Effect::CouponIssue { coupon, .. } => Some(coupon),
+            Effect::Coupon { coupon, .. } => Some(coupon),
             Effect::Stock { .. } => None,
         }
     }
 
-    /// The serial that it issued.
+    /// The serial that it is about.
     pub fn serial(&self) -> Option<i64> {
-        if let Effect::CouponIssue { serial, .. } = &self.effect { Some(*serial) } else { None }
+        if let Effect::Coupon { change, .. } = &self.effect { change.serial() } else { None }
     }
 
     /// `running`: what is available after the lines before it, where the line does not say it itself.
@@ -306,23 +297,9 @@ impl Operation {
             let (name, value) = word.split_once('=')?;
             named.0.push((name, value));
         }
-        let effect = match kind {
-            "coupon.create" => Effect::CouponCreate {
-                coupon: named.text("coupon")?,
-                terms: CouponTerms {
-                    total: named.number("total")?,
-                    per_user: named.number("peruser")?,
-                    start_ms: named.number("start"),
-                    end_ms: named.number("end"),
-                },
-            },
-            "coupon.issue" => Effect::CouponIssue {
-                coupon: named.text("coupon")?,
-                user: named.text("user")?,
-                serial: named.number("serial")?,
-                remaining: named.number("remaining")?,
-            },
-            _ => {
+        let effect = match kind.strip_prefix("coupon.") {
+            Some(kind) => Effect::Coupon { coupon: named.text("coupon")?, change: CouponChange::decode(kind, &named)? },
+            None => {
                 let kind = StockKind::parse(kind)?;
                 let mut items = Vec::with_capacity(1);
                 while let Some(product) = words.next() {
@@ -366,12 +343,10 @@ impl Operation {
 impl std::fmt::Display for Operation {
     /// Writes the line that [`Operation::decode`] reads.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let kind = match &self.effect {
-            Effect::Stock { kind, .. } => kind.as_str(),
-            Effect::CouponCreate { .. } => "coupon.create",
-            Effect::CouponIssue { .. } => "coupon.issue",
-        };
-        write!(f, "{} {kind}", self.k)?;
+        match &self.effect {
+            Effect::Stock { kind, .. } => write!(f, "{} {}", self.k, kind.as_str())?,
+            Effect::Coupon { change, .. } => write!(f, "{} coupon.{}", self.k, change.kind())?,
+        }
         if let Some(Remembered { request, digest }) = &self.remembered {
             write!(f, " request={request} digest={digest}")?;
         }
@@ -382,15 +357,7 @@ impl std::fmt::Display for Operation {
                 f.write_str(" |")?;
                 items.iter().try_for_each(|item| write!(f, " {} {} {}", item.product, item.delta, item.available))
             }
-            Effect::CouponCreate { coupon, terms } => {
-                write!(f, " coupon={coupon} total={} peruser={}", terms.total, terms.per_user)?;
-                terms.start_ms.map_or(Ok(()), |start| write!(f, " start={start}"))?;
-                terms.end_ms.map_or(Ok(()), |end| write!(f, " end={end}"))?;
-                f.write_str(" |")
-            }
-            Effect::CouponIssue { coupon, user, serial, remaining } => {
-                write!(f, " coupon={coupon} user={user} serial={serial} remaining={remaining} |")
-            }
+            Effect::Coupon { coupon, change } => write!(f, " coupon={coupon}{change} |"),
         }
     }
 }
@@ -445,18 +412,18 @@ impl<'a> Running<'a> {
 }
 
 #[derive(Default)]
-struct Named<'a>(Vec<(&'a str, &'a str)>);
+pub(super) struct Named<'a>(Vec<(&'a str, &'a str)>);
 
 impl Named<'_> {
     fn find(&self, name: &str) -> Option<&str> {
         self.0.iter().find(|(known, _)| *known == name).map(|(_, value)| *value)
     }
 
-    fn text(&self, name: &str) -> Option<String> {
+    pub(super) fn text(&self, name: &str) -> Option<String> {
         self.find(name).map(String::from)
     }
 
-    fn number(&self, name: &str) -> Option<i64> {
+    pub(super) fn number(&self, name: &str) -> Option<i64> {
         self.find(name).and_then(|value| value.parse().ok())
     }
 
@@ -476,6 +443,7 @@ impl Named<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::coupon::CouponTerms;
 
     fn entry(id: &str, first: &str, changes: &str) -> Result<Entry, Malformed> {
         let fields = [("first", first), ("prev", "-"), ("op", "i:stock:1"), ("at", "1700000000000"), ("changes", changes)];
@@ -509,13 +477,10 @@ mod tests {
                 detail: Detail { low: Some(5), created: true, ..Detail::default() }
             }
         );
-        assert_eq!(
-            entry.operations[3].effect,
-            Effect::CouponIssue { coupon: "c-1".into(), user: "u=7".into(), serial: 12, remaining: 988 }
-        );
+        assert_eq!((entry.operations[3].coupon(), entry.operations[3].serial()), (Some("c-1"), Some(12)));
         assert_eq!(entry.operations.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"), text, "written as read");
-        let Effect::CouponCreate { terms, .. } = &entry.operations[4].effect else { panic!() };
-        assert_eq!(*terms, CouponTerms { total: 10, per_user: 1, start_ms: None, end_ms: Some(7) });
+        let terms = CouponTerms { total: 10, per_user: 1, start_ms: None, end_ms: Some(7) };
+        assert_eq!(entry.operations[4].effect, Effect::Coupon { coupon: "c".into(), change: CouponChange::Create(terms) });
     }
 
     #[test]
@@ -556,8 +521,6 @@ mod tests {
             "1 set low=5 new=1 | sku-9 100 100",
             "4 inbox short=3 inbox=771:12 reason=off%20by%2012 | a -2 0",
             "5 adopt pg=-3 | a 0 7",
-            "6 coupon.create coupon=c total=10 peruser=1 end=7 |",
-            "7 coupon.issue request=r digest=d coupon=c user=u=7 serial=12 remaining=988 |",
             "8 reserve request=r digest=d order=o=1 expires=1700000060000 | a -3 97 b -1 4",
             "9 sell order=o-2 | a -3 94",
             "10 confirm order=o-1 from=held units=3,1 | a 0 97 b 0 4",

@@ -1,6 +1,7 @@
 //! What is sold and how it is written down: ids, quantities, positions, changes. Pure: no IO, no async, no clock.
 
 pub mod change;
+pub mod coupon;
 pub mod dead_letter;
 pub mod drift;
 pub mod history;

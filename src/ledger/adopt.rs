@@ -30,6 +30,7 @@ pub struct Coupon {
     pub per_user: i64,
     pub start_ms: i64,
     pub end_ms: i64,
+    pub deleted: bool,
 }
 
 /// A coupon that a user has.
@@ -37,8 +38,10 @@ pub struct Coupon {
 pub struct Issued {
     pub user: String,
     pub serial: i64,
+    /// `issued` or `used`.
     pub state: String,
     pub issued_at_ms: i64,
+    pub order: Option<String>,
 }
 
 /// One transaction that takes over what Redis holds: all of it or nothing.
@@ -125,13 +128,15 @@ impl<'c> Adoption<'c> {
         Ok(())
     }
 
-    /// Takes over a coupon and who has it.
+    /// Takes over a coupon and who has it; what Redis no longer knows was revoked. What the ledger does not explain is a row of its own, of
+    /// kind `adopt`.
     pub async fn coupon(&mut self, coupon: &Coupon, issued: &[Issued]) -> Result<(), Error> {
         sqlx::query(
-            "INSERT INTO holdfast.coupon (coupon_id, total, issued, used, per_user, start_ms, end_ms, last_serial) \
-             VALUES ($1, $2, $3, $4, $5, nullif($6, 0), nullif($7, 0), $8) ON CONFLICT (coupon_id) DO UPDATE SET \
-             total = excluded.total, issued = excluded.issued, used = excluded.used, per_user = excluded.per_user, \
-             start_ms = excluded.start_ms, end_ms = excluded.end_ms, last_serial = greatest(coupon.last_serial, excluded.last_serial)",
+            "INSERT INTO holdfast.coupon (coupon_id, total, issued, used, per_user, start_ms, end_ms, last_serial, state) \
+             VALUES ($1, $2, $3, $4, $5, nullif($6, 0), nullif($7, 0), $8, CASE WHEN $9 THEN 'deleted' ELSE 'active' END) \
+             ON CONFLICT (coupon_id) DO UPDATE SET total = excluded.total, issued = excluded.issued, used = excluded.used, \
+             per_user = excluded.per_user, start_ms = excluded.start_ms, end_ms = excluded.end_ms, state = excluded.state, \
+             last_serial = greatest(coupon.last_serial, excluded.last_serial)",
         )
         .bind(&coupon.coupon)
         .bind(coupon.total)
@@ -141,23 +146,60 @@ impl<'c> Adoption<'c> {
         .bind(coupon.start_ms)
         .bind(coupon.end_ms)
         .bind(coupon.serial)
+        .bind(coupon.deleted)
         .execute(&mut *self.transaction)
         .await?;
+        // Of a deleted one Redis knows only that its id is taken.
+        if !coupon.deleted {
+            self.issued(&coupon.coupon, issued).await?;
+        }
+        let explained: i64 = sqlx::query_scalar(
+            "WITH gap AS (SELECT c.total, c.issued, c.total - coalesce(sum(l.total_delta), 0) AS total_gap, \
+               c.issued - coalesce(sum(l.issued_delta), 0) AS issued_gap, c.used - coalesce(sum(l.used_delta), 0) AS used_gap \
+               FROM holdfast.coupon c LEFT JOIN holdfast.coupon_ledger l USING (coupon_id) WHERE c.coupon_id = $2 GROUP BY c.coupon_id), \
+             told AS (INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, remaining_after, at, issued_delta, \
+               used_delta, total_delta) \
+               SELECT $1, $3, $4, 'rebuild:' || $3, $4 % 2147483647, $2, 'adopt', greatest(total - issued, 0), now(), issued_gap, used_gap, \
+               total_gap FROM gap WHERE total_gap <> 0 OR issued_gap <> 0 OR used_gap <> 0 RETURNING 1) SELECT count(*) FROM told",
+        )
+        .bind(partition::id(self.partition))
+        .bind(&coupon.coupon)
+        .bind(to_bigint(self.epoch))
+        .bind(to_bigint(self.n + 1))
+        .fetch_one(&mut *self.transaction)
+        .await?;
+        self.n += from_bigint(explained);
+        Ok(())
+    }
+
+    async fn issued(&mut self, coupon: &str, issued: &[Issued]) -> Result<(), Error> {
         for issued in issued.chunks(crate::limits::REFILL_PAGE) {
             sqlx::query(
-                "INSERT INTO holdfast.coupon_issue (coupon_id, user_id, serial, state, issued_at) \
-                 SELECT $1, i.user_id, i.serial, i.state, timestamptz 'epoch' + i.at_ms * interval '1 millisecond' \
-                 FROM unnest($2::text[], $3::bigint[], $4::text[], $5::bigint[]) AS i (user_id, serial, state, at_ms) \
-                 ON CONFLICT (coupon_id, serial) DO UPDATE SET user_id = excluded.user_id, state = excluded.state",
+                "INSERT INTO holdfast.coupon_issue (coupon_id, user_id, serial, state, issued_at, used_at, order_id) \
+                 SELECT $1, i.user_id, i.serial, i.state, timestamptz 'epoch' + i.at_ms * interval '1 millisecond', \
+                 CASE WHEN i.state = 'used' THEN now() END, i.order_id \
+                 FROM unnest($2::text[], $3::bigint[], $4::text[], $5::bigint[], $6::text[]) AS i (user_id, serial, state, at_ms, order_id) \
+                 ON CONFLICT (coupon_id, serial) DO UPDATE SET user_id = excluded.user_id, state = excluded.state, \
+                 used_at = CASE WHEN excluded.state = 'used' THEN coalesce(coupon_issue.used_at, now()) END, revoked_at = NULL, \
+                 order_id = excluded.order_id",
             )
-            .bind(&coupon.coupon)
+            .bind(coupon)
             .bind(issued.iter().map(|one| one.user.as_str()).collect::<Vec<_>>())
             .bind(issued.iter().map(|one| one.serial).collect::<Vec<_>>())
             .bind(issued.iter().map(|one| one.state.as_str()).collect::<Vec<_>>())
             .bind(issued.iter().map(|one| one.issued_at_ms).collect::<Vec<_>>())
+            .bind(issued.iter().map(|one| one.order.as_deref()).collect::<Vec<_>>())
             .execute(&mut *self.transaction)
             .await?;
         }
+        sqlx::query(
+            "UPDATE holdfast.coupon_issue SET state = 'revoked', revoked_at = now(), used_at = NULL, order_id = NULL \
+             WHERE coupon_id = $1 AND state <> 'revoked' AND serial <> ALL($2)",
+        )
+        .bind(coupon)
+        .bind(issued.iter().map(|one| one.serial).collect::<Vec<_>>())
+        .execute(&mut *self.transaction)
+        .await?;
         Ok(())
     }
 

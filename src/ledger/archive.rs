@@ -3,7 +3,8 @@
 use sqlx::PgConnection;
 
 use super::{Error, from_bigint, write};
-use crate::domain::change::{CouponTerms, Detail, Effect, Item, Operation, Recorded, Remembered, StockKind};
+use crate::domain::change::{Detail, Effect, Item, Operation, Recorded, Remembered, StockKind};
+use crate::domain::coupon::{CouponChange, CouponStep, CouponTerms, NewTerms, Stepped};
 use crate::domain::request::Sent;
 use crate::domain::{OrderChange, OrderState, Position};
 
@@ -74,37 +75,43 @@ async fn coupon(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Pl
         #[sqlx(flatten)]
         place: Place,
         coupon_id: String,
+        kind: String,
         user_id: Option<String>,
         serial: Option<i64>,
+        order_id: Option<String>,
         remaining_after: i64,
+        total_delta: i64,
+        total: Option<i64>,
         per_user: Option<i64>,
         start_ms: Option<i64>,
         end_ms: Option<i64>,
     }
     let row: Option<Row> = sqlx::query_as(
-        "SELECT l.epoch, l.n, l.origin_epoch, l.origin_n, l.request_id, l.request_digest, l.coupon_id, l.user_id, l.serial, \
-         l.remaining_after, c.per_user, c.start_ms, c.end_ms \
-         FROM holdfast.coupon_ledger l LEFT JOIN holdfast.coupon c ON c.coupon_id = l.coupon_id \
-         WHERE (l.op = $1 AND l.k = $2) OR (l.request_id = $3 AND l.request_id LIKE 'hf-%') ORDER BY l.epoch, l.n LIMIT 1",
+        "SELECT epoch, n, origin_epoch, origin_n, request_id, request_digest, coupon_id, kind, user_id, serial, order_id, remaining_after, \
+         total_delta, total, per_user, start_ms, end_ms FROM holdfast.coupon_ledger \
+         WHERE (op = $1 AND k = $2) OR (request_id = $3 AND request_id LIKE 'hf-%') ORDER BY epoch, n LIMIT 1",
     )
     .bind(sent.op())
     .bind(write::small(sent.k))
     .bind(sent.id())
     .fetch_optional(connection)
     .await?;
-    Ok(row.map(|row| {
-        let effect = match (row.user_id, row.serial) {
-            (Some(user), Some(serial)) => Effect::CouponIssue { coupon: row.coupon_id, user, serial, remaining: row.remaining_after },
-            _ => Effect::CouponCreate {
-                coupon: row.coupon_id,
-                terms: CouponTerms {
-                    total: row.remaining_after,
-                    per_user: row.per_user.unwrap_or(1),
-                    start_ms: row.start_ms,
-                    end_ms: row.end_ms,
-                },
-            },
-        };
-        (row.place, effect)
-    }))
+    let Some(row) = row else { return Ok(None) };
+    let (total, remaining) = (row.total, row.remaining_after);
+    let change = match (row.kind.as_str(), CouponStep::parse(&row.kind), row.user_id, row.serial) {
+        ("create", ..) => CouponChange::Create(CouponTerms {
+            total: total.unwrap_or(remaining),
+            per_user: row.per_user.unwrap_or(1),
+            start_ms: row.start_ms,
+            end_ms: row.end_ms,
+        }),
+        ("alter", ..) => {
+            let terms = NewTerms { total, start_ms: row.start_ms, end_ms: row.end_ms };
+            CouponChange::Alter { terms, remaining, by: Some(row.total_delta) }
+        }
+        ("delete", ..) => CouponChange::Delete,
+        (_, Some(step), Some(user), Some(serial)) => CouponChange::Step(Stepped { step, user, serial, order: row.order_id, remaining }),
+        _ => return Err(Error::Unfit(format!("holdfast.coupon_ledger: kind {:?}", row.kind))),
+    };
+    Ok(Some((row.place, Effect::Coupon { coupon: row.coupon_id, change })))
 }

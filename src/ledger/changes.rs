@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::Error;
 use super::order::Orders;
-use crate::domain::change::{CouponTerms, Effect, Entry, Item, Operation, StockKind};
+use crate::domain::change::{Effect, Entry, Item, Operation, StockKind};
+use crate::domain::coupon::{CouponChange, CouponStep, CouponTerms, NewTerms, Stepped};
 use crate::domain::{InboxMark, OrderChange, Position};
 
 /// What an operation's ledger rows have in common.
@@ -47,10 +48,21 @@ pub(super) static NO_ITEM: Item = Item { product: String::new(), delta: 0, avail
 pub(super) struct CouponLine<'a> {
     pub place: Place<'a>,
     pub coupon: &'a str,
-    pub kind: &'static str,
-    pub user: Option<&'a str>,
-    pub serial: Option<i64>,
-    pub remaining: i64,
+    pub change: &'a CouponChange,
+    /// By how much the total moves.
+    pub total_delta: i64,
+}
+
+impl<'a> CouponLine<'a> {
+    /// The row of a change out of the outbox, which says by how much the total moves.
+    pub fn new(place: Place<'a>, coupon: &'a str, change: &'a CouponChange) -> Self {
+        let total_delta = match change {
+            CouponChange::Create(terms) => terms.total,
+            CouponChange::Alter { by, .. } => by.unwrap_or(0),
+            CouponChange::Delete | CouponChange::Step(_) => 0,
+        };
+        Self { place, coupon, change, total_delta }
+    }
 }
 
 /// What became of a product's existence within the run: the last of them counts.
@@ -78,15 +90,35 @@ pub(super) struct StockMove {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct CouponMove {
     pub issued: i64,
+    pub used: i64,
     pub last_serial: i64,
+    /// The terms that it is given.
+    pub terms: NewTerms,
+    pub deleted: bool,
 }
 
-/// One row of `coupon_issue`.
+impl CouponMove {
+    fn alter(&mut self, terms: NewTerms) {
+        self.terms = NewTerms {
+            total: terms.total.or(self.terms.total),
+            start_ms: terms.start_ms.or(self.terms.start_ms),
+            end_ms: terms.end_ms.or(self.terms.end_ms),
+        };
+    }
+}
+
+/// One row of `coupon_issue`: what became of it within the run. Times in Unix ms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Issue<'a> {
-    pub coupon: &'a str,
     pub user: &'a str,
-    pub serial: i64,
+    /// When it was issued, if within the run: then there is no row yet.
+    pub issued_ms: Option<i64>,
+    /// The first step, and the last.
+    pub first: CouponStep,
+    pub last: CouponStep,
+    /// When the last step was.
     pub at_ms: i64,
+    pub order: Option<&'a str>,
 }
 
 /// All that a run of entries changes. The maps are sorted, so that every transaction locks in the same order.
@@ -97,7 +129,8 @@ pub(super) struct Changes<'a> {
     pub orders: Orders<'a>,
     pub coupon_lines: Vec<CouponLine<'a>>,
     pub created: Vec<(&'a str, CouponTerms)>,
-    pub issues: Vec<Issue<'a>>,
+    /// By coupon and serial.
+    pub issues: BTreeMap<(&'a str, i64), Issue<'a>>,
     pub coupons: BTreeMap<&'a str, CouponMove>,
     /// Products that were set before Redis heard of their deletion. It will take them away, and has to hear that they exist again.
     pub revived: BTreeSet<&'a str>,
@@ -203,26 +236,39 @@ impl<'a> Changes<'a> {
                     self.stock_lines.push(line);
                 }
             }
-            Effect::CouponCreate { coupon, terms } => {
-                self.created.push((coupon, terms.clone()));
-                self.coupon_lines.push(CouponLine { place, coupon, kind: "create", user: None, serial: None, remaining: terms.total });
-            }
-            Effect::CouponIssue { coupon, user, serial, remaining } => {
-                let moved = self.coupons.entry(coupon).or_default();
-                moved.issued += 1;
-                moved.last_serial = moved.last_serial.max(*serial);
-                self.issues.push(Issue { coupon, user, serial: *serial, at_ms: place.at_ms });
-                self.coupon_lines.push(CouponLine {
-                    place,
-                    coupon,
-                    kind: "issue",
-                    user: Some(user),
-                    serial: Some(*serial),
-                    remaining: *remaining,
-                });
+            Effect::Coupon { coupon, change } => {
+                self.coupon_lines.push(CouponLine::new(place, coupon, change));
+                self.move_coupon(coupon, change, place.at_ms);
             }
         }
         Ok(())
+    }
+
+    /// Moves a coupon, and what a user has of it.
+    pub fn move_coupon(&mut self, coupon: &'a str, change: &'a CouponChange, at_ms: i64) {
+        if let CouponChange::Create(terms) = change {
+            return self.created.push((coupon, terms.clone()));
+        }
+        let moved = self.coupons.entry(coupon).or_default();
+        match change {
+            CouponChange::Create(_) => {}
+            CouponChange::Alter { terms, .. } => moved.alter(*terms),
+            CouponChange::Delete => moved.deleted = true,
+            CouponChange::Step(Stepped { step, user, serial, order, .. }) => {
+                moved.issued += step.issued();
+                moved.used += step.used();
+                moved.last_serial = moved.last_serial.max(*serial);
+                let issue = self.issues.entry((coupon, *serial)).or_insert(Issue {
+                    user,
+                    issued_ms: (*step == CouponStep::Issue).then_some(at_ms),
+                    first: *step,
+                    last: *step,
+                    at_ms,
+                    order: None,
+                });
+                (issue.last, issue.at_ms, issue.order) = (*step, at_ms, order.as_deref());
+            }
+        }
     }
 
     fn move_stock(&mut self, line: &StockLine<'a>, low: Option<i64>) -> Result<(), Error> {
@@ -336,8 +382,29 @@ mod tests {
             "2 coupon.issue coupon=c user=v serial=8 remaining=1 |",
         ]);
         let changes = Changes::gather([&entry], &Created::default()).unwrap();
-        assert_eq!(changes.coupons, BTreeMap::from([("c", CouponMove { issued: 2, last_serial: 8 })]));
+        assert_eq!(changes.coupons, BTreeMap::from([("c", CouponMove { issued: 2, last_serial: 8, ..CouponMove::default() })]));
         assert_eq!((changes.created.len(), changes.issues.len(), changes.coupon_lines.len()), (1, 2, 3));
+    }
+
+    #[test]
+    fn what_becomes_of_a_coupon_in_one_run_is_its_last_step() {
+        let entry = entry(&[
+            "0 coupon.issue coupon=c user=u serial=1 remaining=9 |",
+            "1 coupon.use coupon=c user=u order=o serial=1 remaining=9 |",
+            "2 coupon.unuse coupon=c user=v serial=7 remaining=9 |",
+            "3 coupon.revoke coupon=c user=v serial=7 remaining=10 |",
+            "4 coupon.alter coupon=c total=5 end=9 remaining=4 by=-5 |",
+            "5 coupon.alter coupon=c end=0 remaining=4 by=0 |",
+            "6 coupon.delete coupon=c |",
+        ]);
+        let changes = Changes::gather([&entry], &Created::default()).unwrap();
+        let terms = NewTerms { total: Some(5), start_ms: None, end_ms: Some(0) };
+        assert_eq!(changes.coupons["c"], CouponMove { issued: 0, used: 0, last_serial: 7, terms, deleted: true });
+        let at_ms = 1_700_000_000_000;
+        let first = Issue { user: "u", issued_ms: Some(at_ms), first: CouponStep::Issue, last: CouponStep::Use, at_ms, order: Some("o") };
+        let second = Issue { user: "v", issued_ms: None, first: CouponStep::Unuse, last: CouponStep::Revoke, at_ms, order: None };
+        assert_eq!(changes.issues, BTreeMap::from([(("c", 1), first), (("c", 7), second)]));
+        assert_eq!(changes.coupon_lines.iter().map(|line| line.total_delta).collect::<Vec<_>>(), [0, 0, 0, 0, -5, 0, 0]);
     }
 
     #[test]

@@ -10,6 +10,8 @@ pub mod archive;
 mod changes;
 pub mod connection;
 pub mod coupon;
+mod coupon_shelf;
+mod coupon_write;
 pub mod dead_letter;
 pub mod drift;
 pub mod error;

@@ -34,6 +34,7 @@ pub struct Coupon {
     pub start_ms: i64,
     pub end_ms: i64,
     pub last_serial: i64,
+    pub deleted: bool,
 }
 
 /// One coupon of a user.
@@ -46,6 +47,8 @@ pub struct Issued {
     pub serial: i64,
     pub state: String,
     pub issued_at_ms: i64,
+    #[sqlx(rename = "order_id")]
+    pub order: Option<String>,
 }
 
 /// One product's part of a REQUEST that may be repeated, or a coupon's.
@@ -170,22 +173,23 @@ impl<'c> Snapshot<'c> {
         self.open("orders", &query).await
     }
 
-    /// Every coupon.
+    /// Every coupon, also those that were deleted: their ids stay taken.
     pub async fn coupons(&mut self) -> Result<Pages<Coupon>, Error> {
         self.open(
             "coupons",
-            "SELECT coupon_id, total, issued, used, per_user, coalesce(start_ms, 0) AS start_ms, coalesce(end_ms, 0) AS end_ms, last_serial \
-             FROM holdfast.coupon",
+            "SELECT coupon_id, total, issued, used, per_user, coalesce(start_ms, 0) AS start_ms, coalesce(end_ms, 0) AS end_ms, last_serial, \
+             state = 'deleted' AS deleted FROM holdfast.coupon",
         )
         .await
     }
 
-    /// Every issued coupon, those of one user and coupon together and by serial.
+    /// Every coupon that somebody has, those of one user and coupon together and by serial.
     pub async fn issued(&mut self) -> Result<Pages<Issued>, Error> {
         self.open(
             "issued",
-            "SELECT coupon_id, user_id, serial, state, (extract(epoch FROM issued_at) * 1000)::bigint AS issued_at_ms \
-             FROM holdfast.coupon_issue ORDER BY coupon_id, user_id, serial",
+            "SELECT i.coupon_id, i.user_id, i.serial, i.state, (extract(epoch FROM i.issued_at) * 1000)::bigint AS issued_at_ms, i.order_id \
+             FROM holdfast.coupon_issue i JOIN holdfast.coupon c ON c.coupon_id = i.coupon_id AND c.state <> 'deleted' \
+             WHERE i.state <> 'revoked' ORDER BY i.coupon_id, i.user_id, i.serial",
         )
         .await
     }
@@ -200,7 +204,7 @@ impl<'c> Snapshot<'c> {
                 "(SELECT request_id, request_digest, kind, CASE WHEN kind IN ('reserve', 'extend') THEN CASE WHEN i = 0 THEN expires_ms END \
                  WHEN kind NOT IN ('delete', 'confirm', 'cancel') THEN available_after END AS one, NULL::bigint AS two, \
                  {place} FROM holdfast.stock_ledger WHERE {since} ORDER BY at, stock_ledger.epoch, stock_ledger.n, i) \
-                 UNION ALL (SELECT request_id, request_digest, 'coupon.' || kind, serial, CASE WHEN kind = 'issue' THEN remaining_after END, \
+                 UNION ALL (SELECT request_id, request_digest, 'coupon.' || kind, serial, CASE WHEN kind IN ('issue', 'revoke') THEN remaining_after END, \
                  {place} FROM holdfast.coupon_ledger WHERE {since})"
             ),
         )

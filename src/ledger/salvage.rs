@@ -4,7 +4,8 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use sqlx::{Connection, PgConnection};
 
-use super::changes::{Changes, CouponLine, CouponMove, Issue, Lifecycle, NO_ITEM, Place, StockLine};
+use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
+use super::coupon_shelf::CouponShelf;
 use super::{Error, apply, from_bigint, partition, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
@@ -167,43 +168,22 @@ struct Shelf {
     stock: HashMap<String, Option<i64>>,
     /// The products that have a row, deleted or not.
     rows: HashSet<String>,
-    coupons: HashMap<String, Terms>,
-    serials: HashSet<(String, i64)>,
-}
-
-struct Terms {
-    total: i64,
-    issued: i64,
+    coupons: CouponShelf,
 }
 
 impl Shelf {
     async fn load(connection: &mut PgConnection, answered: &[&Answered]) -> Result<Self, Error> {
         let products: BTreeSet<&str> = answered.iter().flat_map(|one| one.operation.products()).collect();
-        let coupons: BTreeSet<&str> = answered.iter().filter_map(|one| one.operation.coupon()).collect();
         let stock: Vec<(String, i64, bool)> = sqlx::query_as(
             "SELECT product_id, available, deleted_at IS NOT NULL FROM holdfast.stock WHERE product_id = ANY($1) ORDER BY product_id FOR UPDATE",
         )
         .bind(products.into_iter().collect::<Vec<_>>())
         .fetch_all(&mut *connection)
         .await?;
-        let coupons: Vec<&str> = coupons.into_iter().collect();
-        let terms: Vec<(String, i64, i64)> =
-            sqlx::query_as("SELECT coupon_id, total, issued FROM holdfast.coupon WHERE coupon_id = ANY($1) ORDER BY coupon_id FOR UPDATE")
-                .bind(&coupons)
-                .fetch_all(&mut *connection)
-                .await?;
-        let serials: Vec<i64> = answered.iter().filter_map(|one| one.operation.serial()).collect();
-        let taken: Vec<(String, i64)> =
-            sqlx::query_as("SELECT coupon_id, serial FROM holdfast.coupon_issue WHERE coupon_id = ANY($1) AND serial = ANY($2)")
-                .bind(&coupons)
-                .bind(serials)
-                .fetch_all(connection)
-                .await?;
         Ok(Self {
             rows: stock.iter().map(|(product, ..)| product.clone()).collect(),
             stock: stock.into_iter().map(|(product, available, deleted)| (product, (!deleted).then_some(available))).collect(),
-            coupons: terms.into_iter().map(|(coupon, total, issued)| (coupon, Terms { total, issued })).collect(),
-            serials: taken.into_iter().collect(),
+            coupons: CouponShelf::load(connection, answered).await?,
         })
     }
 
@@ -244,13 +224,7 @@ impl Shelf {
                 let line = |(i, item): (usize, &'a Item)| StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order };
                 changes.stock_lines.extend(items.iter().enumerate().map(line));
             }
-            Effect::CouponCreate { coupon, terms } => {
-                changes.coupon_lines.push(CouponLine { place, coupon, kind: "create", user: None, serial: None, remaining: terms.total });
-            }
-            Effect::CouponIssue { coupon, user, serial, remaining } => {
-                let (user, serial) = (Some(user.as_str()), Some(*serial));
-                changes.coupon_lines.push(CouponLine { place, coupon, kind: "issue", user, serial, remaining: *remaining });
-            }
+            Effect::Coupon { coupon, change } => changes.coupon_lines.push(CouponLine::new(place, coupon, change)),
         }
         Err("Postgres refuses it for its data".to_owned())
     }
@@ -298,37 +272,11 @@ impl Shelf {
                 }
                 if fits { Ok(()) } else { Err("Postgres no longer has these units".to_owned()) }
             }
-            Effect::CouponCreate { coupon, terms } => {
-                changes.coupon_lines.push(CouponLine { place, coupon, kind: "create", user: None, serial: None, remaining: terms.total });
-                if self.coupons.contains_key(coupon) {
-                    return Err(format!("coupon '{coupon}' exists already"));
-                }
-                self.coupons.insert(coupon.clone(), Terms { total: terms.total, issued: 0 });
-                changes.created.push((coupon, terms.clone()));
-                Ok(())
-            }
-            Effect::CouponIssue { coupon, user, serial, remaining } => {
-                changes.coupon_lines.push(CouponLine {
-                    place,
-                    coupon,
-                    kind: "issue",
-                    user: Some(user),
-                    serial: Some(*serial),
-                    remaining: *remaining,
-                });
-                let Some(terms) = self.coupons.get_mut(coupon) else { return Err(format!("there is no coupon '{coupon}'")) };
-                if terms.issued >= terms.total {
-                    return Err(format!("coupon '{coupon}' is sold out"));
-                }
-                if !self.serials.insert((coupon.clone(), *serial)) {
-                    return Err(format!("serial {serial} of coupon '{coupon}' was issued to somebody else"));
-                }
-                terms.issued += 1;
-                let moved: &mut CouponMove = changes.coupons.entry(coupon).or_default();
-                moved.issued += 1;
-                moved.last_serial = moved.last_serial.max(*serial);
-                changes.issues.push(Issue { coupon, user, serial: *serial, at_ms: place.at_ms });
-                Ok(())
+            Effect::Coupon { coupon, change } => {
+                let taken = self.coupons.take(coupon, change);
+                let line = CouponLine::new(place, coupon, change);
+                changes.coupon_lines.push(CouponLine { total_delta: taken.as_ref().copied().unwrap_or(line.total_delta), ..line });
+                taken.map(|_| changes.move_coupon(coupon, change, place.at_ms))
             }
         }
     }
@@ -338,11 +286,9 @@ impl Shelf {
 async fn park(connection: &mut PgConnection, partition: u32, owed: &[(Place<'_>, &Operation, String)]) -> Result<(), Error> {
     let nothing: [Item; 0] = [];
     for (place, operation, why) in owed {
-        let (kind, items) = match &operation.effect {
-            Effect::Stock { kind, items, .. } => (kind.as_str(), items.as_slice()),
-            Effect::CouponCreate { .. } => ("coupon.create", nothing.as_slice()),
-            Effect::CouponIssue { .. } => ("coupon.issue", nothing.as_slice()),
-        };
+        let items = if let Effect::Stock { items, .. } = &operation.effect { items.as_slice() } else { nothing.as_slice() };
+        let line = operation.to_string();
+        let kind = line.split(' ').nth(1).unwrap_or_default();
         let lines: Vec<(i32, Option<&str>, i64)> = match items {
             [] => vec![(0, None, 0)],
             items => (0..).zip(items).map(|(i, item)| (i, Some(item.product.as_str()), item.delta)).collect(),
@@ -362,7 +308,7 @@ async fn park(connection: &mut PgConnection, partition: u32, owed: &[(Place<'_>,
             .bind(kind)
             .bind(delta)
             .bind(why)
-            .bind(operation.to_string())
+            .bind(&line)
             .execute(&mut *connection)
             .await?;
         }

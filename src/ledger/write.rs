@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use sqlx::PgConnection;
 
-use super::changes::{Changes, CouponLine, Lifecycle, Place, StockLine};
-use super::{Error, inbox, order, partition, to_bigint};
+use super::changes::{Changes, Lifecycle, Place, StockLine};
+use super::{Error, coupon_write, inbox, order, partition, to_bigint};
 
 /// Writes everything; the caller holds the partition's row and commits. Errors with [`Error::Data`] where Postgres does not know a
 /// product or a coupon that moved.
@@ -33,8 +33,7 @@ pub(super) async fn moves(connection: &mut PgConnection, changes: &Changes<'_>) 
         }
     }
     if !changes.coupon_lines.is_empty() {
-        create_coupons(connection, changes).await?;
-        issue_coupons(connection, changes).await?;
+        coupon_write::moves(connection, changes).await?;
     }
     Ok(())
 }
@@ -45,26 +44,26 @@ pub(super) async fn ledgers(connection: &mut PgConnection, partition: u32, chang
         stock_ledger(connection, partition, &changes.stock_lines).await?;
     }
     if !changes.coupon_lines.is_empty() {
-        coupon_ledger(connection, partition, &changes.coupon_lines).await?;
+        coupon_write::ledger(connection, partition, &changes.coupon_lines).await?;
     }
     Ok(())
 }
 
 /// The columns that both ledgers have.
-struct Places<'a> {
-    epoch: Vec<i64>,
-    n: Vec<i64>,
-    op: Vec<&'a str>,
-    k: Vec<i32>,
-    request: Vec<Option<&'a str>>,
-    digest: Vec<Option<&'a str>>,
-    at_ms: Vec<i64>,
-    origin_epoch: Vec<Option<i64>>,
-    origin_n: Vec<Option<i64>>,
+pub(super) struct Places<'a> {
+    pub epoch: Vec<i64>,
+    pub n: Vec<i64>,
+    pub op: Vec<&'a str>,
+    pub k: Vec<i32>,
+    pub request: Vec<Option<&'a str>>,
+    pub digest: Vec<Option<&'a str>>,
+    pub at_ms: Vec<i64>,
+    pub origin_epoch: Vec<Option<i64>>,
+    pub origin_n: Vec<Option<i64>>,
 }
 
 impl<'a> Places<'a> {
-    fn of(places: impl Iterator<Item = Place<'a>> + Clone) -> Self {
+    pub fn of(places: impl Iterator<Item = Place<'a>> + Clone) -> Self {
         Self {
             epoch: places.clone().map(|place| to_bigint(place.epoch)).collect(),
             n: places.clone().map(|place| to_bigint(place.n)).collect(),
@@ -194,91 +193,4 @@ pub(super) async fn freeze_products(connection: &mut PgConnection, frozen: &BTre
         .await?;
     }
     Ok(())
-}
-
-async fn coupon_ledger(connection: &mut PgConnection, partition: u32, lines: &[CouponLine<'_>]) -> Result<(), Error> {
-    let places = Places::of(lines.iter().map(|line| line.place));
-    sqlx::query(
-        "INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, user_id, serial, remaining_after, request_id, \
-         request_digest, at, origin_epoch, origin_n) \
-         SELECT $1, l.epoch, l.n, l.op, l.k, l.coupon, l.kind, l.user_id, l.serial, l.remaining, l.request, l.digest, \
-         timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n \
-         FROM unnest($2::bigint[], $3::bigint[], $4::text[], $5::int[], $6::text[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
-         $11::text[], $12::text[], $13::bigint[], $14::bigint[], $15::bigint[]) \
-         AS l (epoch, n, op, k, coupon, kind, user_id, serial, remaining, request, digest, at_ms, origin_epoch, origin_n)",
-    )
-    .bind(partition::id(partition))
-    .bind(places.epoch)
-    .bind(places.n)
-    .bind(places.op)
-    .bind(places.k)
-    .bind(lines.iter().map(|line| line.coupon).collect::<Vec<_>>())
-    .bind(lines.iter().map(|line| line.kind).collect::<Vec<_>>())
-    .bind(lines.iter().map(|line| line.user).collect::<Vec<_>>())
-    .bind(lines.iter().map(|line| line.serial).collect::<Vec<_>>())
-    .bind(lines.iter().map(|line| line.remaining).collect::<Vec<_>>())
-    .bind(places.request)
-    .bind(places.digest)
-    .bind(places.at_ms)
-    .bind(places.origin_epoch)
-    .bind(places.origin_n)
-    .execute(connection)
-    .await?;
-    Ok(())
-}
-
-async fn create_coupons(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
-    if changes.created.is_empty() {
-        return Ok(());
-    }
-    let created = &changes.created;
-    sqlx::query(
-        "INSERT INTO holdfast.coupon (coupon_id, total, per_user, start_ms, end_ms) \
-         SELECT * FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[])",
-    )
-    .bind(created.iter().map(|(coupon, _)| *coupon).collect::<Vec<_>>())
-    .bind(created.iter().map(|(_, terms)| terms.total).collect::<Vec<_>>())
-    .bind(created.iter().map(|(_, terms)| terms.per_user).collect::<Vec<_>>())
-    .bind(created.iter().map(|(_, terms)| terms.start_ms).collect::<Vec<_>>())
-    .bind(created.iter().map(|(_, terms)| terms.end_ms).collect::<Vec<_>>())
-    .execute(connection)
-    .await?;
-    Ok(())
-}
-
-async fn issue_coupons(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
-    if changes.issues.is_empty() {
-        return Ok(());
-    }
-    let issues = &changes.issues;
-    sqlx::query(
-        "INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at) \
-         SELECT i.coupon, i.serial, i.user_id, 'issued', timestamptz 'epoch' + i.at_ms * interval '1 millisecond' \
-         FROM unnest($1::text[], $2::bigint[], $3::text[], $4::bigint[]) AS i (coupon, serial, user_id, at_ms)",
-    )
-    .bind(issues.iter().map(|issue| issue.coupon).collect::<Vec<_>>())
-    .bind(issues.iter().map(|issue| issue.serial).collect::<Vec<_>>())
-    .bind(issues.iter().map(|issue| issue.user).collect::<Vec<_>>())
-    .bind(issues.iter().map(|issue| issue.at_ms).collect::<Vec<_>>())
-    .execute(&mut *connection)
-    .await?;
-    let coupons: Vec<_> = changes.coupons.keys().copied().collect();
-    let moved = sqlx::query(
-        "UPDATE holdfast.coupon AS c SET issued = c.issued + m.issued, last_serial = greatest(c.last_serial, m.last_serial) \
-         FROM unnest($1::text[], $2::bigint[], $3::bigint[]) AS m (coupon, issued, last_serial) WHERE c.coupon_id = m.coupon",
-    )
-    .bind(&coupons)
-    .bind(changes.coupons.values().map(|moved| moved.issued).collect::<Vec<_>>())
-    .bind(changes.coupons.values().map(|moved| moved.last_serial).collect::<Vec<_>>())
-    .execute(&mut *connection)
-    .await?
-    .rows_affected();
-    if moved == coupons.len() as u64 {
-        return Ok(());
-    }
-    let unknown = sqlx::query_scalar(
-        "SELECT c FROM unnest($1::text[]) AS c WHERE NOT EXISTS (SELECT 1 FROM holdfast.coupon k WHERE k.coupon_id = c) ORDER BY c LIMIT 5",
-    );
-    let unknown: Vec<String> = unknown.bind(coupons).fetch_all(connection).await?;
-    Err(Error::Data(format!("Redis issued coupons that holdfast.coupon does not have: {}", unknown.join(", "))))
 }

@@ -97,6 +97,7 @@ async fn adopt(
                     serial: held.serial,
                     state: held.state,
                     issued_at_ms: held.issued_at_ms,
+                    order: held.order,
                 })
             });
             let terms = adopt::Coupon {
@@ -108,6 +109,7 @@ async fn adopt(
                 per_user: coupon.per_user,
                 start_ms: coupon.start_ms,
                 end_ms: coupon.end_ms,
+                deleted: coupon.deleted,
             };
             adoption.coupon(&terms, &issued.collect::<Vec<_>>()).await.map_err(|error| text(&error))?;
         }

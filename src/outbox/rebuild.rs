@@ -12,6 +12,7 @@ use tracing::{info, warn};
 
 use super::handover;
 use crate::domain::change::{Effect, Entry};
+use crate::domain::coupon::CouponStep;
 use crate::domain::{Id, Position, RequestId};
 use crate::ledger::order::OrderRow;
 use crate::ledger::refill::Snapshot;
@@ -20,6 +21,7 @@ use crate::ledger::{self, PartitionRow, PgConnection};
 use crate::limits::{
     HANDOVER_MAX, HANDOVER_WITHIN, REBUILD_LEASE, REBUILD_READ_ENTRIES, REBUILD_SORT, SALVAGE_CHANGES_MAX, SIDECAR_RENEW_EVERY,
 };
+use crate::store::coupon;
 use crate::store::meta::{self, Meta};
 use crate::store::partition::State;
 use crate::store::stream::OutboxReader;
@@ -293,6 +295,7 @@ impl Rebuild<'_> {
                     per_user: row.per_user,
                     start_ms: row.start_ms,
                     end_ms: row.end_ms,
+                    deleted: row.deleted,
                 })
                 .collect();
             step(refill::coupons(self.redis, epoch, &rows)).await?;
@@ -304,7 +307,7 @@ impl Rebuild<'_> {
             let rows = slow_step(snapshot.next(&pages)).await?;
             let ended = rows.is_empty();
             for row in rows {
-                let one = (row.serial, row.state, row.issued_at_ms);
+                let one = coupon::Held { serial: row.serial, state: row.state, issued_at_ms: row.issued_at_ms, order: row.order };
                 match open.last_mut().filter(|held| held.coupon.as_str() == row.coupon && held.user.as_str() == row.user) {
                     Some(held) => held.coupons.push(one),
                     None => open.push(refill::Held {
@@ -378,12 +381,12 @@ impl From<store::copies::Salvaged> for Answered {
 }
 
 fn request(row: &ledger::refill::Request) -> refill::Request {
+    let step = row.kind.strip_prefix("coupon.").and_then(CouponStep::parse);
     let word = match row.kind.as_str() {
-        "coupon.issue" => "ISSUED",
         "reserve" | "extend" => "HELD",
         "confirm" => "CONFIRMED",
         "cancel" => "CANCELLED",
-        _ => "OK",
+        _ => step.map_or("OK", CouponStep::word),
     };
     refill::Request {
         id: RequestId::of_escaped(&row.id),

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::coupon::{self, CouponOp};
+use super::coupon::CouponOp;
 use super::partition::EndedEpoch;
 use super::requests::Request;
 use super::stock::{Action, StockOp};
@@ -16,7 +16,7 @@ use crate::limits;
 #[derive(Clone, Debug)]
 pub struct Note {
     pub position: Position,
-    /// Of a coupon that was issued.
+    /// Of a user's coupon.
     pub serial: i64,
     pub remaining: i64,
     /// What was available after it; only where a REQUEST may ask for it again.
@@ -278,9 +278,7 @@ impl Copy {
         let id = |bytes: &[u8]| 48 + bytes.len();
         let ids = match &self.kept {
             Kept::Stock(op) => op.items.iter().map(|(product, _)| size_of_val(product) + 16 + id(product.as_bytes())).sum(),
-            Kept::Coupon(op) => {
-                id(op.coupon.as_bytes()) + if let coupon::Action::Issue { user } = &op.action { id(user.as_bytes()) } else { 0 }
-            }
+            Kept::Coupon(op) => id(op.coupon.as_bytes()) + op.action.ids().map(|named| id(named.as_bytes())).sum::<usize>(),
             Kept::Line(line) => {
                 size_of::<Operation>() + line.products().map(|product| size_of::<Item>() + 8 + id(product.as_bytes())).sum::<usize>() + 256
             }
@@ -304,15 +302,9 @@ impl Copy {
         let remembered = request.map(|request| Remembered { request: request.id.escaped(), digest: request.digest.clone() });
         let effect = match kept {
             Kept::Stock(op) => stock_effect(op, &self.note),
-            Kept::Coupon(CouponOp { coupon, action: coupon::Action::Create(terms), .. }) => {
-                Effect::CouponCreate { coupon: coupon.to_string(), terms: terms.clone() }
+            Kept::Coupon(CouponOp { coupon, action, .. }) => {
+                Effect::Coupon { coupon: coupon.to_string(), change: action.change(&self.note) }
             }
-            Kept::Coupon(CouponOp { coupon, action: coupon::Action::Issue { user }, .. }) => Effect::CouponIssue {
-                coupon: coupon.to_string(),
-                user: user.to_string(),
-                serial: self.note.serial,
-                remaining: self.note.remaining,
-            },
             Kept::Line(line) => return told(line.as_ref().clone()),
         };
         told(Operation { k: self.k, remembered, effect })

@@ -1,6 +1,7 @@
 //! The COUPON family: its operations as lua/coupon_write.lua takes them, and what it answers.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 
 use super::copies::{CopiedBatch, Copy, Kept, Note};
 use super::key_list::KeyList;
@@ -10,7 +11,8 @@ use super::requests::{self, Remembered, Request, RequestKeys};
 use super::script::{self, Script};
 use super::words::Words;
 use super::{Error, keys};
-use crate::domain::change::{CouponTerms, Effect, Operation};
+use crate::domain::change::{Effect, Operation};
+use crate::domain::coupon::{CouponChange, CouponStep, CouponTerms, NewTerms, Stepped};
 use crate::domain::{Id, Position};
 
 /// The keys of lua/coupon_write.lua before the coupons: meta, outbox.
@@ -20,7 +22,68 @@ const FIXED_KEYS: usize = 2;
 #[derive(Clone, Debug)]
 pub enum Action {
     Create(CouponTerms),
-    Issue { user: Id },
+    Alter(NewTerms),
+    Delete,
+    Step {
+        step: CouponStep,
+        user: Id,
+        /// Which of the user's; `None`: the one that fits.
+        serial: Option<i64>,
+        /// What it is redeemed for.
+        order: Option<Id>,
+    },
+}
+
+impl Action {
+    /// A step of the user's coupon that fits.
+    pub const fn step(step: CouponStep, user: Id) -> Self {
+        Self::Step { step, user, serial: None, order: None }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Create(_) => "create",
+            Self::Alter(_) => "alter",
+            Self::Delete => "delete",
+            Self::Step { step, .. } => step.as_str(),
+        }
+    }
+
+    /// The ids that it names besides the coupon.
+    pub fn ids(&self) -> impl Iterator<Item = &Id> {
+        let (user, order) = if let Self::Step { user, order, .. } = self { (Some(user), order.as_ref()) } else { (None, None) };
+        user.into_iter().chain(order)
+    }
+
+    fn user(&self) -> Option<&Id> {
+        if let Self::Step { user, .. } = self { Some(user) } else { None }
+    }
+
+    /// The same in memory of its own.
+    fn detached(self) -> Self {
+        match self {
+            Self::Step { step, user, serial, order } => {
+                Self::Step { step, user: user.detached(), serial, order: order.map(|order| order.detached()) }
+            }
+            other => other,
+        }
+    }
+
+    /// What it did, as far as `note` knows it.
+    pub fn change(&self, note: &Note) -> CouponChange {
+        match self {
+            Self::Create(terms) => CouponChange::Create(terms.clone()),
+            Self::Alter(terms) => CouponChange::Alter { terms: *terms, remaining: note.remaining, by: None },
+            Self::Delete => CouponChange::Delete,
+            Self::Step { step, user, order, .. } => CouponChange::Step(Stepped {
+                step: *step,
+                user: user.to_string(),
+                serial: note.serial,
+                order: order.as_ref().map(ToString::to_string),
+                remaining: note.remaining,
+            }),
+        }
+    }
 }
 
 /// One COUPON operation.
@@ -34,16 +97,27 @@ pub struct CouponOp {
 /// What became of a COUPON operation. Times in Unix ms.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum CouponOutcome {
-    Created {
+    /// It was created, altered or deleted.
+    Done {
         position: Position,
+        /// How many can still be issued.
+        remaining: i64,
     },
-    Exists,
-    Issued {
+    /// A coupon of the user took the step.
+    Stepped {
         serial: i64,
         remaining: i64,
         position: Position,
     },
-    /// The user is at the limit; their latest serial.
+    /// The id is taken.
+    Exists,
+    /// The new total lies below what is issued.
+    TooFew {
+        issued: i64,
+    },
+    /// It would end before it starts.
+    EndsBeforeStart,
+    /// ISSUE: the user is at the limit; their latest serial. USE: this serial was redeemed before.
     Already {
         serial: i64,
     },
@@ -54,8 +128,18 @@ pub enum CouponOutcome {
     Ended {
         end_ms: i64,
     },
+    /// The user does not have it.
+    NotIssued,
+    /// The user has it, and it was not redeemed.
+    NotUsed,
+    /// The user has redeemed it.
+    Used {
+        serial: i64,
+    },
+    /// Redis does not have the coupon.
     Absent,
-    /// A key of this coupon holds something of another type.
+    Deleted,
+    /// A key of this coupon holds something that does not belong there.
     Corrupt,
     Remembered(Remembered),
 }
@@ -79,9 +163,9 @@ impl Family for Coupon {
     }
 
     fn weight(op: &CouponOp) -> (usize, usize) {
-        let user = if let Action::Issue { user } = &op.action { user.as_bytes().len() } else { 0 };
+        let ids: usize = op.action.ids().map(|id| id.as_bytes().len()).sum();
         let (keys, bytes) = op.request.as_ref().map_or((0, 0), Request::weight);
-        (3 + keys, 160 + 4 * op.coupon.as_bytes().len() + 3 * user + bytes)
+        (3 + keys, 160 + 4 * op.coupon.as_bytes().len() + 3 * ids + bytes)
     }
 
     fn encode<'a>(ops: impl Iterator<Item = &'a CouponOp> + Clone, generation: i64) -> Encoded<()> {
@@ -92,9 +176,7 @@ impl Family for Coupon {
                 coupons.push((&op.coupon, Vec::new()));
                 coupons.len()
             });
-            if let Action::Issue { user } = &op.action {
-                coupons[place - 1].1.push(user);
-            }
+            coupons[place - 1].1.extend(op.action.user());
         }
         let mut requests = RequestKeys::after(FIXED_KEYS + 3 * coupons.len());
         let mut batch = Pack::default();
@@ -112,17 +194,29 @@ impl Family for Coupon {
         batch.array(ops.clone().count());
         for (k, op) in ops.enumerate() {
             let place = places.get(&op.coupon).copied().unwrap_or_default();
+            let more = match op.action {
+                Action::Create(_) => 4,
+                Action::Alter(_) | Action::Step { .. } => 3,
+                Action::Delete => 0,
+            };
+            batch.array(4 + more).text(op.action.kind()).text(&line(k, op)).count(place);
+            requests.write(&mut batch, op.request.as_ref(), generation);
             match &op.action {
                 Action::Create(terms) => {
-                    batch.array(8).text("create").text(&line(k, op)).count(place);
-                    requests.write(&mut batch, op.request.as_ref(), generation);
                     batch.integer(terms.total).integer(terms.per_user);
                     batch.integer(terms.start_ms.unwrap_or(0)).integer(terms.end_ms.unwrap_or(0));
                 }
-                Action::Issue { user } => {
-                    batch.array(5).text("issue").text(&line(k, op)).count(place);
-                    requests.write(&mut batch, op.request.as_ref(), generation);
-                    batch.text(user.as_str());
+                Action::Alter(terms) => {
+                    for number in [terms.total, terms.start_ms, terms.end_ms] {
+                        match number {
+                            Some(number) => batch.integer(number),
+                            None => batch.no(),
+                        };
+                    }
+                }
+                Action::Delete => {}
+                Action::Step { user, serial, order, .. } => {
+                    batch.text(user.as_str()).integer(serial.unwrap_or(0)).text(&order_text(order.as_ref().map(Id::as_str)));
                 }
             }
         }
@@ -145,40 +239,42 @@ impl Family for Coupon {
 
     fn note(_: &CouponOp, outcome: &CouponOutcome) -> Option<Note> {
         let (position, serial, remaining) = match outcome {
-            CouponOutcome::Created { position } => (*position, 0, 0),
-            CouponOutcome::Issued { serial, remaining, position } => (*position, *serial, *remaining),
+            CouponOutcome::Done { position, remaining } => (*position, 0, *remaining),
+            CouponOutcome::Stepped { serial, remaining, position } => (*position, *serial, *remaining),
             _ => return None,
         };
         Some(Note { serial, remaining, ..Note::at(position) })
     }
 
     fn keep(batch: &mut CopiedBatch, k: u32, op: CouponOp, note: Note) {
-        let action = match op.action {
-            Action::Issue { user } => Action::Issue { user: user.detached() },
-            create @ Action::Create(_) => create,
-        };
-        let op = CouponOp { coupon: op.coupon.detached(), action, request: op.request.map(Request::detached) };
+        let op = CouponOp { coupon: op.coupon.detached(), action: op.action.detached(), request: op.request.map(Request::detached) };
         batch.copies.push(Copy { k, kept: Kept::Coupon(op), note });
     }
 
     fn replayed(op: &CouponOp, line: &Operation, position: Position) -> Option<CouponOutcome> {
-        match (&op.action, &line.effect) {
-            (Action::Create(_), Effect::CouponCreate { .. }) => Some(CouponOutcome::Created { position }),
-            (Action::Issue { .. }, Effect::CouponIssue { serial, remaining, .. }) => {
-                Some(CouponOutcome::Issued { serial: *serial, remaining: *remaining, position })
-            }
+        let Effect::Coupon { change, .. } = &line.effect else { return None };
+        match change {
+            CouponChange::Step(done) => Some(CouponOutcome::Stepped { serial: done.serial, remaining: done.remaining, position }),
+            change if change.kind() == op.action.kind() => Some(CouponOutcome::Done { position, remaining: change.remaining() }),
             _ => None,
         }
     }
 
     fn is_same(op: &CouponOp, line: &Operation) -> bool {
-        match (&op.action, &line.effect) {
-            (Action::Create(asked), Effect::CouponCreate { coupon, terms }) => op.coupon.as_str() == coupon && asked == terms,
-            (Action::Issue { user: asked }, Effect::CouponIssue { coupon, user, .. }) => {
-                op.coupon.as_str() == coupon && asked.as_str() == user
+        let Effect::Coupon { coupon, change } = &line.effect else { return false };
+        let same = match (&op.action, change) {
+            (Action::Create(asked), CouponChange::Create(terms)) => asked == terms,
+            (Action::Alter(asked), CouponChange::Alter { terms, .. }) => asked == terms,
+            (Action::Delete, CouponChange::Delete) => true,
+            (Action::Step { step, user, serial, order }, CouponChange::Step(done)) => {
+                *step == done.step
+                    && user.as_str() == done.user
+                    && serial.is_none_or(|serial| serial == done.serial)
+                    && order.as_ref().map(Id::as_str) == done.order.as_deref()
             }
             _ => false,
-        }
+        };
+        same && op.coupon.as_str() == coupon
     }
 
     fn remembered(remembered: Remembered) -> CouponOutcome {
@@ -190,18 +286,26 @@ impl Family for Coupon {
 fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Result<Verdict<CouponOutcome>, Error> {
     let word = words.text()?;
     let outcome = match word.as_str() {
-        "ok" => match op.action {
-            Action::Create(_) => CouponOutcome::Created { position: positions.take() },
-            Action::Issue { .. } => {
-                CouponOutcome::Issued { serial: words.integer()?, remaining: words.integer()?, position: positions.take() }
+        "ok" => match &op.action {
+            Action::Create(terms) => CouponOutcome::Done { position: positions.take(), remaining: terms.total },
+            Action::Alter(_) => CouponOutcome::Done { remaining: words.integer()?, position: positions.take() },
+            Action::Delete => CouponOutcome::Done { position: positions.take(), remaining: 0 },
+            Action::Step { .. } => {
+                CouponOutcome::Stepped { serial: words.integer()?, remaining: words.integer()?, position: positions.take() }
             }
         },
         "exists" => CouponOutcome::Exists,
+        "few" => CouponOutcome::TooFew { issued: words.integer()? },
+        "order" => CouponOutcome::EndsBeforeStart,
         "already" => CouponOutcome::Already { serial: words.integer()? },
         "soldout" => CouponOutcome::SoldOut,
         "early" => CouponOutcome::NotStarted { start_ms: words.integer()? },
         "ended" => CouponOutcome::Ended { end_ms: words.integer()? },
+        "none" => CouponOutcome::NotIssued,
+        "unused" => CouponOutcome::NotUsed,
+        "used" => CouponOutcome::Used { serial: words.integer()? },
         "absent" => CouponOutcome::Absent,
+        "deleted" => CouponOutcome::Deleted,
         "corrupt" => CouponOutcome::Corrupt,
         "locked" => {
             let (holder, remaining_ms) = (words.text()?, words.integer()?);
@@ -213,31 +317,72 @@ fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Resul
     Ok(Verdict::Decided(outcome))
 }
 
-/// What a user has of a coupon (serial, state, when it was issued in Unix ms), as lua/coupon_write.lua keeps it: one line each.
-pub fn field(coupons: &[(i64, String, i64)]) -> String {
-    let lines: Vec<String> = coupons.iter().map(|(serial, state, issued_at_ms)| format!("{serial} {state} {issued_at_ms} -")).collect();
-    lines.join("\n")
+/// One coupon of a user, as lua/coupon_write.lua keeps it in a line of the user's field.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    pub serial: i64,
+    /// `issued` or `used`.
+    pub state: String,
+    pub issued_at_ms: i64,
+    /// What it was redeemed for.
+    pub order: Option<String>,
 }
 
-/// The operation's line in the outbox: whole for a creation, up to what only the script knows for an issue.
+impl Held {
+    /// Reads a line.
+    pub fn parse(line: &str) -> Result<Self, Error> {
+        let mut words = line.split(' ');
+        let mut read = || {
+            let (serial, state, issued_at_ms) = (words.next()?.parse().ok()?, words.next()?.to_owned(), words.next()?.parse().ok()?);
+            let order = match words.next()? {
+                "-" => None,
+                order => Some(order.strip_prefix('=')?.to_owned()),
+            };
+            words.next().is_none().then_some(Self { serial, state, issued_at_ms, order })
+        };
+        read().ok_or_else(|| Error::Unexpected(format!("a coupon of a user reads {line:?}")))
+    }
+}
+
+impl std::fmt::Display for Held {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} {} {}", self.serial, self.state, self.issued_at_ms, order_text(self.order.as_deref()))
+    }
+}
+
+/// A user's whole field.
+pub fn field(coupons: &[Held]) -> String {
+    coupons.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+}
+
+/// An order as a user's field has it: it may be called like the mark of none.
+fn order_text(order: Option<&str>) -> String {
+    order.map_or_else(|| "-".to_owned(), |order| format!("={order}"))
+}
+
+/// The operation's line in the outbox: whole for a creation and a deletion, else up to what only the script knows.
 fn line(k: usize, op: &CouponOp) -> String {
-    let kind = if matches!(op.action, Action::Create(_)) { "coupon.create" } else { "coupon.issue" };
-    let mut line = format!("{k} {kind}");
+    let mut line = format!("{k} coupon.{}", op.action.kind());
     if let Some(request) = &op.request {
         request.write_to(&mut line);
     }
-    line.push_str(&format!(" coupon={}", op.coupon));
+    let _ = write!(line, " coupon={}", op.coupon);
     match &op.action {
         Action::Create(terms) => {
-            line.push_str(&format!(" total={} peruser={}", terms.total, terms.per_user));
-            for (name, time) in [("start", terms.start_ms), ("end", terms.end_ms)] {
-                if let Some(time) = time {
-                    line.push_str(&format!(" {name}={time}"));
-                }
-            }
-            line.push_str(" |");
+            let _ = write!(line, "{} |", CouponChange::Create(terms.clone()));
         }
-        Action::Issue { user } => line.push_str(&format!(" user={user}")),
+        Action::Alter(terms) => {
+            for (name, value) in terms.named() {
+                let _ = write!(line, " {name}={value}");
+            }
+        }
+        Action::Delete => line.push_str(" |"),
+        Action::Step { user, order, .. } => {
+            let _ = write!(line, " user={user}");
+            if let Some(order) = order {
+                let _ = write!(line, " order={order}");
+            }
+        }
     }
     line
 }
@@ -246,14 +391,58 @@ fn line(k: usize, op: &CouponOp) -> String {
 mod tests {
     use super::*;
 
+    fn op(action: Action) -> CouponOp {
+        CouponOp { coupon: Id::from("c"), action, request: None }
+    }
+
     #[test]
     fn lines_can_be_read_back() {
         let terms = CouponTerms { total: 10, per_user: 1, start_ms: None, end_ms: Some(7) };
-        let create = CouponOp { coupon: Id::from("c"), action: Action::Create(terms.clone()), request: None };
-        assert_eq!(Operation::decode(&line(0, &create)).unwrap().effect, Effect::CouponCreate { coupon: "c".into(), terms });
-        let issue = CouponOp { coupon: Id::from("c"), action: Action::Issue { user: Id::from("u") }, request: None };
-        let whole = line(2, &issue) + " serial=3 remaining=7 |";
-        let effect = Effect::CouponIssue { coupon: "c".into(), user: "u".into(), serial: 3, remaining: 7 };
-        assert_eq!(Operation::decode(&whole).unwrap().effect, effect);
+        let new = NewTerms { total: Some(4), start_ms: None, end_ms: Some(0) };
+        let step = |step, serial| Action::Step { step, user: Id::from("u"), serial, order: Some(Id::from("o")) };
+        for (action, completed) in [
+            (Action::Create(terms), ""),
+            (Action::Alter(new), " remaining=7 by=-6 |"),
+            (Action::Delete, ""),
+            (Action::step(CouponStep::Issue, Id::from("u")), " serial=3 remaining=7 |"),
+            (step(CouponStep::Use, Some(3)), " serial=3 remaining=7 |"),
+            (step(CouponStep::Use, None), " serial=3 remaining=7 |"),
+        ] {
+            let op = op(action);
+            let read = Operation::decode(&(line(2, &op) + completed)).unwrap();
+            assert!(Coupon::is_same(&op, &read), "{op:?} {read:?}");
+            let remaining = if let Action::Create(terms) = &op.action { terms.total } else { 7 };
+            let note = Note { position: Position::new(1, 1), serial: 3, remaining, available: Vec::new(), line: None };
+            let copied =
+                Operation { k: 2, remembered: None, effect: Effect::Coupon { coupon: "c".into(), change: op.action.change(&note) } };
+            assert_eq!(copied.to_string(), read.to_string().replace(" by=-6", ""));
+        }
+    }
+
+    #[test]
+    fn another_change_is_not_the_same() {
+        let used = Operation::decode("0 coupon.use coupon=c user=u order=o serial=3 remaining=7 |").unwrap();
+        let asked = |step, serial, order: Option<&str>| op(Action::Step { step, user: Id::from("u"), serial, order: order.map(Id::from) });
+        assert!(Coupon::is_same(&asked(CouponStep::Use, None, Some("o")), &used));
+        for other in [
+            asked(CouponStep::Use, Some(4), Some("o")),
+            asked(CouponStep::Use, None, None),
+            asked(CouponStep::Revoke, None, Some("o")),
+            op(Action::Delete),
+        ] {
+            assert!(!Coupon::is_same(&other, &used), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_users_coupon_is_read_from_its_line() {
+        let held = Held { serial: 12, state: "issued".into(), issued_at_ms: 7, order: None };
+        assert_eq!(Held::parse("12 issued 7 -").unwrap(), held);
+        let used = Held { serial: 13, state: "used".into(), issued_at_ms: 8, order: Some("-".into()) };
+        assert_eq!(field(&[held, used.clone()]), "12 issued 7 -\n13 used 8 =-");
+        assert_eq!(Held::parse("13 used 8 =-").unwrap(), used);
+        for bad in ["12 issued", "12 issued 7 o", "12 issued 7 - -", ""] {
+            assert!(Held::parse(bad).is_err(), "{bad}");
+        }
     }
 }

@@ -3,10 +3,13 @@
 use std::cell::RefCell;
 use std::time::Duration;
 
+use super::coupon::Held;
+use super::partition::State;
 use super::script;
 use super::words::Words;
-use super::{Connection, Error, keys};
+use super::{Connection, Error, Partition, keys};
 use crate::domain::{Id, Position};
+use crate::limits::REFILL_KEYS;
 
 /// What STOCK.INFO shows, at one position.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,18 +33,10 @@ pub struct CouponInfo {
     pub per_user: i64,
     pub start_ms: Option<i64>,
     pub end_ms: Option<i64>,
+    pub deleted: bool,
     pub position: Position,
     /// Redis's clock.
     pub now_ms: i64,
-}
-
-/// One coupon of a user.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
-    pub serial: i64,
-    pub state: String,
-    pub issued_at_ms: i64,
-    pub order: Option<String>,
 }
 
 /// One step of a scan.
@@ -50,6 +45,23 @@ pub struct Scanned {
     /// Where the next step goes on; `0` at the end.
     pub cursor: String,
     pub found: Vec<(String, i64)>,
+}
+
+/// The Redis that a read may trust: what was verified last.
+#[derive(Clone, Debug)]
+pub struct Live {
+    epoch: String,
+    run_id: String,
+}
+
+impl Live {
+    /// `None` while the partition is not live.
+    pub fn of(partition: &Partition) -> Option<Self> {
+        match &*partition.state.borrow() {
+            State::Live { epoch, run_id } => Some(Self { epoch: epoch.to_string(), run_id: run_id.clone() }),
+            State::Loading(_) | State::Rebuilding(_) => None,
+        }
+    }
 }
 
 /// See the module.
@@ -103,41 +115,41 @@ impl Reads {
         .await
     }
 
-    /// A coupon as Redis has it; `None` where it has none.
-    pub async fn coupon_info(&self, coupon: &Id) -> Result<Option<CouponInfo>, Error> {
+    /// A coupon as Redis has it; `None` where it has none. Errors with [`Error::Unfit`] where this Redis is not the one that was verified.
+    pub async fn coupon_info(&self, live: &Live, coupon: &Id) -> Result<Option<CouponInfo>, Error> {
         let key = keys::coupon_info(coupon);
         self.with(async |connection| {
-            let mut words = Words::new(connection.run(&script::COUPON_INFO, &[keys::META, &key], &[]).await?)?;
+            let args = [live.epoch.as_bytes(), live.run_id.as_bytes()];
+            let mut words = trusted(connection.run(&script::COUPON_INFO, &[keys::META, &key], &args).await?)?;
             let Some(total) = words.maybe_integer()? else { return Ok(None) };
             let (issued, used, per_user) = (words.integer()?, words.integer()?, words.integer()?);
             let time = |ms: Option<i64>| ms.filter(|ms| *ms > 0);
             let (start_ms, end_ms) = (time(words.maybe_integer()?), time(words.maybe_integer()?));
+            let deleted = words.maybe_text()?.is_some_and(|state| state == "deleted");
             let position = position(&mut words)?;
-            Ok(Some(CouponInfo { total, issued, used, per_user, start_ms, end_ms, position, now_ms: words.integer()? }))
+            Ok(Some(CouponInfo { total, issued, used, per_user, start_ms, end_ms, deleted, position, now_ms: words.integer()? }))
         })
         .await
     }
 
-    /// The coupons a user holds, oldest first.
-    pub async fn coupon_held(&self, coupon: &Id, user: &Id) -> Result<Vec<Held>, Error> {
-        let key = keys::coupon_users(coupon);
+    /// The coupons that a user holds, by serial; `None` where Redis does not have the coupon. Errors as [`Reads::coupon_info`].
+    pub async fn coupon_held(&self, live: &Live, coupon: &Id, user: &Id) -> Result<Option<Vec<Held>>, Error> {
+        let (info, users) = (keys::coupon_info(coupon), keys::coupon_users(coupon));
         self.with(async |connection| {
-            let answer = connection.send(redis::cmd("HGET").arg(&key).arg(user.as_bytes())).await?;
-            let text = Words::new(redis::Value::Array(vec![answer]))?.maybe_text()?;
-            text.iter().flat_map(|text| text.lines()).map(held).collect()
+            let args = [live.epoch.as_bytes(), live.run_id.as_bytes(), user.as_bytes()];
+            let mut words = trusted(connection.run(&script::COUPON_HELD, &[keys::META, &info, &users], &args).await?)?;
+            let exists = words.integer()? > 0;
+            let text = words.maybe_text()?;
+            let held = text.iter().flat_map(|text| text.lines()).map(Held::parse).collect::<Result<_, _>>()?;
+            Ok(exists.then_some(held))
         })
         .await
     }
 
     /// Goes on with a scan over the products whose id matches the glob.
     pub async fn scan_products(&self, cursor: &str, pattern: &str, count: i64) -> Result<Scanned, Error> {
-        let pattern = format!("{}{pattern}", keys::PRODUCT_PREFIX);
         self.with(async |connection| {
-            let mut scan = redis::cmd("SCAN");
-            scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(count).arg("TYPE").arg("string");
-            let mut words = Words::new(connection.send(&scan).await?)?;
-            let cursor = words.text()?;
-            let found: Vec<String> = redis::from_redis_value(words.raw()?).map_err(redis::RedisError::from)?;
+            let (cursor, found) = scan(connection, cursor, keys::PRODUCT_PREFIX, pattern, count, "string").await?;
             if found.is_empty() {
                 return Ok(Scanned { cursor, found: Vec::new() });
             }
@@ -153,34 +165,55 @@ impl Reads {
         })
         .await
     }
+
+    /// Goes on with a scan over the coupons whose id matches the glob, with how many can still be issued of each. Those that were deleted are
+    /// left out.
+    pub async fn scan_coupons(&self, cursor: &str, pattern: &str, count: i64) -> Result<Scanned, Error> {
+        self.with(async |connection| {
+            let (cursor, found) = scan(connection, cursor, keys::COUPON_INFO_PREFIX, pattern, count, "hash").await?;
+            let mut pairs = Vec::with_capacity(found.len());
+            for found in found.chunks(REFILL_KEYS) {
+                let keys: Vec<&str> = found.iter().map(String::as_str).collect();
+                let mut remaining = Words::new(connection.run(&script::COUPON_TERMS, &keys, &[]).await?)?;
+                for key in found {
+                    let coupon = key.strip_prefix(keys::COUPON_INFO_PREFIX).unwrap_or_default().to_owned();
+                    pairs.extend(remaining.maybe_integer()?.map(|remaining| (coupon, remaining)));
+                }
+            }
+            Ok(Scanned { cursor, found: pairs })
+        })
+        .await
+    }
+}
+
+/// One step of a scan over the keys of one type behind `prefix`: where the next one goes on, and the keys.
+async fn scan(
+    connection: &mut Connection,
+    cursor: &str,
+    prefix: &str,
+    pattern: &str,
+    count: i64,
+    kind: &str,
+) -> Result<(String, Vec<String>), Error> {
+    let mut scan = redis::cmd("SCAN");
+    scan.arg(cursor).arg("MATCH").arg(format!("{prefix}{pattern}")).arg("COUNT").arg(count).arg("TYPE").arg(kind);
+    let mut words = Words::new(connection.send(&scan).await?)?;
+    let cursor = words.text()?;
+    let found = redis::from_redis_value(words.raw()?).map_err(redis::RedisError::from)?;
+    Ok((cursor, found))
+}
+
+/// The answer of a script that says first whether this Redis is the one that was verified.
+fn trusted(answer: redis::Value) -> Result<Words, Error> {
+    let mut words = Words::new(answer)?;
+    match words.text()?.as_str() {
+        "ok" => Ok(words),
+        word => Err(Error::Unfit(format!("Redis is not as it was verified ({word}), and is being compared with Postgres"))),
+    }
 }
 
 /// The newest change's position; `0-0` before the first.
 fn position(words: &mut Words) -> Result<Position, Error> {
     let Some(text) = words.maybe_text()? else { return Ok(Position::default()) };
     Position::parse(text.as_bytes()).ok_or_else(|| Error::Unexpected(format!("{text:?} where a position belongs")))
-}
-
-/// Reads one line of a user's field: serial, state, issued at, order (`-`: none).
-pub(super) fn held(line: &str) -> Result<Held, Error> {
-    let mut words = line.split(' ');
-    let read = || {
-        let (serial, state, issued_at_ms) = (words.next()?.parse().ok()?, words.next()?.to_owned(), words.next()?.parse().ok()?);
-        let order = words.next()?;
-        Some(Held { serial, state, issued_at_ms, order: (order != "-").then(|| order.to_owned()) })
-    };
-    let mut read = read;
-    read().ok_or_else(|| Error::Unexpected(format!("a coupon of a user reads {line:?}")))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_users_coupon_is_read_from_its_line() {
-        let expected = Held { serial: 12, state: "issued".into(), issued_at_ms: 7, order: None };
-        assert_eq!(held("12 issued 7 -").unwrap(), expected);
-        assert!(held("12 issued").is_err());
-    }
 }

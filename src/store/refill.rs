@@ -29,13 +29,14 @@ pub struct Coupon {
     pub per_user: i64,
     pub start_ms: i64,
     pub end_ms: i64,
+    pub deleted: bool,
 }
 
-/// What a user has of a coupon: serial, state, when it was issued in Unix ms; by serial.
+/// What a user has of a coupon, by serial.
 pub struct Held {
     pub coupon: Id,
     pub user: Id,
-    pub coupons: Vec<(i64, String, i64)>,
+    pub coupons: Vec<coupon::Held>,
 }
 
 /// A REQUEST that may be repeated, and its reply.
@@ -218,6 +219,7 @@ pub async fn coupons(connection: &mut Connection, epoch: u64, coupons: &[Coupon]
                 ("end", coupon.end_ms),
             ];
             let fields = fields.into_iter().map(|(field, value)| (field.to_owned(), value.to_string()));
+            let fields = fields.chain(coupon.deleted.then(|| ("state".to_owned(), "deleted".to_owned())));
             work.hash(&keys::coupon_info(&coupon.coupon), fields);
         }
         work.run(connection).await?;

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use redis::Value;
 
 use super::refill::{Coupon, Product};
-use super::{Connection, Error, keys, reads};
+use super::{Connection, Error, coupon, keys};
 use crate::domain::Id;
 use crate::limits::REFILL_KEYS;
 
@@ -22,7 +22,7 @@ pub struct Page {
 /// What a user has of a coupon.
 pub struct Holder {
     pub user: String,
-    pub coupons: Vec<reads::Held>,
+    pub coupons: Vec<coupon::Held>,
 }
 
 /// A walk through every key; a key may be met twice.
@@ -55,7 +55,7 @@ impl Walk {
         let mut page = Page::default();
         products(connection, &named(keys::PRODUCT_PREFIX), &mut page).await?;
         for coupon in named(keys::COUPON_INFO_PREFIX) {
-            match self::coupon(connection, &coupon).await {
+            match terms(connection, &coupon).await {
                 Ok(coupon) => page.coupons.push(coupon),
                 Err(Error::Connection(error)) => return Err(Error::Connection(error)),
                 Err(_) => page.unreadable.push(keys::coupon_info(&coupon)),
@@ -100,9 +100,10 @@ async fn products(connection: &mut Connection, products: &[Id], page: &mut Page)
     Ok(())
 }
 
-async fn coupon(connection: &mut Connection, coupon: &Id) -> Result<(Coupon, Vec<Holder>), Error> {
-    let fields: HashMap<String, i64> = read(connection.send(redis::cmd("HGETALL").arg(keys::coupon_info(coupon))).await?)?;
-    let field = |name: &str| fields.get(name).copied().ok_or_else(|| Error::Unexpected(format!("coupon '{coupon}' has no {name}")));
+async fn terms(connection: &mut Connection, coupon: &Id) -> Result<(Coupon, Vec<Holder>), Error> {
+    let fields: HashMap<String, String> = read(connection.send(redis::cmd("HGETALL").arg(keys::coupon_info(coupon))).await?)?;
+    let number = |name: &str| fields.get(name)?.parse().ok();
+    let field = |name: &str| number(name).ok_or_else(|| Error::Unexpected(format!("coupon '{coupon}' has no {name}")));
     let terms = Coupon {
         coupon: coupon.clone(),
         total: field("total")?,
@@ -112,13 +113,14 @@ async fn coupon(connection: &mut Connection, coupon: &Id) -> Result<(Coupon, Vec
         per_user: field("peruser")?,
         start_ms: field("start")?,
         end_ms: field("end")?,
+        deleted: fields.get("state").is_some_and(|state| state == "deleted"),
     };
     let (mut holders, mut cursor) = (Vec::new(), "0".to_owned());
     loop {
         let step = connection.send(redis::cmd("HSCAN").arg(keys::coupon_users(coupon)).arg(&cursor).arg("COUNT").arg(REFILL_KEYS)).await?;
         let (next, found): (String, Vec<(String, String)>) = read(step)?;
         for (user, lines) in found {
-            holders.push(Holder { user, coupons: lines.lines().map(reads::held).collect::<Result<_, _>>()? });
+            holders.push(Holder { user, coupons: lines.lines().map(coupon::Held::parse).collect::<Result<_, _>>()? });
         }
         cursor = next;
         if cursor == "0" {

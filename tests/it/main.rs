@@ -7,6 +7,7 @@ mod servers;
 
 mod bad_input;
 mod bounds;
+mod coupon_life;
 mod coupons;
 mod dead_letters;
 mod doubt;

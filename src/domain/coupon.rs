@@ -1,0 +1,265 @@
+//! What a coupon goes through: its terms, the steps of one that a user has, and how a change of it is written in the outbox.
+//!
+//! ```text
+//! 0 coupon.create coupon=c total=10 peruser=1 end=1700000000000 |
+//! 1 coupon.alter coupon=c total=20 end=0 remaining=19 by=10 |
+//! 2 coupon.issue coupon=c user=u-7 serial=12 remaining=7 |
+//! 3 coupon.use coupon=c user=u-7 order=o-1 serial=12 remaining=7 |
+//! 4 coupon.unuse coupon=c user=u-7 serial=12 remaining=7 |
+//! 5 coupon.revoke coupon=c user=u-7 serial=12 remaining=8 |
+//! 6 coupon.delete coupon=c |
+//! ```
+
+use super::change::Named;
+
+/// The terms of a coupon as COUPON.CREATE set them. Times in Unix ms.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CouponTerms {
+    pub total: i64,
+    pub per_user: i64,
+    pub start_ms: Option<i64>,
+    pub end_ms: Option<i64>,
+}
+
+/// What COUPON.ALTER changes of them; `None` leaves it as it is, a time of 0 takes the bound away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NewTerms {
+    pub total: Option<i64>,
+    pub start_ms: Option<i64>,
+    pub end_ms: Option<i64>,
+}
+
+impl NewTerms {
+    /// The names and values that are given, as the outbox has them.
+    pub fn named(&self) -> impl Iterator<Item = (&'static str, i64)> {
+        let named = [("total", self.total), ("start", self.start_ms), ("end", self.end_ms)];
+        named.into_iter().filter_map(|(name, value)| Some((name, value?)))
+    }
+}
+
+/// What happens to one coupon of a user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CouponStep {
+    /// COUPON.ISSUE: it is theirs.
+    Issue,
+    /// COUPON.USE: it is redeemed.
+    Use,
+    /// COUPON.UNUSE: it was not redeemed after all.
+    Unuse,
+    /// COUPON.REVOKE: it is nobody's any more.
+    Revoke,
+}
+
+impl CouponStep {
+    pub const ALL: [Self; 4] = [Self::Issue, Self::Use, Self::Unuse, Self::Revoke];
+
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|step| step.as_str() == text)
+    }
+
+    /// Its name in the outbox, behind `coupon.`, and in the ledger.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Issue => "issue",
+            Self::Use => "use",
+            Self::Unuse => "unuse",
+            Self::Revoke => "revoke",
+        }
+    }
+
+    /// The state that it begins in; `None` where there is none yet.
+    pub const fn from(self) -> Option<&'static str> {
+        match self {
+            Self::Issue => None,
+            Self::Use | Self::Revoke => Some("issued"),
+            Self::Unuse => Some("used"),
+        }
+    }
+
+    /// The state that it leads to.
+    pub const fn to(self) -> &'static str {
+        match self {
+            Self::Issue | Self::Unuse => "issued",
+            Self::Use => "used",
+            Self::Revoke => "revoked",
+        }
+    }
+
+    /// By how much the number of those that are out moves.
+    pub const fn issued(self) -> i64 {
+        match self {
+            Self::Issue => 1,
+            Self::Use | Self::Unuse => 0,
+            Self::Revoke => -1,
+        }
+    }
+
+    /// By how much the number of those that were redeemed moves.
+    pub const fn used(self) -> i64 {
+        match self {
+            Self::Use => 1,
+            Self::Unuse => -1,
+            Self::Issue | Self::Revoke => 0,
+        }
+    }
+
+    /// The word that its reply begins with.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Issue | Self::Unuse => "ISSUED",
+            Self::Use => "USED",
+            Self::Revoke => "REVOKED",
+        }
+    }
+
+    /// Whether its reply says how many are left.
+    pub const fn says_remaining(self) -> bool {
+        matches!(self, Self::Issue | Self::Revoke)
+    }
+}
+
+/// One coupon of a user, and what happened to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stepped {
+    pub step: CouponStep,
+    pub user: String,
+    pub serial: i64,
+    /// What it was redeemed for.
+    pub order: Option<String>,
+    /// How many can still be issued afterwards.
+    pub remaining: i64,
+}
+
+/// What an accepted operation did to a coupon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CouponChange {
+    Create(CouponTerms),
+    Alter {
+        terms: NewTerms,
+        /// How many can still be issued afterwards.
+        remaining: i64,
+        /// By how much the total moved; `None` where that is not known.
+        by: Option<i64>,
+    },
+    /// Nothing is issued any more, and its id stays taken.
+    Delete,
+    Step(Stepped),
+}
+
+impl CouponChange {
+    /// Its name in the outbox, behind `coupon.`, and in the ledger.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Create(_) => "create",
+            Self::Alter { .. } => "alter",
+            Self::Delete => "delete",
+            Self::Step(stepped) => stepped.step.as_str(),
+        }
+    }
+
+    /// The serial that it is about.
+    pub fn serial(&self) -> Option<i64> {
+        if let Self::Step(stepped) = self { Some(stepped.serial) } else { None }
+    }
+
+    /// How many can still be issued afterwards.
+    pub const fn remaining(&self) -> i64 {
+        match self {
+            Self::Create(terms) => terms.total,
+            Self::Alter { remaining, .. } => *remaining,
+            Self::Delete => 0,
+            Self::Step(stepped) => stepped.remaining,
+        }
+    }
+
+    /// Reads what stands in the outbox behind `coupon.<kind>`.
+    pub(super) fn decode(kind: &str, named: &Named<'_>) -> Option<Self> {
+        Some(match kind {
+            "create" => Self::Create(CouponTerms {
+                total: named.number("total")?,
+                per_user: named.number("peruser")?,
+                start_ms: named.number("start"),
+                end_ms: named.number("end"),
+            }),
+            "alter" => Self::Alter {
+                terms: NewTerms { total: named.number("total"), start_ms: named.number("start"), end_ms: named.number("end") },
+                remaining: named.number("remaining")?,
+                by: named.number("by"),
+            },
+            "delete" => Self::Delete,
+            _ => Self::Step(Stepped {
+                step: CouponStep::parse(kind)?,
+                user: named.text("user")?,
+                serial: named.number("serial")?,
+                order: named.text("order"),
+                remaining: named.number("remaining")?,
+            }),
+        })
+    }
+}
+
+impl std::fmt::Display for CouponChange {
+    /// Writes what [`CouponChange::decode`] reads, each name behind a blank.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Create(terms) => {
+                write!(f, " total={} peruser={}", terms.total, terms.per_user)?;
+                terms.start_ms.map_or(Ok(()), |start| write!(f, " start={start}"))?;
+                terms.end_ms.map_or(Ok(()), |end| write!(f, " end={end}"))
+            }
+            Self::Alter { terms, remaining, by } => {
+                terms.named().try_for_each(|(name, value)| write!(f, " {name}={value}"))?;
+                write!(f, " remaining={remaining}")?;
+                by.map_or(Ok(()), |by| write!(f, " by={by}"))
+            }
+            Self::Delete => Ok(()),
+            Self::Step(Stepped { user, serial, order, remaining, .. }) => {
+                write!(f, " user={user}")?;
+                order.as_ref().map_or(Ok(()), |order| write!(f, " order={order}"))?;
+                write!(f, " serial={serial} remaining={remaining}")
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::change::{Effect, Operation};
+
+    #[test]
+    fn every_line_is_written_as_it_was_read() {
+        for line in [
+            "6 coupon.create coupon=c total=10 peruser=1 end=7 |",
+            "7 coupon.issue request=r digest=d coupon=c user=u=7 serial=12 remaining=988 |",
+            "0 coupon.use coupon=c user=u order=o=1 serial=3 remaining=7 |",
+            "1 coupon.use coupon=c user=- serial=3 remaining=7 |",
+            "2 coupon.unuse coupon=| user=u serial=3 remaining=7 |",
+            "3 coupon.revoke coupon=c user=u serial=3 remaining=8 |",
+            "4 coupon.alter coupon=c total=20 start=5 end=0 remaining=11 by=10 |",
+            "5 coupon.alter coupon=c end=9 remaining=1 |",
+            "6 coupon.delete request=r digest=d coupon=c |",
+        ] {
+            assert_eq!(Operation::decode(line).unwrap().to_string(), line);
+        }
+    }
+
+    #[test]
+    fn what_is_incomplete_is_refused() {
+        for line in ["0 coupon.use coupon=c user=u serial=1 |", "0 coupon.lend coupon=c user=u serial=1 remaining=1 |", "0 coupon.delete |"]
+        {
+            assert!(Operation::decode(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn steps_lead_from_one_state_to_the_next() {
+        for step in CouponStep::ALL {
+            let line = format!("0 coupon.{} coupon=c user=u serial=1 remaining=1 |", step.as_str());
+            let Effect::Coupon { change, .. } = Operation::decode(&line).unwrap().effect else { panic!() };
+            assert_eq!((change.kind(), change.serial()), (step.as_str(), Some(1)));
+            assert_eq!(step.from().is_none(), step == CouponStep::Issue);
+        }
+        assert_eq!(CouponStep::Unuse.to(), CouponStep::Use.from().unwrap());
+    }
+}

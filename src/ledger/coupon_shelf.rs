@@ -1,0 +1,93 @@
+//! What Postgres has of the coupons that are being saved, as far as it has been worked through: see [`salvage`](super::salvage).
+
+use std::collections::{BTreeSet, HashMap};
+
+use sqlx::PgConnection;
+
+use super::Error;
+use super::salvage::Answered;
+use crate::domain::coupon::{CouponChange, Stepped};
+
+/// See the module.
+pub(super) struct CouponShelf {
+    coupons: HashMap<String, Terms>,
+    /// By coupon and serial: the user, and the state.
+    issues: HashMap<(String, i64), (String, &'static str)>,
+}
+
+#[derive(Clone, Copy)]
+struct Terms {
+    total: i64,
+    issued: i64,
+    deleted: bool,
+}
+
+impl CouponShelf {
+    /// Reads what these are about, and locks the coupons.
+    pub async fn load(connection: &mut PgConnection, answered: &[&Answered]) -> Result<Self, Error> {
+        let coupons: BTreeSet<&str> = answered.iter().filter_map(|one| one.operation.coupon()).collect();
+        let coupons: Vec<&str> = coupons.into_iter().collect();
+        let terms: Vec<(String, i64, i64, bool)> = sqlx::query_as(
+            "SELECT coupon_id, total, issued, state = 'deleted' FROM holdfast.coupon WHERE coupon_id = ANY($1) ORDER BY coupon_id FOR UPDATE",
+        )
+        .bind(&coupons)
+        .fetch_all(&mut *connection)
+        .await?;
+        let serials: Vec<i64> = answered.iter().filter_map(|one| one.operation.serial()).collect();
+        let issues: Vec<(String, i64, String, String)> = sqlx::query_as(
+            "SELECT coupon_id, serial, user_id, state FROM holdfast.coupon_issue WHERE coupon_id = ANY($1) AND serial = ANY($2)",
+        )
+        .bind(&coupons)
+        .bind(serials)
+        .fetch_all(connection)
+        .await?;
+        let state = |state: &str| ["issued", "used"].into_iter().find(|known| *known == state).unwrap_or("revoked");
+        Ok(Self {
+            coupons: terms.into_iter().map(|(coupon, total, issued, deleted)| (coupon, Terms { total, issued, deleted })).collect(),
+            issues: issues.into_iter().map(|(coupon, serial, user, held)| ((coupon, serial), (user, state(&held)))).collect(),
+        })
+    }
+
+    /// Makes a change here. Returns by how much the total moves; errors with why Postgres cannot make it.
+    pub fn take(&mut self, coupon: &str, change: &CouponChange) -> Result<i64, String> {
+        if let CouponChange::Create(terms) = change {
+            if self.coupons.contains_key(coupon) {
+                return Err(format!("coupon '{coupon}' exists already"));
+            }
+            self.coupons.insert(coupon.to_owned(), Terms { total: terms.total, issued: 0, deleted: false });
+            return Ok(terms.total);
+        }
+        let Some(found) = self.coupons.get_mut(coupon).filter(|found| !found.deleted) else {
+            return Err(format!("there is no coupon '{coupon}'"));
+        };
+        match change {
+            CouponChange::Create(_) => {}
+            CouponChange::Delete => found.deleted = true,
+            CouponChange::Alter { terms, .. } => {
+                let total = terms.total.unwrap_or(found.total);
+                if total < found.issued {
+                    return Err(format!("{} of coupon '{coupon}' are issued already", found.issued));
+                }
+                let by = total - found.total;
+                found.total = total;
+                return Ok(by);
+            }
+            CouponChange::Step(Stepped { step, user, serial, .. }) => {
+                let held = self.issues.get(&(coupon.to_owned(), *serial));
+                match (step.from(), held) {
+                    (None, Some(_)) => return Err(format!("serial {serial} of coupon '{coupon}' was issued to somebody else")),
+                    (None, None) if found.issued >= found.total => return Err(format!("coupon '{coupon}' is sold out")),
+                    (None, None) => {}
+                    (Some(from), Some((holder, state))) if holder == user && *state == from => {}
+                    (Some(_), Some((holder, state))) => {
+                        return Err(format!("serial {serial} of coupon '{coupon}' is '{holder}'s, and {state}"));
+                    }
+                    (Some(_), None) => return Err(format!("serial {serial} of coupon '{coupon}' was not issued")),
+                }
+                found.issued += step.issued();
+                self.issues.insert((coupon.to_owned(), *serial), (user.clone(), step.to()));
+            }
+        }
+        Ok(0)
+    }
+}
