@@ -11,6 +11,7 @@ use std::{env, fs};
 /// What the builds that break a promise on purpose replace in the scripts: feature, script, text, what stands there instead.
 const SABOTAGE: &[(&str, &str, &str, &str)] = &[
     ("NO_BATCH_REPLAY", "guard", "if m[6] then", "if false then"),
+    ("NO_LOCK_EPOCH", "lock", "if m[1] ~= epoch or m[2] ~= run then return nil end\n  return tonumber(m[3])", "return tonumber(m[3]) or 0"),
     ("NO_REQUEST_MEMORY", "requests", "if text then return 'known', text end\n", ""),
     ("NO_RUN_ID", "guard", "if m[2] ~= run then return nil, {'run', op, now} end\n", ""),
     ("XADD_LAST", "coupon_write", "append(head, lines)\n", ""),

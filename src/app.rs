@@ -340,8 +340,11 @@ impl FrontThread {
         let cx = Rc::new(Context::new(Rc::new(Commands::new(TABLE)), self.registry, self.stats, backend));
         spawn_local(Rc::clone(&cx.heartbeat).beat());
         cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
-        let partition = Arc::clone(&cx.backend.partition);
-        let render = Box::new(move |text: &mut String| show_partition(&partition, text));
+        let (partition, locks) = (Arc::clone(&cx.backend.partition), cx.backend.locks.clone());
+        let render = Box::new(move |text: &mut String| {
+            show_partition(&partition, text);
+            show_locks(&locks, text);
+        });
         cx.sections.borrow_mut().push(Section { name: "Holdfast", render });
         let serving = async {
             listener::serve(listener, Rc::clone(&cx), shutdown).await;
@@ -359,6 +362,12 @@ async fn beat(pulses: Pulses, number: usize, partition: Arc<Partition>) {
         partition.sold_out.purge();
         tokio::time::sleep(limits::PULSE_EVERY).await;
     }
+}
+
+/// How locks stand, as INFO shows it.
+fn show_locks(locks: &Locks, text: &mut String) {
+    let state = locks.trouble().map_or_else(|| "up".to_owned(), |why| format!("down: {why}"));
+    text.push_str(&format!("holdfast_locks:{state}\r\nholdfast_lock_waiters:{}\r\n", locks.waiting()));
 }
 
 /// How the partition stands, as INFO shows it. `at_risk` changes would be lost if Redis's data and this process died at once.

@@ -108,6 +108,9 @@ pub const LOCK_RECONNECT_AFTER: Duration = Duration::from_millis(20);
 /// How long Postgres may take to say under which epoch tokens go on, before it is asked again.
 pub const LOCK_EPOCH_WITHIN: Duration = Duration::from_secs(5);
 
+/// No lock's own counter may lead to a higher epoch than this: it would leave too few below 2^21, where tokens reach 2^53.
+pub const LOCK_EPOCH_MAX: u64 = 1 << 20;
+
 /// Requests for an epoch that may wait: there is one at a time, and those that were given up.
 pub const LOCK_EPOCH_REQUESTS_MAX: usize = 4;
 

@@ -199,10 +199,10 @@ fn fenced() -> Reply {
 
 fn refused(name: &LockName, refusal: Refusal) -> Reply {
     Reply::error(match refusal {
-        Refusal::TryAgain(why) => format!("TRYAGAIN {why}"),
+        Refusal::TryAgain(why) | Refusal::Failed(why) => format!("TRYAGAIN {why}"),
         Refusal::Loading(why) => format!("LOADING {why}"),
-        Refusal::InDoubt(what) => {
-            format!("INDOUBT {what} it is not known yet whether it was done: LOCK.CHECK tells whether the lock is held")
+        Refusal::InDoubt => {
+            format!("INDOUBT {name} it is not known yet whether it was done: LOCK.CHECK tells whether the lock is still held")
         }
         Refusal::NotALock(kind) => format!("ERR invalid lock name: '{name}' is a {kind} on the backing Redis, and no lock"),
     })

@@ -78,7 +78,9 @@ pub enum Refusal {
     /// Surely not done: starting or shutting down.
     Loading(String),
     /// Sent, and no answer in time.
-    InDoubt(String),
+    InDoubt,
+    /// Surely not done: Redis, or this sidecar, refuses it, and would again.
+    Failed(String),
     /// The key holds something of this type.
     NotALock(String),
 }
@@ -232,8 +234,8 @@ impl Locks {
         self.0.spawn(async move { _ = answer.send(releasing.release(name, token).await) });
         match tokio::time::timeout(within, answered).await {
             Ok(Ok(released)) => released,
-            _ if self.0.link.trouble().is_some() => Err(Refusal::InDoubt("Redis cannot be reached".to_owned())),
-            _ => Err(Refusal::InDoubt("Redis does not answer".to_owned())),
+            // It goes on, and may be done yet.
+            _ => Err(Refusal::InDoubt),
         }
     }
 
@@ -315,7 +317,7 @@ impl Inner {
             return refuse(waiter, Refusal::Loading("shutting down".to_owned()));
         }
         if self.holds.len() >= limits::LOCKS_HELD_MAX {
-            return refuse(waiter, Refusal::TryAgain("this sidecar's clients hold too many locks".to_owned()));
+            return refuse(waiter, Refusal::Failed("this sidecar's clients hold too many locks".to_owned()));
         }
         let mut lines = self.lines();
         let line = lines.entry(name.clone()).or_default();
@@ -440,7 +442,10 @@ impl Inner {
             Ok(Tried::Free) => {}
             Err(refusal) => {
                 line.held_until = None;
-                if let Some(waiter) = line.waiters.remove(&id) {
+                // Whoever waits goes on waiting for Redis. What was sent for them, if it ran, has ended with its lease.
+                let waits = matches!(refusal, Refusal::TryAgain(_) | Refusal::InDoubt)
+                    && line.waiters.get(&id).is_some_and(|waiter| waiter.patient);
+                if !waits && let Some(waiter) = line.waiters.remove(&id) {
                     drop(lines);
                     refuse(waiter, refusal);
                 }

@@ -150,7 +150,7 @@ fn what_is_no_lock_is_refused_and_a_coupons_lock_is_a_lock() {
 
 #[test]
 fn those_who_wait_get_it_in_the_order_in_which_they_came() {
-    let stack = Stack::with_settings(&["--lock-max-turn-ms", "10000"]);
+    let stack = Stack::with_settings(&["--lock-max-turn-ms", "10000", "--threads", "3"]);
     let mut client = stack.connect();
     let mut held = acquire(&mut client, "l", "");
     let (told, order) = mpsc::channel();
@@ -392,6 +392,32 @@ fn tokens_that_reach_the_next_epoch_raise_it() {
     let epoch: u64 = stack.postgres.value("SELECT epoch FROM holdfast.lock").parse().unwrap();
     assert_eq!(next >> 32, epoch);
     assert!(next > first + (5 << 32));
+}
+
+#[test]
+fn a_counter_that_is_far_too_high_refuses_only_its_own_lock() {
+    let stack = Stack::start();
+    let (mut client, mut redis) = (stack.connect(), stack.backing());
+    redis.ask("SET redisson_lock_token:{l} 9007199254740990");
+    let refused = client.ask("LOCK.ACQUIRE l WAIT 60000");
+    assert!(refused.starts_with("-TRYAGAIN its counter, redisson_lock_token:{<name>}, is too high"), "{refused}");
+    acquire(&mut client, "m", "");
+    redis.ask("SET redisson_lock_token:{l} garbage");
+    acquire(&mut client, "l", "");
+}
+
+#[test]
+fn whoever_waits_goes_on_waiting_while_redis_is_away() {
+    let mut stack = Stack::start();
+    let mut client = stack.connect();
+    let held = acquire(&mut client, "l", "LEASE 3600000");
+    let waiter = waiting(&stack.sidecar, "LOCK.ACQUIRE l WAIT 60000 LEASE 1000");
+    wait_until("somebody waits", || waiters(&mut client, "l") == 1);
+    stack.redis.kill();
+    thread::sleep(Duration::from_millis(2_500));
+    assert!(client.ask("LOCK.ACQUIRE l WAIT 20").starts_with("-TRYAGAIN "));
+    stack.redis.restart_empty();
+    assert!(token(&waiter.join().unwrap().1) > held);
 }
 
 #[test]

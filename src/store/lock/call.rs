@@ -9,6 +9,7 @@ use super::super::{Error, keys};
 use super::line::Waiter;
 use super::link::Node;
 use super::{Inner, Refusal, millis};
+use crate::domain::lock::Epoch;
 use crate::domain::{Id, LockName};
 use crate::limits;
 
@@ -71,8 +72,10 @@ pub(super) struct Seen {
 
 /// What goes on after an answer that decides nothing.
 enum Again {
-    /// The node is in doubt, or was too slow.
+    /// The node is in doubt.
     Now,
+    /// It was too late by Redis's clock: it may be that ours has to be set first.
+    Later,
     /// Nothing can be done about it.
     Never(Refusal),
 }
@@ -84,7 +87,7 @@ impl Inner {
         let (lease, keep) = (millis(asked.lease).to_string(), limits::LOCK_NOTE.as_millis().to_string());
         let mut sent = Instant::now();
         let mut words = self
-            .call(&script::LOCK_ACQUIRE, &keys, &asked.op, until, |node| {
+            .call(&script::LOCK_ACQUIRE, &keys, true, until, |node| {
                 sent = Instant::now();
                 let deadline = node.time_at(sent + limits::LOCK_CALL_WITHIN).to_string();
                 let mut args = of_node(node);
@@ -118,7 +121,7 @@ impl Inner {
         let (token, keep) = (token.to_string(), limits::LOCK_NOTE.as_millis().to_string());
         let lease = next.map_or(0, |next| millis(next.lease)).to_string();
         let mut words = self
-            .call(&script::LOCK_RELEASE, &keys, op, until, |node| {
+            .call(&script::LOCK_RELEASE, &keys, true, until, |node| {
                 let mut args = of_node(node);
                 args.extend([node.epoch.installation.clone().into_bytes(), op.as_bytes().to_vec(), token.clone().into_bytes()]);
                 args.extend([lease.clone().into_bytes(), next.map_or(b"".as_slice(), Asked::owner).to_vec(), keep.clone().into_bytes()]);
@@ -147,7 +150,7 @@ impl Inner {
         }
         let (batch, keep) = (batch.into_bytes(), limits::LOCK_NOTE.as_millis().to_string());
         let mut words = self
-            .call(&script::LOCK_EXTEND, &keys, "", until, |node| {
+            .call(&script::LOCK_EXTEND, &keys, false, until, |node| {
                 vec![node.epoch.installation.clone().into_bytes(), keep.clone().into_bytes(), batch.clone()]
             })
             .await?;
@@ -158,7 +161,7 @@ impl Inner {
     pub(super) async fn look(&self, name: &LockName, token: u64, until: Instant) -> Result<Option<Seen>, Refusal> {
         let (keys, token) = ([keys::lock(name), keys::lock_owner(name)], token.to_string());
         let mut words = self
-            .call(&script::LOCK_LOOK, &keys, "", until, |node| {
+            .call(&script::LOCK_LOOK, &keys, false, until, |node| {
                 vec![node.epoch.installation.clone().into_bytes(), token.clone().into_bytes()]
             })
             .await?;
@@ -173,19 +176,19 @@ impl Inner {
         read(&mut words).map_err(|error| refused(&error))
     }
 
-    /// Calls a script, on another connection where one breaks. `op` names it for people, empty where it may be asked again without harm.
+    /// Calls a script, on another connection where one breaks. `once`: it matters whether one that was not answered was carried out.
     async fn call(
         &self,
         script: &Script,
         keys: &[String],
-        op: &str,
+        once: bool,
         until: Instant,
         mut args: impl FnMut(&Node) -> Vec<Vec<u8>>,
     ) -> Result<Words, Refusal> {
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         let mut sent = false;
-        let over = |sent: bool| match sent && !op.is_empty() {
-            true => Refusal::InDoubt(op.to_owned()),
+        let over = |sent: bool| match sent && once {
+            true => Refusal::InDoubt,
             false => Refusal::TryAgain(self.link.trouble().unwrap_or_else(|| "Redis does not answer".to_owned())),
         };
         loop {
@@ -218,8 +221,9 @@ impl Inner {
             };
             match again {
                 Again::Never(refusal) => return Err(refusal),
-                Again::Now if Instant::now() >= until => return Err(over(sent)),
+                Again::Now | Again::Later if Instant::now() >= until => return Err(over(sent)),
                 Again::Now => {}
+                Again::Later => tokio::time::sleep(limits::LOCK_RECONNECT_AFTER).await,
             }
         }
     }
@@ -239,9 +243,13 @@ impl Inner {
             b"epoch" => self.link.stale(node, 0),
             b"spent" => {
                 let spent = words.text().and_then(|_| number(&mut words)).map_err(|error| unexpected(&error))?;
+                if Epoch::of(spent) >= limits::LOCK_EPOCH_MAX {
+                    let why = "its counter, redisson_lock_token:{<name>}, is too high for what Lua counts exactly: set it lower";
+                    return Err(Again::Never(Refusal::Failed(why.to_owned())));
+                }
                 self.link.stale(node, spent);
             }
-            b"late" => {}
+            b"late" => return Err(Again::Later),
             b"type" => {
                 let kind = words.text().and_then(|_| words.text()).map_err(|error| unexpected(&error))?;
                 return Err(Again::Never(Refusal::NotALock(kind)));
@@ -267,5 +275,5 @@ fn lasting(words: &mut Words) -> Result<Duration, Error> {
 }
 
 fn refused(error: &Error) -> Refusal {
-    Refusal::TryAgain(error.to_string())
+    Refusal::Failed(error.to_string())
 }

@@ -80,7 +80,7 @@ export async function runCases(client, prefix, maps, send) {
           const expected = fill(step.error ?? step.expect, prefix, kept);
           const good = "error" in step ? reply instanceof ErrorReply && reply.text.startsWith(expected) : matches(expected, reply, maps);
           if (!good) throw new Error(`${step.send.join(" ")}: ${JSON.stringify(reply)}, expected ${JSON.stringify(expected)}`);
-          if (step.keep) kept[step.keep] = reply.at(-1);
+          if (step.keep) kept[step.keep] = reply.at(step.at ?? -1);
         });
       }
     });

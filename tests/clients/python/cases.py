@@ -1,6 +1,6 @@
 """The shared cases of cases.json, and whether a reply is what they expect. ../node/cases.mjs says the same in JavaScript.
 
-In a case `~` stands for a prefix of the client's own, `$name` for what a step before kept: the last element of its reply. Expected is
+In a case `~` stands for a prefix of the client's own, `$name` for what a step before kept: the last element of its reply, or that `at` a place. Expected is
 a JSON value, in which a text in angle brackets stands for many: see `matches`. A map with the key `...` may have keys beyond the
 expected ones.
 """
@@ -117,7 +117,7 @@ def run_case(case, prefix, maps, send):
             if not good:
                 raise Failure(f"{' '.join(step['send'])}: {reply!r}, expected {expected!r}")
             if "keep" in step:
-                kept[step["keep"]] = reply[-1]
+                kept[step["keep"]] = reply[step.get("at", -1)]
 
 
 def run_cases(report, client, prefix, maps, send):

@@ -1,0 +1,83 @@
+// Clients that add to a number in a file, each under one lock of Holdfast: see ../locks/race.py.
+package main
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+func main() {
+	port, file, name := os.Args[1], os.Args[2], os.Args[3]
+	clients, _ := strconv.Atoi(os.Args[4])
+	total, _ := strconv.Atoi(os.Args[5])
+	ctx := context.Background()
+	begin := make(chan struct{})
+	var added atomic.Int64
+	var connected, done sync.WaitGroup
+	for range clients {
+		connected.Add(1)
+		done.Add(1)
+		go func() {
+			defer done.Done()
+			client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:" + port, PoolSize: 1, MaxRetries: -1, ReadTimeout: 2 * time.Minute})
+			check(client.Ping(ctx).Err())
+			connected.Done()
+			<-begin
+			for {
+				reply, err := client.Do(ctx, "LOCK.ACQUIRE", name, "WAIT", 60000).Slice()
+				check(err)
+				if reply[0] != "ACQUIRED" {
+					check(fmt.Errorf("LOCK.ACQUIRE: %v", reply))
+				}
+				more := add(file, total)
+				if more {
+					added.Add(1)
+				}
+				reply, err = client.Do(ctx, "LOCK.RELEASE", name, reply[1]).Slice()
+				check(err)
+				if reply[0] != "RELEASED" {
+					check(fmt.Errorf("LOCK.RELEASE: %v", reply))
+				}
+				if !more {
+					return
+				}
+			}
+		}()
+	}
+	connected.Wait()
+	fmt.Println("ready")
+	_, err := bufio.NewReader(os.Stdin).ReadString('\n')
+	check(err)
+	close(begin)
+	done.Wait()
+	fmt.Println(added.Load())
+}
+
+// Adds one to the number in the file, unless it is there already.
+func add(file string, total int) bool {
+	text, err := os.ReadFile(file)
+	check(err)
+	number, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	check(err)
+	if number >= total {
+		return false
+	}
+	check(os.WriteFile(file, []byte(strconv.Itoa(number+1)), 0o644))
+	return true
+}
+
+func check(err error) {
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
