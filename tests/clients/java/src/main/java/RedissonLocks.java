@@ -3,7 +3,9 @@ import java.io.InputStreamReader;
 import java.nio.file.Files;
 import java.nio.file.Path;
 import java.util.concurrent.CountDownLatch;
+import java.util.concurrent.TimeUnit;
 import java.util.concurrent.atomic.AtomicInteger;
+import java.util.concurrent.atomic.AtomicLong;
 import org.redisson.Redisson;
 import org.redisson.api.RFencedLock;
 import org.redisson.api.RLock;
@@ -13,7 +15,8 @@ import org.redisson.config.Config;
 
 /**
  * Redisson on the Redis behind Holdfast. "race": port, file, name, threads, total: adds to a number in a file under one lock, see
- * ../locks/race.py. "follow": port: does what each line of its input says, and answers with a line.
+ * ../locks/race.py. "wake": port, name, threads: prints how many ms after each release the next one had the lock, see
+ * ../locks/wake.py. "follow": port: does what each line of its input says, and answers with a line.
  */
 public final class RedissonLocks {
     public static void main(String[] args) throws Exception {
@@ -23,10 +26,10 @@ public final class RedissonLocks {
         config.setLockWatchdogTimeout(3_000);
         config.useSingleServer().setAddress("redis://127.0.0.1:" + args[1]);
         RedissonClient redisson = Redisson.create(config);
-        if (args[0].equals("race")) {
-            race(redisson, Path.of(args[2]), args[3], Integer.parseInt(args[4]), Integer.parseInt(args[5]));
-        } else {
-            follow(redisson);
+        switch (args[0]) {
+            case "race" -> race(redisson, Path.of(args[2]), args[3], Integer.parseInt(args[4]), Integer.parseInt(args[5]));
+            case "wake" -> wake(redisson, args[2], Integer.parseInt(args[3]));
+            default -> follow(redisson);
         }
         System.exit(0);
     }
@@ -72,6 +75,41 @@ public final class RedissonLocks {
         System.out.println(added.get());
     }
 
+    private static void wake(RedissonClient redisson, String name, int count) throws Exception {
+        RLock lock = redisson.getLock(name);
+        for (int i = 0; i < 2_000; i++) {
+            lock.lock();
+            lock.unlock();
+        }
+        double[] waits = new double[count];
+        AtomicInteger served = new AtomicInteger();
+        AtomicLong released = new AtomicLong();
+        CountDownLatch ready = new CountDownLatch(count);
+        Thread[] threads = new Thread[count];
+        lock.lock();
+        for (int t = 0; t < count; t++) {
+            threads[t] = new Thread(null, () -> {
+                ready.countDown();
+                lock.lock(10, TimeUnit.MINUTES);
+                waits[served.getAndIncrement()] = (System.nanoTime() - released.get()) / 1e6;
+                released.set(System.nanoTime());
+                lock.unlock();
+            }, "waiter", 256 * 1024);
+            threads[t].start();
+        }
+        ready.await();
+        // Until all of them wait.
+        Thread.sleep(1_000 + count);
+        released.set(System.nanoTime());
+        lock.unlock();
+        for (Thread thread : threads) {
+            thread.join();
+        }
+        for (double wait : waits) {
+            System.out.println(wait);
+        }
+    }
+
     private static boolean add(Path file, int total) throws Exception {
         int number = Integer.parseInt(Files.readString(file).trim());
         if (number >= total) {
@@ -95,7 +133,7 @@ public final class RedissonLocks {
                     yield "locked";
                 }
                 case "lease" -> {
-                    lock.lock(Long.parseLong(words[2]), java.util.concurrent.TimeUnit.MILLISECONDS);
+                    lock.lock(Long.parseLong(words[2]), TimeUnit.MILLISECONDS);
                     yield "locked";
                 }
                 case "try" -> String.valueOf(lock.tryLock());
