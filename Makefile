@@ -24,7 +24,7 @@ demo: build ## Shows what it does, against the server that `make run` started
 test: setup ## Runs every test
 	cargo test --release --locked
 
-test-clients: build ## Runs the clients of other languages against it
+test-clients: build ## Runs the clients of other languages against it; ONLY=locks/ for those of locks
 	tests/clients/run
 
 test-sabotage: setup ## Shows that builds which break a promise fail the tests
