@@ -18,8 +18,8 @@ use std::process::{Command, ExitCode};
 use bytes::{Bytes, BytesMut};
 use holdfast::command::table::TABLE;
 use holdfast::command::{Args, Commands};
-use holdfast::domain::Id;
 use holdfast::domain::change::{Operation, StockKind};
+use holdfast::domain::{Grain, Id};
 use holdfast::resp::{Encoder, Limits, Protocol, Reader, Reply};
 use holdfast::store::lane::Family as _;
 use holdfast::store::stock::{Action, Stock, StockOp};
@@ -45,6 +45,7 @@ const PARTS: &[Part] = &[
     Part { name: "arguments matched", operations: 16, run: arguments },
     Part { name: "arguments matched, with REQUEST", operations: 16, run: arguments_with_request },
     Part { name: "combined, one product", operations: 512, run: combine_hot },
+    Part { name: "combined, one product, a line a batch", operations: 512, run: combine_hot_by_batch },
     Part { name: "combined, 512 products", operations: 512, run: combine_many },
     Part { name: "outbox line read", operations: 1, run: line },
 ];
@@ -118,21 +119,25 @@ fn arguments_with_request(turns: u64) {
 }
 
 /// A batch of decrements of so many products.
-fn combined(turns: u64, products: u64) {
+fn combined(turns: u64, products: u64, grain: Grain) {
     let product = |number: u64| Id::parse(&Bytes::from(sku(number % products))).unwrap();
     let operation = |number| StockOp::new(Action::Change(StockKind::Decr), vec![(product(number), 1)]);
     let operations: Vec<StockOp> = (0..512).map(operation).collect();
     for _ in 0..turns {
-        black_box(Stock::encode(operations.iter(), 0));
+        black_box(Stock::encode(operations.iter(), 0, grain));
     }
 }
 
 fn combine_hot(turns: u64) {
-    combined(turns, 1);
+    combined(turns, 1, Grain::Operation);
 }
 
 fn combine_many(turns: u64) {
-    combined(turns, 512);
+    combined(turns, 512, Grain::Operation);
+}
+
+fn combine_hot_by_batch(turns: u64) {
+    combined(turns, 1, Grain::Batch);
 }
 
 fn line(turns: u64) {

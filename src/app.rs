@@ -21,8 +21,8 @@ use uuid::Uuid;
 use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, Stats};
-use crate::config::{Config, Prefer};
-use crate::domain::Side;
+use crate::config::{Config, LedgerDetail, Prefer};
+use crate::domain::{Grain, Side};
 use crate::ledger;
 use crate::limits;
 use crate::outbox::archivist::Archivist;
@@ -85,6 +85,10 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
 
     let (partition, Receivers { inquiries, letters, loads, lookups, syncs, changes }) = Partition::new(0, config.outbox.copies_bytes);
     let partition = partition.bounded(config.outbox.max_changes, config.outbox.max_bytes as u64).refusing_for(config.stock.sold_out);
+    let partition = partition.written_by(match config.ledger.detail {
+        LedgerDetail::Operation => Grain::Operation,
+        LedgerDetail::Batch => Grain::Batch,
+    });
     let partition = Arc::new(partition);
     let back = CancellationToken::new();
     let pulses: Pulses = Arc::new((0..threads(&config)).map(|_| Mutex::new(Instant::now())).collect());

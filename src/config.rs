@@ -45,6 +45,7 @@ pub struct Config {
     pub redis: Redis,
     pub postgres: Postgres,
     pub outbox: Outbox,
+    pub ledger: Ledger,
     pub idempotency: Idempotency,
     pub stock: Stock,
     pub coupon: Coupon,
@@ -83,6 +84,22 @@ pub struct Outbox {
     pub max_changes: u64,
     #[serde(rename = "max_mib", deserialize_with = "mebibytes")]
     pub max_bytes: usize,
+}
+
+/// The section `[ledger]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ledger {
+    pub detail: LedgerDetail,
+}
+
+/// What a row of the ledger stands for where a command carries no REQUEST.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LedgerDetail {
+    Operation,
+    /// All that one batch did to one product.
+    Batch,
 }
 
 /// The section `[idempotency]`.

@@ -43,6 +43,8 @@ pub const GOALS: &[Goal] = &[
     at_least("connections-10k", 0.75, RATIO, "10,000 connections / one, with pipeline"),
     at_least("relay-alone", 100_000.0, "/s", "relay alone, one product"),
     at_least("sustained", 60_000.0, "/s", "sustained, one product: everything together, lag below 1 s"),
+    at_least("sustained-batch", 60_000.0, "/s", "sustained, one product, a row a batch"),
+    at_least("relay-batch", 300_000.0, "/s", "relay alone, one product, a row a batch"),
     at_least("ack-postgres", 10_000.0, "/s", "STOCK.DECR ACK postgres, 100 connections"),
     at_most("ack-postgres-p99", 30.0, "ms", "the same, p99"),
     at_most("half-peak-p99", 5.0, "ms", "at half the peak, from when it was to be sent: p99"),

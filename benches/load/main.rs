@@ -64,6 +64,8 @@ enum Servers {
     Patient,
     /// As they are by default.
     Usual,
+    /// With a row of the ledger for all that a batch does to a product.
+    ByBatch,
     /// That nobody has used before.
     Unused,
 }
@@ -105,6 +107,8 @@ const CASES: &[Case] = &[
     case("sustained", false, Servers::Usual, flow::sustained),
     case("half-peak", false, Servers::Usual, pressure::half_peak),
     case("overload", false, Servers::Usual, pressure::overload),
+    case("relay-batch", false, Servers::ByBatch, flow::relay_by_batch),
+    case("sustained-batch", false, Servers::ByBatch, flow::sustained),
     case("memory", true, Servers::Unused, memory::run),
 ];
 
@@ -162,7 +166,11 @@ fn run<'a>(cases: impl Iterator<Item = &'a Case>, length: Length, report: &mut R
             let is_first = running.is_none();
             // The ones before end first.
             drop(running.take());
-            let flags = if case.servers == Servers::Patient { PATIENT } else { &[] };
+            let flags = match case.servers {
+                Servers::Patient => PATIENT,
+                Servers::ByBatch => &["--ledger-detail", "batch"],
+                Servers::Usual | Servers::Unused => &[],
+            };
             let stage = Stage::start(length, flags);
             if is_first {
                 report.line(stage.machine());

@@ -1,12 +1,13 @@
 -- Decides the operations that can be summed up a product: each takes or gives units of one product, and nothing else of the batch is
 -- about that product. Where the sum fits, all of them do, in any order: one comparison a product decides them.
 --
--- sums is {products, changing, downs, ups or false, leasts, count, text, each}. KEYS has the products from place on, first those that
--- change, in the order in which text mentions them, then those that are only read. downs and ups are the units wanted and given,
--- a product; least is the smallest quantity that is taken where nothing is given, else 0. text has a line an operation, count of them, in
+-- sums is {products, changing, downs, ups or false, leasts, count, text, each, ks or false}. KEYS has the products from place on, first
+-- those that change, in the order in which text mentions them, then those that are only read. downs and ups are the units wanted and
+-- given, a product; least is the smallest quantity that is taken where nothing is given, else 0. text has a line an operation, count of them, in
 -- the order of arrival, without what is available afterwards: before, what was available before the entry, stands for it, one
--- number a product in the order of first mention. each is msgpack {place, quantity, ...} of the lines, unpacked only where sums do not
--- fit.
+-- number a product in the order of first mention. each is msgpack {place, quantity, ...} of the operations, unpacked only where sums do
+-- not fit. With ks, msgpack of the operations' places in the batch, text has a line a product instead, in the order of the products, as
+-- src/domain/runs.rs says.
 --
 -- include: whole
 --
@@ -23,30 +24,68 @@ local function word_of(value, key)
   return '-'
 end
 
+-- The operation at place k goes into the line of its product.
+local function take_in(line, k, quantity)
+  line.total = line.total + quantity
+  if quantity < 0 then line.down = true else line.up = true end
+  local runs = line.runs
+  local run = runs[#runs]
+  if run and run[2] == k - 1 and run[3] == quantity then
+    run[2] = k
+  else
+    runs[#runs + 1] = {k, k, quantity}
+  end
+end
+
+local function line_of_product(line, key)
+  local runs = line.runs
+  local first = runs[1]
+  local kind = line.down and line.up and ' mixed' or line.up and ' incr' or ' decr'
+  local text = whole(first[1]) .. kind
+  if #runs > 1 or first[2] > first[1] then
+    local parts = {}
+    for at, run in ipairs(runs) do
+      local ks = whole(run[1])
+      if run[2] > run[1] then ks = ks .. '-' .. whole(run[2]) end
+      parts[at] = ks .. ':' .. whole(run[3])
+    end
+    text = text .. ' runs=' .. table.concat(parts, ',')
+  end
+  return text .. ' | ' .. string.sub(key, #'stock:product:' + 1) .. ' ' .. whole(line.total)
+end
+
 local function one_by_one(sums, numbers, words, place, set)
-  local _, changing, _, _, leasts, _, text, each = unpack(sums)
+  local _, changing, _, _, leasts, _, text, each, ks = unpack(sums)
   local undecided = false
   for i = 1, changing do
     if numbers[i] and numbers[i] >= leasts[i] then undecided = true end
   end
-  local values, mentioned, before, lines = {}, {}, {}, {}
+  local values, mentioned, before, lines, count = {}, {}, {}, {}, 0
   if undecided then
     each = cmsgpack.unpack(each)
-    local at = 1
-    for line in string.gmatch(text, '[^\n]+') do
-      local i, quantity = each[at], each[at + 1]
-      at = at + 2
+    ks = ks and cmsgpack.unpack(ks)
+    local line_after = not ks and string.gmatch(text, '[^\n]+')
+    for at = 1, #each / 2 do
+      local i, quantity = each[at * 2 - 1], each[at * 2]
+      local line = line_after and line_after()
       local value = values[i] or numbers[i]
       if value then
         local after = value + quantity
         if after >= 0 and after <= TOTAL_MAX then
           values[i] = after
-          lines[#lines + 1] = line
+          count = count + 1
           if not mentioned[i] then
-            mentioned[i] = true
-            before[#before + 1] = words[i]
+            mentioned[i] = ks and {total = 0, runs = {}} or true
+            if not ks then before[#before + 1] = words[i] end
           end
+          if ks then take_in(mentioned[i], ks[at], quantity) else lines[#lines + 1] = line end
         end
+      end
+    end
+    for i = 1, ks and changing or 0 do
+      if mentioned[i] then
+        lines[#lines + 1] = line_of_product(mentioned[i], KEYS[place + i])
+        before[#before + 1] = words[i]
       end
     end
   end
@@ -54,7 +93,7 @@ local function one_by_one(sums, numbers, words, place, set)
     set[#set + 1] = KEYS[place + i]
     set[#set + 1] = value
   end
-  return {count = #lines, text = table.concat(lines, '\n'), before = table.concat(before, ' ')}
+  return {count = count, text = table.concat(lines, '\n'), before = table.concat(before, ' ')}
 end
 
 local function sum_up(sums, place, frozen, set)

@@ -81,7 +81,7 @@ pub static HISTORY: Spec = Spec::new("STOCK.HISTORY", "Returns the changes of a 
     ])
     .flags(READONLY)
     .complexity("O(N) in the number of changes returned")
-    .reply("array of maps `position kind delta available held order request at_ms`; held: by how much the held units moved")
+    .reply("array of maps `position kind delta available held order request at_ms operations`; held: by how much the held units moved; operations: how many the row stands for, from that position on")
     .example("STOCK.HISTORY sku-1 COUNT 10")
     .more_time(limits::SYNC_REPLY_WITHIN)
     .run(history);
@@ -200,5 +200,6 @@ fn past(change: PastChange) -> Reply {
         ("order", maybe(change.order)),
         ("request", maybe(request)),
         ("at_ms", Reply::Integer(change.at_ms)),
+        ("operations", Reply::Integer(change.operations)),
     ])
 }

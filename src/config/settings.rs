@@ -111,6 +111,12 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How much of Redis's memory the outbox may take; when it is reached, changes are refused until a tenth of it is free.",
     },
     Setting {
+        key: "ledger.detail",
+        kind: Kind::Choice(&["operation", "batch"]),
+        default: "operation",
+        doc: "What a row of the ledger is where a command carries no REQUEST: each `operation`, or all that one `batch` did to a product, with how many operations it stands for.",
+    },
+    Setting {
         key: "idempotency.window_ms",
         kind: Kind::Milliseconds(limits::IDEMPOTENCY_WINDOW_MIN_MS, limits::IDEMPOTENCY_WINDOW_MAX_MS),
         default: "600000",

@@ -33,12 +33,22 @@
 //!
 //! The field `before` has what was available of each product that such lines mention, in the order of first mention; the rest is
 //! addition.
+//!
+//! Of these, one line may stand for all that the batch did to a product ([`Grain::Batch`](super::Grain)). Then it begins with the first
+//! place, says with `runs` which operations it stands for (see [`Runs`]), and has the sum of what they did. Their positions follow each
+//! other. Where units were both taken and given it is called `mixed`:
+//!
+//! ```text
+//! before   100 40
+//! changes  0 decr runs=0:-3,2:-2 | sku-1 -5
+//!          1 decr | sku-2 -1
+//! ```
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry as Entered;
 
 use super::coupon::CouponChange;
-use super::{InboxMark, OrderChange, OrderState, Position, text};
+use super::{InboxMark, OrderChange, OrderState, Position, Runs, text};
 
 /// What a change of stock is called, in the outbox and in the ledger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,6 +61,8 @@ pub enum StockKind {
     Incr,
     /// STOCK.DECR.
     Decr,
+    /// Several of STOCK.INCR and STOCK.DECR in one line.
+    Mixed,
     /// Redis was given what Postgres already has: Postgres itself does not move.
     Init,
     /// Another program changed Postgres, and Redis follows.
@@ -78,11 +90,12 @@ pub enum StockKind {
 }
 
 impl StockKind {
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Set,
         Self::Delete,
         Self::Incr,
         Self::Decr,
+        Self::Mixed,
         Self::Init,
         Self::Inbox,
         Self::Correct,
@@ -107,6 +120,7 @@ impl StockKind {
             Self::Delete => "delete",
             Self::Incr => "incr",
             Self::Decr => "decr",
+            Self::Mixed => "mixed",
             Self::Init => "init",
             Self::Inbox => "inbox",
             Self::Correct => "correct",
@@ -125,7 +139,7 @@ impl StockKind {
     /// Whether Postgres moves as Redis does: what a client asked for, and what became of it with time. Everything else brings the two
     /// together.
     pub const fn moves_both(self) -> bool {
-        matches!(self, Self::Set | Self::Delete | Self::Incr | Self::Decr) || self.is_of_an_order()
+        matches!(self, Self::Set | Self::Delete | Self::Incr | Self::Decr | Self::Mixed) || self.is_of_an_order()
     }
 
     /// Whether it changes an order.
@@ -168,6 +182,8 @@ pub struct Detail {
     pub short: Option<i64>,
     /// `order`, `expires`, `from`, `units`: what became of an order. There with every change of one, and with nothing else.
     pub order: Option<Box<OrderChange>>,
+    /// `runs`: the operations that the line stands for, where it sums up several.
+    pub runs: Option<Box<Runs>>,
 }
 
 /// The client's idempotency key with the fingerprint of what it asked.
@@ -178,10 +194,10 @@ pub struct Remembered {
     pub digest: String,
 }
 
-/// One accepted operation.
+/// One accepted operation, or several that one line sums up: see [`Operation::count`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Operation {
-    /// Its place in the batch that carried it.
+    /// Its place in the batch that carried it; that of the first, if there are several.
     pub k: u32,
     pub remembered: Option<Remembered>,
     pub effect: Effect,
@@ -254,10 +270,25 @@ impl Entry {
         let mut running = Running { values: HashMap::default(), before: before.split(' ') };
         let operation = |line| Operation::decode_words(line, Some(&mut running)).map_or_else(|| malformed(format!("line {line:?}")), Ok);
         let operations = changes.split('\n').map(operation).collect::<Result<Vec<_>, _>>()?;
-        if first_n == 0 || first_n.checked_add(operations.len() as u64) != last.n.checked_add(1) {
-            return malformed(format!("{last}: {} operations from {first_n}", operations.len()));
+        let count = operations.iter().map(Operation::count).sum();
+        if first_n == 0 || first_n.checked_add(count) != last.n.checked_add(1) {
+            return malformed(format!("{last}: {count} operations from {first_n}"));
         }
         Ok(Self { last, first_n, prev: prev.into(), op: op.into(), at_ms, operations })
+    }
+
+    /// Its lines, each with n of the first operation that it stands for.
+    pub fn lines(&self) -> impl Iterator<Item = (u64, &Operation)> {
+        self.operations.iter().scan(self.first_n, |next, operation| {
+            let n = *next;
+            *next += operation.count();
+            Some((n, operation))
+        })
+    }
+
+    /// Its operations one by one, each with its n.
+    pub fn each(&self) -> impl Iterator<Item = (u64, Operation)> {
+        (self.first_n..).zip(self.operations.iter().flat_map(Operation::each))
     }
 }
 
@@ -287,8 +318,34 @@ impl Operation {
         if let Effect::Coupon { change, .. } = &self.effect { change.serial() } else { None }
     }
 
+    /// The operations that it sums up.
+    fn runs(&self) -> Option<(&Runs, &Item)> {
+        let Effect::Stock { items, detail, .. } = &self.effect else { return None };
+        detail.runs.as_deref().zip(items.first())
+    }
+
+    /// How many operations it stands for. Their positions follow each other.
+    pub fn count(&self) -> u64 {
+        self.runs().map_or(1, |(runs, _)| runs.count())
+    }
+
+    /// The operations that it stands for, one by one.
+    pub fn each(&self) -> impl Iterator<Item = Self> {
+        let summed = self.runs().map(|(runs, item)| {
+            let mut available = item.available.saturating_sub(item.delta);
+            runs.each().map(move |(k, delta)| {
+                available = available.saturating_add(delta);
+                let kind = if delta < 0 { StockKind::Decr } else { StockKind::Incr };
+                let items = vec![Item { product: item.product.clone(), delta, available }];
+                Self { k, remembered: None, effect: Effect::Stock { kind, items, detail: Detail::default() } }
+            })
+        });
+        let alone = summed.is_none().then(|| self.clone());
+        summed.into_iter().flatten().chain(alone)
+    }
+
     /// `running`: what is available after the lines before it, where the line does not say it itself.
-    fn decode_words<'a>(line: &'a str, running: Option<&mut Running<'a>>) -> Option<Self> {
+    fn decode_words<'a>(line: &'a str, mut running: Option<&mut Running<'a>>) -> Option<Self> {
         let mut words = line.split(' ');
         let k = words.next()?.parse().ok()?;
         let kind = words.next()?;
@@ -301,12 +358,13 @@ impl Operation {
             Some(kind) => Effect::Coupon { coupon: named.text("coupon")?, change: CouponChange::decode(kind, &named)? },
             None => {
                 let kind = StockKind::parse(kind)?;
+                let runs = named.find("runs").map_or(Some(None), |runs| Runs::parse(runs).map(Box::new).map(Some))?;
                 let mut items = Vec::with_capacity(1);
                 while let Some(product) = words.next() {
                     let delta = words.next()?.parse().ok()?;
                     let available = match words.next() {
                         Some(available) => available.parse().ok()?,
-                        None if items.is_empty() => return running?.operation(k, kind, product, delta),
+                        None if items.is_empty() => running.as_deref_mut()?.available(product, delta)?,
                         None => return None,
                     };
                     items.push(Item { product: product.into(), delta, available });
@@ -316,7 +374,8 @@ impl Operation {
                     false => None,
                 };
                 let is_tombstone = kind == StockKind::Cancel && order.as_ref().is_some_and(|order| order.from.is_none());
-                if items.is_empty() != is_tombstone {
+                let sums_up = |runs: &Runs| runs.first() == k && items.len() == 1 && items[0].delta == runs.total();
+                if items.is_empty() != is_tombstone || !runs.as_deref().is_none_or(sums_up) {
                     return None;
                 }
                 let detail = Detail {
@@ -327,6 +386,7 @@ impl Operation {
                     reason: named.find("reason").map(text::unescape),
                     short: named.number("short"),
                     order,
+                    runs,
                 };
                 Effect::Stock { kind, items, detail }
             }
@@ -384,6 +444,7 @@ impl std::fmt::Display for Detail {
         for (name, number) in numbers {
             number.map_or(Ok(()), |number| write!(f, " {name}={number}"))?;
         }
+        self.runs.as_ref().map_or(Ok(()), |runs| write!(f, " runs={runs}"))?;
         self.mark.map_or(Ok(()), |mark| write!(f, " inbox={mark}"))?;
         self.reason.as_ref().map_or(Ok(()), |reason| write!(f, " reason={}", text::escape(reason.as_bytes())))
     }
@@ -397,17 +458,15 @@ struct Running<'a> {
 }
 
 impl<'a> Running<'a> {
-    fn operation(&mut self, k: u32, kind: StockKind, product: &'a str, delta: i64) -> Option<Operation> {
-        let available = match self.values.entry(product) {
+    fn available(&mut self, product: &'a str, delta: i64) -> Option<i64> {
+        Some(match self.values.entry(product) {
             Entered::Occupied(known) => {
                 let available = known.into_mut();
                 *available = available.checked_add(delta)?;
                 *available
             }
             Entered::Vacant(new) => *new.insert(self.before.next()?.parse::<i64>().ok()?.checked_add(delta)?),
-        };
-        let items = vec![Item { product: product.into(), delta, available }];
-        Some(Operation { k, remembered: None, effect: Effect::Stock { kind, items, detail: Detail::default() } })
+        })
     }
 }
 
@@ -499,6 +558,34 @@ mod tests {
         assert!(Operation::decode("0 decr | a -3").is_err(), "alone it does not say what was available");
         assert!(decoded("5 6", "0 decr | a -1 b -1").is_err(), "only of one product");
         assert!(decoded("9223372036854775807", "0 incr | a 1").is_err());
+    }
+
+    #[test]
+    fn a_line_that_sums_up_stands_for_its_operations() {
+        let decoded = |first: &str, last: &str, before: &str, changes: &str| {
+            let fields = [("first", first), ("prev", "-"), ("op", "i:stock:1"), ("at", "7"), ("before", before), ("changes", changes)];
+            Entry::decode(format!("1-{last}").as_bytes(), fields.iter().map(|(name, value)| (name.as_bytes(), value.as_bytes())))
+        };
+        let text = "0 mixed runs=0-1:-3,5:4 | a -2\n2 decr | b -1\n3 decr runs=3:-1,6:-1 | c -2\n4 set request=r digest=d | d 5 5";
+        let entry = decoded("11", "17", "100 7 2", text).unwrap();
+        assert_eq!(entry.lines().map(|(n, line)| (n, line.count())).collect::<Vec<_>>(), [(11, 3), (14, 1), (15, 2), (17, 1)]);
+        let written = "0 mixed runs=0-1:-3,5:4 | a -2 98";
+        assert_eq!((entry.operations[0].to_string().as_str(), Operation::decode(written)), (written, Ok(entry.operations[0].clone())));
+        let each: Vec<_> = entry.each().map(|(n, operation)| format!("{n}: {operation}")).collect();
+        let expected = [
+            "11: 0 decr | a -3 97",
+            "12: 1 decr | a -3 94",
+            "13: 5 incr | a 4 98",
+            "14: 2 decr | b -1 6",
+            "15: 3 decr | c -1 1",
+            "16: 6 decr | c -1 0",
+            "17: 4 set request=r digest=d | d 5 5",
+        ];
+        assert_eq!(each, expected);
+        assert!(decoded("11", "16", "100 7 2", text).is_err(), "another count");
+        for bad in ["0 decr runs=0-1:-3 | a -5", "1 decr runs=0-1:-3 | a -6", "0 decr runs= | a -6", "0 decr runs=0-1:-3 | a -6 b -6"] {
+            assert!(decoded("1", "2", "100 7", bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use super::Position;
 
-/// One change of a product, as the ledger has it.
+/// One change of a product, or several that one row of the ledger stands for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PastChange {
     /// Where it stands in the ledger.
@@ -20,4 +20,6 @@ pub struct PastChange {
     pub request: Option<String>,
     /// When, by Redis's clock, in Unix ms.
     pub at_ms: i64,
+    /// How many operations it is, whose positions follow each other from there.
+    pub operations: i64,
 }

@@ -12,6 +12,7 @@ pub mod order;
 pub mod position;
 pub mod quantity;
 pub mod request;
+pub mod runs;
 pub mod side;
 pub mod text;
 
@@ -23,4 +24,5 @@ pub use mark::InboxMark;
 pub use order::{Order, OrderChange, OrderState};
 pub use position::Position;
 pub use request::RequestId;
+pub use runs::{Grain, Runs};
 pub use side::Side;

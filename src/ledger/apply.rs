@@ -217,7 +217,7 @@ mod tests {
             let op = format!("instance:stock:{}", self.counter);
             let prev = std::mem::replace(&mut self.prev, op.clone());
             let first_n = self.n + 1;
-            self.n += operations.len() as u64;
+            self.n += operations.iter().map(Operation::count).sum::<u64>();
             Entry { last: Position::new(self.epoch, self.n), first_n, prev, op, at_ms: 1_700_000_000_123, operations }
         }
     }
@@ -256,6 +256,36 @@ mod tests {
         assert_eq!(lines[2], (1, 2, 1, op, 0, "decr".into(), -1, -1, 6, request.0, request.1, "2023-11-14 22:13:20.123000".into()));
         let row = partition::load(&mut database.connection, 0).await.unwrap();
         assert_eq!(row, PartitionRow { epoch: 1, applied: Position::new(1, 4), last_op: "instance:stock:3".into(), owner: None });
+    }
+
+    #[tokio::test]
+    async fn what_sums_up_several_is_one_row_and_moves_by_all_of_them() {
+        let (mut database, mut outbox) = (database().await, Outbox::new());
+        let entries = [
+            outbox.entry(&["0 set | a 10 10", "1 set | b 10 10"]),
+            outbox.entry(&["0 mixed runs=0:-3,2-3:-1,6:2 | a -3 7", "1 decr | b -1 9", "4 decr request=r digest=d | b -2 7"]),
+            outbox.entry(&["0 incr runs=0-1:1 | b 2 9"]),
+        ];
+        assert_eq!(apply_all(&mut database, &entries).await.unwrap().operations, 10);
+        type Line = (i64, i32, String, i64, i64, i32, Option<String>);
+        let lines: Vec<Line> = rows(
+            &mut database.connection,
+            "SELECT n, k, kind, pg_delta, available_after, operations, runs FROM holdfast.stock_ledger WHERE n > 2 ORDER BY n",
+        )
+        .await;
+        let line = |n, k, kind: &str, delta, after, operations, runs: Option<&str>| {
+            (n, k, kind.to_owned(), delta, after, operations, runs.map(str::to_owned))
+        };
+        assert_eq!(
+            lines,
+            [
+                line(3, 0, "mixed", -3, 7, 4, Some("0:-3,2-3:-1,6:2")),
+                line(7, 1, "decr", -1, 9, 1, None),
+                line(8, 4, "decr", -2, 7, 1, None),
+                line(9, 0, "incr", 2, 9, 2, Some("0-1:1")),
+            ]
+        );
+        assert_eq!((available(&mut database, "a").await, available(&mut database, "b").await), (Some(7), Some(9)));
     }
 
     #[tokio::test]

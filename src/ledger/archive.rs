@@ -25,34 +25,66 @@ pub async fn find(connection: &mut PgConnection, sent: &Sent) -> Result<Option<R
     }))
 }
 
-async fn stock(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Place, Effect)>, Error> {
-    #[derive(sqlx::FromRow)]
-    struct Row {
-        #[sqlx(flatten)]
-        place: Place,
-        kind: String,
-        product_id: String,
-        redis_delta: i64,
-        available_after: i64,
-        held_delta: i64,
-        order_id: Option<String>,
-        expires_ms: Option<i64>,
+/// A row of `stock_ledger`.
+#[derive(sqlx::FromRow)]
+struct StockRow {
+    #[sqlx(flatten)]
+    place: Place,
+    kind: String,
+    product_id: String,
+    redis_delta: i64,
+    available_after: i64,
+    held_delta: i64,
+    order_id: Option<String>,
+    expires_ms: Option<i64>,
+    runs: Option<String>,
+}
+
+impl StockRow {
+    fn kind(&self) -> Result<StockKind, Error> {
+        StockKind::parse(&self.kind).ok_or_else(|| Error::Unfit(format!("holdfast.stock_ledger: kind {:?}", self.kind)))
     }
-    let rows: Vec<Row> = sqlx::query_as(
+
+    fn item(&self) -> Item {
+        Item { product: self.product_id.clone(), delta: self.redis_delta, available: self.available_after }
+    }
+
+    /// The operation at place `k` among those that it stands for, with its place in the ledger.
+    fn at(&self, k: u32) -> Result<Option<(Place, Effect)>, Error> {
+        let Some(runs) = self.runs.as_deref().map(write::runs).transpose()? else { return Ok(None) };
+        let detail = Detail { runs: Some(Box::new(runs)), ..Detail::default() };
+        let line = Operation { k, remembered: None, effect: Effect::Stock { kind: self.kind()?, items: vec![self.item()], detail } };
+        let found = (self.place.1..).zip(line.each()).find(|(_, operation)| operation.k == k);
+        Ok(found.map(|(n, operation)| {
+            let mut place = self.place.clone();
+            place.1 = n;
+            (place, operation.effect)
+        }))
+    }
+}
+
+async fn stock(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Place, Effect)>, Error> {
+    let rows: Vec<StockRow> = sqlx::query_as(
         "SELECT epoch, n, origin_epoch, origin_n, request_id, request_digest, kind, product_id, redis_delta, available_after, \
-         held_delta, order_id, expires_ms \
-         FROM holdfast.stock_ledger WHERE (op = $1 AND k = $2) OR (request_id = $3 AND request_id LIKE 'hf-%') ORDER BY epoch, n, i",
+         held_delta, order_id, expires_ms, runs \
+         FROM holdfast.stock_ledger WHERE (op = $1 AND (k = $2 OR runs IS NOT NULL)) OR (request_id = $3 AND request_id LIKE 'hf-%') \
+         ORDER BY epoch, n, i",
     )
     .bind(sent.op())
     .bind(write::small(sent.k))
     .bind(sent.id())
     .fetch_all(connection)
     .await?;
+    for row in &rows {
+        if let Some(found) = row.at(sent.k)? {
+            return Ok(Some(found));
+        }
+    }
+    let rows: Vec<&StockRow> = rows.iter().filter(|row| row.runs.is_none()).collect();
     let Some(first) = rows.first() else { return Ok(None) };
-    let kind = StockKind::parse(&first.kind).ok_or_else(|| Error::Unfit(format!("holdfast.stock_ledger: kind {:?}", first.kind)))?;
-    let (place, order_id, expires_ms) = (first.place.clone(), first.order_id.clone(), first.expires_ms);
-    let of_it: Vec<Row> = rows.into_iter().filter(|row| (row.place.0, row.place.1) == (place.0, place.1)).collect();
-    let order = order_id.map(|order| {
+    let kind = first.kind()?;
+    let of_it: Vec<&StockRow> = rows.iter().filter(|row| (row.place.0, row.place.1) == (first.place.0, first.place.1)).copied().collect();
+    let order = first.order_id.clone().map(|order| {
         let is_of_nothing = of_it.iter().all(|row| row.product_id.is_empty());
         let from = match kind {
             StockKind::Reserve | StockKind::Sell => None,
@@ -62,11 +94,10 @@ async fn stock(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Pla
         };
         // An extension's row does not say how many units it was of.
         let units = of_it.iter().filter(|row| !row.product_id.is_empty()).map(|row| row.redis_delta.abs().max(row.held_delta.abs()));
-        Box::new(OrderChange { order, expires_ms, from, units: units.collect() })
+        Box::new(OrderChange { order, expires_ms: first.expires_ms, from, units: units.collect() })
     });
-    let of_it = of_it.into_iter().filter(|row| !row.product_id.is_empty());
-    let items = of_it.map(|row| Item { product: row.product_id, delta: row.redis_delta, available: row.available_after }).collect();
-    Ok(Some((place, Effect::Stock { kind, items, detail: Detail { order, ..Detail::default() } })))
+    let items = of_it.iter().filter(|row| !row.product_id.is_empty()).map(|row| row.item()).collect();
+    Ok(Some((first.place.clone(), Effect::Stock { kind, items, detail: Detail { order, ..Detail::default() } })))
 }
 
 async fn coupon(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Place, Effect)>, Error> {
@@ -114,4 +145,35 @@ async fn coupon(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Pl
         _ => return Err(Error::Unfit(format!("holdfast.coupon_ledger: kind {:?}", row.kind))),
     };
     Ok(Some((row.place, Effect::Coupon { coupon: row.coupon_id, change })))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::change::Entry;
+    use crate::ledger::apply;
+    use crate::ledger::testing::database;
+
+    #[tokio::test]
+    async fn an_operation_is_found_in_a_row_with_others() {
+        let mut database = database().await;
+        let lines = ["0 set | a 10 10", "1 mixed runs=1:-3,3-4:1 | a -1 9", "2 set | b 5 5", "5 decr request=r digest=d | a -2 7"];
+        let operations: Vec<Operation> = lines.iter().map(|line| Operation::decode(line).unwrap()).collect();
+        let lane = format!("{}:stock", "0123456789abcdef".repeat(2));
+        let op = format!("{lane}:4");
+        let entry = Entry { last: Position::new(1, 6), first_n: 1, prev: "-".into(), op, at_ms: 7, operations };
+        apply(&mut database.connection, 0, &[entry]).await.unwrap();
+        let mut found = async |counter, k| {
+            let sent = Sent { lane: lane.clone(), counter, k };
+            let found = find(&mut database.connection, &sent).await.unwrap();
+            found.map(|found| format!("{} {}", found.position, found.operation))
+        };
+        assert_eq!(found(4, 1).await.as_deref(), Some("1-2 1 decr | a -3 7"));
+        assert_eq!(found(4, 3).await.as_deref(), Some("1-3 3 incr | a 1 8"));
+        assert_eq!(found(4, 4).await.as_deref(), Some("1-4 4 incr | a 1 9"));
+        assert_eq!(found(4, 2).await.as_deref(), Some("1-5 2 set | b 5 5"));
+        assert_eq!(found(4, 5).await.as_deref(), Some("1-6 5 decr request=r digest=d | a -2 7"));
+        assert_eq!(found(4, 6).await, None);
+        assert_eq!(found(5, 1).await, None);
+    }
 }

@@ -6,7 +6,7 @@ use super::Error;
 use super::order::Orders;
 use crate::domain::change::{Effect, Entry, Item, Operation, StockKind};
 use crate::domain::coupon::{CouponChange, CouponStep, CouponTerms, NewTerms, Stepped};
-use crate::domain::{InboxMark, OrderChange, Position};
+use crate::domain::{InboxMark, OrderChange, Position, Runs};
 
 /// What an operation's ledger rows have in common.
 #[derive(Clone, Copy)]
@@ -32,6 +32,8 @@ pub(super) struct StockLine<'a> {
     pub pg_delta: i64,
     /// The order that it is of.
     pub order: Option<&'a OrderChange>,
+    /// The operations that it stands for, where there are several.
+    pub runs: Option<&'a Runs>,
 }
 
 impl StockLine<'_> {
@@ -181,7 +183,7 @@ impl<'a> Changes<'a> {
     pub fn gather(entries: impl IntoIterator<Item = &'a Entry>, created: &Created) -> Result<Self, Error> {
         let mut changes = Self::default();
         for entry in entries {
-            for (n, operation) in (entry.first_n..).zip(&entry.operations) {
+            for (n, operation) in entry.lines() {
                 let remembered = operation.remembered.as_ref();
                 let place = Place {
                     epoch: entry.last.epoch,
@@ -208,7 +210,7 @@ impl<'a> Changes<'a> {
                     self.orders.add(place, *kind, items, order);
                 }
                 if items.is_empty() {
-                    self.stock_lines.push(StockLine { place, i: 0, kind: *kind, item: &NO_ITEM, pg_delta: 0, order });
+                    self.stock_lines.push(StockLine { place, i: 0, kind: *kind, item: &NO_ITEM, pg_delta: 0, order, runs: None });
                 }
                 for (i, item) in items.iter().enumerate() {
                     let mark = self.mark.unwrap_or(created.mark);
@@ -226,7 +228,7 @@ impl<'a> Changes<'a> {
                         None if kind.moves_both() => item.delta,
                         None => detail.pg.unwrap_or(0),
                     };
-                    let line = StockLine { place, i, kind: *kind, item, pg_delta, order };
+                    let line = StockLine { place, i, kind: *kind, item, pg_delta, order, runs: detail.runs.as_deref() };
                     self.move_stock(&line, detail.low)?;
                     if *kind == StockKind::Freeze || detail.short.is_some() {
                         self.frozen.insert(&item.product, Some(detail.reason.as_deref().unwrap_or("its units do not add up")));

@@ -73,15 +73,17 @@ async fn park_in(connection: &mut PgConnection, partition: u32, entry: &Entry) -
         }
     }
     advance(connection, partition, &row, std::slice::from_ref(entry), Some(mark)).await?;
-    let operations = entry.operations.len() as u64;
+    let operations = entry.operations.iter().map(Operation::count).sum();
     Ok((Applied { position: entry.last, last_op: entry.op.clone(), operations }, parked))
 }
 
-/// The operations from `from` up to, not including, `to`, as an entry of their own.
+/// The lines from `from` up to, not including, `to`, as an entry of their own.
 fn part_of(entry: &Entry, from: usize, to: usize) -> Entry {
-    let first_n = entry.first_n + from as u64;
-    let last = Position::new(entry.last.epoch, entry.first_n + to as u64 - 1);
-    Entry { last, first_n, operations: entry.operations[from..to].to_vec(), ..entry.clone() }
+    let count = |operations: &[Operation]| operations.iter().map(Operation::count).sum::<u64>();
+    let first_n = entry.first_n + count(&entry.operations[..from]);
+    let operations = entry.operations[from..to].to_vec();
+    let last = Position::new(entry.last.epoch, first_n + count(&operations) - 1);
+    Entry { last, first_n, operations, ..entry.clone() }
 }
 
 fn mark_of(part: &Entry) -> InboxMark {
@@ -348,7 +350,7 @@ mod tests {
     fn entry(n: u64, entries: u64, lines: &[&str]) -> Entry {
         let operations: Vec<_> = lines.iter().map(|line| Operation::decode(line).unwrap()).collect();
         let prev = if entries == 0 { partition::NO_OP.into() } else { format!("i:stock:{entries}") };
-        let last = Position::new(1, n + operations.len() as u64);
+        let last = Position::new(1, n + operations.iter().map(Operation::count).sum::<u64>());
         Entry { last, first_n: n + 1, prev, op: format!("i:stock:{}", entries + 1), at_ms: 1_700_000_000_000, operations }
     }
 
@@ -390,6 +392,22 @@ mod tests {
         let frozen = frozen(&mut database.connection, 0, 0).await.unwrap();
         assert_eq!(frozen.iter().map(|(_, product)| product.as_str()).collect::<Vec<_>>(), ["a", "ghost"]);
         assert_eq!(count(&mut database.connection, 0).await.unwrap(), 3);
+    }
+
+    #[tokio::test]
+    async fn what_sums_up_several_is_parked_and_retried_as_one() {
+        let mut database = database().await;
+        apply(&mut database.connection, 0, &[entry(0, 0, &["0 set | a 10 10", "1 set | b 10 10"])]).await.unwrap();
+        let poisoned = entry(2, 1, &["0 mixed runs=0:2,2:-4 | b -2 8", "1 decr runs=1:-50,3:-20 | a -70 0", "4 decr | b -1 7"]);
+        let (applied, parked) = apply_parking(&mut database.connection, 0, &poisoned).await.unwrap();
+        assert_eq!((applied.position, applied.operations, parked), (Position::new(1, 7), 5, 1));
+        assert_eq!(owed(&mut database).await, [(5, 0, Some("a".into()), -70)]);
+        assert_eq!(stock(&mut database).await, [("a".into(), 10, true), ("b".into(), 7, false)]);
+        assert_eq!(number_of(&mut database.connection, "SELECT sum(operations) FROM holdfast.stock_ledger WHERE n > 2").await, 5);
+        execute(&mut database.connection, "SET holdfast.writer = 'holdfast'; UPDATE holdfast.stock SET available = 80").await;
+        let letters = list(&mut database.connection, 0, 10).await.unwrap();
+        assert_eq!(retry(&mut database.connection, letters[0].id).await.unwrap(), Settled::Done);
+        assert_eq!(stock(&mut database).await[0].1, 10);
     }
 
     #[tokio::test]

@@ -148,7 +148,7 @@ fn taken_over(partition: u32, epoch: u64) -> Error {
     Error::Broken(format!("partition {partition} is no longer under epoch {epoch}: another sidecar took it"))
 }
 
-/// Which of them are in the ledger.
+/// Which of them are in the ledger, in rows of their own or in one that stands for several.
 pub async fn known(connection: &mut PgConnection, answered: &[Answered]) -> Result<HashSet<(String, u32)>, Error> {
     let rows: Vec<(String, i32)> = sqlx::query_as(
         "SELECT a.op, a.k FROM unnest($1::text[], $2::int[]) AS a (op, k) \
@@ -157,9 +157,19 @@ pub async fn known(connection: &mut PgConnection, answered: &[Answered]) -> Resu
     )
     .bind(answered.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
     .bind(answered.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
-    .fetch_all(connection)
+    .fetch_all(&mut *connection)
     .await?;
-    Ok(rows.into_iter().filter_map(|(op, k)| Some((op, u32::try_from(k).ok()?))).collect())
+    let mut known: HashSet<(String, u32)> = rows.into_iter().filter_map(|(op, k)| Some((op, u32::try_from(k).ok()?))).collect();
+    let ops: BTreeSet<&str> = answered.iter().map(|one| one.op.as_str()).collect();
+    let summed: Vec<(String, String)> =
+        sqlx::query_as("SELECT op, runs FROM holdfast.stock_ledger WHERE op = ANY($1) AND runs IS NOT NULL")
+            .bind(ops.into_iter().collect::<Vec<_>>())
+            .fetch_all(connection)
+            .await?;
+    for (op, runs) in summed {
+        known.extend(write::runs(&runs)?.each().map(|(k, _)| (op.clone(), k)));
+    }
+    Ok(known)
 }
 
 /// What Postgres has of the products and coupons that are touched, as far as it has been worked through.
@@ -221,7 +231,8 @@ impl Shelf {
             Effect::Stock { kind, items, detail } => {
                 let order = detail.order.as_deref();
                 let items = if items.is_empty() { std::slice::from_ref(&NO_ITEM) } else { items.as_slice() };
-                let line = |(i, item): (usize, &'a Item)| StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order };
+                let line =
+                    |(i, item): (usize, &'a Item)| StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order, runs: None };
                 changes.stock_lines.extend(items.iter().enumerate().map(line));
             }
             Effect::Coupon { coupon, change } => changes.coupon_lines.push(CouponLine::new(place, coupon, change)),
@@ -238,10 +249,10 @@ impl Shelf {
                     changes.orders.add(place, *kind, items, order);
                 }
                 if items.is_empty() {
-                    changes.stock_lines.push(StockLine { place, i: 0, kind: *kind, item: &NO_ITEM, pg_delta: 0, order });
+                    changes.stock_lines.push(StockLine { place, i: 0, kind: *kind, item: &NO_ITEM, pg_delta: 0, order, runs: None });
                 }
                 for (i, item) in items.iter().enumerate() {
-                    let line = StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order };
+                    let line = StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order, runs: None };
                     let held = line.held_delta();
                     changes.stock_lines.push(line);
                     // What is held moves also where the units are owed.
@@ -470,6 +481,7 @@ pub async fn taken_up(connection: &mut PgConnection, partition: u32, answered: &
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::change::Entry;
     use crate::ledger::testing::{database, number_of, rows};
 
     fn answered(op: &str, n: u64, line: &str) -> Answered {
@@ -542,6 +554,28 @@ mod tests {
         assert_eq!((row.applied, row.last_op.as_str()), (Position::new(1, 11), "salvage:1"));
         assert_eq!(origins(connection, 0).await.unwrap().saved[&1], [1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15]);
         assert!(matches!(save(connection, 0, 7, &more).await, Err(Error::Broken(_))), "another sidecar took the partition");
+    }
+
+    #[tokio::test]
+    async fn what_is_in_a_row_with_others_is_known() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let entry = |prev: &str, op: &str, first_n, lines: &[&str]| {
+            let operations: Vec<Operation> = lines.iter().map(|line| Operation::decode(line).unwrap()).collect();
+            let last = Position::new(1, first_n + operations.iter().map(Operation::count).sum::<u64>() - 1);
+            Entry { last, first_n, prev: prev.into(), op: op.into(), at_ms: 7, operations }
+        };
+        let entries = [
+            entry("-", "i:stock:1", 1, &["0 set | a 10 10"]),
+            entry("i:stock:1", "i:stock:2", 2, &["1 mixed runs=1:-3,3-4:1 | a -1 9", "2 decr request=r digest=d | a -2 7"]),
+        ];
+        apply::apply(connection, 0, &entries).await.unwrap();
+        let of_batch = |op: &str, k: u32| answered(op, u64::from(k) + 1, &format!("{k} decr | a -1 0"));
+        let all: Vec<Answered> = (0..6).map(|k| of_batch("i:stock:2", k)).chain([of_batch("i:stock:3", 1)]).collect();
+        let known: BTreeSet<(String, u32)> = known(connection, &all).await.unwrap().into_iter().collect();
+        assert_eq!(known, (1..5).map(|k| ("i:stock:2".to_owned(), k)).collect());
+        assert_eq!(save(connection, 0, 1, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 4 });
+        assert_eq!(number_of(connection, "SELECT available FROM holdfast.stock").await, 4);
     }
 
     #[tokio::test]

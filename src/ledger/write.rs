@@ -7,6 +7,7 @@ use sqlx::PgConnection;
 
 use super::changes::{Changes, Lifecycle, Place, StockLine};
 use super::{Error, coupon_write, inbox, order, partition, to_bigint};
+use crate::domain::Runs;
 
 /// Writes everything; the caller holds the partition's row and commits. Errors with [`Error::Data`] where Postgres does not know a
 /// product or a coupon that moved.
@@ -83,17 +84,25 @@ pub(super) fn small(number: impl TryInto<i32>) -> i32 {
     number.try_into().unwrap_or(i32::MAX)
 }
 
+/// Reads the column `runs` of `stock_ledger`.
+pub(super) fn runs(text: &str) -> Result<Runs, Error> {
+    Runs::parse(text).ok_or_else(|| Error::Unfit(format!("holdfast.stock_ledger: runs {text:?}")))
+}
+
 async fn stock_ledger(connection: &mut PgConnection, partition: u32, lines: &[StockLine<'_>]) -> Result<(), Error> {
     let places = Places::of(lines.iter().map(|line| line.place));
     sqlx::query(
         "INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after, \
-         request_id, request_digest, at, origin_epoch, origin_n, held_delta, order_id, expires_ms) \
+         request_id, request_digest, at, origin_epoch, origin_n, held_delta, order_id, expires_ms, \
+         operations, runs) \
          SELECT $1, l.epoch, l.n, l.i, l.op, l.k, l.product, l.kind, l.redis_delta, l.pg_delta, l.available, l.request, l.digest, \
-         timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n, coalesce(l.held, 0), l.order_id, l.expires_ms \
+         timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n, coalesce(l.held, 0), l.order_id, l.expires_ms, \
+         l.operations, l.runs \
          FROM unnest($2::bigint[], $3::bigint[], $4::int[], $5::text[], $6::int[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
-         $11::bigint[], $12::text[], $13::text[], $14::bigint[], $15::bigint[], $16::bigint[], $17::bigint[], $18::text[], $19::bigint[]) \
+         $11::bigint[], $12::text[], $13::text[], $14::bigint[], $15::bigint[], $16::bigint[], $17::bigint[], $18::text[], $19::bigint[], \
+         $20::int[], $21::text[]) \
          AS l (epoch, n, i, op, k, product, kind, redis_delta, pg_delta, available, request, digest, at_ms, origin_epoch, origin_n, held, \
-         order_id, expires_ms)",
+         order_id, expires_ms, operations, runs)",
     )
     .bind(partition::id(partition))
     .bind(places.epoch)
@@ -114,6 +123,8 @@ async fn stock_ledger(connection: &mut PgConnection, partition: u32, lines: &[St
     .bind(lines.iter().map(|line| line.order.map(|_| line.held_delta())).collect::<Vec<_>>())
     .bind(lines.iter().map(|line| line.order.map(|order| order.order.as_str())).collect::<Vec<_>>())
     .bind(lines.iter().map(|line| line.order.and_then(|order| order.expires_ms)).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| small(line.runs.map_or(1, Runs::count))).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.runs.map(ToString::to_string)).collect::<Vec<_>>())
     .execute(connection)
     .await?;
     Ok(())

@@ -366,11 +366,11 @@ impl Rebuild<'_> {
 /// The changes of an entry that clients asked for. What the server did by itself brought Redis and Postgres together, and is done anew.
 fn answered(entry: &Entry) -> impl Iterator<Item = Answered> {
     let of_a_client = |effect: &Effect| !matches!(effect, Effect::Stock { kind, .. } if !kind.moves_both());
-    (entry.first_n..).zip(&entry.operations).filter(move |(_, operation)| of_a_client(&operation.effect)).map(|(n, operation)| Answered {
+    entry.each().filter(move |(_, operation)| of_a_client(&operation.effect)).map(|(n, operation)| Answered {
         op: entry.op.clone(),
         origin: Position::new(entry.last.epoch, n),
         at_ms: entry.at_ms,
-        operation: operation.clone(),
+        operation,
     })
 }
 

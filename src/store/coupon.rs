@@ -13,7 +13,7 @@ use super::words::Words;
 use super::{Error, keys};
 use crate::domain::change::{Effect, Operation};
 use crate::domain::coupon::{CouponChange, CouponStep, CouponTerms, NewTerms, Stepped};
-use crate::domain::{Id, Position};
+use crate::domain::{Grain, Id, Position};
 
 /// The keys of lua/coupon_write.lua before the coupons: meta, outbox.
 const FIXED_KEYS: usize = 2;
@@ -168,7 +168,7 @@ impl Family for Coupon {
         (3 + keys, 160 + 4 * op.coupon.as_bytes().len() + 3 * ids + bytes)
     }
 
-    fn encode<'a>(ops: impl Iterator<Item = &'a CouponOp> + Clone, generation: i64) -> Encoded<()> {
+    fn encode<'a>(ops: impl Iterator<Item = &'a CouponOp> + Clone, generation: i64, _: Grain) -> Encoded<()> {
         let mut places: HashMap<&Id, usize> = HashMap::new();
         let mut coupons: Vec<(&Id, Vec<&Id>)> = Vec::new();
         for op in ops.clone() {
@@ -230,7 +230,7 @@ impl Family for Coupon {
 
     fn read<'a>(
         (): &(),
-        ops: impl Iterator<Item = &'a CouponOp>,
+        ops: impl Iterator<Item = &'a CouponOp> + Clone,
         words: &mut Words,
         positions: &mut Positions,
     ) -> Result<Vec<Verdict<CouponOutcome>>, Error> {

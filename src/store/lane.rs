@@ -31,9 +31,9 @@ use super::script::Script;
 use super::sold_out::SoldOut;
 use super::words::Words;
 use super::{Connection, Error, Partition};
-use crate::domain::Position;
 use crate::domain::change::Operation;
 use crate::domain::request;
+use crate::domain::{Grain, Position};
 use crate::limits;
 
 /// Why an operation was not decided.
@@ -76,6 +76,11 @@ impl Positions {
     /// Passes over some, which others take.
     pub fn skip(&mut self, count: u64) {
         self.n += count;
+    }
+
+    /// The position of the one that has so many of them in front of it.
+    pub fn behind(&self, count: u64) -> Position {
+        Position::new(self.epoch, self.n + count + 1)
     }
 
     /// The position of the next accepted operation.
@@ -126,11 +131,12 @@ pub trait Family: 'static {
     fn learn(_: &SoldOut, _: &Self::Op, _: &Self::Outcome, _asked: Instant) {}
     /// How many keys it may add to a batch, and about how many bytes.
     fn weight(op: &Self::Op) -> (usize, usize);
-    fn encode<'a>(ops: impl Iterator<Item = &'a Self::Op> + Clone, generation: i64) -> Encoded<Self::Plan>;
+    /// `grain`: what a line stands for of what carries no REQUEST.
+    fn encode<'a>(ops: impl Iterator<Item = &'a Self::Op> + Clone, generation: i64, grain: Grain) -> Encoded<Self::Plan>;
     /// Reads what became of each operation, in their order; `positions` begins in front of the first that was accepted.
     fn read<'a>(
         plan: &Self::Plan,
-        ops: impl Iterator<Item = &'a Self::Op>,
+        ops: impl Iterator<Item = &'a Self::Op> + Clone,
         words: &mut Words,
         positions: &mut Positions,
     ) -> Result<Vec<Verdict<Self::Outcome>>, Error>;

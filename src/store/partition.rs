@@ -14,7 +14,7 @@ use super::stock::{StockOp, StockOutcome};
 use crate::domain::change::Recorded;
 use crate::domain::history::PastChange;
 use crate::domain::request::Sent;
-use crate::domain::{DeadLetter, Drift, Id, InboxMark, Order, Position, Settled};
+use crate::domain::{DeadLetter, Drift, Grain, Id, InboxMark, Order, Position, Settled};
 use crate::limits;
 
 /// Whether a partition sells.
@@ -190,6 +190,8 @@ pub struct Partition {
     pub copies: Copies,
     /// Products that Redis has refused moments ago.
     pub sold_out: SoldOut,
+    /// What a line of the outbox stands for of what carries neither ORDER nor REQUEST.
+    pub grain: Grain,
     /// Asks the verifier to look now.
     pub verify: Notify,
     redis_up: AtomicBool,
@@ -224,6 +226,7 @@ impl Partition {
             bound: Bound::new(u64::MAX, u64::MAX),
             copies: Copies::new(copies_bytes_max),
             sold_out: SoldOut::new(Duration::ZERO),
+            grain: Grain::Operation,
             verify: Notify::new(),
             redis_up: AtomicBool::new(false),
             ledger_up: AtomicBool::new(false),
@@ -243,6 +246,11 @@ impl Partition {
     /// The same with refusals that are repeated for so long without asking Redis.
     pub fn refusing_for(self, lasts: Duration) -> Self {
         Self { sold_out: SoldOut::new(lasts), ..self }
+    }
+
+    /// The same with lines of this grain.
+    pub fn written_by(self, grain: Grain) -> Self {
+        Self { grain, ..self }
     }
 
     /// Makes a change that the server itself asks for. It goes through the lane like a client's, and has its time.

@@ -20,7 +20,7 @@ use super::sold_out::SoldOut;
 use super::words::Words;
 use super::{Error, keys};
 use crate::domain::change::{Effect, Item, Operation, StockKind};
-use crate::domain::{Id, InboxMark, Order, OrderState, Position, text};
+use crate::domain::{Grain, Id, InboxMark, Order, OrderState, Position, text};
 
 /// The keys of lua/stock_write.lua before the products: meta, outbox, frozen, low, deleted, held, expiry.
 const FIXED_KEYS: usize = 7;
@@ -370,8 +370,8 @@ impl Family for Stock {
         (op.items.len() + usize::from(order > 0) + keys, 32 + 2 * ids + 48 * op.items.len() + bytes + 3 * order)
     }
 
-    fn encode<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone, generation: i64) -> Encoded<Plan> {
-        let divided = Plan::divide(ops.clone());
+    fn encode<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone, generation: i64, grain: Grain) -> Encoded<Plan> {
+        let divided = Plan::divide(ops.clone(), grain);
         let mut keys = KeyList::default();
         for key in [keys::FROZEN, keys::LOW, keys::DELETED, keys::HELD, keys::EXPIRY] {
             keys.push(&[key]);
@@ -430,11 +430,11 @@ impl Family for Stock {
 
     fn read<'a>(
         plan: &Plan,
-        ops: impl Iterator<Item = &'a StockOp>,
+        ops: impl Iterator<Item = &'a StockOp> + Clone,
         words: &mut Words,
         positions: &mut Positions,
     ) -> Result<Vec<Verdict<StockOutcome>>, Error> {
-        let mut worked = Worked::read(plan, words, positions)?;
+        let mut worked = Worked::read(plan, ops.clone(), words, positions)?;
         let verdict = |(k, op)| match plan.is_summed(k) {
             true => Ok(Verdict::Decided(worked.next(plan, op))),
             false => decided(op, words, positions),
@@ -601,7 +601,7 @@ mod tests {
     #[test]
     fn a_product_named_by_several_operations_is_one_key() {
         let op = |product| StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from(product), 1)]);
-        let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0);
+        let encoded = Stock::encode([op("a"), op("b"), op("a")].iter(), 0, Grain::Operation);
         assert_eq!(
             encoded.keys.iter().collect::<Vec<_>>(),
             ["stock:frozen", "stock:low", "stock:deleted", "stock:held", "stock:expiry", "stock:product:a", "stock:product:b"]
@@ -621,7 +621,7 @@ mod tests {
         };
         let mut counter = 0;
         let mut run = async |ops: Vec<StockOp>| {
-            let encoded = Stock::encode(ops.iter(), 0);
+            let encoded = Stock::encode(ops.iter(), 0, Grain::Operation);
             let keys: Vec<&str> = [keys::META, keys::OUTBOX].into_iter().chain(encoded.keys.iter()).collect();
             counter += 1;
             let counter = counter.to_string();

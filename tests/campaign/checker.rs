@@ -20,6 +20,28 @@ pub struct StockRow {
     pub request: Option<String>,
 }
 
+impl StockRow {
+    /// The operations that it stands for, by its column `runs`: only itself, if that is empty.
+    pub fn one_by_one(self, runs: &str) -> Vec<Self> {
+        if runs.is_empty() {
+            return vec![self];
+        }
+        let mut after = self.after - self.delta;
+        let deltas = runs.split(',').flat_map(|run| {
+            let (places, delta) = run.split_once(':').unwrap();
+            let (first, last) = places.split_once('-').unwrap_or((places, places));
+            let length = last.parse::<usize>().unwrap() + 1 - first.parse::<usize>().unwrap();
+            std::iter::repeat_n(delta.parse::<i64>().unwrap(), length)
+        });
+        let rows = (self.position.1..).zip(deltas).map(|(n, delta)| {
+            after += delta;
+            let kind = if delta < 0 { "decr" } else { "incr" }.to_owned();
+            Self { position: (self.position.0, n), delta, after, kind, ..self.clone() }
+        });
+        rows.collect()
+    }
+}
+
 /// A row of `holdfast.coupon_ledger`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CouponRow {

@@ -21,6 +21,8 @@ mod times {
     pub const CUT: usize = 200;
     pub const MIXED: usize = 40;
     pub const REDIS_AND_SIDECAR_LOST: usize = 30;
+    pub const BY_BATCH: usize = 15;
+    pub const BY_BATCH_REPLIES_LOST: usize = 100;
 }
 
 /// How long Postgres is away, and how many changes a second there are meanwhile.
@@ -136,6 +138,24 @@ fn all_kinds_of_faults_in_any_order_lose_and_repeat_nothing() {
         world.wait_until_it_sells();
     }
     world.check("mixed");
+}
+
+#[test]
+fn with_a_row_a_batch_nothing_is_lost_or_repeated() {
+    let kinds: [fn(&mut World); 4] = [kill_sidecar, empty_redis, age_redis, kill_postgres];
+    let mut world = World::start(Plan::default().by_batch());
+    for number in 0..times::BY_BATCH {
+        kinds[number % kinds.len()](&mut world);
+        // One failure at a time.
+        world.wait_until_it_sells();
+        world.wait_until_carried();
+    }
+    for _ in 0..times::BY_BATCH_REPLIES_LOST {
+        lose_a_reply(&mut world);
+    }
+    world.wait_until_it_sells();
+    assert_ne!(world.database.value("SELECT count(*) FROM holdfast.stock_ledger WHERE operations > 1"), "0");
+    world.check("a row a batch");
 }
 
 #[test]

@@ -29,11 +29,25 @@ pub struct Plan {
     pub ack_postgres: bool,
     /// How many operations a second all of them send together, each of which can be accepted. Else as many as they can, of all kinds.
     pub rate: Option<u32>,
+    /// How many of 100 operations carry a REQUEST.
+    pub with_request: u64,
+    /// The sidecar's `ledger.detail`.
+    pub detail: String,
 }
 
 impl Default for Plan {
+    /// With what `HOLDFAST_TEST_DETAIL` says is in a row of the ledger, else an operation.
     fn default() -> Self {
-        Self { clients: 8, pause_us: 6_000, ack_postgres: false, rate: None }
+        let detail = std::env::var("HOLDFAST_TEST_DETAIL").unwrap_or_else(|_| "operation".to_owned());
+        let plan = Self { clients: 8, pause_us: 6_000, ack_postgres: false, rate: None, with_request: 85, detail };
+        if plan.detail == "batch" { plan.by_batch() } else { plan }
+    }
+}
+
+impl Plan {
+    /// With a row of the ledger for all that a batch does to a product, and so many operations at once that there are such.
+    pub fn by_batch(self) -> Self {
+        Self { clients: 24, with_request: 30, detail: "batch".to_owned(), ..self }
     }
 }
 
@@ -112,7 +126,7 @@ impl Client {
     fn run(mut self) -> Vec<Record> {
         while !self.shared.stop.load(Ordering::Relaxed) {
             let operation = self.next_operation();
-            let request = if self.random.chance(85) { Some(self.new_request()) } else { None };
+            let request = if self.random.chance(self.shared.plan.with_request) { Some(self.new_request()) } else { None };
             let record = self.perform(operation, request);
             if record.is_accepted() {
                 self.shared.accepted.fetch_add(1, Ordering::Relaxed);
@@ -124,7 +138,7 @@ impl Client {
     }
 
     fn pause(&mut self) -> Duration {
-        let Plan { rate, clients, pause_us, .. } = self.shared.plan;
+        let &Plan { rate, clients, pause_us, .. } = &self.shared.plan;
         match rate {
             None => Duration::from_micros(self.random.below(pause_us + 1)),
             Some(rate) => {

@@ -60,6 +60,7 @@ pub struct World {
     load: Option<Load>,
     began: Instant,
     late: u64,
+    detail: String,
     _turn: Turn,
 }
 
@@ -73,7 +74,7 @@ impl World {
         let database = Database::new(true);
         let to_redis = Proxy::start(redis.port(), b"EVALSHA");
         let to_postgres = Proxy::start(database.own.as_ref().unwrap().port(), b"COMMIT");
-        let sidecar = Self::sidecar(&to_redis, &to_postgres, &database);
+        let sidecar = Self::sidecar(&to_redis, &to_postgres, &database, &plan.detail);
         let to_sidecar = Proxy::start(sidecar.port, b"");
         let load = Load::start(to_sidecar.port(), Plan { clients: 0, ..plan.clone() }, &mut random);
         let mut world = Self {
@@ -88,6 +89,7 @@ impl World {
             load: Some(load),
             began: Instant::now(),
             late: 0,
+            detail: plan.detail.clone(),
             _turn: turn,
         };
         world.wait_until_ready();
@@ -103,11 +105,11 @@ impl World {
         world
     }
 
-    fn sidecar(to_redis: &Proxy, to_postgres: &Proxy, database: &Database) -> Sidecar {
+    fn sidecar(to_redis: &Proxy, to_postgres: &Proxy, database: &Database, detail: &str) -> Sidecar {
         let server = database.own.as_ref().unwrap().port();
         let postgres_url = database.url.replace(&format!(":{server}/"), &format!(":{}/", to_postgres.port()));
         // The default for replies; compared so often that it falls together with the faults.
-        let flags = ["--reply-within-ms", "100", "--reconcile-sync-every-ms", "1000"];
+        let flags = ["--reply-within-ms", "100", "--reconcile-sync-every-ms", "1000", "--ledger-detail", detail];
         Sidecar::with_settings(&to_redis.redis_url(), &postgres_url, &flags)
     }
 
@@ -142,13 +144,20 @@ impl World {
         }
     }
 
+    /// Waits until Postgres has what Redis has now: only then is what a killed sidecar had answered safe from the next fault.
+    pub fn wait_until_carried(&self) {
+        let newest: u64 = self.backing().hget("holdfast:meta", "n").unwrap();
+        let applied = || self.database.value("SELECT applied_n FROM holdfast.partition").parse::<u64>().unwrap();
+        wait_until("what was answered is carried", || applied() >= newest);
+    }
+
     pub fn kill_sidecar(&mut self) {
         self.count_late_replies();
         self.sidecar.kill();
     }
 
     pub fn restart_sidecar(&mut self) {
-        self.sidecar = Self::sidecar(&self.to_redis, &self.to_postgres, &self.database);
+        self.sidecar = Self::sidecar(&self.to_redis, &self.to_postgres, &self.database, &self.detail);
         self.to_sidecar.lead_to(self.sidecar.port);
     }
 
@@ -276,7 +285,8 @@ impl World {
         let optional = |text: &String| if text.is_empty() { None } else { Some(text.clone()) };
         let place = |text: &String| -> Option<Position> { position(text) };
         let stock_rows = rows(format!(
-            "SELECT concat_ws('|', epoch || '-' || n, {origin}, i, product_id, kind, pg_delta, available_after, coalesce(request_id, '')) \
+            "SELECT concat_ws('|', epoch || '-' || n, {origin}, i, product_id, kind, pg_delta, available_after, coalesce(request_id, ''), \
+             coalesce(runs, '')) \
              FROM holdfast.stock_ledger ORDER BY epoch, n, i"
         ));
         let coupon_rows = rows(format!(
@@ -286,15 +296,18 @@ impl World {
         Books {
             stock_rows: stock_rows
                 .iter()
-                .map(|row| StockRow {
-                    position: place(&row[0]).unwrap(),
-                    origin: place(&row[1]),
-                    i: row[2].parse().unwrap(),
-                    product: row[3].clone(),
-                    kind: row[4].clone(),
-                    delta: row[5].parse().unwrap(),
-                    after: row[6].parse().unwrap(),
-                    request: optional(&row[7]),
+                .flat_map(|row| {
+                    let whole = StockRow {
+                        position: place(&row[0]).unwrap(),
+                        origin: place(&row[1]),
+                        i: row[2].parse().unwrap(),
+                        product: row[3].clone(),
+                        kind: row[4].clone(),
+                        delta: row[5].parse().unwrap(),
+                        after: row[6].parse().unwrap(),
+                        request: optional(&row[7]),
+                    };
+                    whole.one_by_one(&row[8])
                 })
                 .collect(),
             coupon_rows: coupon_rows

@@ -10,6 +10,7 @@ mod bounds;
 mod coupon_life;
 mod coupons;
 mod dead_letters;
+mod detail;
 mod doubt;
 mod faults;
 mod http;

@@ -132,9 +132,19 @@ fn wait_for_rounds(sidecar: &Sidecar, more: f64) {
 #[test]
 fn a_busy_stock_shows_no_false_difference() {
     let seconds = std::env::var("HOLDFAST_TEST_RECONCILE_SECONDS").map_or(30, |text| text.parse().unwrap());
-    let stack = Stack::with_settings(EVERY_SECOND);
-    fill(&stack, "sku-", 50, 100_000);
-    fill(&stack, "outside-", 5, 1_000);
+    no_false_difference(&Stack::with_settings(EVERY_SECOND), seconds);
+}
+
+#[test]
+fn a_ledger_with_a_row_a_batch_shows_no_false_difference() {
+    let stack = Stack::with_settings(&[EVERY_SECOND, &["--ledger-detail", "batch"]].concat());
+    no_false_difference(&stack, 8);
+    assert_eq!(stack.postgres.value("SELECT bool_or(operations > 1) FROM holdfast.stock_ledger"), "true");
+}
+
+fn no_false_difference(stack: &Stack, seconds: u64) {
+    fill(stack, "sku-", 50, 100_000);
+    fill(stack, "outside-", 5, 1_000);
     let traded = trade("sku-", 50);
     let command = |client: usize, sent: usize| match mix(client, sent) % 40 {
         // Products that come and go, and are overwritten.
@@ -158,7 +168,7 @@ fn a_busy_stock_shows_no_false_difference() {
                 thread::sleep(Duration::from_millis(100));
             }
         };
-        (Load::run(&stack, command, outside), began)
+        (Load::run(stack, command, outside), began)
     };
     let rate = accepted / began.elapsed().as_secs();
     let (rounds, compared) = (metric(&stack.sidecar, SYNC_ROUNDS), metric(&stack.sidecar, "holdfast_reconcile_products_total"));
@@ -169,7 +179,7 @@ fn a_busy_stock_shows_no_false_difference() {
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock_ledger WHERE kind IN ('correct', 'adopt', 'freeze')"), "0");
     let sums = "SELECT l.product_id, sum(l.redis_delta) FROM holdfast.stock_ledger l JOIN holdfast.stock s USING (product_id) \
                 WHERE s.deleted_at IS NULL GROUP BY 1";
-    wait_until("every product holds what its changes come to", || in_redis(&stack) == by_product(&stack.postgres, sums));
+    wait_until("every product holds what its changes come to", || in_redis(stack) == by_product(&stack.postgres, sums));
     assert_eq!(stack.connect().ask("STOCK.SYNC DRYRUN"), "[]");
 }
 

@@ -1,5 +1,6 @@
 //! A lane's batches: made, sent, and their answers read.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use redis::Value;
@@ -8,6 +9,7 @@ use tracing::{info, warn};
 use super::Encoded;
 use super::{Failure, Family, Lane, Positions, Queued, Verdict, Waiter};
 use crate::domain::Position;
+use crate::domain::change::{Entry, Operation};
 use crate::limits;
 use crate::store::clock::Clock;
 use crate::store::copies::{CopiedBatch, Note};
@@ -56,7 +58,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let clock = self.clock.get();
         let youngest = operations.iter().map(|queued| queued.deadline).max().unwrap_or_else(Instant::now);
         let generation = clock.at(Instant::now()).div_euclid(self.window_ms);
-        let encoded = F::encode(operations.iter().map(|queued| &queued.op), generation);
+        let encoded = F::encode(operations.iter().map(|queued| &queued.op), generation, self.partition.grain);
         self.counter.set(self.counter.get() + 1);
         self.batch_operations.record(u32::try_from(count).unwrap_or(u32::MAX));
         Some(Sent {
@@ -265,10 +267,10 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         };
         let (op, at_ms) = (self.op(sent.counter), entry.as_ref().map_or(0, |entry| entry.at_ms));
         let mut copies = CopiedBatch::new(op, at_ms);
+        let mut granted: HashMap<u32, (u64, Operation)> =
+            entry.iter().flat_map(Entry::each).map(|(n, operation)| (operation.k, (n, operation))).collect();
         for (k, mut queued) in (0..).zip(sent.operations) {
-            let granted = entry.iter().flat_map(|entry| (entry.first_n..).zip(&entry.operations));
-            let line = granted.into_iter().find(|(_, line)| line.k == k);
-            let outcome = line.and_then(|(n, line)| F::replayed(&queued.op, line, Position::new(sent.epoch, n)));
+            let outcome = granted.remove(&k).and_then(|(n, line)| F::replayed(&queued.op, &line, Position::new(sent.epoch, n)));
             if let Some(outcome) = &outcome {
                 F::learn(&self.partition.sold_out, &queued.op, outcome, sent.made);
             }

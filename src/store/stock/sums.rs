@@ -4,13 +4,17 @@
 //! here, by the rule that the script goes by. A product that is also part of an operation with a REQUEST, over several products, or of
 //! any other kind is left to the script with all its operations, so the two sections of a batch touch nothing in common and may be
 //! decided one after the other.
+//!
+//! In the outbox each has a line of its own, in the order of arrival; or each product has one ([`Grain::Batch`]), in the order of the
+//! products, and positions follow that.
 
 use std::collections::HashMap;
+use std::io::Write as _;
 
 use super::{Action, StockOp, StockOutcome};
-use crate::domain::Id;
 use crate::domain::change::StockKind;
 use crate::domain::quantity::TOTAL_MAX;
+use crate::domain::{Grain, Id, Runs};
 use crate::store::Error;
 use crate::store::lane::Positions;
 use crate::store::pack::Pack;
@@ -28,6 +32,7 @@ pub struct Plan {
     summed: Vec<bool>,
     /// How many products are summed.
     products: usize,
+    grain: Grain,
 }
 
 /// A batch's products, each once, and where each stands.
@@ -62,7 +67,7 @@ pub(super) fn part(op: &StockOp) -> Option<(&Id, i64)> {
 
 impl Plan {
     /// Divides a batch.
-    pub(super) fn divide<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone) -> Divided<'a> {
+    pub(super) fn divide<'a>(ops: impl Iterator<Item = &'a StockOp> + Clone, grain: Grain) -> Divided<'a> {
         let mut indices: HashMap<&[u8], usize, foldhash::fast::RandomState> = HashMap::default();
         let (mut products, mut ids): (Vec<Product>, Vec<&Id>) = (Vec::new(), Vec::new());
         let (mut items, mut summed) = (Vec::new(), Vec::new());
@@ -86,7 +91,7 @@ impl Plan {
         }
         leave_reads(ops.clone(), &items, &mut products);
         let mut divided = Divided {
-            plan: Plan { places: Vec::with_capacity(items.len()), summed, products: 0 },
+            plan: Plan { places: Vec::with_capacity(items.len()), summed, products: 0, grain },
             summed: Vec::with_capacity(ids.len()),
             decided: Vec::new(),
             decided_places: Vec::new(),
@@ -152,11 +157,32 @@ fn place<'a>(product: &mut Product, id: &'a Id, known: &mut Vec<&'a Id>) -> u32 
 }
 
 /// The units that are wanted and given of one product.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Default)]
 struct Sum {
     down: i64,
     up: i64,
     least: Option<i64>,
+    /// With [`Grain::Batch`]: by which operations.
+    runs: Runs,
+}
+
+impl Sum {
+    /// Writes the one line of the product.
+    fn write_to(&self, text: &mut Vec<u8>, id: &Id) {
+        let kind = match (self.down, self.up) {
+            (_, 0) => StockKind::Decr,
+            (0, _) => StockKind::Incr,
+            _ => StockKind::Mixed,
+        };
+        // Writing into memory cannot fail.
+        let _ = write!(text, "{} {}", self.runs.first(), kind.as_str());
+        if self.runs.count() > 1 {
+            let _ = write!(text, " runs={}", self.runs);
+        }
+        text.extend_from_slice(b" | ");
+        text.extend_from_slice(id.as_bytes());
+        let _ = write!(text, " {}", self.up - self.down);
+    }
 }
 
 /// Writes what lua/include/sums.lua takes: `false` where nothing is summed.
@@ -168,6 +194,7 @@ pub(super) fn write<'a>(batch: &mut Pack, divided: &Divided<'a>, ops: impl Itera
     }
     let mut sums: Vec<Sum> = Vec::with_capacity(plan.products);
     let (mut text, mut each, mut count, mut number) = (Vec::new(), Pack::default(), 0_usize, itoa::Buffer::new());
+    let mut ks = Pack::default();
     let mut places = plan.places.iter();
     for (k, op) in ops.enumerate().filter(|(k, _)| plan.summed[*k]) {
         let Some((id, quantity)) = change(op) else {
@@ -179,28 +206,39 @@ pub(super) fn write<'a>(batch: &mut Pack, divided: &Divided<'a>, ops: impl Itera
             sums.resize(place + 1, Sum::default());
         }
         let sum = &mut sums[place];
-        if count > 0 {
-            text.push(b'\n');
-        }
-        text.extend_from_slice(number.format(k).as_bytes());
-        if op.action == Action::Change(StockKind::Decr) {
+        let (delta, begin): (i64, &[u8]) = if op.action == Action::Change(StockKind::Decr) {
             sum.down += quantity;
             sum.least = Some(sum.least.map_or(*quantity, |least| least.min(*quantity)));
-            text.extend_from_slice(b" decr | ");
-            text.extend_from_slice(id.as_bytes());
-            text.extend_from_slice(b" -");
-            each.count(place + 1).integer(-quantity);
+            (-quantity, b" decr | ")
         } else {
             sum.up += quantity;
-            text.extend_from_slice(b" incr | ");
+            (*quantity, b" incr | ")
+        };
+        each.count(place + 1).integer(delta);
+        if plan.grain == Grain::Batch {
+            ks.count(k);
+            sum.runs.push(u32::try_from(k).unwrap_or(u32::MAX), delta);
+        } else {
+            if count > 0 {
+                text.push(b'\n');
+            }
+            text.extend_from_slice(number.format(k).as_bytes());
+            text.extend_from_slice(begin);
             text.extend_from_slice(id.as_bytes());
             text.push(b' ');
-            each.count(place + 1).integer(*quantity);
+            text.extend_from_slice(number.format(delta).as_bytes());
         }
-        text.extend_from_slice(number.format(*quantity).as_bytes());
         count += 1;
     }
-    batch.array(8).count(plan.products).count(sums.len()).array(sums.len());
+    if plan.grain == Grain::Batch {
+        for (place, (sum, id)) in sums.iter().zip(&divided.summed).enumerate() {
+            if place > 0 {
+                text.push(b'\n');
+            }
+            sum.write_to(&mut text, id);
+        }
+    }
+    batch.array(9).count(plan.products).count(sums.len()).array(sums.len());
     for sum in &sums {
         batch.integer(sum.down);
     }
@@ -219,6 +257,10 @@ pub(super) fn write<'a>(batch: &mut Pack, divided: &Divided<'a>, ops: impl Itera
     }
     let pairs = Pack::array_of(count * 2, each);
     batch.count(count).bytes(&text).bytes(&pairs.into_bytes());
+    match plan.grain {
+        Grain::Operation => batch.no(),
+        Grain::Batch => batch.bytes(&Pack::array_of(count, ks).into_bytes()),
+    };
 }
 
 /// What the script found of one product, and what has become of it since.
@@ -229,25 +271,56 @@ struct Standing {
     frozen: Option<String>,
 }
 
+impl Standing {
+    /// Moves it by `delta`, and says what is available then. Errors with why it does not move.
+    fn moved(&mut self, delta: i64) -> Result<i64, StockOutcome> {
+        if self.corrupt {
+            return Err(StockOutcome::Corrupt { item: 0 });
+        }
+        if let Some(reason) = &self.frozen {
+            return Err(StockOutcome::Frozen { item: 0, reason: reason.clone() });
+        }
+        let Some(value) = self.value else { return Err(StockOutcome::Absent { item: 0 }) };
+        let after = value + delta;
+        if after < 0 {
+            return Err(StockOutcome::Short { item: 0, available: value });
+        }
+        if after > TOTAL_MAX {
+            return Err(StockOutcome::Over { item: 0, available: value });
+        }
+        self.value = Some(after);
+        Ok(after)
+    }
+}
+
 /// Works out what became of the summed operations. Errors where the script accepted another number of them.
 pub(super) struct Worked {
     standings: Vec<Standing>,
-    positions: Positions,
-    end: Positions,
+    before: Positions,
+    accepted: u64,
+    taken: u64,
+    /// With [`Grain::Batch`] for each product how many accepted operations stand in front of its next one.
+    ahead: Vec<u64>,
     at: usize,
 }
 
 impl Worked {
     /// Reads the script's answer; moves `positions` behind the summed operations.
-    pub(super) fn read(plan: &Plan, words: &mut Words, positions: &mut Positions) -> Result<Self, Error> {
+    pub(super) fn read<'a>(
+        plan: &Plan,
+        ops: impl Iterator<Item = &'a StockOp>,
+        words: &mut Words,
+        positions: &mut Positions,
+    ) -> Result<Self, Error> {
         let answer = words.text()?;
+        let mut worked = Self { standings: Vec::new(), before: positions.clone(), accepted: 0, taken: 0, ahead: Vec::new(), at: 0 };
         if plan.products == 0 {
-            return Ok(Self { standings: Vec::new(), positions: positions.clone(), end: positions.clone(), at: 0 });
+            return Ok(worked);
         }
         let unexpected = || Error::Unexpected(format!("sums {:?}", answer.get(..answer.len().min(100))));
         let mut found = answer.split(' ');
-        let accepted = found.next().and_then(|count| count.parse().ok()).ok_or_else(unexpected)?;
-        let mut standings = Vec::with_capacity(plan.products);
+        worked.accepted = found.next().and_then(|count| count.parse().ok()).ok_or_else(unexpected)?;
+        worked.standings.reserve(plan.products);
         for word in found {
             let (is_frozen, word) = word.strip_prefix('!').map_or((false, word), |word| (true, word));
             let mut standing = Standing::default();
@@ -259,53 +332,65 @@ impl Worked {
             if is_frozen {
                 standing.frozen = Some(words.text()?);
             }
-            standings.push(standing);
+            worked.standings.push(standing);
         }
-        if standings.len() != plan.products {
+        if worked.standings.len() != plan.products {
             return Err(unexpected());
         }
-        let of_sums = positions.clone();
-        positions.skip(accepted);
-        Ok(Self { standings, positions: of_sums, end: positions.clone(), at: 0 })
+        positions.skip(worked.accepted);
+        if plan.grain == Grain::Batch {
+            worked.ahead = ahead(plan, ops, worked.standings.clone());
+        }
+        Ok(worked)
     }
 
     /// What became of the next summed operation.
     pub(super) fn next(&mut self, plan: &Plan, op: &StockOp) -> StockOutcome {
         let places = &plan.places[self.at..self.at + op.items.len()];
         self.at += op.items.len();
-        let Some((_, quantity)) = change(op) else {
+        let Some((_, delta)) = part(op) else {
             let standings = || places.iter().map(|place| &self.standings[*place as usize]);
             if let Some(item) = standings().position(|standing| standing.corrupt) {
                 return StockOutcome::Corrupt { item };
             }
             return StockOutcome::Values(standings().map(|standing| standing.value).collect());
         };
-        let standing = &mut self.standings[places[0] as usize];
-        if standing.corrupt {
-            return StockOutcome::Corrupt { item: 0 };
-        }
-        if let Some(reason) = &standing.frozen {
-            return StockOutcome::Frozen { item: 0, reason: reason.clone() };
-        }
-        let Some(value) = standing.value else { return StockOutcome::Absent { item: 0 } };
-        let after = if op.action == Action::Change(StockKind::Decr) { value - quantity } else { value + quantity };
-        if after < 0 {
-            return StockOutcome::Short { item: 0, available: value };
-        }
-        if after > TOTAL_MAX {
-            return StockOutcome::Over { item: 0, available: value };
-        }
-        standing.value = Some(after);
-        StockOutcome::Done { available: smallvec::smallvec![after], position: self.positions.take() }
+        let place = places[0] as usize;
+        let after = match self.standings[place].moved(delta) {
+            Ok(after) => after,
+            Err(refused) => return refused,
+        };
+        let ahead = match self.ahead.get_mut(place) {
+            Some(ahead) => std::mem::replace(ahead, *ahead + 1),
+            None => self.taken,
+        };
+        self.taken += 1;
+        StockOutcome::Done { available: smallvec::smallvec![after], position: self.before.behind(ahead) }
     }
 
     /// Checks that it came to what the script accepted.
     pub(super) fn check(&self) -> Result<(), Error> {
-        if self.positions == self.end {
+        if self.taken == self.accepted {
             return Ok(());
         }
-        Err(Error::Unexpected(format!("sums that come to {:?}, where the script came to {:?}", self.positions, self.end)))
+        Err(Error::Unexpected(format!("sums that come to {} operations, where the script came to {}", self.taken, self.accepted)))
     }
+}
+
+/// For each product how many accepted operations its first one has in front of it, where those of a product stand together.
+fn ahead<'a>(plan: &Plan, ops: impl Iterator<Item = &'a StockOp>, mut standings: Vec<Standing>) -> Vec<u64> {
+    let mut counts = vec![0; standings.len()];
+    let mut places = plan.places.as_slice();
+    for (_, op) in ops.enumerate().filter(|(k, _)| plan.summed[*k]) {
+        let (own, rest) = places.split_at(op.items.len());
+        places = rest;
+        if let (Some((_, delta)), [place]) = (part(op), own) {
+            counts[*place as usize] += u64::from(standings[*place as usize].moved(delta).is_ok());
+        }
+    }
+    let mut all = 0;
+    counts.iter_mut().for_each(|count| all += std::mem::replace(count, all));
+    counts
 }
 
 #[cfg(test)]
@@ -318,7 +403,7 @@ mod tests {
     use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 
     use super::*;
-    use crate::domain::change::{Effect, Operation};
+    use crate::domain::change::{Effect, Entry, Operation};
     use crate::domain::{Position, RequestId};
     use crate::ledger::testing::RedisServer;
     use crate::store::lane::{Family as _, Verdict};
@@ -426,6 +511,16 @@ mod tests {
     /// what is told to Postgres.
     #[tokio::test]
     async fn a_batch_comes_to_what_its_operations_come_to_one_by_one() {
+        batches_come_to_what_their_operations_come_to(Grain::Operation).await;
+    }
+
+    /// The same where one line stands for all that a batch does to a product.
+    #[tokio::test]
+    async fn a_batch_with_a_line_a_product_comes_to_what_its_operations_come_to_one_by_one() {
+        batches_come_to_what_their_operations_come_to(Grain::Batch).await;
+    }
+
+    async fn batches_come_to_what_their_operations_come_to(grain: Grain) {
         let server = RedisServer::start();
         let mut connection = Connection::open(&server.url()).await.unwrap();
         let mut reader = OutboxReader::open(&server.url()).await.unwrap();
@@ -439,11 +534,11 @@ mod tests {
         }
         let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[7; 32]);
         let mut runner = TestRunner::new_with_rng(Config::default(), rng);
-        let (mut n, mut at, mut sums, mut rest) = (0_u64, Position::default(), 0, 0);
+        let (mut n, mut at, mut sums, mut rest, mut lines) = (0_u64, Position::default(), 0, 0, 0);
         for counter in 1..=1_500_u32 {
             let batch = proptest::collection::vec(operation(), 1..24);
             let ops = batch.new_tree(&mut runner).unwrap().current();
-            let encoded = Stock::encode(ops.iter(), 5);
+            let encoded = Stock::encode(ops.iter(), 5, grain);
             let summed: Vec<bool> = (0..ops.len()).map(|k| encoded.plan.is_summed(k)).collect();
             sums += summed.iter().filter(|is_summed| **is_summed).count();
             rest += summed.iter().filter(|is_summed| !**is_summed).count();
@@ -462,6 +557,9 @@ mod tests {
                 for (k, op) in ops.iter().enumerate().filter(|(k, _)| summed[*k] == section) {
                     expected[k] = Some(decide(&mut models, op, &mut n));
                 }
+            }
+            if grain == Grain::Batch {
+                place_by_product(&encoded.plan, &ops, &mut expected, before);
             }
             assert_eq!(expected.iter().flatten().cloned().map(unplaced).collect::<Vec<_>>(), in_order);
             assert_eq!(models, arriving);
@@ -493,9 +591,16 @@ mod tests {
             // The entry says the same.
             let entries = reader.read_after(at, 10, std::time::Duration::ZERO).await.unwrap().entries;
             assert_eq!(entries.len(), usize::from(n > before));
-            let told: Vec<Operation> = entries.into_iter().flat_map(|entry| entry.operations).collect();
+            for entry in &entries {
+                let of_sums = entry.operations.iter().filter(|line| summed[line.k as usize]);
+                let products: Vec<&str> = of_sums.flat_map(Operation::products).collect();
+                let different = products.iter().collect::<std::collections::BTreeSet<_>>().len();
+                assert!(grain == Grain::Operation || products.len() == different, "one line a product: {products:?}");
+                lines += products.len();
+            }
+            let told: Vec<(u64, Operation)> = entries.iter().flat_map(Entry::each).collect();
             at = Position::new(u64::from(n > 0), n);
-            let mut told: Vec<_> = told.iter().zip(before + 1..).map(|(operation, n)| (operation.k, n, &operation.effect)).collect();
+            let mut told: Vec<_> = told.iter().map(|(n, operation)| (operation.k, *n, &operation.effect)).collect();
             told.sort_unstable_by_key(|(k, ..)| *k);
             let accepted = (0..).zip(expected.iter().flatten()).filter_map(|(k, outcome)| match outcome {
                 StockOutcome::Done { available, position } => Some((k, position.n, available.to_vec())),
@@ -523,5 +628,23 @@ mod tests {
             }
         }
         assert!(sums > 2_000 && rest > 2_000, "{sums} summed, {rest} not");
+        assert!(lines > 500, "{lines} lines");
+    }
+
+    /// The positions of what is summed, where those of a product stand together.
+    fn place_by_product(plan: &Plan, ops: &[StockOp], expected: &mut [Option<StockOutcome>], mut n: u64) {
+        let mut places = plan.places.iter();
+        let mut summed: Vec<(u32, usize)> = Vec::new();
+        for (k, op) in ops.iter().enumerate().filter(|(k, _)| plan.summed[*k]) {
+            let own: Vec<u32> = places.by_ref().take(op.items.len()).copied().collect();
+            summed.push((own[0], k));
+        }
+        summed.sort_unstable();
+        for (_, k) in summed {
+            if let Some(StockOutcome::Done { position, .. }) = &mut expected[k] {
+                n += 1;
+                position.n = n;
+            }
+        }
     }
 }
