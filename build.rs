@@ -14,6 +14,7 @@ const SABOTAGE: &[(&str, &str, &str, &str)] = &[
     ("NO_LOCK_EPOCH", "lock", "if m[1] ~= epoch or m[2] ~= run then return nil end\n  return tonumber(m[3])", "return tonumber(m[3]) or 0"),
     ("NO_REQUEST_MEMORY", "requests", "if text then return 'known', text end\n", ""),
     ("NO_RUN_ID", "guard", "if m[2] ~= run then return nil, {'run', op, now} end\n", ""),
+    ("LOOSE_SUMS", "sums", "if not after or after < 0 or value > TOTAL_MAX then", "if not after or value > TOTAL_MAX then"),
     ("XADD_LAST", "coupon_write", "append(head, lines)\n", ""),
     ("XADD_LAST", "coupon_write", "return reply\n", "append(head, lines)\nreturn reply\n"),
     ("XADD_LAST", "stock_write", "append(head, lines, summed)\n", ""),

@@ -166,6 +166,9 @@ pub async fn known(connection: &mut PgConnection, answered: &[Answered]) -> Resu
             .bind(ops.into_iter().collect::<Vec<_>>())
             .fetch_all(connection)
             .await?;
+    if cfg!(feature = "sabotage-blind-runs") {
+        return Ok(known);
+    }
     for (op, runs) in summed {
         known.extend(write::runs(&runs)?.each().map(|(k, _)| (op.clone(), k)));
     }

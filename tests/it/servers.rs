@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each of the test binaries uses its own part")]
 
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,6 +24,19 @@ fn number() -> u32 {
 
 fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// The process of the Redis on a port; `None` where there is none that answers.
+fn process_of_redis(port: u16) -> Option<u32> {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(1))).ok()?;
+    stream.write_all(b"INFO server\r\n").ok()?;
+    for line in BufReader::new(stream).lines() {
+        if let Some(process) = line.ok()?.strip_prefix("process_id:") {
+            return process.trim().parse().ok();
+        }
+    }
+    None
 }
 
 fn temporary_directory(name: &str) -> PathBuf {
@@ -136,9 +150,13 @@ impl Postgres {
         self.child.id()
     }
 
-    /// Kills it as a power cut would.
+    /// Kills it as a power cut would: with all its processes, which would otherwise finish what they have begun.
     pub fn kill(&mut self) {
+        let pid = self.child.id();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        let all: Vec<&str> = children.split_ascii_whitespace().collect();
         let _ = self.child.kill();
+        let _ = Command::new("kill").arg("-9").args(all).stderr(Stdio::null()).status();
         let _ = self.child.wait();
     }
 
@@ -179,13 +197,21 @@ pub struct RedisServer {
 impl RedisServer {
     pub fn start() -> Self {
         let directory = temporary_directory("redis");
-        let port = free_port();
-        let child = Self::spawn(&directory, port);
-        Self { directory, port, child }
+        loop {
+            let port = free_port();
+            if let Some(child) = Self::try_spawn(&directory, port) {
+                return Self { directory, port, child };
+            }
+        }
     }
 
     fn spawn(directory: &Path, port: u16) -> Child {
-        let child = Command::new(program("redis-server"))
+        Self::try_spawn(directory, port).unwrap_or_else(|| panic!("port {port} is no longer free"))
+    }
+
+    /// `None` where another program was faster to take the port: it may be a Redis, too, of another test.
+    fn try_spawn(directory: &Path, port: u16) -> Option<Child> {
+        let mut child = Command::new(program("redis-server"))
             .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
             // A copy of the directory is good only while nothing is being rewritten in it.
             .args(["--auto-aof-rewrite-percentage", "0", "--dir"])
@@ -194,11 +220,14 @@ impl RedisServer {
             .spawn()
             .unwrap();
         let began = Instant::now();
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
+        while process_of_redis(port) != Some(child.id()) {
+            if child.try_wait().unwrap().is_some() {
+                return None;
+            }
             assert!(began.elapsed() < START_MAX, "redis-server did not start");
             std::thread::sleep(Duration::from_millis(10));
         }
-        child
+        Some(child)
     }
 
     /// Makes it a replica of another one.
@@ -260,5 +289,16 @@ impl Drop for RedisServer {
     fn drop(&mut self) {
         self.kill();
         let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_server_of_another_test_is_not_taken_for_the_own() {
+        let (first, directory) = (super::RedisServer::start(), super::temporary_directory("redis"));
+        assert_eq!(super::process_of_redis(first.port), Some(first.pid()));
+        assert!(super::RedisServer::try_spawn(&directory, first.port).is_none());
+        std::fs::remove_dir_all(directory).unwrap();
     }
 }
