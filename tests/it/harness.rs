@@ -194,6 +194,24 @@ impl Client {
         }
     }
 
+    /// Sends one command, and does not wait for its reply.
+    pub fn send<W: AsRef<[u8]>>(&mut self, words: &[W]) {
+        let mut command = redis::Cmd::new();
+        for word in words {
+            command.arg(word.as_ref());
+        }
+        // A connection that is gone shows when the reply is awaited.
+        _ = self.connection.send_packed_command(&command.get_packed_command());
+    }
+
+    /// The reply to the oldest command that was sent so.
+    pub fn receive(&mut self) -> String {
+        match self.connection.recv_response() {
+            Ok(value) => show(&value),
+            Err(error) => format!("-{} {}", error.code().unwrap_or("?"), error.detail().unwrap_or_default()),
+        }
+    }
+
     /// Asks until the reply is `expected`.
     pub fn until(&mut self, command: &str, expected: &str) {
         let began = Instant::now();

@@ -16,6 +16,7 @@ mod faults;
 mod http;
 mod inbox;
 mod locks;
+mod model;
 mod orders;
 mod protocol;
 mod proxy;

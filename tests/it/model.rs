@@ -1,0 +1,490 @@
+//! Every STOCK command that changes or reads units, from eight clients at once, against a plain model.
+//!
+//! The clients send one command each and wait for all replies: a round. A command that was accepted has a position, so afterwards the
+//! whole history is replayed in the order of positions, with the expiries that the ledger has in between, and every reply must be the
+//! model's. A refusal or a read has no position: it must be what the model says at some point of its round. Sidecars are killed in between,
+//! and what got no answer is sent again under its REQUEST id.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use proptest::prelude::Rng as _;
+use proptest::test_runner::{RngAlgorithm, TestRng};
+
+use crate::harness::{Client, Stack};
+
+const CLIENTS: usize = 8;
+const PRODUCTS: [&str; 5] = ["a", "b", "c", "d", "e"];
+/// Of so many rounds one loses its sidecar.
+const KILL_EVERY: usize = 400;
+
+/// How many commands; `HOLDFAST_TEST_STEPS` says otherwise.
+fn steps() -> usize {
+    std::env::var("HOLDFAST_TEST_STEPS").ok().and_then(|steps| steps.parse().ok()).unwrap_or(100_000)
+}
+
+fn now_ms() -> i64 {
+    i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
+}
+
+type Place = (u64, u64);
+
+fn place(text: &str) -> Option<Place> {
+    let (epoch, n) = text.split_once('-')?;
+    Some((epoch.parse().ok()?, n.parse().ok()?))
+}
+
+/// One command and what became of it.
+#[derive(Clone, Debug)]
+struct Step {
+    round: usize,
+    words: Vec<String>,
+    reply: String,
+    from_ms: i64,
+    to_ms: i64,
+}
+
+impl Step {
+    /// The position in its reply, and the reply without it.
+    fn position(&self) -> Option<(Place, String)> {
+        let inner = self.reply.strip_prefix('[')?.strip_suffix(']')?;
+        let (rest, last) = inner.rsplit_once(", ")?;
+        Some((place(last)?, format!("[{rest}]")))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Order {
+    state: &'static str,
+    expires: i64,
+    items: Vec<(String, i64)>,
+    at: Place,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Model {
+    units: BTreeMap<String, i64>,
+    held: BTreeMap<String, i64>,
+    orders: HashMap<String, Order>,
+}
+
+/// What the model says to a command.
+#[derive(Debug, PartialEq)]
+enum Answer {
+    /// The reply without its position.
+    Accepted(String),
+    /// A reply that says where the order became what it is.
+    Again(String, Place),
+    Refused(String),
+}
+
+fn pairs(words: &[String]) -> Vec<(String, i64)> {
+    let mut items: Vec<(String, i64)> = Vec::new();
+    for pair in words.chunks(2) {
+        let Some(units) = pair.get(1).and_then(|units| units.parse::<i64>().ok()) else { break };
+        match items.iter_mut().find(|(product, _)| *product == pair[0]) {
+            Some((_, sum)) => *sum += units,
+            None => items.push((pair[0].clone(), units)),
+        }
+    }
+    items
+}
+
+fn option<'a>(words: &'a [String], name: &str) -> Option<&'a str> {
+    words.iter().position(|word| word == name).map(|at| words[at + 1].as_str())
+}
+
+impl Model {
+    fn lacks(&self, items: &[(String, i64)]) -> Option<String> {
+        items.iter().find_map(|(product, wanted)| match self.units.get(product) {
+            None => Some(format!("-NOTFOUND no product '{product}'")),
+            Some(available) if available < wanted => Some(format!("[INSUFFICIENT, {product}, {available}]")),
+            Some(_) => None,
+        })
+    }
+
+    fn taken(&self, order: &str, now: i64) -> Option<String> {
+        let order = self.orders.get(order)?;
+        let state = if order.state == "held" && order.expires <= now { "expired" } else { order.state };
+        Some(if order.items.is_empty() { "[CANCELLED]".into() } else { format!("[EXISTS, {state}]") })
+    }
+
+    /// What the command comes to at a moment. `held`: the time that a reply names.
+    fn answer(&self, words: &[String], now: i64, named: Option<&str>) -> Answer {
+        use Answer::{Accepted, Again, Refused};
+        let shown = |units: Option<&i64>| units.map_or_else(|| "nil".to_owned(), i64::to_string);
+        let left = |items: &[(String, i64)]| {
+            items.iter().map(|(product, units)| (self.units[product] - units).to_string()).collect::<Vec<_>>().join(", ")
+        };
+        let held = || format!("[HELD, {}]", named.unwrap_or_default());
+        let known = |order: &str| self.orders.get(order).map(|order| (order, order.state == "held" && order.expires <= now));
+        match words[0].as_str() {
+            "GET" => Refused(shown(self.units.get(&words[1]))),
+            "MGET" => {
+                Refused(format!("[{}]", words[1..].iter().map(|product| shown(self.units.get(product))).collect::<Vec<_>>().join(", ")))
+            }
+            "SET" => Accepted(format!("[OK, {}]", words[2])),
+            "DEL" => {
+                if self.units.contains_key(&words[1]) {
+                    Accepted("[OK]".into())
+                } else {
+                    Refused("[NOTFOUND]".into())
+                }
+            }
+            "INCR" => match self.units.get(&words[1]) {
+                Some(available) => Accepted(format!("[OK, {}]", available + words[2].parse::<i64>().unwrap())),
+                None => Refused(format!("-NOTFOUND no product '{}'", words[1])),
+            },
+            "DECR" => {
+                let items = pairs(&words[1..]);
+                if let Some(taken) = option(words, "ORDER").and_then(|order| self.taken(order, now)) {
+                    return Refused(taken);
+                }
+                self.lacks(&items).map_or_else(|| Accepted(format!("[OK, {}]", left(&items))), Refused)
+            }
+            "RESERVE" => {
+                let items = pairs(&words[3..]);
+                let refused = self.taken(&words[1], now).or_else(|| self.lacks(&items));
+                refused.map_or_else(|| Accepted(held()), Refused)
+            }
+            "ORDER" => Refused(known(&words[1]).map_or_else(
+                || "nil".into(),
+                |(order, due)| {
+                    let items: Vec<_> = order.items.iter().map(|(product, units)| format!("{product}, {units}")).collect();
+                    let (order, state, expires) = (&words[1], if due { "expired" } else { order.state }, order.expires);
+                    format!("[order, {order}, state, {state}, expires_at_ms, {expires}, items, [{}]]", items.join(", "))
+                },
+            )),
+            "CONFIRM" => match known(&words[1]) {
+                None => Refused("[NOTFOUND]".into()),
+                Some((_, true)) => Refused("[EXPIRED]".into()),
+                Some((order, _)) => match order.state {
+                    "held" => Accepted("[CONFIRMED]".into()),
+                    "confirmed" => Again("[CONFIRMED]".into(), order.at),
+                    other => Refused(format!("[{}]", other.to_uppercase())),
+                },
+            },
+            "CANCEL" => match known(&words[1]) {
+                None => Accepted("[CANCELLED]".into()),
+                Some((_, true)) => Refused("[EXPIRED]".into()),
+                Some((order, _)) => match order.state {
+                    "held" | "confirmed" => Accepted("[CANCELLED]".into()),
+                    "cancelled" => Again("[CANCELLED]".into(), order.at),
+                    other => Refused(format!("[{}]", other.to_uppercase())),
+                },
+            },
+            "EXTEND" => match known(&words[1]) {
+                None => Refused("[NOTFOUND]".into()),
+                Some((_, true)) => Refused("[EXPIRED]".into()),
+                Some((order, _)) if order.state == "held" => Accepted(held()),
+                Some((order, _)) => Refused(format!("[{}]", order.state.to_uppercase())),
+            },
+            other => panic!("{other}"),
+        }
+    }
+
+    fn give_back(&mut self, order: &Order) {
+        for (product, units) in &order.items {
+            if let Some(available) = self.units.get_mut(product) {
+                *available += units;
+            }
+        }
+    }
+
+    fn hold(&mut self, items: &[(String, i64)], sign: i64) {
+        items.iter().for_each(|(product, units)| *self.held.entry(product.clone()).or_default() += sign * units);
+    }
+
+    /// Carries out what was accepted at a place.
+    fn apply(&mut self, words: &[String], at: Place, named: Option<&str>) {
+        let take = |model: &mut Self, items: &[(String, i64)]| {
+            items.iter().for_each(|(product, units)| *model.units.get_mut(product).unwrap() -= units)
+        };
+        match words[0].as_str() {
+            "SET" => _ = self.units.insert(words[1].clone(), words[2].parse().unwrap()),
+            "DEL" => _ = self.units.remove(&words[1]),
+            "INCR" => *self.units.get_mut(&words[1]).unwrap() += words[2].parse::<i64>().unwrap(),
+            "DECR" => {
+                let items = pairs(&words[1..]);
+                take(self, &items);
+                if let Some(order) = option(words, "ORDER") {
+                    self.orders.insert(order.to_owned(), Order { state: "confirmed", expires: 0, items, at });
+                }
+            }
+            "RESERVE" => {
+                let items = pairs(&words[3..]);
+                take(self, &items);
+                self.hold(&items, 1);
+                let expires = named.unwrap().parse().unwrap();
+                self.orders.insert(words[1].clone(), Order { state: "held", expires, items, at });
+            }
+            "EXTEND" => {
+                let order = self.orders.get_mut(&words[1]).unwrap();
+                (order.expires, order.at) = (named.unwrap().parse().unwrap(), at);
+            }
+            "CONFIRM" => self.end(&words[1], "confirmed", at),
+            "CANCEL" => self.end(&words[1], "cancelled", at),
+            other => panic!("{other}"),
+        }
+    }
+
+    fn end(&mut self, id: &str, state: &'static str, at: Place) {
+        let order = self.orders.get(id).cloned().unwrap_or(Order { state: "none", expires: 0, items: Vec::new(), at });
+        if order.state == "held" {
+            self.hold(&order.items, -1);
+        }
+        if state != "confirmed" {
+            self.give_back(&order);
+        }
+        self.orders.insert(id.to_owned(), Order { state, at, ..order });
+    }
+}
+
+/// The time that a HELD names.
+fn named(reply: &str) -> Option<&str> {
+    reply.strip_prefix("[HELD, ")?.split([',', ']']).next()
+}
+
+/// Makes commands.
+struct Commands {
+    rng: TestRng,
+    orders: u64,
+    requests: u64,
+}
+
+impl Commands {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.rng.next_u64() % limit
+    }
+
+    fn product(&mut self) -> String {
+        PRODUCTS[usize::try_from(self.below(PRODUCTS.len() as u64)).unwrap()].into()
+    }
+
+    /// One of the latest orders, or one that is not there yet.
+    fn order(&mut self) -> String {
+        let ago = self.below(10);
+        format!("o{}", (self.orders + 2).saturating_sub(ago))
+    }
+
+    fn items(&mut self) -> Vec<String> {
+        let count = 1 + self.below(3);
+        (0..count).flat_map(|_| [self.product(), (1 + self.below(4)).to_string()]).collect()
+    }
+
+    fn next(&mut self, must_be_named: bool) -> Vec<String> {
+        let word = |word: &str| word.to_owned();
+        let ttl = [2, 15, 60_000][usize::try_from(self.below(3)).unwrap()].to_string();
+        let mut words = match self.below(100) {
+            0..10 => vec![word("GET"), self.product()],
+            10..13 => vec![word("MGET"), self.product(), self.product()],
+            13..16 => vec![word("SET"), self.product(), self.below(40).to_string()],
+            16..18 => vec![word("DEL"), self.product()],
+            18..30 => vec![word("INCR"), self.product(), (1 + self.below(8)).to_string()],
+            30..48 => [vec![word("DECR")], self.items()].concat(),
+            48..55 => {
+                self.orders += 1;
+                [vec![word("DECR")], self.items(), vec![word("ORDER"), self.order()]].concat()
+            }
+            55..72 => {
+                self.orders += 1;
+                [vec![word("RESERVE"), self.order(), ttl], self.items()].concat()
+            }
+            72..80 => vec![word("CONFIRM"), self.order()],
+            80..89 => vec![word("CANCEL"), self.order()],
+            89..93 => vec![word("EXTEND"), self.order(), ttl],
+            _ => return vec![word("ORDER"), self.order()],
+        };
+        if matches!(words[0].as_str(), "GET" | "MGET") {
+            return words;
+        }
+        if matches!(words[0].as_str(), "SET" | "DEL" | "CANCEL") && self.below(20) > 0 {
+            words.extend([word("ACK"), word("redis")]);
+        }
+        if must_be_named || self.below(4) == 0 {
+            self.requests += 1;
+            words.extend([word("REQUEST"), format!("r-{}", self.requests)]);
+        }
+        words
+    }
+}
+
+fn sent(words: &[String]) -> Vec<String> {
+    let mut sent = words.to_vec();
+    sent[0] = format!("STOCK.{}", words[0]);
+    sent
+}
+
+/// Runs the rounds; returns every command with its reply.
+fn run(stack: &mut Stack) -> Vec<Step> {
+    let mut commands = Commands { rng: TestRng::from_seed(RngAlgorithm::ChaCha, &[11; 32]), orders: 0, requests: 0 };
+    let mut clients: Vec<Client> = (0..CLIENTS).map(|_| stack.connect()).collect();
+    let mut steps_done: Vec<Step> = Vec::new();
+    let mut named_before: Vec<Step> = Vec::new();
+    for round in 0..steps() / CLIENTS {
+        let dies = round % KILL_EVERY == KILL_EVERY - 1;
+        let batch: Vec<Vec<String>> = clients
+            .iter()
+            .map(|_| {
+                let repeats = !named_before.is_empty() && commands.below(12) == 0;
+                let at = usize::try_from(commands.below(named_before.len().max(1) as u64)).unwrap();
+                if repeats { named_before[at].words.clone() } else { commands.next(dies) }
+            })
+            .collect();
+        let from_ms = now_ms();
+        for (client, words) in clients.iter_mut().zip(&batch) {
+            client.send(&sent(words));
+        }
+        if dies {
+            stack.sidecar.kill();
+            stack.restart_sidecar();
+        }
+        let mut replies: Vec<String> = clients.iter_mut().map(Client::receive).collect();
+        if dies {
+            clients = (0..CLIENTS).map(|_| stack.connect()).collect();
+            for ((client, words), reply) in clients.iter_mut().zip(&batch).zip(&mut replies) {
+                if reply.starts_with('-') && !reply.starts_with("-NOTFOUND") && !reply.starts_with("-MISMATCH") {
+                    *reply = client.ask_words(&sent(words));
+                }
+            }
+        }
+        let to_ms = now_ms();
+        for (words, reply) in batch.into_iter().zip(replies) {
+            let step = Step { round, words, reply, from_ms, to_ms };
+            if let (Some(id), Some(_)) = (option(&step.words, "REQUEST"), step.position()) {
+                let first = named_before.iter().find(|first| option(&first.words, "REQUEST") == Some(id));
+                if let Some(first) = first {
+                    assert_eq!(step.reply, first.reply, "the same REQUEST, the same reply: {step:?} {first:?}");
+                    continue;
+                }
+                if named_before.len() < 64 {
+                    named_before.push(step.clone());
+                } else {
+                    let at = usize::try_from(commands.below(64)).unwrap();
+                    named_before[at] = step.clone();
+                }
+            }
+            steps_done.push(step);
+        }
+    }
+    steps_done
+}
+
+#[test]
+fn every_reply_is_the_models() {
+    let mut stack = Stack::start();
+    let steps = run(&mut stack);
+    stack.wait_until_applied();
+    // Where each accepted command took effect, and where orders expired. An order that is confirmed again is answered where it became so,
+    // which may be another client's command.
+    let mut events: BTreeMap<Place, Option<usize>> = BTreeMap::new();
+    let mut expired: HashMap<Place, String> = HashMap::new();
+    let mut kinds: HashMap<Place, String> = HashMap::new();
+    for row in stack.postgres.column(
+        "SELECT epoch || '-' || n || ' ' || kind || ' ' || coalesce(order_id, '') FROM holdfast.stock_ledger WHERE i = 0 ORDER BY epoch, n",
+    ) {
+        let words: Vec<_> = row.split(' ').collect();
+        let at = place(words[0]).unwrap();
+        if words[1] == "expire" {
+            expired.insert(at, words[2].to_owned());
+            events.insert(at, None);
+        }
+        kinds.insert(at, words[1].to_owned());
+    }
+    for (i, step) in steps.iter().enumerate() {
+        let Some((at, _)) = step.position() else { continue };
+        let word = match kinds[&at].as_str() {
+            "delete" => "DEL".to_owned(),
+            "sell" => "DECR".to_owned(),
+            kind => kind.to_uppercase(),
+        };
+        if step.words[0] == word {
+            let other = events.entry(at).or_insert(Some(i));
+            assert!(other.is_some(), "{step:?}: an expiry is nobody's command");
+        }
+    }
+    let rows: u64 = stack.postgres.value("SELECT count(DISTINCT (epoch, n)) FROM holdfast.stock_ledger").parse().unwrap();
+    assert_eq!(rows, events.len() as u64, "the ledger has what was answered and nothing else");
+    assert!(expired.len() > 100 || steps.len() < 10_000, "{} orders expired", expired.len());
+
+    // Between which places each round lies.
+    let rounds = steps.last().unwrap().round + 1;
+    let (mut highest, mut lowest) = (vec![(0, 0); rounds + 1], vec![(u64::MAX, 0); rounds + 1]);
+    for (at, i) in &events {
+        if let Some(i) = i {
+            let round = steps[*i].round;
+            highest[round + 1] = highest[round + 1].max(*at);
+            lowest[round] = lowest[round].min(*at);
+        }
+    }
+    for round in 0..rounds {
+        highest[round + 1] = highest[round + 1].max(highest[round]);
+    }
+    for round in (0..rounds).rev() {
+        lowest[round] = lowest[round].min(lowest[round + 1]);
+    }
+    let mut model = Model::default();
+    let mut waiting: Vec<usize> =
+        (0..steps.len()).filter(|i| steps[*i].position().is_none_or(|(at, _)| events[&at] != Some(*i))).rev().collect();
+    let mut open: Vec<usize> = Vec::new();
+    let mut places = std::iter::once((0, 0)).chain(events.keys().copied()).peekable();
+    let mut refusals = 0;
+    while let Some(at) = places.next() {
+        match events.get(&at) {
+            None => {}
+            Some(None) => {
+                let id = &expired[&at];
+                assert_eq!(model.orders[id].state, "held", "{id} expired at {at:?}");
+                model.end(id, "expired", at);
+            }
+            Some(Some(i)) => {
+                let step = &steps[*i];
+                let reply = step.position().unwrap().1;
+                let said = [step.from_ms, step.to_ms].map(|now| model.answer(&step.words, now, named(&step.reply)));
+                assert!(said.contains(&Answer::Accepted(reply)), "{step:?}: the model says {said:?}");
+                model.apply(&step.words, at, named(&step.reply));
+            }
+        }
+        // What waits for a state, from the first that its round may have seen.
+        while waiting.last().is_some_and(|i| highest[steps[*i].round] <= at) {
+            open.extend(waiting.pop());
+        }
+        open.retain(|i| {
+            let step = &steps[*i];
+            let said = [step.from_ms, step.to_ms].map(|now| model.answer(&step.words, now, None));
+            let is_it = said.iter().any(|answer| match answer {
+                Answer::Refused(text) => *text == step.reply,
+                Answer::Again(text, at) => step.position() == Some((*at, text.clone())),
+                Answer::Accepted(_) => false,
+            });
+            refusals += usize::from(is_it);
+            let is_over = places.peek().is_none_or(|next| *next >= lowest[step.round + 1]);
+            assert!(is_it || !is_over, "{step:?}: the model says {said:?} at {at:?}");
+            !is_it
+        });
+    }
+    assert!(open.is_empty() && waiting.is_empty());
+    assert!(refusals > steps.len() / 10, "{refusals} of {} were refusals or reads", steps.len());
+
+    let mut client = stack.connect();
+    for product in PRODUCTS {
+        let (units, held) = (model.units.get(product), model.held.get(product).copied().unwrap_or_default());
+        assert_eq!(client.ask(&format!("STOCK.GET {product}")), units.map_or_else(|| "nil".into(), i64::to_string));
+        let row = format!(
+            "SELECT CASE WHEN deleted_at IS NULL THEN available END || ' ' || held FROM holdfast.stock WHERE product_id = '{product}'"
+        );
+        // Those that are held may have expired since.
+        if let Some(units) = units.filter(|_| held == 0) {
+            assert_eq!(stack.postgres.value(&row), format!("{units} 0"), "{product}");
+        }
+    }
+    let states: HashMap<String, String> = stack
+        .postgres
+        .column("SELECT order_id || ' ' || state FROM holdfast.stock_order")
+        .iter()
+        .map(|row| row.split_once(' ').map(|(order, state)| (order.to_owned(), state.to_owned())).unwrap())
+        .collect();
+    assert_eq!(states.len(), model.orders.len());
+    let differ: Vec<_> = model.orders.iter().filter(|(id, order)| order.state != "held" && states[*id] != order.state).collect();
+    assert!(differ.is_empty(), "{differ:?}");
+}
