@@ -9,7 +9,7 @@
 -- {kind, text, items, request or false, low or false, upkeep or false, order or false}: text is what its outbox line begins with, items
 -- are places in names with their quantities, order is what orders.lua says. A set that creates is marked new=1: what Postgres may have of the product gives way.
 -- upkeep is what only the server itself asks for, each about one product: init {mark, n, low or false, reason or false} ·
--- inbox {mark before, mark, row, reason} · correct and adopt {n, round, reason} · freeze {reason} · unfreeze {}. Their quantities
+-- inbox {mark before, mark, row, reason} · correct and adopt {n, round, reason, units that orders hold} · freeze {reason} · unfreeze {}. Their quantities
 -- have a sign.
 -- Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason · 'corrupt' item ·
 -- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'; of orders 'told' line · 'stands' state, position, expires,
@@ -137,6 +137,7 @@ local function keep(operation)
     if row == 'delete' and reasons[i] then reasons[i], freezes[i] = nil, false end
   elseif kind == 'correct' then
     after = before + quantity
+    if upkeep[4] then shelf.held[i] = (shelf.held[i] or 0) + upkeep[4] end
   elseif kind == 'freeze' then
     reasons[i], freezes[i] = upkeep[1], upkeep[1]
   elseif kind == 'unfreeze' then

@@ -29,3 +29,6 @@ COMMENT ON COLUMN holdfast.stock_order.n IS 'With epoch: the place in the ledger
 COMMENT ON COLUMN holdfast.stock_order.state IS 'held: its units are held until expires_ms (Unix ms, Redis''s clock). confirmed: they are sold. cancelled, expired: they were given back.';
 COMMENT ON COLUMN holdfast.stock_order.units IS 'The units of each of products. None of an order that was cancelled before it was there.';
 COMMENT ON COLUMN holdfast.stock_order.changed_n IS 'With changed_epoch: the position that the caller of its last change was answered.';
+
+ALTER TABLE holdfast.drift ADD COLUMN measure text NOT NULL DEFAULT 'available' CHECK (measure IN ('available', 'held'));
+COMMENT ON COLUMN holdfast.drift.measure IS 'Which number of the product differed: the available units, or those that orders hold.';

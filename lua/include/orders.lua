@@ -160,11 +160,10 @@ end
 
 -- What is held afterwards, by product. Reads, so that nothing can fail once the outbox has been written.
 local function held_afterwards(shelf, held, expiry)
-  if not next(moved_orders) then return {} end
-  redis.call('ZCARD', expiry)
+  if next(moved_orders) then redis.call('ZCARD', expiry) end
   local numbers, names, after = {}, {}, {}
-  for i, delta in pairs(shelf.held) do
-    if delta ~= 0 then numbers[#numbers + 1], names[#names + 1] = i, shelf.names[i] end
+  for i in pairs(shelf.held) do
+    numbers[#numbers + 1], names[#names + 1] = i, shelf.names[i]
   end
   if #names == 0 then return after end
   local at = 0
@@ -178,7 +177,6 @@ local function held_afterwards(shelf, held, expiry)
 end
 
 local function keep_orders(held, expiry, after)
-  if not next(moved_orders) then return end
   local set, gone, due, over = {}, {}, {}, {}
   for name, units in pairs(after) do
     if units ~= 0 then set[#set + 1], set[#set + 2] = name, whole(units) else gone[#gone + 1] = name end

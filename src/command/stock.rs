@@ -122,7 +122,7 @@ pub static SYNC: Spec = Spec::new("STOCK.SYNC", "Compares products in Redis with
     .args(&[PRODUCT.any_number(), spec::flag("dryrun", "DRYRUN")])
     .flags(WRITE)
     .complexity("O(N) in the number of products")
-    .reply("array of maps, one a product that differs: `product redis postgres in_flight drift action`; action: `none`, `corrected`, `frozen`, `initialised`")
+    .reply("array of maps, one a product that differs: `product redis postgres in_flight drift action measure`; action: `none`, `corrected`, `frozen`, `initialised`; measure: `available`, `held`")
     .example("STOCK.SYNC sku-1 DRYRUN")
     .more_time(limits::SYNC_REPLY_WITHIN)
     .run(sync);
@@ -388,6 +388,7 @@ fn difference(drift: &Drift) -> Reply {
         ("in_flight", Reply::Integer(drift.in_flight)),
         ("drift", Reply::Integer(drift.units())),
         ("action", Reply::text(drift.remedy.as_str())),
+        ("measure", Reply::text(drift.measure.as_str())),
     ])
 }
 

@@ -176,6 +176,8 @@ pub struct Detail {
     pub mark: Option<InboxMark>,
     /// `pg`: by how much Postgres moves, where that is not what Redis moved by.
     pub pg: Option<i64>,
+    /// `held`: by how much Redis moved what orders hold, to what Postgres says.
+    pub held: Option<i64>,
     /// `reason`: why the product is frozen.
     pub reason: Option<String>,
     /// `short`: how many units Redis could not give, since it had fewer. The product is frozen.
@@ -383,6 +385,7 @@ impl Operation {
                     created: named.number("new").is_some(),
                     mark: named.find("inbox").map_or(Some(None), |mark| InboxMark::parse(mark).map(Some))?,
                     pg: named.number("pg"),
+                    held: named.number("held"),
                     reason: named.find("reason").map(text::unescape),
                     short: named.number("short"),
                     order,
@@ -440,7 +443,7 @@ impl OrderChange {
 
 impl std::fmt::Display for Detail {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let numbers = [("low", self.low), ("new", self.created.then_some(1)), ("pg", self.pg), ("short", self.short)];
+        let numbers = [("low", self.low), ("new", self.created.then_some(1)), ("pg", self.pg), ("held", self.held), ("short", self.short)];
         for (name, number) in numbers {
             number.map_or(Ok(()), |number| write!(f, " {name}={number}"))?;
         }
@@ -608,6 +611,7 @@ mod tests {
             "1 set low=5 new=1 | sku-9 100 100",
             "4 inbox short=3 inbox=771:12 reason=off%20by%2012 | a -2 0",
             "5 adopt pg=-3 | a 0 7",
+            "5 correct held=-3 | a 0 7",
             "8 reserve request=r digest=d order=o=1 expires=1700000060000 | a -3 97 b -1 4",
             "9 sell order=o-2 | a -3 94",
             "10 confirm order=o-1 from=held units=3,1 | a 0 97 b 0 4",

@@ -24,10 +24,27 @@ impl Remedy {
     }
 }
 
+/// Which of a product's numbers differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measure {
+    Available,
+    Held,
+}
+
+impl Measure {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Available => "available",
+            Self::Held => "held",
+        }
+    }
+}
+
 /// One product that differs, as both sides were at one position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drift {
     pub product: String,
+    pub measure: Measure,
     /// What Redis had; `None` where it had no such product, or something that is no number of units.
     pub redis: Option<i64>,
     /// What Redis should have had, by Postgres; `None` where Postgres has no such product.

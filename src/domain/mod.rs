@@ -17,7 +17,7 @@ pub mod side;
 pub mod text;
 
 pub use dead_letter::{DeadLetter, Settled};
-pub use drift::{Drift, Remedy};
+pub use drift::{Drift, Measure, Remedy};
 pub use id::Id;
 pub use lock::LockName;
 pub use mark::InboxMark;

@@ -21,12 +21,12 @@ pub async fn record(connection: &mut PgConnection, partition: u32, at: At, drift
         return Ok(());
     }
     sqlx::query(
-        "INSERT INTO holdfast.drift (partition, epoch, n, product_id, redis, postgres, in_flight, drift, action) \
-         SELECT $1, $2, $3, f.product, f.redis, f.postgres, f.in_flight, f.drift, f.action \
-         FROM unnest($4::text[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[], $9::text[]) \
-         AS f (product, redis, postgres, in_flight, drift, action) \
-         WHERE f.action <> $10 OR f.drift IS DISTINCT FROM \
-         (SELECT d.drift FROM holdfast.drift d WHERE d.product_id = f.product ORDER BY d.at DESC, d.id DESC LIMIT 1)",
+        "INSERT INTO holdfast.drift (partition, epoch, n, product_id, redis, postgres, in_flight, drift, action, measure) \
+         SELECT $1, $2, $3, f.product, f.redis, f.postgres, f.in_flight, f.drift, f.action, f.measure \
+         FROM unnest($4::text[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[], $9::text[], $10::text[]) \
+         AS f (product, redis, postgres, in_flight, drift, action, measure) \
+         WHERE f.action <> $11 OR f.drift IS DISTINCT FROM \
+         (SELECT d.drift FROM holdfast.drift d WHERE d.product_id = f.product AND d.measure = f.measure ORDER BY d.at DESC, d.id DESC LIMIT 1)",
     )
     .bind(partition::id(partition))
     .bind(to_bigint(at.epoch))
@@ -37,6 +37,7 @@ pub async fn record(connection: &mut PgConnection, partition: u32, at: At, drift
     .bind(drifts.iter().map(|drift| drift.in_flight).collect::<Vec<_>>())
     .bind(drifts.iter().map(Drift::units).collect::<Vec<_>>())
     .bind(drifts.iter().map(|drift| drift.remedy.as_str()).collect::<Vec<_>>())
+    .bind(drifts.iter().map(|drift| drift.measure.as_str()).collect::<Vec<_>>())
     .bind(Remedy::None.as_str())
     .execute(connection)
     .await?;
@@ -46,7 +47,7 @@ pub async fn record(connection: &mut PgConnection, partition: u32, at: At, drift
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::InboxMark;
+    use crate::domain::{InboxMark, Measure};
     use crate::ledger::connect;
     use crate::ledger::testing::{database, rows};
 
@@ -54,7 +55,14 @@ mod tests {
     async fn what_is_only_reported_is_written_down_once() {
         let mut database = database().await;
         let at = At { epoch: 1, n: 5, mark: InboxMark::default() };
-        let found = |redis, remedy| Drift { product: "a".into(), redis: Some(redis), postgres: Some(7), in_flight: 0, remedy };
+        let found = |redis, remedy| Drift {
+            product: "a".into(),
+            measure: Measure::Available,
+            redis: Some(redis),
+            postgres: Some(7),
+            in_flight: 0,
+            remedy,
+        };
         for drift in [found(9, Remedy::Frozen), found(9, Remedy::None), found(9, Remedy::None), found(8, Remedy::None)] {
             record(&mut database.connection, 0, at, &[drift]).await.unwrap();
         }

@@ -51,6 +51,8 @@ pub struct Expected {
     pub unsettled: bool,
     pub low: Option<i64>,
     pub frozen: Option<String>,
+    /// The units that orders have to hold there.
+    pub held: i64,
 }
 
 /// The one formula, for some products, all in one snapshot:
@@ -61,16 +63,20 @@ pub struct Expected {
 /// - moved after: pg_delta of the changes behind the place. Redis had not made them yet.
 /// - not told: inbox rows behind the mark. Other programs have moved available by them, and Redis had not been told yet.
 ///
+/// Likewise what was held = held - held_delta of the changes behind the place.
+///
 /// A place that is not given is up to where the outbox has been applied.
 const EXPECTED: &str = "WITH at AS (SELECT p.id, p.epoch AS now_epoch, p.applied_n, coalesce($3, p.epoch) AS epoch, coalesce($4, p.applied_n) AS n, \
      coalesce($5, p.inbox_xid) AS xid, coalesce($6, p.inbox_id) AS inbox_id FROM holdfast.partition p WHERE p.id = $1) \
      SELECT at.now_epoch, at.applied_n, at.n, at.xid, at.inbox_id, q.product, s.deleted_at IS NULL AND s.product_id IS NOT NULL, \
-     coalesce(s.available, 0), parked.units, after.units, untold.units, after.life OR untold.life, s.low, s.frozen \
+     coalesce(s.available, 0), parked.units, after.units, untold.units, after.life OR untold.life, s.low, s.frozen, \
+     coalesce(s.held, 0) - after.held \
      FROM at CROSS JOIN unnest($2::text[]) WITH ORDINALITY AS q (product, place) \
      LEFT JOIN holdfast.stock s ON s.product_id = q.product \
      CROSS JOIN LATERAL (SELECT coalesce(sum(d.delta), 0)::bigint AS units FROM holdfast.dead_letter d \
      WHERE d.product_id = q.product AND d.in_redis AND d.partition = at.id) AS parked \
-     CROSS JOIN LATERAL (SELECT coalesce(sum(l.pg_delta), 0)::bigint AS units, coalesce(bool_or(l.kind IN ('set', 'delete')), false) AS life \
+     CROSS JOIN LATERAL (SELECT coalesce(sum(l.pg_delta), 0)::bigint AS units, coalesce(sum(l.held_delta), 0)::bigint AS held, \
+     coalesce(bool_or(l.kind IN ('set', 'delete')), false) AS life \
      FROM holdfast.stock_ledger l \
      WHERE l.product_id = q.product AND l.partition = at.id AND (l.epoch, l.n) > (at.epoch, at.n)) AS after \
      CROSS JOIN LATERAL (SELECT holdfast.inbox_ahead(q.product, at.xid, at.inbox_id) AS units, \
@@ -79,7 +85,7 @@ const EXPECTED: &str = "WITH at AS (SELECT p.id, p.epoch AS now_epoch, p.applied
      ORDER BY q.place";
 
 #[derive(sqlx::FromRow)]
-struct ExpectedRow(i64, i64, i64, i64, i64, String, bool, i64, i64, i64, i64, bool, Option<i64>, Option<String>);
+struct ExpectedRow(i64, i64, i64, i64, i64, String, bool, i64, i64, i64, i64, bool, Option<i64>, Option<String>, i64);
 
 /// Works out what Redis had of the products at a place, in the order asked for. `None` where that cannot be said: the epoch is over, or
 /// Postgres does not have everything up to there. Without a place: up to where the outbox has been applied, which is returned.
@@ -106,10 +112,10 @@ pub async fn expected(
         return Ok(None);
     }
     let expected = |row: ExpectedRow| {
-        let ExpectedRow(.., product, exists, available, parked, after, untold, unsettled, low, frozen) = row;
+        let ExpectedRow(.., product, exists, available, parked, after, untold, unsettled, low, frozen, held) = row;
         let in_flight = parked.saturating_sub(after).saturating_sub(untold);
         let units = exists.then(|| available.saturating_add(in_flight));
-        Expected { product, units, in_flight, unsettled, low, frozen }
+        Expected { product, units, in_flight, unsettled, low, frozen, held }
     };
     Ok(Some((place, rows.into_iter().map(expected).collect())))
 }
@@ -177,6 +183,7 @@ mod tests {
             unsettled,
             low: None,
             frozen: None,
+            held: 0,
         };
         let a = Expected { low: Some(5), frozen: Some("why".into()), ..row("a", Some(100 - 4 + 20 - 50), -34, false) };
         assert_eq!(place, at);

@@ -233,11 +233,11 @@ impl Examiner {
 }
 
 fn tell(drift: &Drift, at: At, position: &impl std::fmt::Display) {
-    let Drift { product, redis, postgres, in_flight, remedy } = drift;
-    let action = remedy.as_str();
+    let Drift { product, measure, redis, postgres, in_flight, remedy } = drift;
+    let (action, measure) = (remedy.as_str(), measure.as_str());
     metrics::counter!("holdfast_reconcile_drift_total", "action" => action).increment(1);
     if *remedy == Remedy::Initialised {
         return debug!(product, ?postgres, n = at.n, %position, "redis did not have a product and was given it");
     }
-    warn!(product, ?redis, ?postgres, in_flight, drift = drift.units(), n = at.n, %position, action, "redis and postgres differed");
+    warn!(product, measure, ?redis, ?postgres, in_flight, drift = drift.units(), n = at.n, %position, action, "redis and postgres differed");
 }

@@ -1,7 +1,7 @@
 //! What a difference is, and what to do about it. Pure.
 
 use super::Settings;
-use crate::domain::{Drift, Id, Remedy, Side};
+use crate::domain::{Drift, Id, Measure, Remedy, Side};
 use crate::ledger::stock::{At, Expected};
 use crate::store::partition::Found;
 use crate::store::snapshot::{Seen, Units};
@@ -21,6 +21,8 @@ pub(super) struct Finding {
 pub(super) enum What {
     /// Redis has so many units, which is another number than expected.
     Units(i64),
+    /// Redis has as many units as expected, and says that orders hold so many, which is another number than expected.
+    Held(i64),
     /// Redis does not have the product.
     Absent,
     /// Only Redis has the product, with so many units.
@@ -37,6 +39,7 @@ pub(super) fn judge(seen: Seen, expected: Expected) -> Option<Finding> {
         (Units::Absent, Some(_)) if !expected.unsettled => What::Absent,
         (Units::Available(units), None) if !expected.unsettled => What::Stray(units),
         (Units::Corrupt(text), _) => What::Corrupt(text),
+        (Units::Available(_), Some(_)) if seen.held != Some(expected.held) => What::Held(seen.held.unwrap_or(0)),
         _ => return None,
     };
     Some(Finding { what, expected, frozen: seen.frozen })
@@ -51,7 +54,7 @@ impl Finding {
     /// Whether the second comparison shows the same as the first: then it was no accident of the moment.
     pub fn is_again(&self, first: &Self) -> bool {
         let alike = match (&self.what, &first.what) {
-            (What::Units(_), What::Units(_)) => self.drift() == first.drift(),
+            (What::Units(_), What::Units(_)) | (What::Held(_), What::Held(_)) => self.drift() == first.drift(),
             (What::Absent, What::Absent) | (What::Stray(_), What::Stray(_)) | (What::Corrupt(_), What::Corrupt(_)) => true,
             _ => false,
         };
@@ -61,10 +64,14 @@ impl Finding {
     /// As it is written down and answered.
     pub fn reported(&self, remedy: Remedy) -> Drift {
         let redis = match self.what {
-            What::Units(units) | What::Stray(units) => Some(units),
+            What::Units(units) | What::Stray(units) | What::Held(units) => Some(units),
             What::Absent | What::Corrupt(_) => None,
         };
-        Drift { product: self.expected.product.clone(), redis, postgres: self.expected.units, in_flight: self.expected.in_flight, remedy }
+        let Expected { product, units, in_flight, held, .. } = self.expected.clone();
+        if matches!(self.what, What::Held(_)) {
+            return Drift { product, measure: Measure::Held, redis, postgres: Some(held), in_flight: 0, remedy };
+        }
+        Drift { product, measure: Measure::Available, redis, postgres: units, in_flight, remedy }
     }
 
     /// What was found, in words that a client is told when it asks for the frozen product.
@@ -77,6 +84,7 @@ impl Finding {
             }
             What::Stray(units) => format!("Redis has {units} units, and Postgres does not know the product"),
             What::Corrupt(text) => format!("Redis holds {text}, which is no number of units; Postgres says {right}"),
+            What::Held(held) => format!("in Redis orders hold {held} units, and in Postgres {}", self.expected.held),
             What::Absent => "Redis does not have it".into(),
         }
     }
@@ -95,6 +103,11 @@ impl Finding {
             return None;
         }
         let drift = self.drift();
+        if matches!(self.what, What::Held(_)) {
+            // Nothing is sold by it: whatever Redis says, the orders in Postgres are what they are.
+            let upkeep = Upkeep::Hold { n: at.n, round: round.to_owned(), units: -drift };
+            return Some((StockOp::upkeep(product, 0, upkeep), Remedy::Corrected));
+        }
         let small = matches!(self.what, What::Units(_)) && drift.unsigned_abs() <= settings.auto_limit.unsigned_abs();
         let stored = right.saturating_sub(self.expected.in_flight);
         let round = round.to_owned();
@@ -123,11 +136,11 @@ mod tests {
     use crate::domain::InboxMark;
 
     fn expected(units: Option<i64>) -> Expected {
-        Expected { product: "a".into(), units, in_flight: 0, unsettled: false, low: Some(3), frozen: None }
+        Expected { product: "a".into(), units, in_flight: 0, unsettled: false, low: Some(3), frozen: None, held: 4 }
     }
 
     fn seen(units: Units) -> Seen {
-        Seen { units, frozen: None }
+        Seen { units, frozen: None, held: Some(4) }
     }
 
     fn found(redis: i64, right: i64) -> Finding {
@@ -175,6 +188,19 @@ mod tests {
     }
 
     #[test]
+    fn what_orders_hold_follows_postgres_whichever_side_is_preferred() {
+        let held = |held| judge(Seen { held, ..seen(Units::Available(7)) }, expected(Some(7)));
+        assert_eq!(held(Some(4)), None);
+        for (redis, by) in [(Some(9), -5), (None, 4), (Some(0), 4)] {
+            for prefer in [Side::Postgres, Side::Redis] {
+                let hold = Upkeep::Hold { n: 5, round: "r".into(), units: by };
+                assert_eq!(repaired(&held(redis).unwrap(), prefer), Some((hold, 0, Remedy::Corrected)));
+            }
+        }
+        assert!(matches!(judge(Seen { held: Some(9), ..seen(Units::Available(8)) }, expected(Some(7))).unwrap().what, What::Units(8)));
+    }
+
+    #[test]
     fn what_no_difference_mends_is_frozen_once() {
         for units in [Units::Available(3), Units::Corrupt("a hash".into())] {
             let finding = judge(seen(units), expected(None)).unwrap();
@@ -185,7 +211,7 @@ mod tests {
 
     #[test]
     fn what_redis_lacks_is_given_to_it_even_if_it_is_frozen() {
-        let absent = judge(Seen { units: Units::Absent, frozen: Some("why".into()) }, expected(Some(-4))).unwrap();
+        let absent = judge(Seen { units: Units::Absent, frozen: Some("why".into()), held: Some(0) }, expected(Some(-4))).unwrap();
         let init = Upkeep::Init { mark: InboxMark::default(), n: 5, low: Some(3), frozen: None };
         assert_eq!(repaired(&absent, Side::Postgres), Some((init, 0, Remedy::Initialised)));
     }

@@ -23,6 +23,8 @@ pub struct Seen {
     pub units: Units,
     /// Why it waits for a person.
     pub frozen: Option<String>,
+    /// The units that orders hold; `None` where that is no number.
+    pub held: Option<i64>,
 }
 
 /// What a product's key holds.
@@ -46,7 +48,7 @@ pub enum Taken {
 pub async fn take(connection: &mut Connection, epoch: u64, products: &[Id]) -> Result<Taken, Error> {
     let mut names = Pack::default();
     names.array(products.len());
-    let mut all_keys = vec![keys::META.to_owned(), keys::FROZEN.to_owned()];
+    let mut all_keys = vec![keys::META.to_owned(), keys::FROZEN.to_owned(), keys::HELD.to_owned()];
     for product in products {
         names.text(product.as_str());
         all_keys.push(keys::product(product));
@@ -61,8 +63,14 @@ pub async fn take(connection: &mut Connection, epoch: u64, products: &[Id]) -> R
     let n = u64::try_from(words.integer()?).unwrap_or(0);
     let mark = words.text()?;
     let mark = InboxMark::parse(&mark).ok_or_else(|| Error::Unexpected(format!("{mark:?} where a mark of the inbox belongs")))?;
-    let products = products.iter().map(|_| Ok(Seen { units: units(words.maybe_text()?), frozen: words.maybe_text()? }));
+    let products = products
+        .iter()
+        .map(|_| Ok(Seen { units: units(words.maybe_text()?), frozen: words.maybe_text()?, held: held(words.maybe_text()?) }));
     Ok(Taken::Snapshot(Snapshot { n, mark, products: products.collect::<Result<_, Error>>()? }))
+}
+
+fn held(value: Option<String>) -> Option<i64> {
+    value.map_or(Some(0), |text| text.parse().ok())
 }
 
 fn units(value: Option<String>) -> Units {
@@ -127,7 +135,7 @@ mod tests {
             connection.send(redis::cmd(words.next().unwrap()).arg(words.collect::<Vec<_>>())).await.unwrap();
         }
         let Taken::Snapshot(snapshot) = take(&mut connection, 1, &products).await.unwrap() else { panic!() };
-        let seen = |units, frozen: Option<&str>| Seen { units, frozen: frozen.map(str::to_owned) };
+        let seen = |units, frozen: Option<&str>| Seen { units, frozen: frozen.map(str::to_owned), held: Some(0) };
         let expected = [
             seen(Units::Available(7), None),
             seen(Units::Corrupt("\"x\"".into()), None),

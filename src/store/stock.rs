@@ -124,6 +124,12 @@ pub enum Upkeep {
         round: String,
         reason: String,
     },
+    /// Moves what Redis says that orders hold by `units` to what Postgres says; compared like a correction. The item's quantity is 0.
+    Hold {
+        n: u64,
+        round: String,
+        units: i64,
+    },
     /// Moves Postgres by `pg` to what Redis says. The item's quantity is 0.
     Adopt {
         n: u64,
@@ -167,7 +173,7 @@ impl Upkeep {
         match self {
             Self::Init { .. } => StockKind::Init,
             Self::Inbox { .. } => StockKind::Inbox,
-            Self::Correct { .. } => StockKind::Correct,
+            Self::Correct { .. } | Self::Hold { .. } => StockKind::Correct,
             Self::Adopt { .. } => StockKind::Adopt,
             Self::Freeze { .. } => StockKind::Freeze,
             Self::Unfreeze => StockKind::Unfreeze,
@@ -192,6 +198,7 @@ impl Upkeep {
                 batch.array(4).text(&before.to_string()).text(&mark.to_string()).text(row.as_str()).text(reason)
             }
             Self::Correct { n: at, round, reason } => batch.array(3).integer(n(at)).text(round).text(reason),
+            Self::Hold { n: at, round, units } => batch.array(4).integer(n(at)).text(round).no().integer(*units),
             Self::Adopt { n: at, round, .. } => batch.array(2).integer(n(at)).text(round),
             Self::Freeze { reason } => batch.array(1).text(reason),
             Self::Unfreeze => batch.array(0),
@@ -203,6 +210,7 @@ impl Upkeep {
         let _ = match self {
             Self::Inbox { mark, reason, .. } => write!(line, " inbox={mark} reason={}", text::escape(reason.as_bytes())),
             Self::Adopt { pg, .. } => write!(line, " pg={pg}"),
+            Self::Hold { units, .. } => write!(line, " held={units}"),
             Self::Correct { reason, .. } | Self::Freeze { reason } => write!(line, " reason={}", text::escape(reason.as_bytes())),
             Self::Init { .. } | Self::Unfreeze => Ok(()),
         };

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::harness::{Sidecar, Stack, wait_until};
+use crate::harness::{Client, Sidecar, Stack, wait_until};
 
 /// Long enough for a test to be over.
 const LONG: &str = "600000";
@@ -195,7 +195,7 @@ fn a_request_repeats_what_it_did_to_an_order() {
     let first: Vec<_> = commands.iter().map(|command| client.ask(command)).collect();
     let words: Vec<_> = first.iter().map(|reply| reply.split(", ").next().unwrap()).collect();
     assert_eq!(words, ["[HELD", "[HELD", "[CONFIRMED", "[CANCELLED", "[OK", "[CANCELLED"]);
-    let again = |client: &mut crate::harness::Client| commands.iter().map(|command| client.ask(command)).collect::<Vec<_>>();
+    let again = |client: &mut Client| commands.iter().map(|command| client.ask(command)).collect::<Vec<_>>();
     assert_eq!(again(&mut client), first);
     assert!(client.ask("STOCK.RESERVE o 600000 a 3 REQUEST r1").starts_with("-MISMATCH "));
     stack.wait_until_applied();
@@ -345,4 +345,108 @@ fn a_key_that_is_no_order_stops_only_its_own() {
     stack.backing().ask("ZADD stock:expiry 1 odd");
     assert!(held(&client.ask("STOCK.RESERVE o 100 a 2")));
     client.until("STOCK.GET a", "10");
+}
+
+/// What became of an order, as its client was told.
+#[derive(Clone, Copy, PartialEq)]
+enum Fate {
+    Sold,
+    GivenBack,
+    Abandoned,
+}
+
+/// Ten thousand orders over 500 products, through two sidecars: paid, not paid, cancelled later, forgotten.
+#[test]
+fn what_is_available_held_and_sold_is_what_was_loaded() {
+    const ORDERS: u64 = 10_000;
+    const PRODUCTS: u64 = 500;
+    const LOADED: u64 = 40;
+    const BUYERS: u64 = 16;
+    let stack = Stack::start();
+    let other = Sidecar::start(&stack.redis.url(), &stack.postgres.url);
+    wait_until("the other sidecar is ready", || other.get("/readyz").0 == 200);
+    let mut client = stack.connect();
+    for product in 0..PRODUCTS {
+        client.ok(&format!("STOCK.SET p{product} {LOADED} ACK redis"));
+    }
+    let buyer = |number: u64, mut client: Client| {
+        // A few numbers that repeat: xorshift.
+        let mut state = 0x9e37_79b9_7f4a_7c15 ^ (number + 1);
+        let mut below = move |limit: u64| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state % limit
+        };
+        let mut told: Vec<(Vec<(u64, u64)>, Fate)> = Vec::new();
+        for n in (number..ORDERS).step_by(usize::try_from(BUYERS).unwrap()) {
+            let mut items: Vec<(u64, u64)> = Vec::new();
+            for _ in 0..=below(3) {
+                let product = below(PRODUCTS);
+                if items.iter().all(|(known, _)| *known != product) {
+                    items.push((product, 1 + below(3)));
+                }
+            }
+            let list = items.iter().map(|(product, units)| format!(" p{product} {units}")).collect::<String>();
+            let fate = below(20);
+            let ttl = if fate < 4 { 20 + below(1_000) } else { 600_000 };
+            let reply = client.ask(&format!("STOCK.RESERVE o{n} {ttl}{list} REQUEST r{n}"));
+            if !held(&reply) {
+                assert!(reply.starts_with("[INSUFFICIENT, "), "{reply}");
+                continue;
+            }
+            told.push((
+                items,
+                match fate {
+                    0..4 => Fate::Abandoned,
+                    4..8 => {
+                        assert!(client.ask(&format!("STOCK.CANCEL o{n} ACK redis")).starts_with("[CANCELLED, "));
+                        Fate::GivenBack
+                    }
+                    _ => {
+                        assert!(client.ask(&format!("STOCK.CONFIRM o{n}")).starts_with("[CONFIRMED, "));
+                        if fate < 11 {
+                            assert!(client.ask(&format!("STOCK.CANCEL o{n} ACK redis")).starts_with("[CANCELLED, "));
+                            Fate::GivenBack
+                        } else {
+                            Fate::Sold
+                        }
+                    }
+                },
+            ));
+        }
+        told
+    };
+    let told: Vec<(Vec<(u64, u64)>, Fate)> = std::thread::scope(|scope| {
+        let buyers: Vec<_> = (0..BUYERS)
+            .map(|number| {
+                let client = if number % 2 == 0 { stack.connect() } else { other.connect() };
+                scope.spawn(move || buyer(number, client))
+            })
+            .collect();
+        buyers.into_iter().flat_map(|buyer| buyer.join().unwrap()).collect()
+    });
+    let abandoned = told.iter().filter(|(_, fate)| *fate == Fate::Abandoned).count();
+    assert!(abandoned > 500, "{abandoned}");
+    wait_until("nothing is held any more", || stack.backing().ask("EXISTS stock:held stock:expiry") == "0");
+    stack.wait_until_applied();
+    let expired = stack.postgres.value("SELECT count(DISTINCT order_id) FROM holdfast.stock_ledger WHERE kind = 'expire'");
+    assert_eq!(expired, abandoned.to_string());
+    let rows = stack.postgres.column("SELECT product_id || ' ' || available || ' ' || held FROM holdfast.stock");
+    assert_eq!(rows.len() as u64, PRODUCTS);
+    for row in rows {
+        let words: Vec<&str> = row.split(' ').collect();
+        let number: u64 = words[0][1..].parse().unwrap();
+        let sold: u64 = told
+            .iter()
+            .filter(|(_, fate)| *fate == Fate::Sold)
+            .flat_map(|(items, _)| items)
+            .filter(|(product, _)| *product == number)
+            .map(|(_, units)| units)
+            .sum();
+        assert_eq!((words[1].parse::<u64>().unwrap() + sold, words[2]), (LOADED, "0"), "{row}: {sold} sold");
+        assert_eq!(client.ask(&format!("STOCK.GET {}", words[0])), words[1]);
+    }
+    let sold_orders = told.iter().filter(|(_, fate)| *fate == Fate::Sold).count();
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock_order WHERE state = 'confirmed'"), sold_orders.to_string());
 }

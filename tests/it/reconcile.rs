@@ -376,7 +376,10 @@ fn what_only_redis_has_and_what_is_no_number_is_frozen_until_a_person_has_repair
     assert_eq!(client.ask("STOCK.GET stray"), "5", "reads go on");
     assert_eq!(client.field("STOCK.INFO stray", "frozen"), "Redis has 5 units");
     let mug = client.ask("STOCK.SYNC mug");
-    assert_eq!(mug, "[[product, mug, redis, nil, postgres, 10, in_flight, 0, drift, -10, action, none]]", "only reported");
+    assert_eq!(
+        mug, "[[product, mug, redis, nil, postgres, 10, in_flight, 0, drift, -10, action, none, measure, available]]",
+        "only reported"
+    );
     assert!(client.ask("STOCK.UNFREEZE mug").starts_with("-FROZEN the key of product 'mug'"));
 
     for product in ["mug", "cup", "stray"] {
@@ -404,7 +407,7 @@ fn a_dry_run_says_what_differs_and_changes_nothing() {
     backing.ask("DEL stock:product:b");
     backing.ask("INCRBY stock:product:c 500");
     let row = |product: &str, redis: &str, drift: i64, action: &str| {
-        format!("[product, {product}, redis, {redis}, postgres, 10, in_flight, 0, drift, {drift}, action, {action}]")
+        format!("[product, {product}, redis, {redis}, postgres, 10, in_flight, 0, drift, {drift}, action, {action}, measure, available]")
     };
     let rows = |a: &str, b: &str, c: &str| format!("[{}, {}, {}]", row("a", "13", 3, a), row("b", "nil", -10, b), row("c", "510", 500, c));
     assert_eq!(client.ask("STOCK.SYNC DRYRUN"), rows("none", "none", "none"));
@@ -414,12 +417,16 @@ fn a_dry_run_says_what_differs_and_changes_nothing() {
     assert_eq!(client.field("STOCK.INFO a", "position"), "1-4", "no change was made");
 
     let reply = client.ask("STOCK.SYNC");
-    let mut actions: Vec<&str> = reply.split("product, ").skip(1).map(|row| row.trim_end_matches([']', ',', ' ', '['])).collect();
+    let mut actions: Vec<&str> = reply
+        .split("product, ")
+        .skip(1)
+        .map(|row| row.trim_end_matches([']', ',', ' ', '[']).trim_end_matches(", measure, available"))
+        .collect();
     actions.sort_unstable();
     assert!(actions[0].ends_with("corrected") && actions[1].ends_with("initialised") && actions[2].ends_with("frozen"), "{reply}");
     assert_eq!(client.ask("STOCK.MGET a b c d"), "[10, 10, 510, 10]");
     assert_eq!(client.ask("STOCK.SYNC a b d"), "[]");
-    assert!(client.ask("STOCK.SYNC c").ends_with("action, none]]"));
+    assert!(client.ask("STOCK.SYNC c").ends_with("action, none, measure, available]]"));
 }
 
 #[test]
@@ -453,4 +460,28 @@ fn nothing_is_compared_while_postgres_is_too_far_behind() {
     });
     assert_eq!(client.ask("STOCK.SYNC a"), "[]");
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.drift"), "0");
+}
+
+#[test]
+fn what_orders_hold_in_redis_is_put_right_by_postgres() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET mug 10");
+    client.ok("STOCK.SET cup 10");
+    assert!(client.ask("STOCK.RESERVE o 600000 mug 3").starts_with("[HELD, "));
+    stack.wait_until_applied();
+    assert_eq!(client.ask("STOCK.SYNC mug cup"), "[]");
+    stack.backing().ask("HSET stock:held mug 9 cup x");
+    let drift = |product, redis, postgres, drift| {
+        format!(
+            "[product, {product}, redis, {redis}, postgres, {postgres}, in_flight, 0, drift, {drift}, action, corrected, measure, held]"
+        )
+    };
+    assert_eq!(client.ask("STOCK.SYNC mug cup"), format!("[{}, {}]", drift("cup", 0, 0, 0), drift("mug", 9, 3, 6)));
+    assert_eq!((stack.backing().ask("HGET stock:held mug"), stack.backing().ask("HGET stock:held cup")), ("3".into(), "nil".into()));
+    assert!(client.ask("STOCK.CONFIRM o").starts_with("[CONFIRMED, "));
+    stack.wait_until_applied();
+    assert_eq!(client.ask("STOCK.SYNC mug cup"), "[]");
+    assert_eq!(stack.backing().ask("EXISTS stock:held"), "0");
+    assert_eq!(stack.postgres.column("SELECT product_id || measure || drift FROM holdfast.drift ORDER BY id"), ["cupheld0", "mugheld6"]);
 }
