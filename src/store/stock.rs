@@ -360,6 +360,11 @@ impl Family for Stock {
                 }
             }
             _ if sold_out.is_empty() => {}
+            StockOutcome::Told { line, .. } => {
+                if let Effect::Stock { items, .. } = &line.effect {
+                    products.zip(items).for_each(|(product, item)| sold_out.saw(product, Some(item.available), asked));
+                }
+            }
             StockOutcome::Done { available, .. } => {
                 products.zip(available).for_each(|(product, available)| sold_out.saw(product, Some(*available), asked));
             }
