@@ -457,6 +457,12 @@ pub const OVERDUE_AFTER_MS: i64 = 60_000;
 /// How long a position is as text, at most: two numbers of 20 digits and a dash.
 pub const POSITION_TEXT_MAX: usize = 41;
 
+/// How often it is looked whether anybody listens to events: what happens before that is not told to them.
+pub const EVENTS_LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How long the outbox is waited for before it is looked again, and how many entries are read at once.
+pub const EVENTS_BLOCK: Duration = Duration::from_millis(500);
+pub const EVENTS_READ_ENTRIES: usize = 100;
+
 /// How many changes STOCK.HISTORY shows at most, and if it is not told how many.
 pub const HISTORY_COUNT_MAX: i64 = 1_000;
 pub const HISTORY_COUNT: i64 = 20;

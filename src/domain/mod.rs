@@ -4,6 +4,7 @@ pub mod change;
 pub mod coupon;
 pub mod dead_letter;
 pub mod drift;
+pub mod event;
 pub mod history;
 pub mod id;
 pub mod lock;

@@ -6,6 +6,7 @@ pub mod by_hand;
 pub mod clerk;
 pub mod expirer;
 mod handover;
+pub mod herald;
 pub mod inbox;
 pub mod librarian;
 pub mod loader;

@@ -11,6 +11,7 @@ mod key_list;
 pub mod keys;
 pub mod lane;
 pub mod lock;
+pub mod low;
 pub mod meta;
 mod pack;
 pub mod partition;

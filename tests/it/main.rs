@@ -13,6 +13,7 @@ mod dead_letters;
 mod detail;
 mod doubt;
 mod faults;
+mod flows;
 mod http;
 mod inbox;
 mod locks;
