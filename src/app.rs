@@ -271,6 +271,10 @@ impl Front {
         for number in 0..shared.pulses.len() {
             let (stopping, ended) = oneshot::channel();
             stopped.push(ended);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(error)?;
+            if number == 0 {
+                shared.locks.run_on(runtime.handle());
+            }
             let thread = FrontThread {
                 number,
                 config: config.clone(),
@@ -281,7 +285,6 @@ impl Front {
                 stats: Arc::clone(&stats),
                 changes: changes.take(),
             };
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(error)?;
             let serve = move || {
                 LocalSet::new().block_on(&runtime, thread.serve());
                 _ = stopping.send(());

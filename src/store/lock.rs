@@ -175,10 +175,14 @@ impl Locks {
         (Self(inner), requests)
     }
 
-    /// Serves on this thread. After `shutdown` nobody gets a lock any more; once the last user is gone and what sessions held is released, it
+    /// Says where the tasks run: before anybody asks for anything.
+    pub fn run_on(&self, runtime: &Handle) {
+        _ = self.0.runtime.set(runtime.clone());
+    }
+
+    /// Keeps the connections, on the runtime that [`Locks::run_on`] has named. After `shutdown` nobody gets a lock any more; once the last user is gone and what sessions held is released, it
     /// ends.
     pub async fn run(&self, shutdown: CancellationToken) {
-        _ = self.0.runtime.set(Handle::current());
         let serving = async { tokio::join!(self.0.link.run(), self.0.subscriber.run(), self.0.look_after()) };
         let closing = async {
             shutdown.cancelled().await;
@@ -493,6 +497,7 @@ impl Inner {
 
     /// Releases it once, and passes it on to the next in line where it may.
     async fn release(self: &Arc<Self>, name: LockName, token: u64) -> Result<bool, Refusal> {
+        let told_us = self.subscriber.hears(&name);
         let heir = {
             let now = Instant::now();
             let mut lines = self.lines();
@@ -503,14 +508,13 @@ impl Inner {
                     let heir = line.heir(now, max_turn).map(|(id, waiter)| (id, Asked::of(waiter, self.op())));
                     match &heir {
                         Some((id, _)) => line.trying = Some(*id),
-                        None => line.turn.releases(now),
+                        None => line.turn.releases(now, told_us),
                     }
                     heir
                 }
                 None => None,
             }
         };
-        let told_us = self.subscriber.hears(&name);
         let sent = Instant::now();
         let op = heir.as_ref().map_or_else(|| self.op(), |(_, asked)| asked.op.clone());
         let within = heir.as_ref().map_or(limits::LOCK_NOTE, |(_, asked)| asked.lease);

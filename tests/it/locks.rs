@@ -492,6 +492,52 @@ fn everybody_gets_it_though_every_message_is_lost() {
 }
 
 #[test]
+fn no_cut_and_no_lost_reply_lets_two_in() {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+    static INSIDE: AtomicBool = AtomicBool::new(false);
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    static NEWEST: AtomicU64 = AtomicU64::new(0);
+    let stack = Stack::start();
+    let proxies: Vec<Proxy> = (0..2).map(|_| Proxy::start(stack.redis.port(), b"EVALSHA")).collect();
+    let sidecars: Vec<Sidecar> = proxies.iter().map(|proxy| Sidecar::start(&proxy.redis_url(), &stack.postgres.url)).collect();
+    for sidecar in &sidecars {
+        let mut client = sidecar.connect();
+        wait_until("it serves locks", || client.ask("LOCK.INFO nothing") == "nil");
+    }
+    let times = size(60, 1_000);
+    let workers: Vec<_> = (0..6)
+        .map(|number| {
+            let mut client = sidecars[number % 2].connect();
+            thread::spawn(move || {
+                for _ in 0..times {
+                    let token = acquire(&mut client, "l", "WAIT 60000 LEASE 60000");
+                    assert!(!INSIDE.swap(true, SeqCst), "two are in");
+                    assert!(NEWEST.swap(token, SeqCst) < token, "tokens grow");
+                    COUNTER.fetch_add(1, SeqCst);
+                    INSIDE.store(false, SeqCst);
+                    assert_eq!(client.ask(&format!("LOCK.RELEASE l {token}")), "[RELEASED]");
+                }
+            })
+        })
+        .collect();
+    let mut round = 0;
+    while workers.iter().any(|worker| !worker.is_finished()) {
+        let proxy = &proxies[round % 2];
+        match round % 5 {
+            0 | 1 => proxy.lose(1),
+            2 => proxy.repeat(1),
+            3 => proxy.cut(),
+            _ => _ = stack.backing().ask("CLIENT KILL TYPE pubsub"),
+        }
+        round += 1;
+        thread::sleep(Duration::from_millis(20));
+    }
+    workers.into_iter().for_each(|worker| worker.join().unwrap());
+    assert_eq!(COUNTER.load(SeqCst), 6 * times as u64);
+    println!("{round} disturbances");
+}
+
+#[test]
 fn nobody_hangs_when_the_subscription_is_cut() {
     let stack = Stack::start();
     let sidecar = beside(&stack);
@@ -528,8 +574,8 @@ fn a_lock_that_redis_cannot_say_anything_about_is_answered_in_time() {
 
 #[test]
 fn ten_thousand_may_wait_for_one_lock() {
-    let count = size(500, 9_900);
-    let stack = Stack::start();
+    let count = size(500, 10_000);
+    let stack = Stack::with_settings(&["--max-clients", "12000", "--reply-within-ms", "20000"]);
     let mut client = stack.connect();
     let mut redis = stack.backing();
     // One thread for all of them: each is a connection that has sent one line.

@@ -132,10 +132,10 @@ impl Turn {
         self.began.is_some_and(|began| now.saturating_duration_since(began) < max_turn)
     }
 
-    /// It is being released for everybody.
-    pub fn releases(&mut self, now: Instant) {
+    /// It is being released for everybody, ourselves included where we are `subscribed`.
+    pub fn releases(&mut self, now: Instant, subscribed: bool) {
         self.releasing = true;
-        self.echo_until = Some(now + LOCK_ECHO_WITHIN);
+        self.echo_until = subscribed.then(|| now + LOCK_ECHO_WITHIN);
     }
 
     /// It was; `others` wait for it elsewhere.
@@ -188,7 +188,7 @@ mod tests {
         let mut turn = Turn::default();
         turn.acquired(at(0));
         assert!(turn.lasts(at(19), MAX_TURN) && !turn.lasts(at(20), MAX_TURN));
-        turn.releases(at(21));
+        turn.releases(at(21), true);
         assert_eq!(turn.keeps_out(at(21)), Some(None));
         turn.released(at(21), MAX_TURN, true);
         assert_eq!(turn.keeps_out(at(22)), Some(Some(at(26))));
@@ -203,12 +203,12 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let mut turn = Turn::default();
         turn.acquired(at(0));
-        turn.releases(at(10));
+        turn.releases(at(10), true);
         turn.released(at(10), MAX_TURN, true);
         assert_eq!(turn.keeps_out(at(11)), None, "its turn was not over");
         turn.acquired(at(12));
         assert!(!turn.lasts(at(20), MAX_TURN), "it counts from the first");
-        turn.releases(at(21));
+        turn.releases(at(21), true);
         turn.released(at(21), MAX_TURN, false);
         assert_eq!(turn.keeps_out(at(21)), None, "nobody else waits");
     }
@@ -218,12 +218,14 @@ mod tests {
         let start = Instant::now();
         let mut line = Line::default();
         line.turn.acquired(start);
-        line.turn.releases(start + MAX_TURN);
+        line.turn.releases(start + MAX_TURN, true);
         line.turn.released(start + MAX_TURN, MAX_TURN, true);
         assert!(!line.heard(start + MAX_TURN));
         assert!(line.turn.keeps_out(start + MAX_TURN).is_some() && line.woken.is_none());
         assert!(line.heard(start + MAX_TURN));
         assert!(line.turn.keeps_out(start + MAX_TURN).is_none());
         assert_eq!(line.woken, Some(By::Message));
+        line.turn.releases(start + MAX_TURN, false);
+        assert!(line.heard(start + MAX_TURN), "our own is not heard here");
     }
 }
