@@ -1,17 +1,17 @@
 -- Sets how long locks last from now on, those that are still held under their tokens.
 -- keys: pairs...
--- args: installation, keep, batch
--- returns: for each 1, or 0 where it is not held under this token
+-- args: op, installation, keep, batch
+-- returns: {op, for each 1, or 0 where it is not held under this token...}
 --
 -- KEYS is lock and side of each; batch is msgpack {{token, ms}, ...}.
-local reply = {}
+local reply = {op}
 for i, wanted in ipairs(cmsgpack.unpack(batch)) do
   local lock, side = KEYS[i * 2 - 1], KEYS[i * 2]
-  reply[i] = 0
+  reply[i + 1] = 0
   if redis.call('TYPE', lock).ok == 'hash' and redis.call('HEXISTS', lock, installation .. ':' .. wanted[1]) == 1 then
     redis.call('PEXPIRE', lock, wanted[2])
     redis.call('PEXPIRE', side, wanted[2] + keep)
-    reply[i] = 1
+    reply[i + 1] = 1
   end
 end
 return reply

@@ -65,9 +65,14 @@ pub fn lock_channel(name: &LockName) -> String {
     format!("redisson_lock__channel:{{{}}}", lock(name))
 }
 
-/// Hash: the owner that may acquire a lock once more, its token, and what was done last.
+/// Hash: the owner that may acquire a lock once more, its token, and the names of the scripts that acquired it.
 pub fn lock_owner(name: &LockName) -> String {
     format!("holdfast:owner:{{{}}}", lock(name))
+}
+
+/// String: what one release of a lock did, for the while in which it may be sent again.
+pub fn lock_done(name: &LockName, op: &str) -> String {
+    format!("holdfast:owner:{{{}}}:{op}", lock(name))
 }
 
 /// Hash: total, issued, used, window, per-user limit, state.

@@ -150,7 +150,7 @@ fn what_is_no_lock_is_refused_and_a_coupons_lock_is_a_lock() {
 
 #[test]
 fn those_who_wait_get_it_in_the_order_in_which_they_came() {
-    let stack = Stack::with_settings(&["--lock-max-turn-ms", "10000", "--threads", "3"]);
+    let stack = Stack::with_settings(&["--lock-max-turn-ms", "10000", "--threads", "3", "--reply-within-ms", "20000"]);
     let mut client = stack.connect();
     let mut held = acquire(&mut client, "l", "");
     let (told, order) = mpsc::channel();
@@ -504,7 +504,7 @@ fn no_cut_and_no_lost_reply_lets_two_in() {
         let mut client = sidecar.connect();
         wait_until("it serves locks", || client.ask("LOCK.INFO nothing") == "nil");
     }
-    let times = size(60, 1_000);
+    let times = size(300, 3_000);
     let workers: Vec<_> = (0..6)
         .map(|number| {
             let mut client = sidecars[number % 2].connect();

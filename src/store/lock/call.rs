@@ -74,6 +74,8 @@ pub(super) struct Seen {
 enum Again {
     /// The node is in doubt.
     Now,
+    /// The connection is, and whether it was carried out.
+    Lost,
     /// It was too late by Redis's clock: it may be that ours has to be set first.
     Later,
     /// Nothing can be done about it.
@@ -87,11 +89,11 @@ impl Inner {
         let (lease, keep) = (millis(asked.lease).to_string(), limits::LOCK_NOTE.as_millis().to_string());
         let mut sent = Instant::now();
         let mut words = self
-            .call(&script::LOCK_ACQUIRE, &keys, true, until, |node| {
+            .call(&script::LOCK_ACQUIRE, &keys, &asked.op, until, |node| {
                 sent = Instant::now();
                 let deadline = node.time_at(sent + limits::LOCK_CALL_WITHIN).to_string();
                 let mut args = of_node(node);
-                args.extend([deadline.into_bytes(), node.epoch.installation.clone().into_bytes(), asked.op.clone().into_bytes()]);
+                args.extend([deadline.into_bytes(), node.epoch.installation.clone().into_bytes()]);
                 args.extend([lease.clone().into_bytes(), asked.owner().to_vec(), if fresh { b"1".to_vec() } else { b"0".to_vec() }]);
                 args.push(keep.clone().into_bytes());
                 args
@@ -117,13 +119,20 @@ impl Inner {
         next: Option<&Asked>,
         until: Instant,
     ) -> Result<Released, Refusal> {
-        let keys = [keys::LOCKS.to_owned(), keys::lock(name), keys::lock_token(name), keys::lock_owner(name), keys::lock_channel(name)];
+        let keys = [
+            keys::LOCKS.to_owned(),
+            keys::lock(name),
+            keys::lock_token(name),
+            keys::lock_owner(name),
+            keys::lock_done(name, op),
+            keys::lock_channel(name),
+        ];
         let (token, keep) = (token.to_string(), limits::LOCK_NOTE.as_millis().to_string());
         let lease = next.map_or(0, |next| millis(next.lease)).to_string();
         let mut words = self
-            .call(&script::LOCK_RELEASE, &keys, true, until, |node| {
+            .call(&script::LOCK_RELEASE, &keys, op, until, |node| {
                 let mut args = of_node(node);
-                args.extend([node.epoch.installation.clone().into_bytes(), op.as_bytes().to_vec(), token.clone().into_bytes()]);
+                args.extend([node.epoch.installation.clone().into_bytes(), token.clone().into_bytes()]);
                 args.extend([lease.clone().into_bytes(), next.map_or(b"".as_slice(), Asked::owner).to_vec(), keep.clone().into_bytes()]);
                 args
             })
@@ -150,7 +159,7 @@ impl Inner {
         }
         let (batch, keep) = (batch.into_bytes(), limits::LOCK_NOTE.as_millis().to_string());
         let mut words = self
-            .call(&script::LOCK_EXTEND, &keys, false, until, |node| {
+            .call(&script::LOCK_EXTEND, &keys, &self.op(), until, |node| {
                 vec![node.epoch.installation.clone().into_bytes(), keep.clone().into_bytes(), batch.clone()]
             })
             .await?;
@@ -161,7 +170,7 @@ impl Inner {
     pub(super) async fn look(&self, name: &LockName, token: u64, until: Instant) -> Result<Option<Seen>, Refusal> {
         let (keys, token) = ([keys::lock(name), keys::lock_owner(name)], token.to_string());
         let mut words = self
-            .call(&script::LOCK_LOOK, &keys, false, until, |node| {
+            .call(&script::LOCK_LOOK, &keys, &self.op(), until, |node| {
                 vec![node.epoch.installation.clone().into_bytes(), token.clone().into_bytes()]
             })
             .await?;
@@ -176,29 +185,30 @@ impl Inner {
         read(&mut words).map_err(|error| refused(&error))
     }
 
-    /// Calls a script, on another connection where one breaks. `once`: it matters whether one that was not answered was carried out.
+    /// Calls a script, on another connection where one breaks. Its first argument, and the first word of its answer, is `op`: an answer to
+    /// something else says that this connection is off by one.
     async fn call(
         &self,
         script: &Script,
         keys: &[String],
-        once: bool,
+        op: &str,
         until: Instant,
         mut args: impl FnMut(&Node) -> Vec<Vec<u8>>,
     ) -> Result<Words, Refusal> {
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         let mut sent = false;
-        let over = |sent: bool| match sent && once {
+        let over = |sent: bool| match sent && script.name != script::LOCK_LOOK.name {
             true => Refusal::InDoubt,
             false => Refusal::TryAgain(self.link.trouble().unwrap_or_else(|| "Redis does not answer".to_owned())),
         };
         loop {
             let Ok(node) = tokio::time::timeout_at(until.into(), self.link.node()).await else { return Err(over(sent)) };
             let args = args(&node);
-            let args: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
+            let args: Vec<&[u8]> = std::iter::once(op.as_bytes()).chain(args.iter().map(Vec::as_slice)).collect();
             let mut connection = node.connection.clone();
             let limit = until.min(Instant::now() + limits::LOCK_CALL_WITHIN);
             let again = match tokio::time::timeout_at(limit.into(), connection.run(script, &keys, &args)).await {
-                Ok(Ok(value)) => match self.judge(value, &node) {
+                Ok(Ok(value)) => match self.judge(value, &node, op) {
                     Ok(words) => return Ok(words),
                     Err(again) => again,
                 },
@@ -208,6 +218,8 @@ impl Inner {
                     self.link.failed(&node);
                     Again::Now
                 }
+                // Whoever asked has no more time; Redis may have.
+                Err(_) if limit == until => return Err(over(true)),
                 Err(_) => {
                     sent = true;
                     self.link.failed(&node);
@@ -219,25 +231,34 @@ impl Inner {
                 }
                 Ok(Err(error)) => Again::Never(refused(&error)),
             };
+            sent |= matches!(again, Again::Lost);
             match again {
                 Again::Never(refusal) => return Err(refusal),
-                Again::Now | Again::Later if Instant::now() >= until => return Err(over(sent)),
-                Again::Now => {}
+                Again::Now | Again::Lost | Again::Later if Instant::now() >= until => return Err(over(sent)),
+                Again::Now | Again::Lost => {}
                 Again::Later => tokio::time::sleep(limits::LOCK_RECONNECT_AFTER).await,
             }
         }
     }
 
     /// Whether an answer decides anything.
-    fn judge(&self, value: redis::Value, node: &Node) -> Result<Words, Again> {
+    fn judge(&self, value: redis::Value, node: &Node, op: &str) -> Result<Words, Again> {
         let unexpected = |error: &Error| Again::Never(refused(error));
-        let redis::Value::Array(values) = value else {
-            return Err(unexpected(&Error::Unexpected(format!("{value:?}"))));
-        };
-        let word = match values.first() {
-            Some(redis::Value::BulkString(word)) => word.clone(),
+        let mut values = match value {
+            redis::Value::Array(values) => values,
             _ => Vec::new(),
         };
+        let bytes = |value: Option<&redis::Value>| match value {
+            Some(redis::Value::BulkString(bytes)) => bytes.clone(),
+            _ => Vec::new(),
+        };
+        if bytes(values.first()) != op.as_bytes() {
+            tracing::warn!("Redis answered something else than it was asked about a lock: another connection is used");
+            self.link.failed(node);
+            return Err(Again::Lost);
+        }
+        values.remove(0);
+        let word = bytes(values.first());
         let mut words = Words::new(redis::Value::Array(values)).map_err(|error| unexpected(&error))?;
         match word.as_slice() {
             b"epoch" => self.link.stale(node, 0),
