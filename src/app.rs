@@ -3,6 +3,8 @@
 //! Two threads: the front serves clients and writes to Redis, and nothing else may delay it; the caller's runtime carries the outbox to
 //! Postgres, verifies, and answers HTTP.
 
+mod access;
+
 use std::fmt;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -20,8 +22,8 @@ use uuid::Uuid;
 
 use crate::command::info::Section;
 use crate::command::table::TABLE;
-use crate::command::{Backend, Commands, Context, Stats};
-use crate::config::{Config, LedgerDetail, Prefer};
+use crate::command::{Backend, Commands, Context, SlowLog, Stats, passthrough};
+use crate::config::{Config, LedgerDetail, Passthrough, Prefer};
 use crate::domain::{Grain, Side};
 use crate::ledger;
 use crate::limits;
@@ -43,12 +45,17 @@ use crate::reconcile::examine::Examiner;
 use crate::reconcile::request::Requests;
 use crate::reconcile::schedule::Scheduler;
 use crate::server::listener;
+use crate::session::bounds::Bounds;
+use crate::session::hub::{Hub, Subscribers};
 use crate::session::registry::Registry;
+use crate::session::users::Directory;
 use crate::store::Partition;
 use crate::store::lock::{self, Locks};
 use crate::store::partition::{Receivers, ServerChange, State};
+use crate::store::reads::Reads;
 use crate::telemetry::http::{self, Check, Readiness};
 use crate::telemetry::metrics;
+use crate::tls::{self, Certificates};
 
 /// Where a server that is ready listens: the ports it was given, where the configuration says 0.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +85,7 @@ fn error(why: impl fmt::Display) -> Error {
 /// Serves until `shutdown` is cancelled; says through `ready` when it sells for the first time.
 pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<oneshot::Sender<Ready>>) -> Result<(), Error> {
     let metrics = metrics::install().map_err(error)?;
+    let sessions = Sessions::new(&config)?;
     let http_listener = http::bind(config.http.listen).await.map_err(error)?;
     let listener = listen(config.listen)?;
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
@@ -93,10 +101,13 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let back = CancellationToken::new();
     let pulses: Pulses = Arc::new((0..threads(&config)).map(|_| Mutex::new(Instant::now())).collect());
     let instance = Uuid::new_v4().simple().to_string();
+    let http_certificates = sessions.certificates.clone().filter(|_| config.http.tls);
     let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&pulses));
-    let web = tokio::spawn(http::serve(http_listener, metrics, readiness, back.clone()));
+    let web = tokio::spawn(http::serve(http_listener, http_certificates, metrics, readiness, back.clone()));
     let (locks, epochs) = Locks::new(locking(&config, &instance));
-    let shared = Shared { partition: Arc::clone(&partition), locks, instance: instance.clone(), shutdown: shutdown.clone(), pulses };
+    tokio::spawn(access::reload(config.clone(), sessions.clone(), shutdown.clone()));
+    let shared =
+        Shared { partition: Arc::clone(&partition), locks, instance: instance.clone(), sessions, shutdown: shutdown.clone(), pulses };
     let front = Front::start(&config, listener, shared, changes)?;
 
     let postgres_url = config.postgres.url.expose().to_owned();
@@ -194,6 +205,18 @@ fn reconciling(config: &Config) -> Settings {
     Settings { sync_every, initialise_every, prefer, auto_limit: config.reconcile.auto_limit }
 }
 
+/// Whether what the configuration names can be used; connects to nothing.
+pub fn check(config: &Config) -> Result<(), Error> {
+    access::users(config)?;
+    access::certificates(config).map(drop)
+}
+
+/// What a probe of the HTTP endpoints needs where these are served through TLS.
+pub fn probe_client(config: &Config) -> Result<Option<Arc<rustls::ClientConfig>>, Error> {
+    let files = access::files(config)?.filter(|_| config.http.tls);
+    files.map(|files| tls::own_client(&files).map_err(Error)).transpose()
+}
+
 /// Brings Postgres to this version's tables.
 pub async fn migrate(config: &Config) -> Result<(), Error> {
     ledger::migrate(config.postgres.url.expose()).await.map_err(error)?;
@@ -254,6 +277,48 @@ fn threads(config: &Config) -> usize {
     }
 }
 
+/// The commands that this server has.
+fn commands(config: &Config) -> Commands {
+    match config.passthrough {
+        Passthrough::Off => Commands::new(TABLE),
+        Passthrough::ReadOnly => Commands::new(&[TABLE, passthrough::TABLE].concat()),
+    }
+}
+
+/// What the threads that serve clients know of the clients.
+#[derive(Clone)]
+struct Sessions {
+    registry: Arc<Registry>,
+    users: Arc<Directory>,
+    bounds: Arc<Bounds>,
+    hub: Arc<Hub>,
+    slow: Arc<SlowLog>,
+    certificates: Option<Arc<Certificates>>,
+    stats: Arc<Stats>,
+}
+
+impl Sessions {
+    fn new(config: &Config) -> Result<Self, Error> {
+        let users = access::users(config)?;
+        let limits = &config.limits;
+        let mut bounds = Bounds::default();
+        bounds.known = bounds.known.with(limits.args, limits.bulk, limits.request);
+        (bounds.auth_within, bounds.auth_failures) = (config.auth.within, config.auth.failures);
+        (bounds.in_flight, bounds.output) = (limits.in_flight, limits.output);
+        (bounds.stall, bounds.keepalive) = (limits.stall, limits.keepalive);
+        bounds.set_idle(limits.idle);
+        Ok(Self {
+            registry: Arc::new(Registry::new(config.max_clients)),
+            users: Arc::new(Directory::new(users)),
+            bounds: Arc::new(bounds),
+            hub: Arc::default(),
+            slow: Arc::default(),
+            certificates: access::certificates(config)?,
+            stats: Arc::new(Stats::new(&commands(config))),
+        })
+    }
+}
+
 /// The threads that serve clients. They share the listening socket, and each has lanes of its own.
 struct Front {
     stopped: Vec<oneshot::Receiver<()>>,
@@ -262,8 +327,6 @@ struct Front {
 impl Front {
     fn start(config: &Config, listener: TcpListener, shared: Shared, changes: mpsc::Receiver<ServerChange>) -> Result<Self, Error> {
         let listener = listener.into_std().map_err(error)?;
-        let registry = Arc::new(Registry::new(config.max_clients));
-        let stats = Arc::new(Stats::new(&Commands::new(TABLE)));
         let config = Config { listen: listener.local_addr().map_err(error)?, ..config.clone() };
         // What the server itself asks for goes through the first thread's lanes.
         let mut changes = Some(changes);
@@ -281,8 +344,6 @@ impl Front {
                 listener: listener.try_clone().map_err(error)?,
                 user: shared.locks.user(),
                 shared: shared.clone(),
-                registry: Arc::clone(&registry),
-                stats: Arc::clone(&stats),
                 changes: changes.take(),
             };
             let serve = move || {
@@ -309,6 +370,7 @@ struct Shared {
     partition: Arc<Partition>,
     locks: Locks,
     instance: String,
+    sessions: Sessions,
     shutdown: CancellationToken,
     pulses: Pulses,
 }
@@ -321,15 +383,13 @@ struct FrontThread {
     shared: Shared,
     /// The locks are served until every thread is done with them.
     user: TaskTrackerToken,
-    registry: Arc<Registry>,
-    stats: Arc<Stats>,
     changes: Option<mpsc::Receiver<ServerChange>>,
 }
 
 impl FrontThread {
     async fn serve(self) {
         let config = self.config;
-        let Shared { partition, locks, instance, shutdown, pulses } = self.shared;
+        let Shared { partition, locks, instance, sessions, shutdown, pulses } = self.shared;
         let Ok(listener) = TcpListener::from_std(self.listener) else { return };
         let lanes = CancellationToken::new();
         let (redis_url, window) = (config.redis.url.expose(), config.idempotency.window);
@@ -344,7 +404,12 @@ impl FrontThread {
         let backend = Backend::new(partition, redis_url, &instance, window, config.reply_within, self.number, locks);
         let driving = backend.drive(self.changes, &lanes);
         spawn_local(beat(pulses, self.number, Arc::clone(&backend.partition)));
-        let cx = Rc::new(Context::new(Rc::new(Commands::new(TABLE)), self.registry, self.stats, backend));
+        let Sessions { registry, users, bounds, hub, slow, certificates, stats } = sessions;
+        let subscribers = Subscribers::new(hub);
+        spawn_local(Rc::clone(&subscribers).run(lanes.clone()));
+        let context = Context::new(Rc::new(commands(&config)), registry, stats, backend);
+        let passing = (config.passthrough == Passthrough::ReadOnly).then(|| Rc::new(Reads::new(redis_url, limits::PASSED_WITHIN)));
+        let cx = Rc::new(Context { users, bounds, subscribers, slow, passing, ..context });
         spawn_local(Rc::clone(&cx.heartbeat).beat());
         cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
         let (partition, locks) = (Arc::clone(&cx.backend.partition), cx.backend.locks.clone());
@@ -354,7 +419,7 @@ impl FrontThread {
         });
         cx.sections.borrow_mut().push(Section { name: "Holdfast", render });
         let serving = async {
-            listener::serve(listener, Rc::clone(&cx), shutdown).await;
+            listener::serve(listener, certificates, Rc::clone(&cx), shutdown).await;
             lanes.cancel();
             drop(self.user);
         };

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Arg, ArgMatches, Command, value_parser};
 
+use crate::app;
 use crate::config::{self, FILE_VARIABLE, Kind, Resolved, SETTINGS, Setting, Sources};
 use crate::domain::Side;
 use crate::telemetry::http;
@@ -28,9 +29,15 @@ impl Invocation {
     /// The answer, where what is asked for is a question and no work: about the configuration, or to a server that runs.
     pub fn answer(&self) -> Option<io::Result<String>> {
         match self.action {
-            Action::CheckConfig => Some(Ok("the configuration can be used".into())),
+            Action::CheckConfig => {
+                let checked = app::check(&self.resolved.config);
+                Some(checked.map(|()| "the configuration can be used".into()).map_err(io::Error::other))
+            }
             Action::PrintConfig => Some(Ok(self.resolved.to_toml().trim_end().into())),
-            Action::Healthcheck => Some(http::probe(self.resolved.config.http.listen)),
+            Action::Healthcheck => {
+                let config = &self.resolved.config;
+                Some(app::probe_client(config).map_err(io::Error::other).and_then(|tls| http::probe(config.http.listen, tls)))
+            }
             Action::Serve | Action::Dev(_) | Action::Migrate | Action::Rebuild(_) => None,
         }
     }
@@ -114,7 +121,8 @@ fn sources(matches: &ArgMatches, variables: BTreeMap<String, String>) -> Sources
 }
 
 fn command() -> Command {
-    let sub = |name: &'static str, about: &'static str| Command::new(name).about(about).arg(config_flag()).args(SETTINGS.iter().map(flag));
+    let sub =
+        |name: &'static str, about: &'static str| Command::new(name).about(about).arg(config_flag()).args(SETTINGS.iter().filter_map(flag));
     let dir = Arg::new("dir")
         .long("dir")
         .value_name("DIRECTORY")
@@ -133,7 +141,7 @@ fn command() -> Command {
                 .about("Serves clients on a private Redis and Postgres, which it starts and stops")
                 .arg(dir)
                 .arg(config_flag())
-                .args(SETTINGS.iter().filter(|setting| !setting.is_secret()).map(flag)),
+                .args(SETTINGS.iter().filter(|setting| !setting.is_secret()).filter_map(flag)),
         )
         .subcommand(sub("migrate", "Brings Postgres to this version's tables, and ends"))
         .subcommand(
@@ -159,17 +167,18 @@ fn config_flag() -> Arg {
         .help(format!("The TOML file with the settings [env: {FILE_VARIABLE}]"))
 }
 
-fn flag(setting: &'static Setting) -> Arg {
+fn flag(setting: &'static Setting) -> Option<Arg> {
+    let flag = setting.flag()?;
     let doc = setting.doc.trim_end_matches('.');
-    let arg = Arg::new(setting.key).long(setting.flag()).value_name(setting.placeholder()).help(format!(
+    let arg = Arg::new(setting.key).long(flag).value_name(setting.placeholder()).help(format!(
         "{doc} [default: {}] [env: {}]",
         setting.default,
         setting.variable()
     ));
-    match setting.kind {
+    Some(match setting.kind {
         Kind::Switch => arg.num_args(0..=1).require_equals(true).default_missing_value("true"),
         _ => arg,
-    }
+    })
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use figment::{Figment, Metadata, Profile, Provider};
 use serde::{Deserialize, Deserializer};
 
 pub use render::{example, markdown_table};
-pub use secret::SecretUrl;
+pub use secret::{Secret, SecretUrl};
 pub use settings::{Kind, SETTINGS, Setting};
 
 /// The environment variable that names the TOML file, as the flag `--config` does.
@@ -41,6 +41,10 @@ pub struct Config {
     pub reply_within: Duration,
     #[serde(rename = "shutdown_timeout_ms", deserialize_with = "milliseconds")]
     pub shutdown_timeout: Duration,
+    pub passthrough: Passthrough,
+    pub auth: Auth,
+    pub limits: Limits,
+    pub tls: Tls,
     pub http: Http,
     pub redis: Redis,
     pub postgres: Postgres,
@@ -54,11 +58,69 @@ pub struct Config {
     pub log: Log,
 }
 
+/// Whether clients may read the backing Redis through this server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Passthrough {
+    Off,
+    ReadOnly,
+}
+
+/// The section `[auth]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    pub requirepass: Secret,
+    /// Empty where there is none.
+    pub users_file: PathBuf,
+    #[serde(rename = "within_ms", deserialize_with = "milliseconds")]
+    pub within: Duration,
+    pub failures: u32,
+}
+
+impl Auth {
+    /// Whether clients have to show who they are.
+    pub fn is_on(&self) -> bool {
+        !self.requirepass.is_empty() || !self.users_file.as_os_str().is_empty()
+    }
+}
+
+/// The section `[limits]`.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    pub args: usize,
+    #[serde(rename = "bulk_kib", deserialize_with = "kibibytes")]
+    pub bulk: usize,
+    #[serde(rename = "request_kib", deserialize_with = "kibibytes")]
+    pub request: usize,
+    pub in_flight: usize,
+    #[serde(rename = "output_kib", deserialize_with = "kibibytes")]
+    pub output: usize,
+    #[serde(rename = "stall_ms", deserialize_with = "milliseconds")]
+    pub stall: Duration,
+    /// Zero: never.
+    #[serde(rename = "idle_ms", deserialize_with = "milliseconds")]
+    pub idle: Duration,
+    #[serde(rename = "keepalive_ms", deserialize_with = "milliseconds")]
+    pub keepalive: Duration,
+}
+
+/// The section `[tls]`. A path that is empty names no file.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tls {
+    pub cert_file: PathBuf,
+    pub key_file: PathBuf,
+    pub client_ca_file: PathBuf,
+}
+
 /// The section `[http]`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Http {
     pub listen: SocketAddr,
+    pub tls: bool,
 }
 
 /// The section `[redis]`.
@@ -265,7 +327,7 @@ pub fn load(sources: &Sources) -> Result<Resolved, Error> {
     }
     for (key, text) in &sources.flags {
         if let Some(setting) = Setting::find(key) {
-            figment = figment.merge(Layer::one(setting, text.clone(), format!("flag --{}", setting.flag())));
+            figment = figment.merge(Layer::one(setting, text.clone(), format!("flag --{}", setting.name())));
         }
     }
 
@@ -288,12 +350,13 @@ pub fn load(sources: &Sources) -> Result<Resolved, Error> {
     }
     let checked = Figment::from(Layer { origin: "settings".into(), values });
     let config: Config = checked.extract().map_err(|error| Error { problems: vec![error.to_string()] })?;
-    if !config.listen.ip().is_loopback() && !config.insecure {
+    if !config.listen.ip().is_loopback() && !config.insecure && !config.auth.is_on() {
         let (text, origin) = &shown["listen"];
         return Err(Error {
             problems: vec![format!(
                 "listen = {text}, from {origin}, can be reached from other machines, and anyone who reaches it may sell: \
-                 listen on 127.0.0.1, or permit it with --insecure (HOLDFAST_INSECURE=true)"
+                 listen on 127.0.0.1, name users with --auth-users-file (HOLDFAST_AUTH_USERS_FILE), or permit it with --insecure \
+                 (HOLDFAST_INSECURE=true)"
             )],
         });
     }
@@ -388,7 +451,8 @@ fn flatten(prefix: &str, values: &Dict, keys: &mut Vec<String>) {
 /// A value as text, without its password.
 fn show(setting: &Setting, value: &Value) -> String {
     match value {
-        Value::String(_, text) if setting.is_secret() => SecretUrl::from(text.clone()).masked(),
+        Value::String(_, text) if setting.is_url() => SecretUrl::from(text.clone()).masked(),
+        Value::String(_, text) if setting.is_secret() => Secret::from(text.clone()).masked().into(),
         Value::String(_, text) => text.clone(),
         Value::Bool(_, switch) => switch.to_string(),
         Value::Num(..) => settings::whole_number(value).map_or_else(|| "a fraction".into(), |number| number.to_string()),
@@ -412,6 +476,10 @@ fn insert(values: &mut Dict, setting: &Setting, value: Value) {
 
 fn milliseconds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
     u64::deserialize(deserializer).map(Duration::from_millis)
+}
+
+fn kibibytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
+    usize::deserialize(deserializer).map(|kibibytes| kibibytes.saturating_mul(1 << 10))
 }
 
 fn mebibytes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<usize, D::Error> {
@@ -584,6 +652,9 @@ mod tests {
         assert_eq!(error.to_string(), "HOLDFAST_POSTGRES_URL and HOLDFAST_POSTGRES_URL_FILE are both set: unset one of them");
         let wrong = load(&Sources { variables: variables(&[("HOLDFAST_REDIS_URL", "http://:s3cret@host")]), ..Sources::default() });
         assert!(!wrong.unwrap_err().to_string().contains("s3cret"));
+        let password = load(&Sources { variables: variables(&[("HOLDFAST_AUTH_REQUIREPASS", "s3cret")]), ..Sources::default() }).unwrap();
+        assert_eq!(password.config.auth.requirepass.expose(), "s3cret");
+        assert!(!format!("{password:?}{}", password.to_toml()).contains("s3cret"));
     }
 
     #[test]
@@ -593,6 +664,11 @@ mod tests {
         };
         assert!(open("false").unwrap_err().to_string().contains("permit it with --insecure"));
         assert!(open("true").is_ok());
+        let guarded = |name: &str, value: &str| {
+            load(&Sources { flags: vec![("listen", "0.0.0.0:6380".into())], variables: variables(&[(name, value)]), ..Sources::default() })
+        };
+        assert!(guarded("HOLDFAST_AUTH_REQUIREPASS", "s3cret").is_ok());
+        assert!(guarded("HOLDFAST_AUTH_USERS_FILE", "/etc/holdfast/users").is_ok());
         let v6 = load(&Sources { flags: vec![("listen", "[::1]:6380".into())], ..Sources::default() });
         assert!(v6.is_ok());
     }

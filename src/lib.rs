@@ -11,6 +11,7 @@
 //! - [`outbox`]: carries what the scripts appended from Redis to Postgres.
 //! - [`ledger`]: everything on Postgres.
 //! - [`reconcile`]: compares both while they are in use, and repairs what differs.
+//! - [`tls`]: certificates.
 //! - [`telemetry`]: metrics, logs, the HTTP endpoints.
 //! - [`app`]: builds all of it, and drains it in reverse.
 
@@ -20,6 +21,7 @@ pub mod config;
 pub mod limits;
 pub mod resp;
 pub mod telemetry;
+pub mod tls;
 
 pub mod command;
 pub mod ledger;

@@ -349,14 +349,40 @@ pub const OUTBOX_TRIM_EVERY: Duration = Duration::from_secs(5);
 /// How many places the relay remembers at which the outbox may be cut; when full, every second one is forgotten.
 pub const OUTBOX_MARKS_MAX: usize = 4_096;
 
-/// Words in one request. A batch carries at most 3,000 keys to Redis, so more could not be served at once anyway.
-pub const REQUEST_ARGS_MAX: usize = 4096;
+/// The defaults of `[limits]`. Words in one request: an order of five hundred products has no more.
+pub const REQUEST_ARGS_MAX: usize = 1024;
 
 /// Bytes in one argument. Ids are 128 bytes and the largest text is a pattern; this leaves room for a PING or ECHO that measures.
-pub const REQUEST_BULK_MAX: usize = 1 << 20;
+pub const REQUEST_BULK_MAX: usize = 64 << 10;
 
 /// Bytes in one request, headers included: what one connection may make the server hold before it has said anything useful.
-pub const REQUEST_BYTES_MAX: usize = 4 << 20;
+pub const REQUEST_BYTES_MAX: usize = 1 << 20;
+
+/// What these three may be set to.
+pub const SETTABLE_ARGS: (u64, u64) = (16, 65_535);
+pub const SETTABLE_BULK_KIB: (u64, u64) = (1, 1 << 10);
+pub const SETTABLE_REQUEST_KIB: (u64, u64) = (64, 64 << 10);
+
+/// What the number of requests in flight and the unsent bytes of a connection may be set to.
+pub const SETTABLE_IN_FLIGHT: (u64, u64) = (64, 65_536);
+pub const SETTABLE_OUTPUT_KIB: (u64, u64) = (64, 64 << 10);
+
+/// What times of a connection may be set to: from a second to a day.
+pub const SETTABLE_TIME_MS: (u64, u64) = (1_000, 86_400_000);
+
+/// The defaults of `[auth]`: how long a client may take to show who it is, and how many wrong passwords it may try.
+pub const AUTH_WITHIN: Duration = Duration::from_secs(5);
+pub const AUTH_FAILURES: u32 = 3;
+
+/// What these may be set to.
+pub const SETTABLE_AUTH_MS: (u64, u64) = (100, 60_000);
+pub const SETTABLE_AUTH_FAILURES: (u64, u64) = (1, 1_000);
+
+/// After how long a silence the kernel asks whether a client is there, by how many questions it finds out that it is not, and how long it
+/// waits for an answer to each.
+pub const KEEPALIVE: Duration = Duration::from_secs(60);
+pub const KEEPALIVE_PROBES: u32 = 3;
+pub const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
 
 /// The same three before AUTH, as in Redis: strangers may say little.
 pub const STRANGER_ARGS_MAX: usize = 10;
@@ -385,11 +411,32 @@ pub const TURN_COMMANDS_MAX: usize = 64;
 /// Unsent reply bytes of one connection beyond which nothing more of it is read or encoded.
 pub const OUTPUT_SOFT_MAX: usize = 1 << 20;
 
+/// The same before AUTH: ten thousand strangers who read nothing shall not take the memory of others.
+pub const OUTPUT_STRANGER_MAX: usize = 8 << 10;
+
 /// How long a client may take no bytes while replies wait for it. It is stuck or gone: its memory goes to others.
 pub const OUTPUT_STALL_MAX: Duration = Duration::from_secs(60);
 
 /// Messages (subscriptions, lost locks) that wait on one connection. They come unasked, so a reader that falls behind is cut off.
 pub const MESSAGES_MAX: usize = 4096;
+pub const MESSAGES_BYTES_MAX: usize = 1 << 20;
+
+/// Messages on their way from where they are published to a thread that serves clients, as many as a burst of sales may make while the thread
+/// is busy for a few milliseconds.
+pub const HUB_QUEUE_MAX: usize = 8_192;
+
+/// SLOWLOG: from how long on a command is slow, how many are kept, and how many may be.
+pub const SLOWLOG_SLOWER_THAN: Duration = Duration::from_millis(100);
+pub const SLOWLOG_LEN: usize = 128;
+pub const SLOWLOG_LEN_MAX: i64 = 10_000;
+
+/// Reading through to Redis: how long it may take, and the bytes of a reply.
+pub const PASSED_WITHIN: Duration = Duration::from_secs(5);
+pub const PASSED_REPLY_MAX: usize = 1 << 20;
+
+/// Channels and patterns of one connection, and the bytes of one: an id of 128 bytes behind `coupon:events:` fits.
+pub const SUBSCRIPTIONS_MAX: usize = 1_024;
+pub const CHANNEL_MAX: usize = 256;
 
 /// Bytes of a reply buffer that an idle connection may keep; a goal of 12 KiB an idle connection leaves little more.
 pub const OUTPUT_KEEP_MAX: usize = 1 << 10;
@@ -533,3 +580,18 @@ pub const SYNC_WITHIN: Duration = Duration::from_millis(4_500);
 
 /// Products in the answer of one STOCK.SYNC: it stops when it has found so many.
 pub const SYNC_DRIFTS_MAX: usize = 1_000;
+
+// Users.
+
+/// Users of a users file, and its bytes: each AUTH compares with all of them.
+pub const USERS_MAX: usize = 1_000;
+pub const USERS_FILE_MAX: u64 = 1 << 20;
+
+/// Bytes of a user's name, its passwords, which are two while one is replaced, and its patterns, which each of its commands may be compared
+/// with.
+pub const USER_NAME_MAX: usize = 64;
+pub const USER_SECRETS_MAX: usize = 8;
+pub const USER_PATTERNS_MAX: usize = 64;
+
+/// Bytes that the audit log and MONITOR repeat of one argument.
+pub const AUDIT_ARGUMENT_MAX: usize = 128;

@@ -308,8 +308,13 @@ impl Args {
 
     /// The places of the words that are keys.
     pub fn key_positions(&self) -> Vec<usize> {
+        self.places(&Arg::is_key)
+    }
+
+    /// The places of the words given for the arguments that are `wanted`.
+    pub fn places(&self, wanted: &dyn Fn(&Arg) -> bool) -> Vec<usize> {
         let mut positions = Vec::new();
-        for (index, arg) in self.spec.args.iter().enumerate().filter(|(_, arg)| arg.is_key()) {
+        for (index, arg) in self.spec.args.iter().enumerate().filter(|(_, arg)| wanted(arg)) {
             let first = self.found[index].at;
             let times = if arg.is_repeated() { self.groups } else { usize::from(first != 0) };
             positions.extend((0..times).map(|group| first + group * self.group_width));

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 
-use super::spec::{ADMIN, CONNECTION, FAST, LOADING, Spec, text, word};
+use super::spec::{ADMIN, CONNECTION, FAST, LOADING, SHOWS, Spec, text, word};
 use super::{Call, Step, describe};
 use crate::limits::{CLIENT_NAME_MAX, ERROR_ECHO_MAX, REQUEST_BULK_MAX};
 use crate::resp::Reply;
@@ -28,7 +28,7 @@ static INFO: Spec = sub("CLIENT|INFO", "Describes this connection.").reply("text
 
 static LIST: Spec = sub("CLIENT|LIST", "Describes every connection, one a line.")
     .args(&[text("filter", CLIENT_NAME_MAX).any_number()])
-    .flags(ALWAYS | ADMIN)
+    .flags(ALWAYS | ADMIN | SHOWS)
     .complexity("O(N) where N is the number of connections")
     .reply("text")
     .run(list);

@@ -2,11 +2,12 @@
 
 use bytes::Bytes;
 
-use super::spec::{CONNECTION, FAST, LOADING, NOAUTH, Spec, text};
-use super::{Call, Step};
+use super::spec::{CONNECTION, FAST, LOADING, NOAUTH, SECRET, Spec, text};
+use super::{Call, Step, closed};
 use crate::domain::quantity;
 use crate::limits::REQUEST_BULK_MAX;
 use crate::resp::{Protocol, Reply};
+use crate::session::client::Rejected;
 
 /// The version of Redis whose behaviour clients are promised. 7.2 has CLIENT SETINFO and COMMAND DOCS, and not the caching and
 /// maintenance features that newer clients would otherwise turn on.
@@ -21,14 +22,14 @@ const WRONG_PASSWORD: &str = "WRONGPASS invalid username-password pair or user i
 pub static HELLO: Spec = Spec::new("HELLO", "Greets the server, chooses RESP2 or RESP3, and may authenticate and name the connection.")
     .family("connection")
     .args(&[text("protover", 16).optional(), text("option", REQUEST_BULK_MAX).any_number()])
-    .flags(ALWAYS | NOAUTH)
+    .flags(ALWAYS | NOAUTH | SECRET)
     .reply("map of `server version proto id mode role modules`")
     .example("HELLO 3 AUTH default secret SETNAME shop")
     .run(hello);
 
 fn hello(call: &mut Call<'_>) -> Step {
     match greet(call) {
-        Ok(()) => Step::Reply(Reply::map([
+        Ok(None) => Step::Reply(Reply::map([
             ("server", Reply::word("redis")),
             ("version", Reply::word(REDIS_VERSION)),
             ("proto", Reply::Integer(call.session.protocol.number())),
@@ -37,14 +38,15 @@ fn hello(call: &mut Call<'_>) -> Step {
             ("role", Reply::word("master")),
             ("modules", Reply::Array(vec![super::server::module()])),
         ])),
+        Ok(Some(rejected)) => rejection(call, rejected),
         Err(error) => Step::Reply(Reply::error(error)),
     }
 }
 
 /// Does what HELLO's arguments ask for: all of it or nothing.
-fn greet(call: &mut Call<'_>) -> Result<(), String> {
+fn greet(call: &mut Call<'_>) -> Result<Option<Rejected>, String> {
     let Some(version) = call.args.maybe_text("protover") else {
-        return if call.session.authenticated { Ok(()) } else { Err(hello_without_auth()) };
+        return if call.session.authenticated { Ok(None) } else { Err(hello_without_auth()) };
     };
     let version = quantity::parse(version, 0, i64::MAX).ok_or("ERR Protocol version is not an integer or out of range")?;
     let protocol = match version {
@@ -65,9 +67,10 @@ fn greet(call: &mut Call<'_>) -> Result<(), String> {
             return Err(syntax());
         }
     }
-    if let Some((user, password)) = user {
-        authenticate(user, password)?;
-        call.session.authenticated = true;
+    if let Some((user, password)) = user
+        && let Err(rejected) = call.session.authenticate(user, password, call.cx.bounds.auth_failures)
+    {
+        return Ok(Some(rejected));
     }
     if !call.session.authenticated {
         return Err(hello_without_auth());
@@ -76,7 +79,7 @@ fn greet(call: &mut Call<'_>) -> Result<(), String> {
         call.session.client.profile().name = name;
     }
     call.session.protocol = protocol;
-    Ok(())
+    Ok(None)
 }
 
 fn hello_without_auth() -> String {
@@ -85,31 +88,41 @@ fn hello_without_auth() -> String {
         .to_owned()
 }
 
-/// There are no users yet, so the only one is Redis's `default`, who needs no password and is let in with any.
-fn authenticate(user: &Bytes, _password: &Bytes) -> Result<(), String> {
-    if &user[..] == b"default" { Ok(()) } else { Err(WRONG_PASSWORD.to_owned()) }
+/// Says no, in the same words whether the name or the password is wrong. The name is not logged: it may be a password in the wrong place.
+fn rejection(call: &Call<'_>, rejected: Rejected) -> Step {
+    metrics::counter!("holdfast_auth_failures_total").increment(1);
+    tracing::info!(target: "holdfast::audit", client = %call.session.client.address, "wrong user or password");
+    let error = Reply::error(WRONG_PASSWORD);
+    match rejected {
+        Rejected::Once => Step::Reply(error),
+        Rejected::TooOften => {
+            closed("auth_failures");
+            Step::Close(error)
+        }
+    }
 }
 
 pub static AUTH: Spec = Spec::new("AUTH", "Authenticates the connection.")
     .family("connection")
     .args(&[text("username", REQUEST_BULK_MAX), text("password", REQUEST_BULK_MAX).optional()])
-    .flags(ALWAYS | NOAUTH)
+    .flags(ALWAYS | NOAUTH | SECRET)
     .example("AUTH default secret")
     .run(auth);
 
 fn auth(call: &mut Call<'_>) -> Step {
-    let Some(password) = call.args.maybe_text("password") else {
-        return Step::Reply(Reply::error(
-            "ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?",
-        ));
-    };
-    Step::Reply(match authenticate(call.args.text("username"), password) {
-        Ok(()) => {
-            call.session.authenticated = true;
-            Reply::ok()
+    let (user, password) = match (call.args.text("username").clone(), call.args.maybe_text("password").cloned()) {
+        (user, Some(password)) => (user, password),
+        (_, None) if call.session.needs_no_password() => {
+            return Step::Reply(Reply::error(
+                "ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?",
+            ));
         }
-        Err(error) => Reply::error(error),
-    })
+        (password, None) => (Bytes::from_static(b"default"), password),
+    };
+    match call.session.authenticate(&user, &password, call.cx.bounds.auth_failures) {
+        Ok(()) => Step::Reply(Reply::ok()),
+        Err(rejected) => rejection(call, rejected),
+    }
 }
 
 pub static PING: Spec = Spec::new("PING", "Answers PONG, or the message given, whatever the state of the backends.")
@@ -120,10 +133,7 @@ pub static PING: Spec = Spec::new("PING", "Answers PONG, or the message given, w
     .run(ping);
 
 fn ping(call: &mut Call<'_>) -> Step {
-    let subscribed = call.session.protocol == Protocol::Resp2 && {
-        let profile = call.session.client.profile();
-        profile.channels + profile.patterns > 0
-    };
+    let subscribed = call.session.protocol == Protocol::Resp2 && call.session.subscribes();
     let message = call.args.maybe_text("message").cloned();
     Step::Reply(match message {
         message if subscribed => Reply::Array(vec![Reply::word("pong"), Reply::bulk(message.unwrap_or_default())]),

@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use tokio::sync::oneshot;
 
-use super::spec::{self, ADMIN, READONLY, Spec, WRITE};
+use super::spec::{self, ADMIN, READONLY, SHOWS, Spec, WRITE};
 use super::{Call, Context, Step, change, describe};
 use crate::domain::{DeadLetter, Settled};
 use crate::limits;
@@ -24,7 +24,7 @@ pub static DEADLETTER: Spec = Spec::new("HOLDFAST.DEADLETTER", "Lists and settle
 
 static LIST: Spec = sub("HOLDFAST.DEADLETTER|LIST", "Returns the oldest dead letters.")
     .args(&[spec::integer("count", 1, limits::DEAD_LETTERS_LISTED_MAX, "").token("COUNT")])
-    .flags(ADMIN | READONLY)
+    .flags(ADMIN | READONLY | SHOWS)
     .complexity("O(N) in the number of dead letters returned")
     .reply("array of maps `id position product kind delta reason at_ms`")
     .example("HOLDFAST.DEADLETTER LIST COUNT 10")

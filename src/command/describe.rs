@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use bytes::Bytes;
 
 use super::spec::{ADMIN, Arg, BLOCKING, CONNECTION, FAST, Kind, LOADING, NOAUTH, PUBSUB, Presence, READONLY, Spec, WRITE, text};
-use super::{Args, Call, Step, args, glob};
+use super::{Args, Call, Step, args};
+use crate::domain::glob;
 use crate::limits::{CLIENT_NAME_MAX, REQUEST_BULK_MAX};
 use crate::resp::Reply;
 

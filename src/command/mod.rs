@@ -3,11 +3,14 @@
 //! - [`spec`]: how a command is declared; [`table`]: every command there is.
 //! - [`args`]: a request matched against its spec.
 //! - [`describe`]: COMMAND, COMMAND DOCS and the README's table, from the specs.
-//! - [`stats`]: what INFO and the metrics count; [`info`]: INFO's text; [`glob`]: patterns.
-//! - [`connection`], [`client`], [`server`]: the session's and the server's own commands.
+//! - [`stats`]: what INFO and the metrics count; [`info`]: INFO's text.
+//! - [`connection`], [`client`], [`server`], [`slowlog`]: the session's and the server's own commands.
+//! - [`pubsub`]: channels, and MONITOR; [`passthrough`]: reading the backing Redis.
+//! - [`acl`]: the users; `rights`: what each may run, and the log of what operators did.
 //! - [`stock`], [`coupon`], [`lock`], [`holdfast`], [`dead_letter`]: what Holdfast is for; [`backend`]: what they work with; [`ack`], [`replicas`]: replies that wait for Postgres, or for a replica.
 
 pub mod ack;
+pub mod acl;
 pub mod args;
 pub mod backend;
 mod change;
@@ -18,15 +21,18 @@ pub mod dead_letter;
 pub mod describe;
 mod doubt;
 pub mod first_use;
-pub mod glob;
 mod heartbeat;
 pub mod holdfast;
 pub mod info;
 pub mod lock;
 pub mod order;
+pub mod passthrough;
+pub mod pubsub;
 mod read;
 pub mod replicas;
+mod rights;
 pub mod server;
+pub mod slowlog;
 pub mod spec;
 pub mod stats;
 pub mod stock;
@@ -44,14 +50,19 @@ use bytes::Bytes;
 pub use args::{Ack, Args};
 pub use backend::Backend;
 pub use heartbeat::Heartbeat;
+pub use slowlog::SlowLog;
 pub use spec::Spec;
 pub use stats::Stats;
 pub use table::Commands;
 
 use crate::limits::ERROR_ECHO_MAX;
 use crate::resp::{Pipeline, Reply, Request, Stamp, Ticket};
+use crate::session::bounds::Bounds;
 use crate::session::client::{Replies, Session};
+use crate::session::hub::Subscribers;
 use crate::session::registry::Registry;
+use crate::session::users::{Directory, Users};
+use crate::store::reads::Reads;
 
 /// A future that stays on its thread.
 pub type LocalBoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
@@ -105,7 +116,12 @@ impl Call<'_> {
 pub struct Context {
     pub commands: Rc<Commands>,
     pub registry: Arc<Registry>,
+    pub users: Arc<Directory>,
+    pub bounds: Arc<Bounds>,
+    /// The subscribers of this thread.
+    pub subscribers: Rc<Subscribers>,
     pub stats: Arc<Stats>,
+    pub slow: Arc<SlowLog>,
     pub heartbeat: Rc<Heartbeat>,
     /// While set, the error that every command without the LOADING flag gets: `LOADING ...`.
     pub refusal: Cell<Option<&'static str>>,
@@ -114,23 +130,34 @@ pub struct Context {
     /// What INFO shows besides its own sections.
     pub sections: RefCell<Vec<info::Section>>,
     pub backend: Backend,
+    /// What reads the backing Redis for people, where that is on.
+    pub passing: Option<Rc<Reads>>,
 }
 
 impl Context {
     /// `stats` must have been made of the same table.
     pub fn new(commands: Rc<Commands>, registry: Arc<Registry>, stats: Arc<Stats>, backend: Backend) -> Self {
-        let settings = server::settings(registry.clients_max());
         Self {
             commands,
             registry,
+            users: Arc::new(Directory::new(Users::open())),
+            bounds: Arc::new(Bounds::default()),
+            subscribers: Subscribers::new(Arc::default()),
             stats,
+            slow: Arc::default(),
             heartbeat: Heartbeat::new(),
             refusal: Cell::new(None),
-            settings: RefCell::new(settings),
+            settings: RefCell::new(server::settings()),
             sections: RefCell::new(Vec::new()),
             backend,
+            passing: None,
         }
     }
+}
+
+/// Counts a connection that the server closes, and why.
+pub fn closed(why: &'static str) {
+    metrics::counter!("holdfast_closed_connections_total", "why" => why).increment(1);
 }
 
 /// A command that runs alone on its connection.
@@ -162,6 +189,7 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
         Ok(found) => found,
         Err(_) if is_http(&request.args[0]) => {
             tracing::warn!(client = %session.client.address, "an HTTP request on the RESP port: closed, for it may come from a browser");
+            closed("http");
             return After::Drop;
         }
         Err(error) => {
@@ -174,7 +202,7 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     let stamp = Stamp { tag: index, due, ..stamp };
     pipeline.stamp(stamp);
     session.last_command = spec.name;
-    let step = match check(cx, session, spec, request) {
+    let step = match check(cx, session, index, spec, request) {
         Err(error) => Step::Reply(Reply::error(error)),
         Ok((run, args)) => run(&mut Call { cx, session, args, arrived, pipeline }),
     };
@@ -194,7 +222,7 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
 }
 
 /// Everything that can refuse a command before it runs.
-fn check(cx: &Context, session: &Session, spec: &'static Spec, request: Request) -> Result<(Handler, Args), String> {
+fn check(cx: &Context, session: &Session, number: usize, spec: &'static Spec, request: Request) -> Result<(Handler, Args), String> {
     let run = spec.run.ok_or_else(|| args::wrong_arity(spec))?;
     if !args::arity_fits(spec, request.args.len()) {
         return Err(args::wrong_arity(spec));
@@ -202,10 +230,29 @@ fn check(cx: &Context, session: &Session, spec: &'static Spec, request: Request)
     if !session.authenticated && !spec.is(spec::NOAUTH) {
         return Err("NOAUTH Authentication required.".to_owned());
     }
+    let restricted = !session.user().is_unrestricted();
+    if restricted && session.authenticated {
+        rights::may_run(session, number, spec)?;
+    }
     if let Some(refusal) = cx.refusal.get().filter(|_| !spec.is(spec::LOADING)) {
         return Err(refusal.to_owned());
     }
-    Ok((run, Args::parse(spec, request.args)?))
+    if session.has_subscribed
+        && let Some(refusal) = pubsub::refusal(session, spec)
+    {
+        return Err(refusal);
+    }
+    let args = Args::parse(spec, request.args)?;
+    if restricted {
+        rights::may_touch(session, spec, &args)?;
+    }
+    if spec.is(spec::ADMIN) {
+        rights::audit(session, spec, &args);
+    }
+    if cx.subscribers.hub().has_monitors() {
+        pubsub::show(cx, session, spec, args.words());
+    }
+    Ok((run, args))
 }
 
 /// Whether the name is the start of an HTTP request. A web page can make a browser POST to a port on the reader's own machine; what
@@ -246,10 +293,21 @@ pub(crate) mod tests {
 
     impl Wire {
         pub(crate) fn new() -> Self {
+            Self::with_users(Users::open())
+        }
+
+        pub(crate) fn with_users(users: Users) -> Self {
             let commands = Rc::new(Commands::new(table::TABLE));
             let stats = Arc::new(Stats::new(&commands));
-            let cx = Rc::new(Context::new(commands, Arc::new(Registry::new(10)), stats, Backend::unconnected()));
-            Self { cx, session: crate::session::client::tests::session(), pipeline: Pipeline::new() }
+            let mut cx = Context::new(commands, Arc::new(Registry::new(10)), stats, Backend::unconnected());
+            cx.users = Arc::new(Directory::new(users));
+            let session = crate::session::client::tests::session_of(&cx.users);
+            Self { cx: Rc::new(cx), session, pipeline: Pipeline::new() }
+        }
+
+        /// The client whose requests these are.
+        pub(crate) fn client(&self) -> &crate::session::client::Client {
+            &self.session.client
         }
 
         /// Sends words separated by single spaces; returns what was answered at once.
@@ -279,11 +337,15 @@ pub(crate) mod tests {
         let mut wire = Wire::new();
         wire.cx.refusal.set(Some("LOADING Holdfast is starting"));
         assert_eq!(wire.send("PING"), "+PONG\r\n");
-        wire.session.authenticated = false;
+        let users = Users::read(None, Some("x"), &Commands::new(table::TABLE)).unwrap();
+        let mut wire = Wire::with_users(users);
         assert_eq!(wire.send("PING"), "-NOAUTH Authentication required.\r\n");
         assert!(wire.send("HELLO 3").starts_with("-NOAUTH HELLO must be called"));
         assert_eq!(wire.send("AUTH default x"), "+OK\r\n");
         assert_eq!(wire.send("PING"), "+PONG\r\n");
+        assert_eq!(wire.send("RESET"), "+RESET\r\n");
+        assert_eq!(wire.send("PING"), "-NOAUTH Authentication required.\r\n");
+        assert_eq!(wire.send("AUTH x"), "+OK\r\n");
     }
 
     #[test]

@@ -1,36 +1,94 @@
-//! The commands about the server that every Redis client may send: INFO CONFIG ACL MODULE TIME DBSIZE SLOWLOG LATENCY, and those of
+//! The commands about the server that every Redis client may send: INFO CONFIG MODULE TIME DBSIZE LATENCY, and those of
 //! Redis Cluster, which are refused in its words.
 
-use std::collections::BTreeSet;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 
 use super::connection::VERSION;
-use super::spec::{ADMIN, FAST, LOADING, Spec, text};
-use super::{Call, Step, args, describe, glob, info};
-use crate::limits::{CLIENT_NAME_MAX, ERROR_ECHO_MAX, PATTERN_MAX, REQUEST_BULK_MAX};
+use super::slowlog::SlowLog;
+use super::spec::{ADMIN, FAST, LOADING, SECRET, SHOWS, Spec, text};
+use super::{Context, Step, describe, info};
+use crate::domain::{glob, quantity};
+use crate::limits::{CLIENT_NAME_MAX, ERROR_ECHO_MAX, MAX_CLIENTS_MAX, PATTERN_MAX, REQUEST_BULK_MAX, SETTABLE_TIME_MS};
 use crate::resp::Reply;
+
+/// An operator's command that only shows something.
+const SHOW: u32 = ADMIN | LOADING | SHOWS;
 
 const NO_CLUSTER: &str = "ERR This instance has cluster support disabled";
 
 /// What CONFIG GET shows where nothing else says so: what clients and tools ask a Redis for.
-pub fn settings(clients_max: usize) -> Vec<(&'static str, String)> {
-    let maxclients = clients_max.to_string();
+pub fn settings() -> Vec<(&'static str, String)> {
     [
         ("appendonly", "no"),
         ("databases", "1"),
-        ("maxclients", &maxclients),
+        ("io-threads", "1"),
         ("maxmemory", "0"),
         ("maxmemory-policy", "noeviction"),
-        ("proto-max-bulk-len", &REQUEST_BULK_MAX.to_string()),
         ("replica-read-only", "yes"),
         ("save", ""),
-        ("slowlog-max-len", "0"),
-        ("timeout", "0"),
     ]
     .map(|(name, value)| (name, value.to_owned()))
     .to_vec()
+}
+
+/// What it shows as it is at the moment.
+fn current(cx: &Context) -> Vec<(&'static str, String)> {
+    let mut settings = cx.settings.borrow().clone();
+    settings.extend(cx.slow.settings());
+    settings.extend([
+        ("maxclients", cx.registry.clients_max().to_string()),
+        ("proto-max-bulk-len", cx.bounds.known.bulk_max.to_string()),
+        ("tcp-keepalive", cx.bounds.keepalive.as_secs().to_string()),
+        ("timeout", cx.bounds.idle().unwrap_or_default().as_secs().to_string()),
+    ]);
+    settings.sort_unstable();
+    settings
+}
+
+/// A setting that may be changed while the server runs, until it ends.
+enum Change {
+    MaxClients(usize),
+    Timeout(Duration),
+    SlowerThan(u64),
+    SlowLogLen(usize),
+}
+
+impl Change {
+    /// Reads a setting and its value. Errors with the error reply's text.
+    fn parse(cx: &Context, name: &[u8], value: &[u8]) -> Result<Self, String> {
+        let shown = || super::cut(name, ERROR_ECHO_MAX);
+        let is = |known: &str| name.eq_ignore_ascii_case(known.as_bytes());
+        let change = if is("maxclients") {
+            quantity::parse(value, 1, i64::try_from(MAX_CLIENTS_MAX).unwrap_or(i64::MAX))
+                .and_then(|n| usize::try_from(n).ok())
+                .map(Self::MaxClients)
+        } else if is("timeout") {
+            let seconds = quantity::parse(value, 0, i64::try_from(SETTABLE_TIME_MS.1 / 1_000).unwrap_or(i64::MAX));
+            seconds.and_then(|seconds| u64::try_from(seconds).ok()).map(|seconds| Self::Timeout(Duration::from_secs(seconds)))
+        } else if is("slowlog-log-slower-than") {
+            SlowLog::slower_than(value).map(Self::SlowerThan)
+        } else if is("slowlog-max-len") {
+            SlowLog::len_max(value).map(Self::SlowLogLen)
+        } else if is("requirepass") || current(cx).iter().any(|(known, _)| is(known)) {
+            return Err(format!("ERR CONFIG SET failed (possibly related to argument '{}') - can't set immutable config", shown()));
+        } else {
+            return Err(format!("ERR Unknown option or number of arguments for CONFIG SET - '{}'", shown()));
+        };
+        change.ok_or_else(|| {
+            format!("ERR CONFIG SET failed (possibly related to argument '{}') - argument couldn't be parsed into an integer", shown())
+        })
+    }
+
+    fn apply(self, cx: &Context) {
+        match self {
+            Self::MaxClients(most) => cx.registry.set_clients_max(most),
+            Self::Timeout(idle) => cx.bounds.set_idle(idle),
+            Self::SlowerThan(us) => cx.slow.set_slower_than(us),
+            Self::SlowLogLen(len) => cx.slow.set_len_max(len),
+        }
+    }
 }
 
 /// The version as Redis numbers modules: two decimal digits a part.
@@ -62,39 +120,42 @@ pub static INFO: Spec = Spec::new("INFO", "Describes the server in Redis's secti
         Step::Reply(Reply::Verbatim(info::render(call.cx, &wanted)))
     });
 
-pub static CONFIG: Spec = Spec::new("CONFIG", "Shows settings; they are changed in the configuration file.")
+pub static CONFIG: Spec = Spec::new("CONFIG", "Shows settings, and changes a few until the server ends.")
     .flags(ADMIN | LOADING)
     .example("CONFIG GET maxclients")
     .subcommands(&[&CONFIG_GET, &CONFIG_SET, &CONFIG_RESETSTAT, &CONFIG_REWRITE, &CONFIG_HELP]);
 
 static CONFIG_GET: Spec = sub("CONFIG|GET", "Shows the settings whose names match a pattern.")
     .args(&[text("pattern", PATTERN_MAX).repeated()])
-    .flags(ADMIN | LOADING)
+    .flags(SHOW)
     .complexity("O(N) where N is the number of settings")
     .reply("map")
     .example("CONFIG GET max*")
     .run(|call| {
         let patterns: Vec<&Bytes> = call.args.list("pattern").collect();
-        let settings = call.cx.settings.borrow();
+        let settings = current(call.cx);
         let shown = settings.iter().filter(|(name, _)| patterns.iter().any(|pattern| glob::matches(pattern, name.as_bytes(), true)));
         Step::Reply(Reply::Map(shown.map(|(name, value)| (Reply::word(name), Reply::text(value.clone()))).collect()))
     });
 
-static CONFIG_SET: Spec = sub("CONFIG|SET", "Refused: settings are changed in the configuration file.")
-    .args(&[text("setting", PATTERN_MAX).repeated(), text("value", REQUEST_BULK_MAX).repeated()])
-    .flags(ADMIN | LOADING)
-    .reply("an error")
-    .example("CONFIG SET timeout 0")
-    .run(|call| {
-        let Some(name) = call.args.raw(0) else { return Step::Reply(Reply::error(args::wrong_arity(call.args.spec()))) };
-        let known = call.cx.settings.borrow().iter().any(|(setting, _)| name.eq_ignore_ascii_case(setting.as_bytes()));
-        let name = super::cut(name, ERROR_ECHO_MAX);
-        Step::Reply(Reply::error(if known {
-            format!("ERR CONFIG SET failed (possibly related to argument '{name}') - can't set immutable config")
-        } else {
-            format!("ERR Unknown option or number of arguments for CONFIG SET - '{name}'")
-        }))
-    });
+static CONFIG_SET: Spec = sub(
+    "CONFIG|SET",
+    "Changes `maxclients`, `timeout`, `slowlog-log-slower-than`, `slowlog-max-len` until the server ends: all or nothing.",
+)
+.args(&[text("setting", PATTERN_MAX).repeated(), text("value", REQUEST_BULK_MAX).repeated()])
+.flags(ADMIN | LOADING | SECRET)
+.example("CONFIG SET timeout 0")
+.run(|call| {
+    let pairs = call.args.list("setting").zip(call.args.list("value"));
+    let changes: Result<Vec<Change>, String> = pairs.map(|(name, value)| Change::parse(call.cx, name, value)).collect();
+    Step::Reply(match changes {
+        Ok(changes) => {
+            changes.into_iter().for_each(|change| change.apply(call.cx));
+            Reply::ok()
+        }
+        Err(error) => Reply::error(error),
+    })
+});
 
 static CONFIG_RESETSTAT: Spec = sub("CONFIG|RESETSTAT", "Sets INFO's counts back to zero.").flags(ADMIN | LOADING).run(|call| {
     call.cx.stats.reset();
@@ -109,54 +170,13 @@ static CONFIG_REWRITE: Spec = sub("CONFIG|REWRITE", "Refused: the server never w
 static CONFIG_HELP: Spec =
     sub("CONFIG|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&CONFIG)));
 
-pub static ACL: Spec = Spec::new("ACL", "Shows users and command categories.").flags(LOADING).example("ACL WHOAMI").subcommands(&[
-    &ACL_WHOAMI,
-    &ACL_CAT,
-    &ACL_USERS,
-    &ACL_LIST,
-    &ACL_HELP,
-]);
-
-static ACL_WHOAMI: Spec = sub("ACL|WHOAMI", "Answers the connection's user.").reply("text").run(|_| Step::Reply(Reply::word("default")));
-
-static ACL_CAT: Spec = sub("ACL|CAT", "Lists the command categories, or the commands in one.")
-    .args(&[text("category", CLIENT_NAME_MAX).optional()])
-    .reply("array of text")
-    .run(acl_cat);
-
-fn acl_cat(call: &mut Call<'_>) -> Step {
-    let specs = call.cx.commands.all();
-    let Some(category) = call.args.maybe_text("category") else {
-        let categories: BTreeSet<&str> = specs.iter().flat_map(|spec| describe::categories(spec)).collect();
-        return Step::Reply(Reply::Array(categories.into_iter().map(Reply::word).collect()));
-    };
-    let within = |spec: &Spec| describe::categories(spec).iter().any(|known| category.eq_ignore_ascii_case(known.as_bytes()));
-    let names: Vec<Reply> = specs.iter().filter(|spec| within(spec)).map(|spec| Reply::text(spec.lower_name())).collect();
-    if names.is_empty() {
-        return Step::Reply(Reply::error(format!("ERR Unknown category '{}'", super::cut(category, ERROR_ECHO_MAX))));
-    }
-    Step::Reply(Reply::Array(names))
-}
-
-static ACL_USERS: Spec = sub("ACL|USERS", "Lists the users.")
-    .flags(ADMIN | LOADING)
-    .reply("array of text")
-    .run(|_| Step::Reply(Reply::Array(vec![Reply::word("default")])));
-
-static ACL_LIST: Spec = sub("ACL|LIST", "Lists the users with their rights.")
-    .flags(ADMIN | LOADING)
-    .reply("array of text")
-    .run(|_| Step::Reply(Reply::Array(vec![Reply::word("user default on nopass sanitize-payload ~* &* +@all")])));
-
-static ACL_HELP: Spec = sub("ACL|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&ACL)));
-
 pub static MODULE: Spec = Spec::new("MODULE", "Shows Holdfast as the one module of this Redis.")
-    .flags(ADMIN | LOADING)
+    .flags(SHOW)
     .example("MODULE LIST")
     .subcommands(&[&MODULE_LIST, &MODULE_HELP]);
 
 static MODULE_LIST: Spec = sub("MODULE|LIST", "Lists the modules.")
-    .flags(ADMIN | LOADING)
+    .flags(SHOW)
     .reply("array of maps of `name ver path args`")
     .run(|_| Step::Reply(Reply::Array(vec![module()])));
 
@@ -176,48 +196,30 @@ pub static DBSIZE: Spec = Spec::new("DBSIZE", "Answers 0: the data is in the bac
     .reply("integer")
     .run(|_| Step::Reply(Reply::Integer(0)));
 
-pub static SLOWLOG: Spec = Spec::new("SLOWLOG", "Answers as an empty slow log: slow commands are in the metrics and the logs.")
-    .flags(ADMIN | LOADING)
-    .example("SLOWLOG LEN")
-    .subcommands(&[&SLOWLOG_GET, &SLOWLOG_LEN, &SLOWLOG_RESET, &SLOWLOG_HELP]);
-
-static SLOWLOG_GET: Spec = sub("SLOWLOG|GET", "Answers no entries.")
-    .args(&[text("count", 32).optional()])
-    .flags(ADMIN | LOADING)
-    .reply("an empty array")
-    .run(|_| Step::Reply(Reply::Array(vec![])));
-
-static SLOWLOG_LEN: Spec = sub("SLOWLOG|LEN", "Answers 0.").flags(ADMIN | LOADING).reply("integer").run(|_| Step::Reply(Reply::Integer(0)));
-
-static SLOWLOG_RESET: Spec = sub("SLOWLOG|RESET", "Accepted.").flags(ADMIN | LOADING).run(|_| Step::Reply(Reply::ok()));
-
-static SLOWLOG_HELP: Spec =
-    sub("SLOWLOG|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&SLOWLOG)));
-
 pub static LATENCY: Spec = Spec::new("LATENCY", "Answers as an empty latency monitor: latencies are in the metrics.")
-    .flags(ADMIN | LOADING)
+    .flags(SHOW)
     .example("LATENCY LATEST")
     .subcommands(&[&LATENCY_LATEST, &LATENCY_HISTORY, &LATENCY_HISTOGRAM, &LATENCY_RESET, &LATENCY_HELP]);
 
 static LATENCY_LATEST: Spec =
-    sub("LATENCY|LATEST", "Answers no events.").flags(ADMIN | LOADING).reply("an empty array").run(|_| Step::Reply(Reply::Array(vec![])));
+    sub("LATENCY|LATEST", "Answers no events.").flags(SHOW).reply("an empty array").run(|_| Step::Reply(Reply::Array(vec![])));
 
 static LATENCY_HISTORY: Spec = sub("LATENCY|HISTORY", "Answers no events.")
     .args(&[text("event", CLIENT_NAME_MAX)])
-    .flags(ADMIN | LOADING)
+    .flags(SHOW)
     .reply("an empty array")
     .example("LATENCY HISTORY command")
     .run(|_| Step::Reply(Reply::Array(vec![])));
 
 static LATENCY_HISTOGRAM: Spec = sub("LATENCY|HISTOGRAM", "Answers no histograms.")
     .args(&[text("command", CLIENT_NAME_MAX).any_number()])
-    .flags(ADMIN | LOADING)
+    .flags(SHOW)
     .reply("an empty map")
     .run(|_| Step::Reply(Reply::Map(vec![])));
 
 static LATENCY_RESET: Spec = sub("LATENCY|RESET", "Answers 0.")
     .args(&[text("event", CLIENT_NAME_MAX).any_number()])
-    .flags(ADMIN | LOADING)
+    .flags(SHOW)
     .reply("integer")
     .run(|_| Step::Reply(Reply::Integer(0)));
 
@@ -246,15 +248,20 @@ mod tests {
         answers(&[
             ("CONFIG GET timeout", "*2\r\n$7\r\ntimeout\r\n$1\r\n0\r\n"),
             ("CONFIG GET nothing*", "*0\r\n"),
-            ("CONFIG SET timeout 1", "-ERR CONFIG SET failed (possibly related to argument 'timeout') - can't set immutable config\r\n"),
+            ("CONFIG SET timeout 1", "+OK\r\n"),
+            ("CONFIG SET port 1", "-ERR Unknown option or number of arguments for CONFIG SET - 'port'\r\n"),
+            (
+                "CONFIG SET databases 1",
+                "-ERR CONFIG SET failed (possibly related to argument 'databases') - can't set immutable config\r\n",
+            ),
+            (
+                "CONFIG SET maxclients x",
+                "-ERR CONFIG SET failed (possibly related to argument 'maxclients') - argument couldn't be parsed into an integer\r\n",
+            ),
             ("CONFIG SET foo 1", "-ERR Unknown option or number of arguments for CONFIG SET - 'foo'\r\n"),
             ("CONFIG SET foo", "-ERR wrong number of arguments for 'config|set' command\r\n"),
             ("CONFIG RESETSTAT", "+OK\r\n"),
-            ("ACL WHOAMI", "$7\r\ndefault\r\n"),
-            ("ACL CAT nonsense", "-ERR Unknown category 'nonsense'\r\n"),
             ("DBSIZE", ":0\r\n"),
-            ("SLOWLOG GET 10", "*0\r\n"),
-            ("SLOWLOG LEN", ":0\r\n"),
             ("LATENCY LATEST", "*0\r\n"),
             ("CLUSTER NODES", "-ERR This instance has cluster support disabled\r\n"),
             ("READONLY", "-ERR This instance has cluster support disabled\r\n"),
@@ -266,6 +273,16 @@ mod tests {
     fn config_get_takes_patterns_in_any_case() {
         let text = Wire::new().send("CONFIG GET MAX* save");
         assert!(text.starts_with("*8\r\n") && text.contains("maxmemory-policy"), "{text}");
+    }
+
+    #[test]
+    fn config_set_changes_all_or_nothing() {
+        let mut wire = Wire::new();
+        assert!(wire.send("CONFIG SET timeout 7 databases 2").starts_with("-ERR CONFIG SET failed"));
+        assert_eq!(wire.send("CONFIG GET timeout"), "*2\r\n$7\r\ntimeout\r\n$1\r\n0\r\n");
+        assert_eq!(wire.send("CONFIG SET timeout 7 MAXCLIENTS 12"), "+OK\r\n");
+        assert_eq!(wire.send("CONFIG GET timeout maxclients"), "*4\r\n$10\r\nmaxclients\r\n$2\r\n12\r\n$7\r\ntimeout\r\n$1\r\n7\r\n");
+        assert!(wire.send("INFO clients").contains("maxclients:12\r\n"));
     }
 
     #[test]

@@ -26,6 +26,11 @@ pub const LOADING: u32 = 1 << 7;
 /// Belongs to the connection, not to any data.
 pub const CONNECTION: u32 = 1 << 8;
 
+/// May be given secrets, which nothing repeats.
+pub const SECRET: u32 = 1 << 9;
+/// Changes nothing although it is for operators.
+pub const SHOWS: u32 = 1 << 10;
+
 /// One command, or one subcommand (`CLIENT|SETNAME`).
 #[derive(Clone, Copy, Debug)]
 pub struct Spec {

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use bytes::Bytes;
 
 use super::spec::Spec;
-use super::{client, connection, coupon, cut, dead_letter, describe, holdfast, lock, order, server, stock, unknown_command};
+use super::{
+    acl, client, connection, coupon, cut, dead_letter, describe, holdfast, lock, order, pubsub, server, slowlog, stock, unknown_command,
+};
 use crate::limits::{ERROR_ECHO_MAX, NAME_MAX};
 
 /// The commands. A new one is declared above its handler and gets a line here; nothing else lists it.
@@ -52,14 +54,20 @@ pub static TABLE: &[&Spec] = &[
     &connection::QUIT,
     &connection::RESET,
     &client::CLIENT,
+    &pubsub::SUBSCRIBE,
+    &pubsub::UNSUBSCRIBE,
+    &pubsub::PSUBSCRIBE,
+    &pubsub::PUNSUBSCRIBE,
+    &pubsub::PUBSUB_COMMAND,
+    &pubsub::MONITOR,
     &describe::COMMAND,
     &server::INFO,
     &server::CONFIG,
-    &server::ACL,
+    &acl::ACL,
     &server::MODULE,
     &server::TIME,
     &server::DBSIZE,
-    &server::SLOWLOG,
+    &slowlog::SLOWLOG,
     &server::LATENCY,
     &server::CLUSTER,
     &server::READONLY,

@@ -19,7 +19,8 @@ pub fn example() -> String {
         let file = setting.file_variable().map(|variable| format!(", or a file named by {variable}")).unwrap_or_default();
         _ = writeln!(out, "\n# {}", setting.doc);
         _ = writeln!(out, "# Must be {}.", setting.permitted());
-        _ = writeln!(out, "# Flag --{}, variable {}{file}.", setting.flag(), setting.variable());
+        let flag = setting.flag().map_or_else(|| "Variable".into(), |flag| format!("Flag --{flag}, variable"));
+        _ = writeln!(out, "# {flag} {}{file}.", setting.variable());
         _ = writeln!(out, "#{name} = {}", setting.toml_value(setting.default));
     })
 }
@@ -32,11 +33,11 @@ pub fn markdown_table() -> String {
         let doc = doc.trim_end_matches('.');
         _ = writeln!(
             table,
-            "| `{}` | `--{}` | `{}` | `{}` | {doc}: {}. |",
+            "| `{}` | {} | `{}` | {} | {doc}: {}. |",
             setting.key,
-            setting.flag(),
+            setting.flag().map(|flag| format!("`--{flag}`")).unwrap_or_default(),
             setting.variable(),
-            setting.default,
+            if setting.default.is_empty() { String::new() } else { format!("`{}`", setting.default) },
             setting.permitted()
         );
     }

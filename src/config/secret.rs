@@ -1,4 +1,4 @@
-//! A URL that may hold a password, which is never shown.
+//! A password, and a URL that may hold one, which are never shown.
 
 use std::fmt;
 
@@ -7,6 +7,40 @@ use url::Url;
 
 /// Stands where a password is.
 const MASK: &str = "***";
+
+/// A password; empty where there is none.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Itself: for comparing, never for showing.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether there is none.
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What stands for it; empty where there is none.
+    pub const fn masked(&self) -> &'static str {
+        if self.0.is_empty() { "" } else { MASK }
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?}", self.masked())
+    }
+}
 
 /// A URL that may hold a password. Everything that shows it shows [`SecretUrl::masked`]; who connects takes
 /// [`SecretUrl::expose`].

@@ -29,6 +29,10 @@ pub enum Kind {
     Address,
     /// A URL with one of these schemes. It may hold a password, so it is a secret, and may come from a file.
     Url(&'static [&'static str]),
+    /// A password, which may come from a file and has no flag: everybody on the machine sees those.
+    Secret,
+    /// A file; empty: none.
+    Path,
     /// A whole number within a range.
     Integer(u64, u64),
     /// A duration in milliseconds within a range.
@@ -75,16 +79,113 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How long a shutdown may take to finish what has begun and to bring it to Postgres.",
     },
     Setting {
+        key: "passthrough",
+        kind: Kind::Choice(&["off", "read-only"]),
+        default: "off",
+        doc: "Whether operators may read the backing Redis through this server, to look for a fault: `read-only` adds GET, HGETALL, XRANGE, SCAN and their like, and nothing that writes.",
+    },
+    Setting {
+        key: "auth.requirepass",
+        kind: Kind::Secret,
+        default: "",
+        doc: "The password of the user `default`, who may then do everything; empty: there is none.",
+    },
+    Setting {
+        key: "auth.users_file",
+        kind: Kind::Path,
+        default: "",
+        doc: "The file with the users, a line each; a SIGHUP takes over what has changed in it; empty: there are none, and everybody may do everything.",
+    },
+    Setting {
+        key: "auth.within_ms",
+        kind: Kind::Milliseconds(limits::SETTABLE_AUTH_MS.0, limits::SETTABLE_AUTH_MS.1),
+        default: "5000",
+        doc: "How long a client may take to show who it is.",
+    },
+    Setting {
+        key: "auth.failures",
+        kind: Kind::Integer(limits::SETTABLE_AUTH_FAILURES.0, limits::SETTABLE_AUTH_FAILURES.1),
+        default: "3",
+        doc: "How many wrong passwords in a row close a connection.",
+    },
+    Setting {
+        key: "limits.args",
+        kind: Kind::Integer(limits::SETTABLE_ARGS.0, limits::SETTABLE_ARGS.1),
+        default: "1024",
+        doc: "How many words a request may have; 10 before AUTH.",
+    },
+    Setting {
+        key: "limits.bulk_kib",
+        kind: Kind::Integer(limits::SETTABLE_BULK_KIB.0, limits::SETTABLE_BULK_KIB.1),
+        default: "64",
+        doc: "How long a word of a request may be; 16 before AUTH.",
+    },
+    Setting {
+        key: "limits.request_kib",
+        kind: Kind::Integer(limits::SETTABLE_REQUEST_KIB.0, limits::SETTABLE_REQUEST_KIB.1),
+        default: "1024",
+        doc: "How long a request may be as a whole.",
+    },
+    Setting {
+        key: "limits.in_flight",
+        kind: Kind::Integer(limits::SETTABLE_IN_FLIGHT.0, limits::SETTABLE_IN_FLIGHT.1),
+        default: "1024",
+        doc: "How many requests of a connection may wait for their replies; until there are fewer, it is not read.",
+    },
+    Setting {
+        key: "limits.output_kib",
+        kind: Kind::Integer(limits::SETTABLE_OUTPUT_KIB.0, limits::SETTABLE_OUTPUT_KIB.1),
+        default: "1024",
+        doc: "How much a client may leave unread; beyond, its requests are not read, and a subscriber is closed.",
+    },
+    Setting {
+        key: "limits.stall_ms",
+        kind: Kind::Milliseconds(limits::SETTABLE_TIME_MS.0, limits::SETTABLE_TIME_MS.1),
+        default: "60000",
+        doc: "How long a client may take nothing of what waits for it; then it is closed.",
+    },
+    Setting {
+        key: "limits.idle_ms",
+        kind: Kind::Milliseconds(0, limits::SETTABLE_TIME_MS.1),
+        default: "0",
+        doc: "How long a client may be silent, unless it subscribes or waits; 0: for ever.",
+    },
+    Setting {
+        key: "limits.keepalive_ms",
+        kind: Kind::Milliseconds(limits::SETTABLE_TIME_MS.0, limits::SETTABLE_TIME_MS.1),
+        default: "60000",
+        doc: "After how long a silence the kernel asks whether a client is still there; it is closed if it does not answer within half a minute.",
+    },
+    Setting {
+        key: "tls.cert_file",
+        kind: Kind::Path,
+        default: "",
+        doc: "The server's certificate as PEM, those that signed it behind it: then clients connect through TLS only; a SIGHUP reads it again.",
+    },
+    Setting { key: "tls.key_file", kind: Kind::Path, default: "", doc: "The private key of that certificate as PEM." },
+    Setting {
+        key: "tls.client_ca_file",
+        kind: Kind::Path,
+        default: "",
+        doc: "The certificates as PEM that sign those of clients: then every client has to show one.",
+    },
+    Setting {
         key: "http.listen",
         kind: Kind::Address,
         default: "127.0.0.1:9380",
         doc: "Where `/livez`, `/readyz` and `/metrics` are served.",
     },
     Setting {
+        key: "http.tls",
+        kind: Kind::Switch,
+        default: "false",
+        doc: "Serves these through TLS as well, with the certificates of `[tls]`.",
+    },
+    Setting {
         key: "redis.url",
         kind: Kind::Url(&["redis", "rediss"]),
         default: "redis://127.0.0.1:6379",
-        doc: "The backing Redis: `redis://user:password@host:port/database`, `rediss://` for TLS.",
+        doc: "The backing Redis: `redis://user:password@host:port/database`; `rediss://` for TLS, with `?sslrootcert=`, `&sslcert=`, `&sslkey=` for files of one's own.",
     },
     Setting {
         key: "postgres.url",
@@ -199,9 +300,14 @@ impl Setting {
         self.key.split_once('.').unwrap_or(("", self.key))
     }
 
-    /// Its flag, without the dashes in front.
-    pub fn flag(&self) -> String {
+    /// Its name on the command line, without the dashes in front.
+    pub fn name(&self) -> String {
         self.key.replace(['.', '_'], "-")
+    }
+
+    /// Its flag, if it has one.
+    pub fn flag(&self) -> Option<String> {
+        (!matches!(self.kind, Kind::Secret)).then(|| self.name())
     }
 
     /// Its environment variable.
@@ -216,6 +322,11 @@ impl Setting {
 
     /// Whether its value may hold a password.
     pub fn is_secret(&self) -> bool {
+        matches!(self.kind, Kind::Url(_) | Kind::Secret)
+    }
+
+    /// Whether it is the address of a backend.
+    pub fn is_url(&self) -> bool {
         matches!(self.kind, Kind::Url(_))
     }
 
@@ -224,6 +335,8 @@ impl Setting {
         match self.kind {
             Kind::Address => "ADDRESS",
             Kind::Url(_) => "URL",
+            Kind::Secret => "PASSWORD",
+            Kind::Path => "FILE",
             Kind::Integer(..) => "NUMBER",
             Kind::Milliseconds(..) => "MS",
             Kind::Switch => "BOOL",
@@ -237,6 +350,8 @@ impl Setting {
         match self.kind {
             Kind::Address => "an IP address and a port, such as 127.0.0.1:6380".into(),
             Kind::Url(schemes) => format!("a URL that begins with {}", schemes.map_join(|scheme| format!("{scheme}://"))),
+            Kind::Secret => "a password, or empty".into(),
+            Kind::Path => "the path of a file, or empty".into(),
             Kind::Integer(min, max) => format!("a whole number from {min} to {max}"),
             Kind::Milliseconds(min, max) => format!("milliseconds, from {min} to {max}"),
             Kind::Switch => "true or false".into(),
@@ -278,6 +393,7 @@ impl Setting {
                 let url = Url::parse(value.as_str()?).ok()?;
                 (schemes.contains(&url.scheme()) && url.has_authority()).then(|| value.clone())
             }
+            Kind::Secret | Kind::Path => value.as_str().map(|_| value.clone()),
             Kind::Choice(words) => words.contains(&value.as_str()?).then(|| value.clone()),
             Kind::LogFilter => is_log_filter(value.as_str()?).then(|| value.clone()),
         }

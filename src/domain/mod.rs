@@ -5,6 +5,7 @@ pub mod coupon;
 pub mod dead_letter;
 pub mod drift;
 pub mod event;
+pub mod glob;
 pub mod history;
 pub mod id;
 pub mod lock;

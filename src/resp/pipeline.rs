@@ -10,7 +10,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::{Protocol, Reply};
-use crate::limits::MESSAGES_MAX;
+use crate::limits::{MESSAGES_BYTES_MAX, MESSAGES_MAX};
 
 /// Slots of the queue that an idle connection keeps.
 const SLOTS_KEPT_MAX: usize = 8;
@@ -50,6 +50,7 @@ struct State {
     first: u64,
     stamp: Stamp,
     messages: VecDeque<Reply>,
+    message_bytes: usize,
     waker: Option<Waker>,
     closed: bool,
     overrun: bool,
@@ -81,6 +82,7 @@ impl Pipeline {
                 first: 0,
                 stamp,
                 messages: VecDeque::new(),
+                message_bytes: 0,
                 waker: None,
                 closed: false,
                 overrun: false,
@@ -119,7 +121,8 @@ impl Pipeline {
         if state.closed {
             return;
         }
-        if state.messages.len() >= MESSAGES_MAX {
+        state.message_bytes += message.weight();
+        if state.messages.len() >= MESSAGES_MAX || state.message_bytes > MESSAGES_BYTES_MAX {
             state.overrun = true;
         } else {
             state.messages.push_back(message);
@@ -131,6 +134,7 @@ impl Pipeline {
     pub fn pop_ready(&self) -> Option<Ready> {
         let mut state = self.state.borrow_mut();
         if let Some(reply) = state.messages.pop_front() {
+            state.message_bytes = state.message_bytes.saturating_sub(reply.weight());
             return Some(Ready { stamp: Stamp { silent: false, due: None, tag: usize::MAX, ..state.stamp }, reply });
         }
         let reply = state.slots.front_mut()?.reply.take()?;
@@ -151,8 +155,17 @@ impl Pipeline {
 
     /// Waits until [`Pipeline::pop_ready`] has something.
     pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.poll(cx, State::is_ready)
+    }
+
+    /// Waits until messages have come faster than the client takes them.
+    pub fn poll_overrun(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.poll(cx, |state| state.overrun)
+    }
+
+    fn poll(&self, cx: &mut Context<'_>, is_so: fn(&State) -> bool) -> Poll<()> {
         let mut state = self.state.borrow_mut();
-        if state.is_ready() {
+        if is_so(&state) {
             return Poll::Ready(());
         }
         if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {

@@ -31,6 +31,11 @@ impl Limits {
     /// For clients that have yet to AUTH.
     pub const STRANGER: Self =
         Self { args_max: STRANGER_ARGS_MAX, bulk_max: STRANGER_BULK_MAX, bytes_max: STRANGER_BYTES_MAX, stranger: true };
+
+    /// The same with other numbers.
+    pub const fn with(self, args_max: usize, bulk_max: usize, bytes_max: usize) -> Self {
+        Self { args_max, bulk_max, bytes_max, ..self }
+    }
 }
 
 /// What is wrong with the bytes, in Redis's words. The connection cannot go on: where the next request starts is not known.
@@ -261,14 +266,14 @@ mod tests {
             (b"*+1\r\n", "invalid multibulk length"),
             (b"*01\r\n", "invalid multibulk length"),
             (b"*1\rx", "invalid multibulk length"),
-            (b"*4097\r\n", "invalid multibulk length"),
+            (b"*1025\r\n", "invalid multibulk length"),
             (b"*99999999999999999999\r\n", "invalid multibulk length"),
             (b"*1\r\n+OK\r\n", "expected '$', got '+'"),
             (b"*1\r\n*1\r\n", "expected '$', got '*'"),
             (b"*1\r\n\r", "expected '$', got '?'"),
             (b"*1\r\n$-1\r\n", "invalid bulk length"),
             (b"*1\r\n$x\r\n", "invalid bulk length"),
-            (b"*1\r\n$1048577\r\n", "invalid bulk length"),
+            (b"*1\r\n$65537\r\n", "invalid bulk length"),
             (b"*1\r\n$9999999999\r\n", "invalid bulk length"),
             (b"echo \"a\r\n", "unbalanced quotes in request"),
             (&[b'*'; 40], "too big mbulk count string"),
@@ -289,13 +294,13 @@ mod tests {
 
     #[test]
     fn a_request_is_bounded_as_a_whole_by_its_headers() {
-        let mut bytes = b"*5\r\n".to_vec();
-        for _ in 0..3 {
-            bytes.extend_from_slice(format!("${}\r\n", 1 << 20).as_bytes());
-            bytes.resize(bytes.len() + (1 << 20), b'x');
+        let mut bytes = b"*17\r\n".to_vec();
+        for _ in 0..15 {
+            bytes.extend_from_slice(format!("${REQUEST_BULK_MAX}\r\n").as_bytes());
+            bytes.resize(bytes.len() + REQUEST_BULK_MAX, b'x');
             bytes.extend_from_slice(b"\r\n");
         }
-        bytes.extend_from_slice(b"$1048576\r\n");
+        bytes.extend_from_slice(b"$65536\r\n");
         assert_eq!(error(&bytes), "invalid bulk length");
     }
 

@@ -45,6 +45,8 @@ pub enum Reply {
     Push(Vec<Reply>),
     /// Written already, see [`Encoder`].
     Encoded(Vec<u8>),
+    /// No byte: what there is to say was said in messages.
+    Nothing,
 }
 
 impl Reply {
@@ -81,6 +83,18 @@ impl Reply {
     /// A map with constant keys.
     pub fn map<const N: usize>(fields: [(&'static str, Reply); N]) -> Self {
         Self::Map(fields.into_iter().map(|(key, value)| (Self::word(key), value)).collect())
+    }
+
+    /// About how many bytes a message of words takes while it waits.
+    pub fn weight(&self) -> usize {
+        match self {
+            Self::Push(items) | Self::Array(items) | Self::Set(items) => items.iter().map(Self::weight).sum(),
+            Self::Map(pairs) => pairs.iter().map(|(name, value)| name.weight() + value.weight()).sum(),
+            Self::Bulk(bytes) => bytes.len() + 16,
+            Self::Simple(text) => text.len() + 16,
+            Self::Encoded(bytes) => bytes.len(),
+            _ => 16,
+        }
     }
 
     /// Whether it is an error.
@@ -123,6 +137,7 @@ impl Reply {
             Self::Set(items) => all(out, if resp3 { b'~' } else { b'*' }, items, protocol),
             Self::Push(items) => all(out, if resp3 { b'>' } else { b'*' }, items, protocol),
             Self::Encoded(bytes) => out.put_slice(bytes),
+            Self::Nothing => {}
             Self::Map(fields) => {
                 if resp3 {
                     length(out, b'%', fields.len());

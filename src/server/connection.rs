@@ -6,26 +6,23 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf as _, BytesMut};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::time::Sleep;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
-use crate::command::{After, Context, Waiting, dispatch};
-use crate::limits::{
-    IN_FLIGHT_MAX, OUTPUT_KEEP_MAX, OUTPUT_SOFT_MAX, OUTPUT_STALL_MAX, READ_AHEAD_MAX, READ_MAX, READ_MIN, TURN_COMMANDS_MAX,
-};
-use crate::resp::{Limits, Pipeline, Reader, Ready, Reply, Request, Stamp};
+use super::stream::Stream;
+use crate::command::{After, Context, Waiting, closed, dispatch};
+use crate::limits::{OUTPUT_KEEP_MAX, OUTPUT_STRANGER_MAX, READ_AHEAD_MAX, READ_MAX, READ_MIN, TURN_COMMANDS_MAX};
+use crate::resp::{Pipeline, Reader, Ready, Reply, Request, Stamp};
 use crate::session::client::Session;
 
 /// Serves one client until it leaves, is told to, or breaks the protocol.
-pub async fn run(stream: TcpStream, session: Session, cx: Rc<Context>) {
+pub async fn run(stream: Stream, session: Session, cx: Rc<Context>) {
     let stopped = Some(Box::pin(session.client.stop.clone().cancelled_owned()));
     let mut connection = Connection {
         stream,
@@ -41,8 +38,11 @@ pub async fn run(stream: TcpStream, session: Session, cx: Rc<Context>) {
         phase: Phase::Open,
         stopped,
         stall: None,
+        clock: None,
         held_until: Instant::now(),
         answered: Instant::now(),
+        opened: Instant::now(),
+        active: Instant::now(),
     };
     while connection.phase != Phase::Gone {
         connection.dispatch_turn();
@@ -55,7 +55,9 @@ pub async fn run(stream: TcpStream, session: Session, cx: Rc<Context>) {
         if connection.backlog && connection.has_room() {
             tokio::task::yield_now().await;
         } else {
+            connection.count_pause();
             connection.release_memory();
+            connection.wind_clock();
             poll_fn(|cx| connection.poll_event(cx)).await;
         }
     }
@@ -75,7 +77,7 @@ enum Phase {
 }
 
 struct Connection {
-    stream: TcpStream,
+    stream: Stream,
     session: Session,
     cx: Rc<Context>,
     pipeline: Rc<Pipeline>,
@@ -95,6 +97,11 @@ struct Connection {
     stopped: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     /// Runs while bytes wait for the client to take them.
     stall: Option<Pin<Box<Sleep>>>,
+    /// Runs until the client may be too late with something: see [`Connection::deadline`].
+    clock: Option<Pin<Box<Sleep>>>,
+    /// Since when it is connected, and when it has last sent something.
+    opened: Instant,
+    active: Instant,
     /// When the last reply went out, and until when it was allowed to hold back those behind it.
     answered: Instant,
     held_until: Instant,
@@ -104,8 +111,13 @@ impl Connection {
     fn has_room(&self) -> bool {
         self.phase == Phase::Open
             && self.waiting.is_none()
-            && self.pipeline.in_flight() < IN_FLIGHT_MAX
-            && self.out.len() <= OUTPUT_SOFT_MAX
+            && self.pipeline.in_flight() < self.cx.bounds.in_flight
+            && self.out.len() <= self.output_max()
+    }
+
+    /// Unsent bytes beyond which nothing more is read or encoded.
+    fn output_max(&self) -> usize {
+        if self.session.authenticated { self.cx.bounds.output } else { OUTPUT_STRANGER_MAX }
     }
 
     /// Dispatches the requests that were read, as far as there is room, and no more than is fair to the other connections.
@@ -113,8 +125,12 @@ impl Connection {
         let arrived = Instant::now();
         let mut dispatched = 0;
         self.backlog = true;
+        if !self.session.renew() {
+            self.close("user_changed");
+            return;
+        }
         while self.has_room() && dispatched < TURN_COMMANDS_MAX {
-            let limits = if self.session.authenticated { Limits::KNOWN } else { Limits::STRANGER };
+            let limits = if self.session.authenticated { self.cx.bounds.known } else { self.cx.bounds.stranger };
             match self.reader.next(limits) {
                 Ok(Some(request)) => self.dispatch(request, arrived),
                 Ok(None) => {
@@ -126,6 +142,7 @@ impl Connection {
                 }
                 Err(error) => {
                     tracing::info!(client = %self.session.client.address, error = error.text(), "protocol error: connection closed");
+                    closed("protocol_error");
                     let protocol = self.session.protocol;
                     self.pipeline.stamp(Stamp { tag: self.cx.commands.len(), arrived, due: None, protocol, silent: false });
                     self.pipeline.push_ready(Reply::error(error.text()));
@@ -135,6 +152,7 @@ impl Connection {
             dispatched += 1;
         }
         if dispatched > 0 {
+            self.active = arrived;
             self.session.publish(self.pipeline.in_flight(), self.reader.buffer.len(), self.out.len());
         }
     }
@@ -154,7 +172,7 @@ impl Connection {
         let mut now = None;
         // Replies of one command to requests that were read together are counted together.
         let mut alike: Option<(usize, Instant, usize)> = None;
-        while self.out.len() <= OUTPUT_SOFT_MAX {
+        while self.out.len() <= self.output_max() {
             let Some(Ready { stamp, reply }) = self.pipeline.pop_ready() else { break };
             let now = *now.get_or_insert_with(Instant::now);
             match &mut alike {
@@ -162,7 +180,9 @@ impl Connection {
                 _ => {
                     self.count(alike.take(), now);
                     if reply.is_error() {
-                        self.cx.stats.replied(stamp.tag, &reply, now.saturating_duration_since(stamp.arrived));
+                        let took = now.saturating_duration_since(stamp.arrived);
+                        self.cx.stats.replied(stamp.tag, &reply, took);
+                        self.note_slow(stamp.tag, took);
                     } else {
                         alike = Some((stamp.tag, stamp.arrived, 1));
                     }
@@ -178,13 +198,21 @@ impl Connection {
         }
         if self.pipeline.is_overrun() {
             tracing::warn!(client = %self.session.client.address, "a subscriber that reads too slowly: connection closed");
-            self.phase = Phase::Gone;
+            self.close("slow_subscriber");
         }
     }
 
     fn count(&self, alike: Option<(usize, Instant, usize)>, now: Instant) {
         if let Some((tag, arrived, count)) = alike {
-            self.cx.stats.succeeded(tag, count, now.saturating_duration_since(arrived));
+            let took = now.saturating_duration_since(arrived);
+            self.cx.stats.succeeded(tag, count, took);
+            self.note_slow(tag, took);
+        }
+    }
+
+    fn note_slow(&self, tag: usize, took: Duration) {
+        if let Some(spec) = self.cx.commands.all().get(tag) {
+            self.cx.slow.note(spec.name, took, &self.session.client);
         }
     }
 
@@ -200,16 +228,16 @@ impl Connection {
 
     /// Sends what the socket takes.
     fn write(&mut self) {
-        while !self.out.is_empty() && self.phase != Phase::Gone {
+        while (!self.out.is_empty() || self.stream.has_unsent()) && self.phase != Phase::Gone {
             match self.stream.try_write(&self.out) {
-                Ok(0) => self.phase = Phase::Gone,
+                Ok(0) if !self.out.is_empty() => self.phase = Phase::Gone,
                 Ok(sent) => {
                     self.out.advance(sent);
                     self.stall = None;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     if self.stall.is_none() {
-                        self.stall = Some(Box::pin(tokio::time::sleep(OUTPUT_STALL_MAX)));
+                        self.stall = Some(Box::pin(tokio::time::sleep(self.cx.bounds.stall)));
                     }
                     return;
                 }
@@ -220,7 +248,8 @@ impl Connection {
 
     /// Whether everything is said that will be.
     fn is_done(&self) -> bool {
-        self.phase == Phase::Gone || (self.phase == Phase::Ending && self.pipeline.in_flight() == 0 && self.out.is_empty())
+        self.phase == Phase::Gone
+            || (self.phase == Phase::Ending && self.pipeline.in_flight() == 0 && self.out.is_empty() && !self.stream.has_unsent())
     }
 
     /// Gives buffers back before what may be a long wait.
@@ -232,15 +261,27 @@ impl Connection {
         }
     }
 
+    /// Counts that requests wait which it has no room for.
+    fn count_pause(&self) {
+        if self.backlog && self.phase == Phase::Open && self.waiting.is_none() && !self.has_room() {
+            let full = self.pipeline.in_flight() >= self.cx.bounds.in_flight;
+            metrics::counter!("holdfast_paused_reads_total", "why" => if full { "in_flight" } else { "output" }).increment(1);
+        }
+    }
+
     /// Waits for anything that gives the next turn something to do.
     fn poll_event(&mut self, cx: &mut TaskContext<'_>) -> Poll<()> {
         let mut event = self.poll_stop(cx);
         event |= self.poll_read(cx);
         event |= self.poll_waiting(cx);
         // Past the bound nothing is encoded until the client has taken some: then the socket wakes this task, not the replies.
-        event |= self.out.len() <= OUTPUT_SOFT_MAX && self.pipeline.poll_ready(cx).is_ready();
-        event |= !self.out.is_empty() && self.stream.poll_write_ready(cx).is_ready();
+        event |= match self.out.len() <= self.output_max() {
+            true => self.pipeline.poll_ready(cx).is_ready(),
+            false => self.pipeline.poll_overrun(cx).is_ready(),
+        };
+        event |= (!self.out.is_empty() || self.stream.has_unsent()) && self.stream.poll_writable(cx).is_ready();
         event |= self.poll_stall(cx);
+        event |= self.poll_clock(cx);
         if event { Poll::Ready(()) } else { Poll::Pending }
     }
 
@@ -258,12 +299,12 @@ impl Connection {
     /// Reads once, if there is room for what may come.
     fn poll_read(&mut self, cx: &mut TaskContext<'_>) -> bool {
         let ahead = self.waiting.is_some() && self.phase != Phase::Gone && self.reader.buffer.len() < READ_AHEAD_MAX;
-        if self.left || !(ahead || (self.has_room() && !self.backlog)) || self.stream.poll_read_ready(cx).is_pending() {
+        if self.left || !(ahead || (self.has_room() && !self.backlog)) || self.stream.poll_readable(cx).is_pending() {
             return false;
         }
         self.reader.buffer.reserve(self.read_size);
         let room = self.reader.buffer.capacity() - self.reader.buffer.len();
-        match pin!(self.stream.read_buf(&mut self.reader.buffer)).poll(cx) {
+        match self.stream.poll_read(cx, &mut self.reader.buffer) {
             Poll::Pending => {
                 self.reader.release();
                 false
@@ -319,8 +360,47 @@ impl Connection {
             return false;
         }
         tracing::warn!(client = %self.session.client.address, "a client took no bytes for too long: connection closed");
-        self.phase = Phase::Gone;
+        self.close("stalled");
         true
+    }
+
+    /// By when the client has to have said something, and what it is too late with otherwise: showing who it is, or anything at all.
+    fn deadline(&self) -> Option<(Instant, &'static str)> {
+        if !self.session.authenticated || self.stream.is_shaking_hands() {
+            return Some((self.opened + self.cx.bounds.auth_within, "auth_time"));
+        }
+        let waits = self.waiting.is_some() || self.pipeline.in_flight() > 0 || self.session.subscribes();
+        let idle = self.cx.bounds.idle().filter(|_| self.phase == Phase::Open)?;
+        Some((if waits { Instant::now() } else { self.active } + idle, "idle"))
+    }
+
+    fn wind_clock(&mut self) {
+        if self.clock.is_none()
+            && let Some((deadline, _)) = self.deadline()
+        {
+            self.clock = Some(Box::pin(tokio::time::sleep_until(deadline.into())));
+        }
+    }
+
+    /// What has happened since the clock was wound may have moved the deadline: then it is wound again.
+    fn poll_clock(&mut self, cx: &mut TaskContext<'_>) -> bool {
+        let Some(clock) = &mut self.clock else { return false };
+        if clock.as_mut().poll(cx).is_pending() {
+            return false;
+        }
+        self.clock = None;
+        match self.deadline() {
+            Some((deadline, why)) if deadline <= Instant::now() => self.close(why),
+            // The next turn winds it.
+            _ => {}
+        }
+        true
+    }
+
+    /// Ends the connection without another word.
+    fn close(&mut self, why: &'static str) {
+        closed(why);
+        self.phase = Phase::Gone;
     }
 }
 
@@ -336,16 +416,17 @@ mod tests {
     use std::cell::RefCell;
     use std::net::SocketAddr;
     use std::sync::Arc;
-    use std::time::Duration;
 
     use bytes::Bytes;
-    use tokio::net::TcpListener;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::{TcpListener, TcpStream};
     use tokio::task::LocalSet;
     use tokio_util::sync::CancellationToken;
 
     use super::*;
     use crate::command::spec::{BLOCKING, Spec, integer, text};
-    use crate::command::{Commands, Handler, Stats, Step, client, connection};
+    use crate::command::{Commands, Handler, Stats, Step, client, connection, pubsub};
+    use crate::limits::{IN_FLIGHT_MAX, OUTPUT_SOFT_MAX};
     use crate::resp::Ticket;
     use crate::session::registry::Registry;
 
@@ -376,8 +457,26 @@ mod tests {
     static BIG: Spec = Spec::new("T.BIG", "Answers many bytes.")
         .args(&[integer("bytes", 1, 10_000_000, "bytes")])
         .run(|call| Step::Reply(Reply::bulk(vec![b'x'; usize::try_from(call.args.integer("bytes")).unwrap_or(0)])));
-    static TABLE: &[&Spec] =
-        &[&HOLD, &FREE, &SLEEP, &LATE, &BIG, &connection::PING, &connection::ECHO, &connection::HELLO, &connection::QUIT, &client::CLIENT];
+    static TABLE: &[&Spec] = &[
+        &HOLD,
+        &FREE,
+        &SLEEP,
+        &LATE,
+        &BIG,
+        &connection::PING,
+        &connection::ECHO,
+        &connection::HELLO,
+        &connection::AUTH,
+        &connection::QUIT,
+        &connection::RESET,
+        &client::CLIENT,
+        &pubsub::SUBSCRIBE,
+        &pubsub::PSUBSCRIBE,
+        &pubsub::UNSUBSCRIBE,
+        &pubsub::PUNSUBSCRIBE,
+        &pubsub::PUBSUB_COMMAND,
+        &pubsub::MONITOR,
+    ];
 
     struct Server {
         address: SocketAddr,
@@ -395,7 +494,8 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
         let local = LocalSet::new();
-        let serving = local.spawn_local(crate::server::serve(listener, Rc::clone(&cx), shutdown.clone()));
+        local.spawn_local(Rc::clone(&cx.subscribers).run(shutdown.clone()));
+        let serving = local.spawn_local(crate::server::serve(listener, None, Rc::clone(&cx), shutdown.clone()));
         let test = test(Server { address, cx, shutdown, serving });
         tokio::time::timeout(Duration::from_secs(30), local.run_until(test)).await.unwrap();
     }
@@ -601,6 +701,104 @@ mod tests {
             assert!(profile.output_bytes <= OUTPUT_SOFT_MAX + 1_000_012, "{}", profile.output_bytes);
             let mut read = vec![0; count * 1_000_012];
             stream.read_exact(&mut read).await.unwrap();
+        })
+        .await;
+    }
+
+    fn publish(server: &Server, channel: &'static str, payload: &'static str) {
+        server.cx.subscribers.hub().publish(channel, || Bytes::from_static(payload.as_bytes()));
+    }
+
+    #[tokio::test]
+    async fn messages_reach_those_who_have_subscribed_in_their_dialect_and_behind_the_confirmation() {
+        served(10, async |server| {
+            publish(&server, "stock:events:mug", "to nobody");
+            let mut two = TcpStream::connect(server.address).await.unwrap();
+            let mut three = TcpStream::connect(server.address).await.unwrap();
+            talk(&mut two, b"SUBSCRIBE stock:events:mug a a\r\n", "*3\r\n$9\r\nsubscribe\r\n$16\r\nstock:events:mug\r\n:1\r\n").await;
+            expect(&mut two, "*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:2\r\n*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:2\r\n").await;
+            three.write_all(b"HELLO 3\r\nT.HOLD x\r\nPSUBSCRIBE stock:events:*\r\n").await.unwrap();
+            until(|| HELD.with_borrow(|held| !held.is_empty())).await;
+            publish(&server, "stock:events:mug", "low");
+            expect(&mut two, "*3\r\n$7\r\nmessage\r\n$16\r\nstock:events:mug\r\n$3\r\nlow\r\n").await;
+            HELD.take().into_iter().for_each(|(word, ticket)| ticket.complete(Reply::Bulk(word)));
+            let mut read = BytesMut::new();
+            while !read.ends_with(b"$1\r\nx\r\n>3\r\n$10\r\npsubscribe\r\n$14\r\nstock:events:*\r\n:1\r\n") {
+                three.read_buf(&mut read).await.unwrap();
+            }
+            publish(&server, "stock:events:mug", "soldout");
+            publish(&server, "coupon:events:spring", "low");
+            expect(&mut two, "*3\r\n$7\r\nmessage\r\n$16\r\nstock:events:mug\r\n$7\r\nsoldout\r\n").await;
+            let message = ">4\r\n$8\r\npmessage\r\n$14\r\nstock:events:*\r\n$16\r\nstock:events:mug\r\n$7\r\nsoldout\r\n";
+            expect(&mut three, message).await;
+            talk(&mut three, b"T.BIG 1\r\nPING\r\n", "$1\r\nx\r\n+PONG\r\n").await;
+            let refused =
+                "-ERR Can't execute 'echo': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context\r\n";
+            talk(&mut two, b"ECHO x\r\nPING\r\n", &format!("{refused}*2\r\n$4\r\npong\r\n$0\r\n\r\n")).await;
+            talk(&mut two, b"UNSUBSCRIBE\r\n", "*3\r\n$11\r\nunsubscribe\r\n$16\r\nstock:events:mug\r\n:1\r\n").await;
+            expect(&mut two, "*3\r\n$11\r\nunsubscribe\r\n$1\r\na\r\n:0\r\n").await;
+            talk(&mut two, b"UNSUBSCRIBE\r\nECHO x\r\n", "*3\r\n$11\r\nunsubscribe\r\n$-1\r\n:0\r\n$1\r\nx\r\n").await;
+            talk(&mut three, b"RESET\r\nECHO x\r\n", "+RESET\r\n$1\r\nx\r\n").await;
+            assert!(!server.cx.subscribers.hub().has_subscribers());
+            publish(&server, "stock:events:mug", "to nobody");
+            talk(&mut two, b"PUBSUB NUMPAT\r\n", ":0\r\n").await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_subscriber_that_reads_nothing_is_cut_off_and_forgotten() {
+        served(10, async |server| {
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            talk(&mut stream, b"SUBSCRIBE a\r\n", "*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n").await;
+            let payload = Bytes::from(vec![b'x'; 10_000]);
+            let began = Instant::now();
+            while server.cx.registry.connected() > 0 {
+                server.cx.subscribers.hub().publish("a", || payload.clone());
+                tokio::task::yield_now().await;
+                assert!(began.elapsed() < Duration::from_secs(20));
+            }
+            until(|| !server.cx.subscribers.hub().has_subscribers()).await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn monitor_shows_what_others_send_without_secrets() {
+        served(10, async |server| {
+            let mut watching = TcpStream::connect(server.address).await.unwrap();
+            talk(&mut watching, b"MONITOR\r\n", "+OK\r\n").await;
+            let mut other = TcpStream::connect(server.address).await.unwrap();
+            let request = b"AUTH default s3cret\r\nHELLO 3 AUTH default s3cret\r\nCLIENT LIST\r\nECHO \"a\\r\\nb\"\r\nQUIT\r\n";
+            other.write_all(request).await.unwrap();
+            rest(other).await;
+            let mut read = BytesMut::new();
+            while !read.ends_with(b"\"QUIT\"\r\n") {
+                watching.read_buf(&mut read).await.unwrap();
+            }
+            let text = String::from_utf8_lossy(&read).into_owned();
+            assert!(text.contains(r#""AUTH" "(redacted)""#) && text.contains(r#""ECHO" "a\r\nb""#), "{text}");
+            assert!(!text.contains("s3cret") && !text.contains("CLIENT"), "{text}");
+            let first = text.lines().next().unwrap();
+            assert!(first.starts_with('+') && first.contains(" [0 127.0.0.1:"), "{first}");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_silent_client_is_closed_after_the_time_it_has() {
+        served(10, async |server| {
+            let mut idle = TcpStream::connect(server.address).await.unwrap();
+            let mut subscriber = TcpStream::connect(server.address).await.unwrap();
+            talk(&mut idle, b"PING\r\n", "+PONG\r\n").await;
+            talk(&mut subscriber, b"SUBSCRIBE a\r\n", "*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n").await;
+            server.cx.bounds.set_idle(Duration::from_millis(50));
+            // The clock is wound with the next thing that it says.
+            talk(&mut idle, b"PING\r\n", "+PONG\r\n").await;
+            talk(&mut subscriber, b"PING\r\n", "*2\r\n$4\r\npong\r\n$0\r\n\r\n").await;
+            assert_eq!(rest(idle).await, "");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            talk(&mut subscriber, b"PING\r\n", "*2\r\n$4\r\npong\r\n$0\r\n\r\n").await;
         })
         .await;
     }

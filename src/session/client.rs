@@ -9,6 +9,8 @@ use std::time::Instant;
 
 use tokio_util::sync::CancellationToken;
 
+use super::user::User;
+use super::users::{Directory, Login};
 use crate::resp::Protocol;
 
 /// What a client said about itself and did last, for others to see.
@@ -28,6 +30,10 @@ pub struct Profile {
     /// Channels and patterns subscribed to.
     pub channels: usize,
     pub patterns: usize,
+    /// Whether it watches what all clients send.
+    pub monitors: bool,
+    /// Who it is, once that is known.
+    pub login: Option<Login>,
 }
 
 /// One connected client, as every thread may see it.
@@ -60,6 +66,8 @@ impl Client {
             output_bytes: 0,
             channels: 0,
             patterns: 0,
+            monitors: false,
+            login: None,
         };
         Self { id, address, local, fd, created: now, stop, killed: AtomicBool::new(false), profile: Mutex::new(profile) }
     }
@@ -84,11 +92,15 @@ impl Client {
     pub fn line(&self) -> String {
         let profile = self.profile();
         let mut line = String::with_capacity(320);
-        let flags = if profile.channels + profile.patterns > 0 { "P" } else { "N" };
+        let flags = match (profile.monitors, profile.channels + profile.patterns > 0) {
+            (true, _) => "O",
+            (false, true) => "P",
+            (false, false) => "N",
+        };
         let _ = write!(
             line,
             "id={} addr={} laddr={} fd={} name={} age={} idle={} flags={flags} db=0 sub={} psub={} ssub=0 multi=-1 qbuf={} qbuf-free=0 \
-             argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl={} oll={} omem={} tot-mem={} events=r cmd={} user=default redir=-1 resp={} lib-name={} lib-ver={}",
+             argv-mem=0 multi-mem=0 rbs=0 rbp=0 obl={} oll={} omem={} tot-mem={} events=r cmd={} user={} redir=-1 resp={} lib-name={} lib-ver={}",
             self.id,
             self.address,
             self.local,
@@ -104,6 +116,7 @@ impl Client {
             profile.output_bytes,
             profile.input_bytes + profile.output_bytes,
             profile.last_command.to_ascii_lowercase(),
+            profile.login.as_ref().map_or("(none)", |login| &login.user.name),
             profile.protocol.number(),
             profile.lib_name,
             profile.lib_ver,
@@ -130,12 +143,98 @@ pub struct Session {
     pub authenticated: bool,
     pub replies: Replies,
     pub last_command: &'static str,
+    /// Who it is; `default` before it has said so.
+    login: Login,
+    directory: Arc<Directory>,
+    /// Which users of the directory `login` is one of.
+    generation: u64,
+    /// Wrong passwords since the last right one.
+    failures: u32,
+    /// Whether it has ever subscribed to anything.
+    pub has_subscribed: bool,
     kept: Vec<Box<dyn Any>>,
 }
 
+/// Why a name and a password were not accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rejected {
+    /// They do not belong together.
+    Once,
+    /// The same, and there were too many tries.
+    TooOften,
+}
+
 impl Session {
-    pub fn new(client: Arc<Client>) -> Self {
-        Self { client, protocol: Protocol::Resp2, authenticated: true, replies: Replies::On, last_command: "NULL", kept: Vec::new() }
+    pub fn new(client: Arc<Client>, directory: &Arc<Directory>) -> Self {
+        let generation = directory.generation();
+        let login = Login { user: Arc::clone(directory.users().default_user()), secret: None };
+        let mut session = Self {
+            client,
+            protocol: Protocol::Resp2,
+            authenticated: false,
+            replies: Replies::On,
+            last_command: "NULL",
+            login: login.clone(),
+            directory: Arc::clone(directory),
+            generation,
+            failures: 0,
+            has_subscribed: false,
+            kept: Vec::new(),
+        };
+        session.log_in(login);
+        session
+    }
+
+    fn log_in(&mut self, login: Login) {
+        self.authenticated = login.user.admits(login.secret.as_ref());
+        self.client.profile().login = self.authenticated.then(|| login.clone());
+        self.login = login;
+    }
+
+    /// Who it is.
+    pub fn user(&self) -> &Arc<User> {
+        &self.login.user
+    }
+
+    /// Whether `default` is let in without a password, so that AUTH without a name is a mistake.
+    pub fn needs_no_password(&self) -> bool {
+        self.directory.users().default_user().any_password
+    }
+
+    /// Becomes the user with this name, if the password is right; otherwise stays who it is. May be wrong so many times in a row.
+    pub fn authenticate(&mut self, name: &[u8], password: &[u8], failures_max: u32) -> Result<(), Rejected> {
+        let Some(login) = self.directory.users().authenticate(name, password) else {
+            self.failures += 1;
+            return Err(if self.failures >= failures_max { Rejected::TooOften } else { Rejected::Once });
+        };
+        self.failures = 0;
+        self.log_in(login);
+        Ok(())
+    }
+
+    /// Takes over what has become of its user. `false` where it may not go on.
+    pub fn renew(&mut self) -> bool {
+        let generation = self.directory.generation();
+        if generation == self.generation {
+            return true;
+        }
+        self.generation = generation;
+        let users = self.directory.users();
+        match users.renew(&self.login) {
+            Some(user) => self.log_in(Login { user, secret: self.login.secret }),
+            None if self.authenticated => return false,
+            None => self.log_in(Login { user: Arc::clone(users.default_user()), secret: None }),
+        }
+        true
+    }
+
+    /// Whether messages may come to it at any time.
+    pub fn subscribes(&self) -> bool {
+        // A look at the profile takes a lock, and hardly any client ever subscribes.
+        self.has_subscribed && {
+            let profile = self.client.profile();
+            profile.channels + profile.patterns > 0 || profile.monitors
+        }
     }
 
     /// Keeps a guard that is dropped when the session ends, by RESET, QUIT or a lost connection.
@@ -158,6 +257,9 @@ impl Session {
         self.protocol = Protocol::Resp2;
         self.replies = Replies::On;
         self.kept.clear();
+        self.has_subscribed = false;
+        let default = Arc::clone(self.directory.users().default_user());
+        self.log_in(Login { user: default, secret: None });
         let mut profile = self.client.profile();
         profile.name.clear();
         profile.protocol = Protocol::Resp2;
@@ -190,12 +292,18 @@ impl Session {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::session::users::Users;
 
     /// A session as a test needs it, connected to nothing.
     pub(crate) fn session() -> Session {
+        session_of(&Arc::new(Directory::new(Users::open())))
+    }
+
+    /// The same, where these are the users.
+    pub(crate) fn session_of(directory: &Arc<Directory>) -> Session {
         let address = SocketAddr::from(([127, 0, 0, 1], 5000));
         let local = SocketAddr::from(([127, 0, 0, 1], 6380));
-        Session::new(Arc::new(Client::new(7, address, local, 9, CancellationToken::new())))
+        Session::new(Arc::new(Client::new(7, address, local, 9, CancellationToken::new())), directory)
     }
 
     #[test]

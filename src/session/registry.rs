@@ -8,11 +8,12 @@ use dashmap::DashMap;
 use tokio_util::sync::CancellationToken;
 
 use super::client::Client;
+use super::users::Users;
 
 /// The clients by id, and how many there have been.
 pub struct Registry {
     clients: DashMap<u64, Arc<Client>>,
-    clients_max: usize,
+    clients_max: AtomicUsize,
     next_id: AtomicU64,
     connected: AtomicUsize,
     received_total: AtomicU64,
@@ -24,7 +25,7 @@ impl Registry {
     pub fn new(clients_max: usize) -> Self {
         Self {
             clients: DashMap::new(),
-            clients_max,
+            clients_max: AtomicUsize::new(clients_max),
             next_id: AtomicU64::new(1),
             connected: AtomicUsize::new(0),
             received_total: AtomicU64::new(0),
@@ -35,14 +36,16 @@ impl Registry {
     /// Takes a client in; `None` where there are too many.
     pub fn admit(self: &Arc<Self>, address: SocketAddr, local: SocketAddr, fd: i32, stop: CancellationToken) -> Option<Admission> {
         self.received_total.fetch_add(1, Ordering::Relaxed);
-        if self.connected.fetch_add(1, Ordering::Relaxed) >= self.clients_max {
+        if self.connected.fetch_add(1, Ordering::Relaxed) >= self.clients_max() {
             self.connected.fetch_sub(1, Ordering::Relaxed);
             self.rejected_total.fetch_add(1, Ordering::Relaxed);
+            metrics::counter!("holdfast_rejected_connections_total").increment(1);
             return None;
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let client = Arc::new(Client::new(id, address, local, fd, stop));
         self.clients.insert(id, Arc::clone(&client));
+        metrics::gauge!("holdfast_connected_clients").increment(1.0);
         Some(Admission { registry: Arc::clone(self), client })
     }
 
@@ -53,13 +56,25 @@ impl Registry {
         clients
     }
 
+    /// Closes the connections whose user may not go on, after the users have changed; returns how many.
+    pub fn expel(&self, users: &Users) -> usize {
+        let clients = self.clients();
+        let gone = clients.iter().filter(|client| client.profile().login.as_ref().is_some_and(|login| users.renew(login).is_none()));
+        gone.map(|client| client.kill()).count()
+    }
+
     /// How many are connected.
     pub fn connected(&self) -> usize {
         self.connected.load(Ordering::Relaxed)
     }
 
     pub fn clients_max(&self) -> usize {
-        self.clients_max
+        self.clients_max.load(Ordering::Relaxed)
+    }
+
+    /// Changes it; those who are in stay.
+    pub fn set_clients_max(&self, clients_max: usize) {
+        self.clients_max.store(clients_max, Ordering::Relaxed);
     }
 
     /// Connections accepted since the start.
@@ -82,6 +97,7 @@ pub struct Admission {
 impl Drop for Admission {
     fn drop(&mut self) {
         self.registry.clients.remove(&self.client.id);
+        metrics::gauge!("holdfast_connected_clients").decrement(1.0);
         self.registry.connected.fetch_sub(1, Ordering::Relaxed);
     }
 }

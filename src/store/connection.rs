@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::{
-    AsyncConnectionConfig, Client, ConnectionInfo, IntoConnectionInfo, ProtocolVersion, PushInfo, PushKind, ServerErrorKind, Value,
+    AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionInfo, IntoConnectionInfo, ProtocolVersion, PushInfo, PushKind,
+    ServerErrorKind, TlsCertificates, Value,
 };
+use url::Url;
 
 use crate::limits::REDIS_SILENCE_MAX;
 
@@ -96,12 +98,14 @@ impl Connection {
     /// Connects and shakes hands: learns the run id and checks that this Redis can be trusted with stock. Errors with
     /// [`Error::Unfit`] and what to change where it cannot.
     pub async fn open(url: &str) -> Result<Self, Error> {
-        Self::open_with(url.into_connection_info()?, AsyncConnectionConfig::new()).await
+        let (url, certificates) = with_certificates(url)?;
+        Self::open_with(url.into_connection_info()?, certificates, AsyncConnectionConfig::new()).await
     }
 
     /// The same for a connection that subscribes: `told` is called with the channel of each message, and with none when the connection ends.
     /// It must not wait.
     pub async fn open_listening(url: &str, told: impl Fn(Option<&[u8]>) + Send + Sync + 'static) -> Result<Self, Error> {
+        let (url, certificates) = with_certificates(url)?;
         let info = url.into_connection_info()?;
         // Only there may one connection subscribe and send other commands.
         let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
@@ -113,12 +117,16 @@ impl Connection {
             }
             Ok(())
         };
-        Self::open_with(info.set_redis_settings(settings), AsyncConnectionConfig::new().set_push_sender(pushed)).await
+        Self::open_with(info.set_redis_settings(settings), certificates, AsyncConnectionConfig::new().set_push_sender(pushed)).await
     }
 
-    async fn open_with(info: ConnectionInfo, config: AsyncConnectionConfig) -> Result<Self, Error> {
+    async fn open_with(info: ConnectionInfo, certificates: Option<TlsCertificates>, config: AsyncConnectionConfig) -> Result<Self, Error> {
         let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(REDIS_SILENCE_MAX);
-        let client = Client::open(info.set_tcp_settings(tcp))?;
+        let info = info.set_tcp_settings(tcp);
+        let client = match certificates {
+            None => Client::open(info)?,
+            Some(certificates) => Client::build_with_tls(info, certificates)?,
+        };
         let config = config
             .set_connection_timeout(Some(CONNECT_TIMEOUT))
             // A time-out never closes a connection: each caller has its own deadline, and a reply that comes late is still read.
@@ -205,10 +213,58 @@ impl Connection {
     }
 }
 
+/// Takes the files of certificates out of an address, under the names that Postgres's addresses have for them: `sslrootcert` (who signs the
+/// server's, in place of the machine's own list), `sslcert` and `sslkey` (what the server is shown). Read for each connection, so new ones are
+/// taken over by themselves.
+fn with_certificates(url: &str) -> Result<(String, Option<TlsCertificates>), Error> {
+    let Ok(mut parsed) = Url::parse(url) else { return Ok((url.to_owned(), None)) };
+    let unfit = |why: String| Error::Unfit(format!("redis.url: {why}"));
+    let mut files = [("sslrootcert", None), ("sslcert", None), ("sslkey", None)];
+    let mut rest = Vec::new();
+    for (name, value) in parsed.query_pairs() {
+        match files.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, path)) => *path = Some(value.into_owned()),
+            None => rest.push((name.into_owned(), value.into_owned())),
+        }
+    }
+    if files.iter().all(|(_, path)| path.is_none()) {
+        return Ok((url.to_owned(), None));
+    }
+    if parsed.scheme() != "rediss" {
+        return Err(unfit("certificates need the scheme rediss://".into()));
+    }
+    parsed.set_query(None);
+    if !rest.is_empty() {
+        parsed.query_pairs_mut().extend_pairs(rest);
+    }
+    let read = |path: &Option<String>| {
+        path.as_ref().map(|path| std::fs::read(path).map_err(|why| unfit(format!("{path} cannot be read: {why}")))).transpose()
+    };
+    let [(_, root), (_, cert), (_, key)] = &files;
+    let client_tls = match (read(cert)?, read(key)?) {
+        (Some(client_cert), Some(client_key)) => Some(ClientTlsConfig { client_cert, client_key }),
+        (None, None) => None,
+        _ => return Err(unfit("sslcert and sslkey belong together".into())),
+    };
+    Ok((parsed.into(), Some(TlsCertificates { client_tls, root_cert: read(root)? })))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::ledger::testing::RedisServer;
+
+    #[test]
+    fn certificates_are_named_in_the_address_as_in_postgres() {
+        let read = |url: &str| with_certificates(url).map_err(|error| error.to_string());
+        assert!(matches!(read("redis://h:1/0?protocol=resp3"), Ok((url, None)) if url == "redis://h:1/0?protocol=resp3"));
+        assert!(read("redis://h:1?sslrootcert=/x").unwrap_err().contains("certificates need the scheme rediss://"));
+        assert!(read("rediss://h:1?sslrootcert=/nonexistent").unwrap_err().contains("/nonexistent cannot be read"));
+        assert!(read("rediss://h:1?sslcert=Cargo.toml").unwrap_err().contains("sslcert and sslkey belong together"));
+        let (url, certificates) = read("rediss://a:b@h:1/0?sslrootcert=Cargo.toml&protocol=resp3").unwrap();
+        assert_eq!(url, "rediss://a:b@h:1/0?protocol=resp3");
+        assert!(certificates.is_some_and(|certificates| certificates.root_cert.is_some() && certificates.client_tls.is_none()));
+    }
 
     async fn refusal(server: &RedisServer) -> String {
         match Connection::open(&server.url()).await {

@@ -3,6 +3,8 @@
 use std::cell::RefCell;
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use super::coupon::Held;
 use super::partition::State;
 use super::script;
@@ -10,6 +12,7 @@ use super::words::Words;
 use super::{Connection, Error, Partition, keys};
 use crate::domain::{Id, Position};
 use crate::limits::REFILL_KEYS;
+use crate::resp::Reply;
 
 /// What STOCK.INFO shows, at one position.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,6 +67,26 @@ impl Live {
     }
 }
 
+/// An answer of Redis as it is passed on.
+fn reply(value: redis::Value) -> Reply {
+    use redis::Value;
+    let all = |values: Vec<Value>| values.into_iter().map(reply).collect();
+    match value {
+        Value::Nil => Reply::Nil,
+        Value::Int(integer) => Reply::Integer(integer),
+        Value::BulkString(bytes) => Reply::bulk(bytes),
+        Value::SimpleString(text) => Reply::Simple(text.into()),
+        Value::Okay => Reply::ok(),
+        Value::Double(value) => Reply::Double(value),
+        Value::Boolean(value) => Reply::Bool(value),
+        Value::Array(values) => Reply::Array(all(values)),
+        Value::Set(values) => Reply::Set(all(values)),
+        Value::Map(pairs) => Reply::Map(pairs.into_iter().map(|(name, value)| (reply(name), reply(value))).collect()),
+        Value::ServerError(error) => Reply::error(format!("{} {}", error.code(), error.details().unwrap_or_default())),
+        other => Reply::error(format!("ERR an answer of Redis that is not passed on: {other:?}")),
+    }
+}
+
 /// See the module.
 pub struct Reads {
     redis_url: String,
@@ -99,6 +122,22 @@ impl Reads {
                 Err(Error::Connection(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))
             }
         }
+    }
+
+    /// Sends a command that changes nothing, as a client sent it, and returns Redis's answer, be it an error.
+    pub async fn pass(&self, words: &[Bytes]) -> Result<Reply, Error> {
+        self.with(async |connection| {
+            let mut command = redis::Cmd::new();
+            words.iter().for_each(|word| _ = command.arg(&word[..]));
+            match connection.send(&command).await {
+                Ok(value) => Ok(reply(value)),
+                Err(Error::Refused(error)) => {
+                    Ok(Reply::error(format!("{} {}", error.code().unwrap_or("ERR"), error.detail().unwrap_or_default())))
+                }
+                Err(error) => Err(error),
+            }
+        })
+        .await
     }
 
     /// A product as Redis has it; `applied` is the newest position that Postgres has.

@@ -1,7 +1,9 @@
 //! The HTTP endpoints: `/livez`, `/readyz`, `/metrics`. They only read, and show no secrets and nothing that clients sent.
 
-use std::io::{self, Read as _, Write as _};
+use std::future::IntoFuture as _;
+use std::io::{self, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,16 +12,28 @@ use axum::extract::{RawQuery, State};
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 
 use super::histogram::Handle;
+use crate::tls::Certificates;
 
 /// How long answers that are being written may go on after a shutdown began. A scraper that reads slowly is no reason to stay.
 const DRAIN_MAX: Duration = Duration::from_secs(1);
 
 /// How long a server may take to say that it is ready. Below the second that orchestrators commonly grant a probe.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(900);
+
+/// How long a client may take to agree on keys, and how many may do so at a time.
+const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+const HANDSHAKES_MAX: usize = 64;
+
+/// The pause after an accept that failed for want of file descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The longest answer of `/readyz` that a probe reads.
 const PROBE_BYTES_MAX: u64 = 64 * 1024;
@@ -79,13 +93,76 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     })
 }
 
-/// Serves until `shutdown` is cancelled.
-pub async fn serve(listener: TcpListener, metrics: Handle, readiness: ReadinessSource, shutdown: CancellationToken) -> io::Result<()> {
+/// Serves, through TLS where there are certificates, until `shutdown` is cancelled.
+pub async fn serve(
+    listener: TcpListener,
+    certificates: Option<Arc<Certificates>>,
+    metrics: Handle,
+    readiness: ReadinessSource,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
     let router = router(metrics, readiness);
-    let serving = axum::serve(listener, router).with_graceful_shutdown(shutdown.clone().cancelled_owned());
+    let stop = shutdown.clone().cancelled_owned();
+    let serving: Pin<Box<dyn Future<Output = io::Result<()>> + Send>> = match certificates {
+        None => Box::pin(axum::serve(listener, router).with_graceful_shutdown(stop).into_future()),
+        Some(certificates) => {
+            let secure = Secure::new(listener, certificates, shutdown.clone())?;
+            Box::pin(axum::serve(secure, router).with_graceful_shutdown(stop).into_future())
+        }
+    };
     tokio::select! {
         result = serving => result,
         () = async { shutdown.cancelled().await; tokio::time::sleep(DRAIN_MAX).await } => Ok(()),
+    }
+}
+
+/// Connections that have agreed on keys. Each does so in its own time, and holds up no other.
+struct Secure {
+    address: SocketAddr,
+    accepted: mpsc::Receiver<(TlsStream<tokio::net::TcpStream>, SocketAddr)>,
+}
+
+impl Secure {
+    fn new(listener: TcpListener, certificates: Arc<Certificates>, shutdown: CancellationToken) -> io::Result<Self> {
+        let address = listener.local_addr()?;
+        let (sender, accepted) = mpsc::channel(1);
+        let places = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+        let accepting = async move {
+            while let Ok(place) = Arc::clone(&places).acquire_owned().await {
+                let (stream, address) = match listener.accept().await {
+                    Ok(accepted) => accepted,
+                    Err(_) => {
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
+                };
+                let (acceptor, sender) = (TlsAcceptor::from(certificates.current()), sender.clone());
+                tokio::spawn(async move {
+                    if let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE_MAX, acceptor.accept(stream)).await {
+                        _ = sender.send((stream, address)).await;
+                    }
+                    drop(place);
+                });
+            }
+        };
+        tokio::spawn(shutdown.run_until_cancelled_owned(accepting));
+        Ok(Self { address, accepted })
+    }
+}
+
+impl axum::serve::Listener for Secure {
+    type Io = TlsStream<tokio::net::TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        match self.accepted.recv().await {
+            Some(accepted) => accepted,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        Ok(self.address)
     }
 }
 
@@ -114,26 +191,41 @@ fn router(metrics: Handle, readiness: ReadinessSource) -> Router {
         .with_state(readiness)
 }
 
-/// Asks the server that listens there whether it is ready. Errors with what it lacks, or with why it does not say.
-pub fn probe(listen: SocketAddr) -> io::Result<String> {
+/// Asks the server that listens there whether it is ready, through TLS where `tls` is given. Errors with what it lacks, or with why it does
+/// not say.
+pub fn probe(listen: SocketAddr, tls: Option<Arc<ClientConfig>>) -> io::Result<String> {
     let mut address = listen;
     if address.ip().is_unspecified() {
         address.set_ip(if address.is_ipv4() { IpAddr::V4(Ipv4Addr::LOCALHOST) } else { IpAddr::V6(Ipv6Addr::LOCALHOST) });
     }
-    let unanswered = |error: io::Error| io::Error::new(error.kind(), format!("no answer from http://{address}/readyz: {error}"));
-    let answer = ask(address).map_err(unanswered)?;
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let unanswered = |error: io::Error| io::Error::new(error.kind(), format!("no answer from {scheme}://{address}/readyz: {error}"));
+    let answer = ask(address, tls).map_err(unanswered)?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
     if head.split(' ').nth(1) == Some("200") { Ok(body.trim_end().into()) } else { Err(io::Error::other(body.trim_end().to_owned())) }
 }
 
-fn ask(address: SocketAddr) -> io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&address, PROBE_TIMEOUT)?;
+fn ask(address: SocketAddr, tls: Option<Arc<ClientConfig>>) -> io::Result<String> {
+    let stream = TcpStream::connect_timeout(&address, PROBE_TIMEOUT)?;
     stream.set_read_timeout(Some(PROBE_TIMEOUT))?;
     stream.set_write_timeout(Some(PROBE_TIMEOUT))?;
+    match tls {
+        None => converse(stream, address),
+        Some(config) => {
+            let session = ClientConnection::new(config, address.ip().into()).map_err(io::Error::other)?;
+            converse(StreamOwned::new(session, stream), address)
+        }
+    }
+}
+
+fn converse(mut stream: impl io::Read + io::Write, address: SocketAddr) -> io::Result<String> {
     write!(stream, "GET /readyz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n")?;
     let mut answer = String::new();
-    stream.take(PROBE_BYTES_MAX).read_to_string(&mut answer)?;
-    Ok(answer)
+    match stream.take(PROBE_BYTES_MAX).read_to_string(&mut answer) {
+        // A peer need not say through TLS that it closes; what it said before is whole by its own length.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && !answer.is_empty() => Ok(answer),
+        result => result.map(|_| answer),
+    }
 }
 
 #[cfg(test)]
@@ -168,28 +260,28 @@ mod tests {
         let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let server = tokio::spawn(serve(listener, metrics, source, shutdown.clone()));
+        let server = tokio::spawn(serve(listener, None, metrics, source, shutdown.clone()));
 
         assert!(get(address, "/livez").await.starts_with("HTTP/1.1 200"));
         assert!(get(address, "/readyz").await.ends_with("ready\npostgres degraded: 3 s behind\n"));
         assert!(get(address, "/readyz?verbose").await.ends_with("ready\nredis ok: redis.url\npostgres degraded: 3 s behind\n"));
         assert!(get(address, "/metrics").await.contains("text/plain; version=0.0.4"));
         assert!(get(address, "/nowhere").await.starts_with("HTTP/1.1 404"));
-        let probed = tokio::task::spawn_blocking(move || probe(address)).await.unwrap();
+        let probed = tokio::task::spawn_blocking(move || probe(address, None)).await.unwrap();
         assert_eq!(probed.unwrap(), "ready\npostgres degraded: 3 s behind");
 
         redis.store(false, Ordering::Relaxed);
         assert!(get(address, "/livez").await.starts_with("HTTP/1.1 500"));
         let answer = get(address, "/readyz").await;
         assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("not ready\nredis failed: redis.url"), "{answer}");
-        let probed = tokio::task::spawn_blocking(move || probe(address)).await.unwrap();
+        let probed = tokio::task::spawn_blocking(move || probe(address, None)).await.unwrap();
         assert!(probed.unwrap_err().to_string().starts_with("not ready"));
 
         // An idle client must not hold up the end.
         let _idle = tokio::net::TcpStream::connect(address).await.unwrap();
         shutdown.cancel();
         server.await.unwrap().unwrap();
-        let probed = tokio::task::spawn_blocking(move || probe(address)).await.unwrap();
+        let probed = tokio::task::spawn_blocking(move || probe(address, None)).await.unwrap();
         assert!(probed.unwrap_err().to_string().starts_with("no answer from http://127.0.0.1:"));
     }
 }

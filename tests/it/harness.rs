@@ -146,6 +146,18 @@ impl Sidecar {
         Client { connection: client.get_connection_with_timeout(PATIENCE).unwrap() }
     }
 
+    /// A new client connection of this user.
+    pub fn connect_as(&self, user: &str, password: &str) -> Client {
+        let client = redis::Client::open(format!("redis://{user}:{password}@127.0.0.1:{}/", self.port)).unwrap();
+        Client { connection: client.get_connection_with_timeout(PATIENCE).unwrap() }
+    }
+
+    /// What `redis-cli` says to one command, and its exit code.
+    pub fn cli(&self, arguments: &[&str]) -> (String, Option<i32>) {
+        let output = Command::new("redis-cli").args(["-p", &self.port.to_string()]).args(arguments).output().unwrap();
+        (format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)), output.status.code())
+    }
+
     /// A bare connection, for what no client sends.
     pub fn raw(&self) -> TcpStream {
         let stream = TcpStream::connect(("127.0.0.1", self.port)).unwrap();
@@ -174,6 +186,12 @@ impl Client {
     /// Sends one command, words separated by spaces, and returns the reply: `[OK, 97, 1-2]`, `97`, `nil`, `-ERR ...`.
     pub fn ask(&mut self, command: &str) -> String {
         self.ask_words(&command.split(' ').collect::<Vec<_>>())
+    }
+
+    /// Whether the server has closed it.
+    pub fn is_closed(&mut self) -> bool {
+        let ping = redis::cmd("PING").get_packed_command();
+        self.connection.req_packed_command(&ping).is_err_and(|error| error.is_io_error() || error.is_connection_dropped())
     }
 
     /// Sends one command that must be accepted.

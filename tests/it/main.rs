@@ -5,6 +5,7 @@
 mod harness;
 mod servers;
 
+mod access;
 mod bad_input;
 mod bounds;
 mod coupon_life;
@@ -21,9 +22,11 @@ mod model;
 mod orders;
 mod protocol;
 mod proxy;
+mod pubsub;
 mod rebuild;
 mod reconcile;
 mod replica;
 mod speed;
 mod stock;
 mod tidy;
+mod tls;

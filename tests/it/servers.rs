@@ -230,6 +230,34 @@ impl RedisServer {
         Some(child)
     }
 
+    /// One that only speaks TLS, and only to clients with a certificate; the directory has `ca.crt`, `server.crt`, `server.key`.
+    pub fn start_with_tls(certificates: &Path) -> Self {
+        let directory = temporary_directory("redis");
+        let port = free_port();
+        let file = |name: &str| certificates.join(name).display().to_string();
+        let child = Command::new(program("redis-server"))
+            .args(["--port", "0", "--tls-port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "yes"])
+            .args([
+                "--tls-cert-file",
+                &file("server.crt"),
+                "--tls-key-file",
+                &file("server.key"),
+                "--tls-ca-cert-file",
+                &file("ca.crt"),
+                "--dir",
+            ])
+            .arg(&directory)
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let began = Instant::now();
+        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
+            assert!(began.elapsed() < START_MAX, "redis-server did not start");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Self { directory, port, child }
+    }
+
     /// Makes it a replica of another one.
     pub fn replicate(&self, master: &Self) {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).unwrap();

@@ -29,15 +29,16 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("domain", &["domain"]),
     ("limits", &["domain"]),
     ("resp", &["resp", "limits"]),
+    ("tls", &["tls"]),
     ("config", &["config", "limits"]),
-    ("telemetry", &["telemetry", "config", "limits"]),
+    ("telemetry", &["telemetry", "config", "limits", "tls"]),
     ("ledger", &["ledger", "domain", "limits"]),
     ("store", &["store", "domain", "limits", "resp"]),
     ("outbox", &["outbox", "store", "ledger", "domain", "limits"]),
     ("reconcile", &["reconcile", "store", "ledger", "domain", "limits"]),
-    ("session", &["session", "resp", "limits"]),
+    ("session", &["session", "domain", "limits", "resp"]),
     ("command", &["command", "session", "store", "domain", "limits", "resp"]),
-    ("server", &["server", "command", "session", "resp", "limits"]),
+    ("server", &["server", "command", "session", "resp", "limits", "tls"]),
 ];
 
 #[test]

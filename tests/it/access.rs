@@ -1,0 +1,234 @@
+//! Who gets in, what each may do, and that no secret gets out.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::harness::{Database, PATIENCE, Sidecar, Stack, wait_until};
+use crate::servers::RedisServer;
+
+/// The password of every user here.
+const PASSWORD: &str = "s3cret-canary";
+
+/// A file that goes away with the test.
+struct TempFile(PathBuf);
+
+impl TempFile {
+    fn new(name: &str, text: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("holdfast-{name}-{}-{:?}", std::process::id(), std::thread::current().id()));
+        let file = Self(path);
+        file.write(text);
+        file
+    }
+
+    fn write(&self, text: &str) {
+        std::fs::write(&self.0, text).unwrap();
+        assert!(Command::new("chmod").arg("600").arg(&self.0).status().unwrap().success());
+    }
+
+    fn path(&self) -> &str {
+        self.0.to_str().unwrap()
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn hash() -> String {
+    let sum = Command::new("sh").args(["-c", &format!("printf %s {PASSWORD} | sha256sum")]).output().unwrap();
+    String::from_utf8(sum.stdout).unwrap().split(' ').next().unwrap().to_owned()
+}
+
+/// What the server says to these inline commands until it closes, which the last of them or a limit must make it do.
+fn until_closed(mut raw: TcpStream, request: &str) -> String {
+    raw.write_all(request.as_bytes()).unwrap();
+    let mut answer = String::new();
+    raw.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+fn users() -> String {
+    let hash = hash();
+    format!(
+        "# The services of the shop.\n\
+         user shop on #{hash} ~shop-* +@stock -stock.del +info\n\
+         user ops on #{hash} allkeys allchannels +@all\n\
+         user gone off #{hash} +@all\n"
+    )
+}
+
+#[test]
+fn strangers_may_do_nothing_and_users_what_they_may() {
+    let file = TempFile::new("users", &users());
+    let stack = Stack::with_settings(&["--auth-users-file", file.path(), "--reply-within-ms", "20000"]);
+    let said = |request: &str| until_closed(stack.sidecar.raw(), &format!("{request}\r\nQUIT\r\n"));
+    for request in ["PING", "STOCK.GET a", "INFO", "CLIENT LIST", "COMMAND", "AUTH"] {
+        let answer = said(request);
+        let expected = if request == "AUTH" { "-ERR wrong number" } else { "-NOAUTH Authentication required.\r\n+OK\r\n" };
+        assert!(answer.starts_with(expected), "{request}: {answer}");
+    }
+    assert!(said("HELLO 3").starts_with("-NOAUTH HELLO must be called with the client already authenticated"));
+    let wrong = "-WRONGPASS invalid username-password pair or user is disabled.\r\n+OK\r\n";
+    for request in [
+        format!("AUTH {PASSWORD}"),
+        format!("AUTH shop {PASSWORD}x"),
+        format!("AUTH nobody {PASSWORD}"),
+        format!("AUTH default {PASSWORD}"),
+        format!("AUTH gone {PASSWORD}"),
+        format!("AUTH SHOP {PASSWORD}"),
+        "AUTH shop \"\"".to_owned(),
+        format!("HELLO 3 AUTH shop {PASSWORD}x"),
+        format!("HELLO 2 AUTH nobody {PASSWORD} SETNAME x"),
+    ] {
+        assert_eq!(said(&request), wrong, "{request}");
+    }
+
+    let mut ops = stack.sidecar.connect_as("ops", PASSWORD);
+    assert_eq!(ops.ask("ACL WHOAMI"), "ops");
+    ops.ok("STOCK.SET shop-mug 5");
+    ops.ok("STOCK.SET cup 5");
+    let mut shop = stack.sidecar.connect_as("shop", PASSWORD);
+    assert!(shop.ask("STOCK.DECR shop-mug 1").starts_with("[OK, 4, "));
+    for (request, why) in [
+        ("STOCK.DECR cup 1", "-NOPERM No permissions to access a key"),
+        ("STOCK.DECR shop-mug 1 cup 1", "-NOPERM No permissions to access a key"),
+        ("STOCK.SCAN 0", "-NOPERM No permissions to access a key"),
+        ("STOCK.DEL shop-mug", "-NOPERM User shop has no permissions to run the 'stock.del' command"),
+        ("COUPON.INFO shop-c", "-NOPERM User shop has no permissions to run the 'coupon.info' command"),
+        ("CLIENT LIST", "-NOPERM User shop has no permissions to run the 'client|list' command"),
+        ("CONFIG GET *", "-NOPERM User shop has no permissions to run the 'config|get' command"),
+        ("HOLDFAST.DEADLETTER LIST", "-NOPERM User shop has no permissions to run the 'holdfast.deadletter|list' command"),
+    ] {
+        assert_eq!(shop.ask(request), why, "{request}");
+    }
+    assert_eq!(ops.ask("STOCK.GET cup"), "5");
+    assert!(ops.ask("CLIENT LIST").contains(" user=shop "));
+    let metrics = stack.sidecar.get("/metrics").1;
+    assert!(metrics.contains("holdfast_denied_total{what=\"id\"} 3") && metrics.contains("holdfast_auth_failures_total 9"), "{metrics}");
+}
+
+#[test]
+fn strangers_may_say_little_for_a_short_time_and_guess_three_times() {
+    let file = TempFile::new("limits", &users());
+    let stack = Stack::with_settings(&["--auth-users-file", file.path(), "--auth-within-ms", "700"]);
+    let guess = "AUTH shop x\r\n";
+    let wrong = "-WRONGPASS invalid username-password pair or user is disabled.\r\n";
+    assert_eq!(until_closed(stack.sidecar.raw(), &format!("{guess}{guess}{guess}PING\r\n")), wrong.repeat(3));
+    // A right one in between starts the count anew.
+    let right = format!("AUTH shop {PASSWORD}\r\n");
+    let answer = until_closed(stack.sidecar.raw(), &format!("{guess}{guess}{right}{guess}{guess}PING\r\n{guess}"));
+    assert_eq!(answer, format!("{}+OK\r\n{}+PONG\r\n{wrong}", wrong.repeat(2), wrong.repeat(2)));
+    for (request, error) in [
+        ("*11\r\n", "-ERR Protocol error: unauthenticated multibulk length\r\n"),
+        ("*1\r\n$16385\r\n", "-ERR Protocol error: unauthenticated bulk length\r\n"),
+    ] {
+        assert_eq!(until_closed(stack.sidecar.raw(), request), error);
+    }
+    let began = std::time::Instant::now();
+    assert_eq!(until_closed(stack.sidecar.raw(), "PING\r\nPI"), "-NOAUTH Authentication required.\r\n");
+    assert!(began.elapsed().as_millis() >= 700 && began.elapsed() < PATIENCE);
+    let metrics = stack.sidecar.get("/metrics").1;
+    for (why, count) in [("auth_time", 1), ("auth_failures", 2), ("protocol_error", 2)] {
+        assert!(metrics.contains(&format!("holdfast_closed_connections_total{{why=\"{why}\"}} {count}")), "{why}: {metrics}");
+    }
+    // Who is in stays.
+    let mut client = stack.sidecar.connect_as("shop", PASSWORD);
+    std::thread::sleep(std::time::Duration::from_millis(800));
+    assert_eq!(client.ask("PING"), "PONG");
+}
+
+#[test]
+fn a_sighup_takes_over_the_users_and_drops_nobody_who_may_stay() {
+    let file = TempFile::new("reload", &users());
+    let mut stack = Stack::with_settings(&["--auth-users-file", file.path()]);
+    let mut shop = stack.sidecar.connect_as("shop", PASSWORD);
+    let mut ops = stack.sidecar.connect_as("ops", PASSWORD);
+    ops.ok("STOCK.SET cup 5");
+    let hangup = |stack: &mut Stack, logged: &str| {
+        assert!(Command::new("kill").args(["-HUP", &stack.sidecar.pid().to_string()]).status().unwrap().success());
+        stack.sidecar.wait_for_log(logged);
+    };
+    file.write("user shop on maybe\n");
+    hangup(&mut stack, "line 1: no rule 'maybe'");
+    assert_eq!((shop.ask("PING"), ops.ask("ACL WHOAMI")), ("PONG".into(), "ops".into()));
+
+    let hash = hash();
+    file.write(&format!("user shop on #{hash} allkeys +@read\nuser new on #{hash} +@all allkeys\n"));
+    hangup(&mut stack, "users reloaded");
+    assert!(shop.ask("STOCK.SET shop-mug 5").starts_with("-NOPERM User shop has no permissions to run the 'stock.set' command"));
+    assert_eq!(shop.ask("STOCK.GET cup"), "5");
+    assert!(ops.is_closed(), "the user ops is gone");
+    assert_eq!(stack.sidecar.connect_as("new", PASSWORD).ask("ACL WHOAMI"), "new");
+}
+
+#[test]
+fn a_public_address_needs_users_with_passwords() {
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_holdfast")).args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, text) = run(&["check-config", "--listen", "0.0.0.0:0"]);
+    assert!(code == Some(64) && text.contains("name users with --auth-users-file"), "{code:?} {text}");
+    let open = TempFile::new("open", "user default on nopass ~* +@all\n");
+    let (code, text) = run(&["check-config", "--listen", "0.0.0.0:0", "--auth-users-file", open.path()]);
+    assert!(code == Some(1) && text.contains("a user with nopass, while other machines can connect"), "{code:?} {text}");
+    let (code, text) = run(&["serve", "--listen", "0.0.0.0:0", "--auth-users-file", open.path()]);
+    assert!(code == Some(1) && text.contains("a user with nopass"), "{code:?} {text}");
+    assert_eq!(run(&["check-config", "--listen", "0.0.0.0:0", "--auth-users-file", open.path(), "--insecure"]).0, Some(0));
+    let good = TempFile::new("good", &users());
+    assert_eq!(run(&["check-config", "--listen", "0.0.0.0:0", "--auth-users-file", good.path()]).0, Some(0));
+    let (code, text) = run(&["check-config", "--auth-users-file", "/nonexistent"]);
+    assert!(code == Some(1) && text.contains("auth.users_file /nonexistent: cannot be read"), "{code:?} {text}");
+}
+
+#[test]
+fn a_planted_secret_is_shown_nowhere() {
+    let config = TempFile::new("config", &format!("[auth]\nrequirepass = \"{PASSWORD}\"\n[log]\nlevel = \"trace\"\n"));
+    let (redis, postgres) = (RedisServer::start(), Database::new(false));
+    let sidecar = Sidecar::with_settings(&redis.url(), &postgres.url, &["--config", config.path()]);
+    let stack = Stack { sidecar, redis, postgres };
+    stack.wait_until_ready();
+    for request in [
+        format!("AUTH {PASSWORD}\r\nQUIT\r\n"),
+        format!("AUTH default {PASSWORD}x\r\nAUTH {PASSWORD} x\r\nQUIT\r\n"),
+        format!("HELLO 3 AUTH default {PASSWORD} SETNAME {PASSWORD}\u{e9}\r\nQUIT\r\n"),
+        format!("HELLO 9 AUTH default {PASSWORD}\r\nQUIT\r\n"),
+        format!("AUTH a {PASSWORD} b\r\nQUIT\r\n"),
+    ] {
+        let answer = until_closed(stack.sidecar.raw(), &request);
+        assert!(!answer.contains(PASSWORD), "{request}: {answer}");
+    }
+    let mut client = stack.sidecar.connect_as("default", PASSWORD);
+    for request in [
+        format!("CONFIG SET requirepass {PASSWORD}"),
+        format!("ACL SETUSER a on >{PASSWORD}"),
+        "CONFIG GET *".to_owned(),
+        "INFO everything".to_owned(),
+        "CLIENT LIST".to_owned(),
+        "ACL LIST".to_owned(),
+        "ACL GETUSER default".to_owned(),
+        "SLOWLOG GET".to_owned(),
+        "HOLDFAST.STATUS".to_owned(),
+    ] {
+        let answer = client.ask(&request);
+        assert!(!answer.contains(PASSWORD) && !answer.contains(&hash()), "{request}: {answer}");
+    }
+    for path in ["/metrics", "/readyz?verbose", "/livez"] {
+        assert!(!stack.sidecar.get(path).1.contains(PASSWORD), "{path}");
+    }
+    let shown = Command::new(env!("CARGO_BIN_EXE_holdfast")).args(["print-config", "--config", config.path()]).output().unwrap();
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.contains("requirepass = \"***\"") && !shown.contains(PASSWORD), "{shown}");
+    wait_until("the audit is logged", || stack.sidecar.log().contains("CONFIG|SET"));
+    let log = stack.sidecar.log();
+    assert!(log.contains("ACL|SETUSER") && log.contains("wrong user or password"), "{log}");
+    for secret in [PASSWORD, &hash()] {
+        assert!(!log.contains(secret), "{log}");
+    }
+    let arguments = std::fs::read(format!("/proc/{}/cmdline", stack.sidecar.pid())).unwrap();
+    assert!(!String::from_utf8_lossy(&arguments).contains(PASSWORD));
+}

@@ -1,0 +1,71 @@
+//! Messages that answer no request, and what operators look at.
+
+use std::io::{Read as _, Write as _};
+
+use crate::harness::Stack;
+
+#[test]
+fn tools_read_and_change_what_they_do_on_a_redis() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    for (request, reply) in [
+        ("CONFIG GET maxclients", "[maxclients, 10000]"),
+        ("CONFIG SET maxclients 9000 timeout 0", "OK"),
+        ("CONFIG GET maxclients", "[maxclients, 9000]"),
+        ("CONFIG SET slowlog-log-slower-than 0", "OK"),
+        ("CONFIG SET databases 16", "-ERR CONFIG SET failed (possibly related to argument 'databases') - can't set immutable config"),
+        ("DBSIZE", "0"),
+        ("LATENCY LATEST", "[]"),
+        ("PUBSUB CHANNELS", "[]"),
+        ("READONLY", "-ERR This instance has cluster support disabled"),
+        ("CLIENT TRACKING ON", "-ERR client-side caching is not supported: connect without CLIENT TRACKING"),
+    ] {
+        assert_eq!(client.ask(request), reply, "{request}");
+    }
+    assert!(client.ask("SLOWLOG LEN").parse::<u32>().unwrap() > 0);
+    assert!(client.ask("SLOWLOG GET 1").contains(", [SLOWLOG, LEN], 127.0.0.1:"));
+    assert!(client.ask("MODULE LIST").contains("[name, holdfast, ver, "));
+    assert!(stack.sidecar.get("/metrics").1.contains("holdfast_connected_clients 1"));
+}
+
+#[test]
+fn a_subscription_is_confirmed_and_restricts_resp2() {
+    let stack = Stack::start();
+    let mut raw = stack.sidecar.raw();
+    raw.write_all(b"SUBSCRIBE stock:events:mug\r\nSTOCK.GET mug\r\nPING hi\r\nUNSUBSCRIBE\r\nSTOCK.GET mug\r\nQUIT\r\n").unwrap();
+    let mut text = String::new();
+    raw.read_to_string(&mut text).unwrap();
+    let expected = "*3\r\n$9\r\nsubscribe\r\n$16\r\nstock:events:mug\r\n:1\r\n\
+        -ERR Can't execute 'stock.get': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context\r\n\
+        *2\r\n$4\r\npong\r\n$2\r\nhi\r\n*3\r\n$11\r\nunsubscribe\r\n$16\r\nstock:events:mug\r\n:0\r\n$-1\r\n+OK\r\n";
+    assert_eq!(text, expected);
+}
+
+#[test]
+fn the_backing_redis_is_read_through_only_where_that_is_on_and_never_written() {
+    let stack = Stack::start();
+    let off = stack.connect().ask("GET stock:product:a");
+    assert!(off.starts_with("-ERR unknown command 'GET', with args beginning with: 'stock:product:a'"), "{off}");
+    let stack = Stack::with_settings(&["--passthrough", "read-only", "--reply-within-ms", "20000"]);
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    for (request, reply) in [
+        ("GET stock:product:a", "10"),
+        ("GET nothing", "nil"),
+        ("MGET stock:product:a nothing", "[10, nil]"),
+        ("EXISTS stock:product:a", "1"),
+        ("TYPE holdfast:outbox", "stream"),
+        ("XLEN holdfast:outbox", "1"),
+        ("HGET holdfast:meta n", "1"),
+        ("TTL stock:product:a", "-1"),
+        ("HGET stock:product:a n", "-WRONGTYPE Operation against a key holding the wrong kind of value"),
+        ("GET", "-ERR wrong number of arguments for 'get' command"),
+    ] {
+        assert_eq!(client.ask(request), reply, "{request}");
+    }
+    assert!(client.ask("SCAN 0 MATCH stock:* COUNT 100").contains("stock:product:a"));
+    for never in ["SET stock:product:a 5", "DEL stock:product:a", "EVAL x 0", "KEYS *", "FLUSHALL", "CONFIG SET save x"] {
+        assert!(client.ask(never).starts_with("-ERR "), "{never}");
+    }
+    assert_eq!(client.ask("STOCK.GET a"), "10");
+}
