@@ -14,6 +14,8 @@ command -v cc >/dev/null || packages+=(gcc libc6-dev)
 if [ "${1:-}" = clients ]; then
     command -v node >/dev/null && command -v npm >/dev/null || packages+=(nodejs npm)
     python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3 python3-venv)
+    # Go, Java and Maven are large, and used where they are there.
+    [ -e /usr/include/hiredis/hiredis.h ] || packages+=(libhiredis-dev)
 fi
 # What the benchmark needs. Java and Maven are used where they are there: they are large, and serve one of its comparisons.
 if [ "${1:-}" = bench ]; then

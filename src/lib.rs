@@ -11,7 +11,7 @@
 //! - [`outbox`]: carries what the scripts appended from Redis to Postgres.
 //! - [`ledger`]: everything on Postgres.
 //! - [`reconcile`]: compares both while they are in use, and repairs what differs.
-//! - [`tls`]: certificates.
+//! - [`tls`], the certificates.
 //! - [`telemetry`]: metrics, logs, the HTTP endpoints.
 //! - [`app`]: builds all of it, and drains it in reverse.
 

@@ -155,4 +155,79 @@ report.check(f"{name}: --latency", latency)
 report.check(f"{name}: --stat", stat)
 report.check(f"{name}: --pipe", mass_insertion)
 report.check(f"{name}: a dropped connection, one effect", dropped)
+
+
+def monitor():
+    """It shows what others send, without secrets."""
+    child = subprocess.Popen(["redis-cli", "-p", PORT, "MONITOR"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, encoding="utf-8")
+    try:
+        check_that(child.stdout.readline() == "OK\n", "OK")
+        cli("ECHO", "seen")
+        run("AUTH", "default", "s3cret")
+        cli("ECHO", "last")
+        shown = ""
+        while '"last"' not in shown:
+            shown += child.stdout.readline()
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    check_that('"ECHO" "seen"' in shown and "s3cret" not in shown, shown)
+
+
+def benchmark():
+    """`redis-benchmark` runs as against a Redis."""
+    done = subprocess.run(["redis-benchmark", "-p", PORT, "-t", "ping", "-n", "1000", "-q"], capture_output=True, text=True, timeout=PATIENCE)
+    check_that(done.returncode == 0 and "PING_MBULK" in done.stdout, done)
+
+
+def deep():
+    cli("STOCK.SET", "cli-deep", "10000")
+    command = "*3\r\n$10\r\nSTOCK.DECR\r\n$8\r\ncli-deep\r\n$1\r\n1\r\n"
+    shown = cli("--pipe", stdin=command * 10_000)
+    check_that("errors: 0, replies: 10000" in shown and cli("STOCK.GET", "cli-deep") == "0\n", shown)
+
+
+def one_effect():
+    cli("STOCK.SET", "cli-once", "100")
+    for number in range(100):
+        command = ("STOCK.DECR", "cli-once", "1", "REQUEST", f"cli-once-{number}")
+        check_that([run(*command, port=PROXY).returncode for _ in range(3)] == [1, 1, 0], command)
+    check_that(cli("STOCK.GET", "cli-once") == "0\n", "another number of sales")
+
+
+def reconnects():
+    shown = run(stdin="CLIENT KILL SKIPME no\nPING\nPING\n").stdout
+    check_that(shown.endswith("PONG\n"), shown)
+
+
+def pool():
+    clients = [subprocess.Popen(["redis-cli", "-p", PORT, "PING"], stdout=subprocess.PIPE, text=True) for _ in range(50)]
+    replies = [client.communicate(timeout=PATIENCE)[0] for client in clients]
+    check_that(replies == ["PONG\n"] * 50, replies)
+
+
+def subscribes():
+    child = subprocess.Popen(["redis-cli", "-p", PORT, "SUBSCRIBE", "stock:events:mug"], stdout=subprocess.PIPE, text=True)
+    shown = [child.stdout.readline() for _ in range(3)]
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    check_that("subscribe\n" in shown and "stock:events:mug\n" in shown, shown)
+
+
+report.check(f"{name}: MONITOR", monitor)
+report.check(f"{name}: redis-benchmark", benchmark)
+for column, check in (
+    ("connects", lambda: check_that(cli("PING") == "PONG\n", "PING")),
+    ("RESP2", lambda: check_that(" resp=2 " in cli("-2", "CLIENT", "INFO"), "-2")),
+    ("RESP3", lambda: check_that(" resp=3 " in cli("-3", "CLIENT", "INFO"), "-3")),
+    ("pool of 50", pool),
+    ("pipeline of 10,000", deep),
+    ("reconnects", reconnects),
+    ("pub/sub", subscribes),
+    ("error words", lambda: check_that(run("STOCK.INCR", "cli-unknown", "1").stdout.startswith("NOTFOUND no product"), "an error")),
+    ("one effect", one_effect),
+):
+    report.check(f"cell redis-cli | {column}", check)
 raise SystemExit(report.failed)

@@ -5,6 +5,7 @@ import { once } from "node:events";
 import { createRequire } from "node:module";
 import Redis, { ReplyError } from "ioredis";
 import { ErrorReply, HOST, PORT, PROXY_PORT, check, drops, runCases } from "./cases.mjs";
+import { runCells } from "./cells.mjs";
 
 const { version } = createRequire(import.meta.url)("ioredis/package.json");
 
@@ -73,3 +74,21 @@ async function run(name, prefix, maps, options) {
 await run(`ioredis ${version}`, "io3", "flat", {});
 await run(`ioredis ${version} with maps`, "io3m", "map", { replyMapping: "resp3" });
 await run(`ioredis ${version} RESP2`, "io2", "flat", { protocol: 2 });
+
+await runCells("ioredis", {
+  async connect(port, options = {}) {
+    const client = new Redis(port, HOST, options);
+    client.on("error", () => {});
+    return client;
+  },
+  call: (client, ...words) => client.call(...words),
+  close: (client) => client.quit(),
+  async subscribe(client, channel) {
+    const subscriber = client.duplicate();
+    assert.equal(await subscriber.subscribe(channel), 1);
+    assert.equal(await subscriber.unsubscribe(channel), 0);
+    await subscriber.quit();
+  },
+  protocol: (number) => ({ protocol: number }),
+  retries: true,
+});

@@ -4,6 +4,7 @@ import assert from "node:assert/strict";
 import { createRequire } from "node:module";
 import { ErrorReply as ReplyError, createClient } from "redis";
 import { ErrorReply, HOST, PORT, PROXY_PORT, check, drops, runCases } from "./cases.mjs";
+import { runCells } from "./cells.mjs";
 
 const { version } = createRequire(import.meta.url)("redis/package.json");
 
@@ -80,3 +81,19 @@ async function run(name, prefix, maps, options) {
 
 await run(`node-redis ${version}`, "nr3", "map", {});
 await run(`node-redis ${version} RESP2`, "nr2", "flat", { RESP: 2 });
+
+await runCells("node-redis", {
+  connect: (port, options = {}) => connect(port, options),
+  call: (client, ...words) => client.sendCommand(words),
+  close: (client) => client.close(),
+  async subscribe(client, channel) {
+    const subscriber = client.duplicate();
+    subscriber.on("error", () => {});
+    await subscriber.connect();
+    await subscriber.subscribe(channel, () => {});
+    await subscriber.unsubscribe(channel);
+    await subscriber.close();
+  },
+  protocol: (number) => ({ RESP: number }),
+  retries: false,
+});

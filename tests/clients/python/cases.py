@@ -46,12 +46,15 @@ class ErrorReply:
 
 
 def matches(expected, reply, maps):
-    """Whether a reply is what is expected. `maps` says how this client shows maps: as "map", or "flat" as they are in RESP2."""
+    """Whether a reply is what is expected. `maps` says how this client shows maps: as "map", "flat" as they are in RESP2, or as "pairs", of
+    which an empty list may be none."""
     if isinstance(expected, dict):
         if maps == "flat":
             if not isinstance(reply, list) or len(reply) % 2:
                 return False
             reply = dict(zip(reply[::2], reply[1::2], strict=True))
+        if maps == "pairs" and reply == []:
+            reply = {}
         if not isinstance(reply, dict):
             return False
         keys = expected.keys() - {"..."}

@@ -1,0 +1,211 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+var failed = false
+
+// Prints a line for a check.
+func report(name string, err error) {
+	if err != nil {
+		failed = true
+		fmt.Printf("FAIL %s: %v\n", name, err)
+		return
+	}
+	fmt.Printf("ok   %s\n", name)
+}
+
+func plain(reply any, err error) any {
+	var refused redis.Error
+	switch {
+	case errors.Is(err, redis.Nil):
+		return nil
+	case errors.As(err, &refused):
+		return errorReply(refused.Error())
+	case err != nil:
+		return err
+	}
+	return withoutErrors(reply)
+}
+
+// Nil inside of lists is a value, as outside of them.
+func withoutErrors(reply any) any {
+	switch reply := reply.(type) {
+	case []any:
+		for at := range reply {
+			reply[at] = withoutErrors(reply[at])
+		}
+	case map[any]any:
+		for name := range reply {
+			reply[name] = withoutErrors(reply[name])
+		}
+	case error:
+		return plain(nil, reply)
+	}
+	return reply
+}
+
+func conformance(ctx context.Context) int {
+	address, proxy := "127.0.0.1:"+os.Getenv("PORT"), "127.0.0.1:"+os.Getenv("PROXY_PORT")
+	report("go-redis: the example", example(ctx, address))
+	cases, err := readCases()
+	report("go-redis: the cases can be read", err)
+	for _, protocol := range []int{3, 2} {
+		name, prefix := fmt.Sprintf("go-redis RESP%d", protocol), fmt.Sprintf("go%d-", protocol)
+		client := redis.NewClient(&redis.Options{Addr: address, Protocol: protocol})
+		for _, c := range cases {
+			report(name+": "+c.Name, runCase(c, prefix, func(commands [][]any) []any {
+				var replies []any
+				for _, command := range commands {
+					replies = append(replies, plain(client.Do(ctx, command...).Result()))
+				}
+				return replies
+			}))
+			report(name+", pipelined: "+c.Name, runCase(c, prefix+"pipe-", func(commands [][]any) []any {
+				pipeline := client.Pipeline()
+				var results []*redis.Cmd
+				for _, command := range commands {
+					results = append(results, pipeline.Do(ctx, command...))
+				}
+				_, _ = pipeline.Exec(ctx)
+				var replies []any
+				for _, result := range results {
+					replies = append(replies, plain(result.Result()))
+				}
+				return replies
+			}))
+		}
+		client.Close()
+	}
+	// From here on as in a first program: with nothing but an address.
+	client := redis.NewClient(&redis.Options{Addr: address})
+	defer client.Close()
+	cell := func(column string, run func() error) { report("cell go-redis | "+column, run()) }
+	cell("connects", func() error { return client.Ping(ctx).Err() })
+	cell("RESP2", func() error { return protocolIs(ctx, address, 2) })
+	cell("RESP3", func() error { return protocolIs(ctx, address, 3) })
+	cell("pool of 50", func() error { return pool(ctx, address) })
+	cell("pipeline of 10,000", func() error { return deep(ctx, client) })
+	cell("reconnects", func() error { return reconnects(ctx, client) })
+	cell("pub/sub", func() error { return subscribes(ctx, client) })
+	cell("error words", func() error { return words(ctx, client) })
+	cell("one effect", func() error { return oneEffect(ctx, client, proxy) })
+	if failed {
+		return 1
+	}
+	return 0
+}
+
+func protocolIs(ctx context.Context, address string, protocol int) error {
+	client := redis.NewClient(&redis.Options{Addr: address, Protocol: protocol})
+	defer client.Close()
+	info, err := client.Do(ctx, "CLIENT", "INFO").Text()
+	if err == nil && !strings.Contains(info, fmt.Sprintf(" resp=%d ", protocol)) {
+		err = errors.New(info)
+	}
+	return err
+}
+
+func pool(ctx context.Context, address string) error {
+	client := redis.NewClient(&redis.Options{Addr: address, PoolSize: 50})
+	defer client.Close()
+	if err := client.Do(ctx, "STOCK.SET", "go-pool", 5000).Err(); err != nil {
+		return err
+	}
+	var all sync.WaitGroup
+	problems := make(chan error, 50)
+	for range 50 {
+		all.Go(func() {
+			for range 20 {
+				if err := client.Do(ctx, "STOCK.DECR", "go-pool", 1).Err(); err != nil {
+					problems <- err
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+	close(problems)
+	if err := <-problems; err != nil {
+		return err
+	}
+	return available(ctx, client, "go-pool", 4000)
+}
+
+func available(ctx context.Context, client *redis.Client, product string, expected int64) error {
+	found, err := client.Do(ctx, "STOCK.GET", product).Int64()
+	if err == nil && found != expected {
+		err = fmt.Errorf("%d are left, expected %d", found, expected)
+	}
+	return err
+}
+
+func deep(ctx context.Context, client *redis.Client) error {
+	if err := client.Do(ctx, "STOCK.SET", "go-deep", 20000).Err(); err != nil {
+		return err
+	}
+	pipeline := client.Pipeline()
+	for range 10000 {
+		pipeline.Do(ctx, "STOCK.DECR", "go-deep", 1)
+	}
+	if _, err := pipeline.Exec(ctx); err != nil {
+		return err
+	}
+	return available(ctx, client, "go-deep", 10000)
+}
+
+func reconnects(ctx context.Context, client *redis.Client) error {
+	if err := client.Do(ctx, "CLIENT", "KILL", "SKIPME", "yes").Err(); err != nil {
+		return err
+	}
+	for range 5 {
+		if err := client.Ping(ctx).Err(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func subscribes(ctx context.Context, client *redis.Client) error {
+	bounded, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	subscription := client.Subscribe(bounded, "stock:events:go-mug")
+	defer subscription.Close()
+	if _, err := subscription.Receive(bounded); err != nil {
+		return err
+	}
+	return subscription.Ping(bounded)
+}
+
+func words(ctx context.Context, client *redis.Client) error {
+	err := client.Do(ctx, "STOCK.INCR", "go-unknown", 1).Err()
+	var refused redis.Error
+	if !errors.As(err, &refused) || !strings.HasPrefix(refused.Error(), "NOTFOUND ") {
+		return fmt.Errorf("not a redis.Error that begins with NOTFOUND: %v", err)
+	}
+	return nil
+}
+
+// The connection is lost twice after each command was executed; go-redis itself sends it again.
+func oneEffect(ctx context.Context, client *redis.Client, proxy string) error {
+	if err := client.Do(ctx, "STOCK.SET", "go-lost", 100).Err(); err != nil {
+		return err
+	}
+	through := redis.NewClient(&redis.Options{Addr: proxy})
+	defer through.Close()
+	for number := range 100 {
+		if err := through.Do(ctx, "STOCK.DECR", "go-lost", 1, "REQUEST", fmt.Sprintf("go-lost-%d", number)).Err(); err != nil {
+			return err
+		}
+	}
+	return available(ctx, client, "go-lost", 0)
+}

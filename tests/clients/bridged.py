@@ -1,0 +1,136 @@
+"""Clients in compiled languages against Holdfast. Each is a program of clients/ that takes commands line by line and prints replies as JSON,
+so that the cases and what is expected of them stand in one place.
+
+Arguments: the client's name, whether it shows maps as `map` or `flat` in its own choice of protocol, the protocols it can be told to speak
+(`2`, `3`, both or neither, as `23` and `-`), and the program's words, in which PORT and PROTOCOL stand for these.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+from cases import ErrorReply, Failure, Report, drops, run_cases
+
+PORT, PROXY = os.environ["PORT"], os.environ["PROXY_PORT"]
+report = Report()
+
+
+def check_that(is_so, what):
+    if not is_so:
+        raise Failure(what)
+
+
+class Bridge:
+    """One running program."""
+
+    def __init__(self, port, protocol):
+        filled = [word.replace("PORT", port).replace("PROTOCOL", protocol) for word in PROGRAM]
+        self.process = subprocess.Popen(filled, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+
+    def line(self, text):
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        check_that(answer, f"the program has ended at {text}")
+        return json.loads(answer)
+
+    def ask(self, *words):
+        return self.line(" ".join(word.encode().hex() or "." for word in map(str, words)))
+
+    def send(self, commands):
+        return [plain(self.ask(*command)) for command in commands]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
+def plain(reply):
+    if isinstance(reply, dict) and list(reply) == ["error"]:
+        return ErrorReply(reply["error"])
+    if isinstance(reply, dict) and list(reply) == ["lost"]:
+        raise Failure(f"a lost connection: {reply['lost']}")
+    return reply
+
+
+def with_bridge(function, port=PORT, protocol="0"):
+    def run():
+        bridge = Bridge(port, protocol)
+        try:
+            return function(bridge)
+        finally:
+            bridge.close()
+
+    return run
+
+
+def speaks(protocol):
+    def run(bridge):
+        shown = bridge.ask("CLIENT", "INFO")
+        check_that(f" resp={protocol} " in shown, shown)
+
+    return run
+
+
+def says_true(line):
+    def run(bridge):
+        bridge.ask("STOCK.SET", f"{LANGUAGE}-mug", 10)
+        check_that(bridge.line(line) is True, line)
+
+    return run
+
+
+def reconnects(bridge):
+    bridge.ask("PING")
+    own = bridge.ask("CLIENT", "ID")
+    with_bridge(lambda other: other.ask("CLIENT", "KILL", "ID", own))()
+    # A client that tells of the loss works again after that.
+    replies = [bridge.ask("PING") for _ in range(3)]
+    check_that(replies[-1] == "PONG", replies)
+
+
+def error_words(bridge):
+    reply = bridge.ask("STOCK.INCR", f"{LANGUAGE}-unknown", 1)
+    check_that(isinstance(reply, dict) and reply.get("error", "").startswith("NOTFOUND no product"), reply)
+
+
+def one_effect(bridge):
+    """Each connection is lost twice after the command was executed; where the client does not send it again, its program does."""
+    product = f"{LANGUAGE}-lost"
+    with_bridge(lambda direct: direct.ask("STOCK.SET", product, 100))()
+    for number in range(100):
+        request = f"{LANGUAGE}-lost-{number}"
+        for _ in range(4):
+            reply = bridge.ask("STOCK.DECR", product, 1, "REQUEST", request)
+            if not isinstance(reply, dict):
+                break
+        check_that(isinstance(reply, list) and reply[0] == "OK", reply)
+        check_that(drops(request) == 2, f"{drops(request)} replies were dropped")
+    left = with_bridge(lambda direct: direct.ask("STOCK.GET", product))()
+    check_that(left == 0, f"{left} are left")
+
+
+NAME, MAPS, PROTOCOLS, LANGUAGE, *PROGRAM = sys.argv[1:]
+for protocol in PROTOCOLS.replace("-", "0"):
+    maps = MAPS if protocol != "2" else "flat"
+    client = NAME if protocol == "0" else f"{NAME} RESP{protocol}"
+    bridge = Bridge(PORT, protocol)
+    run_cases(report, client, f"{LANGUAGE}{protocol}-", maps, bridge.send)
+    bridge.close()
+cell = lambda column, run: report.check(f"cell {NAME} | {column}", run)  # noqa: E731
+cell("connects", with_bridge(lambda bridge: check_that(bridge.ask("PING") == "PONG", "PING")))
+for protocol in "23":
+    if protocol in PROTOCOLS:
+        cell(f"RESP{protocol}", with_bridge(speaks(protocol), protocol=protocol))
+    elif protocol == "2":
+        cell("RESP2", with_bridge(speaks("2")))
+cell("pool of 50", with_bridge(says_true("pool 50")))
+cell("pipeline of 10,000", with_bridge(says_true("pipeline 10000")))
+cell("reconnects", with_bridge(reconnects))
+if LANGUAGE != "c":
+    cell("pub/sub", with_bridge(says_true("subscribe stock:events:mug")))
+cell("error words", with_bridge(error_words))
+cell("one effect", with_bridge(one_effect, port=PROXY))
+raise SystemExit(report.failed)

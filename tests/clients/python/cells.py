@@ -1,0 +1,165 @@
+"""The table of clients: what each column means, run with redis-py."""
+
+import asyncio
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import redis
+import redis.asyncio
+
+from cases import Failure, drops
+
+HOST, PORT, PROXY = "127.0.0.1", int(os.environ["PORT"]), int(os.environ["PROXY_PORT"])
+LOST = 100
+
+
+def check_that(is_so, what):
+    if not is_so:
+        raise Failure(what)
+
+
+def synchronous(report, name):
+    """As in a first program: with nothing but an address, or with what the column names."""
+
+    def cell(column, run, **options):
+        def with_client():
+            with redis.Redis(HOST, PORT, **options) as client:
+                run(client)
+
+        report.check(f"cell {name} | {column}", with_client)
+
+    def speaks(protocol):
+        return lambda client: check_that(client.client_info()["resp"] == str(protocol), client.client_info())
+
+    def pool(client):
+        client.execute_command("STOCK.SET", "cell-pool", 1000)
+        with ThreadPoolExecutor(50) as threads:
+            list(threads.map(lambda _: client.execute_command("STOCK.DECR", "cell-pool", 1), range(1000)))
+        check_that(client.execute_command("STOCK.GET", "cell-pool") == 0, "another number of sales")
+
+    def deep(client):
+        client.execute_command("STOCK.SET", "cell-deep", 10_000)
+        with client.pipeline(transaction=False) as pipeline:
+            for _ in range(10_000):
+                pipeline.execute_command("STOCK.DECR", "cell-deep", 1)
+            replies = pipeline.execute()
+        check_that(len(replies) == 10_000 and client.execute_command("STOCK.GET", "cell-deep") == 0, "another number of sales")
+
+    def reconnects(client):
+        client.ping()
+        with redis.Redis(HOST, PORT) as other:
+            other.client_kill_filter(_id=client.client_id())
+        check_that(client.ping() is True, "ping")
+
+    def subscribes(client):
+        with client.pubsub() as subscription:
+            subscription.subscribe("stock:events:mug")
+            check_that(subscription.get_message(timeout=30)["type"] == "subscribe", "not confirmed")
+            subscription.psubscribe("coupon:events:*")
+            check_that(subscription.get_message(timeout=30)["type"] == "psubscribe", "not confirmed")
+            subscription.unsubscribe()
+            check_that(subscription.get_message(timeout=30)["type"] == "unsubscribe", "not confirmed")
+
+    def words(client):
+        try:
+            client.execute_command("STOCK.INCR", "cell-unknown", 1)
+        except redis.ResponseError as error:
+            check_that("no product 'cell-unknown'" in str(error), error)
+        else:
+            raise Failure("no error")
+
+    def one_effect(client):
+        client.execute_command("STOCK.SET", "cell-lost", LOST)
+        with redis.Redis(HOST, PROXY) as through:
+            for number in range(LOST):
+                request = f"cell-lost-{number}"
+                through.execute_command("STOCK.DECR", "cell-lost", 1, "REQUEST", request)
+                check_that(drops(request) == 2, f"{drops(request)} replies were dropped")
+        check_that(client.execute_command("STOCK.GET", "cell-lost") == 0, "another number of sales")
+
+    cell("connects", lambda client: client.ping())
+    cell("RESP2", speaks(2), protocol=2)
+    cell("RESP3", speaks(3), protocol=3)
+    cell("pool of 50", pool, max_connections=50)
+    cell("pipeline of 10,000", deep)
+    cell("reconnects", reconnects)
+    cell("pub/sub", subscribes)
+    cell("error words", words)
+    cell("one effect", one_effect)
+
+
+async def asynchronous(report, name):
+    async def cell(column, run, **options):
+        client = redis.asyncio.Redis(host=HOST, port=PORT, **options)
+        problem = None
+        try:
+            await run(client)
+        except Exception as error:  # Whatever a client throws is a failed check.
+            problem = error
+        await client.aclose()
+
+        def outcome():
+            if problem is not None:
+                raise problem
+
+        report.check(f"cell {name} | {column}", outcome)
+
+    def speaks(protocol):
+        async def run(client):
+            info = await client.client_info()
+            check_that(info["resp"] == str(protocol), info)
+
+        return run
+
+    async def pool(client):
+        await client.execute_command("STOCK.SET", "cella-pool", 1000)
+        for _ in range(20):
+            await asyncio.gather(*(client.execute_command("STOCK.DECR", "cella-pool", 1) for _ in range(50)))
+        check_that(await client.execute_command("STOCK.GET", "cella-pool") == 0, "another number of sales")
+
+    async def deep(client):
+        await client.execute_command("STOCK.SET", "cella-deep", 10_000)
+        async with client.pipeline(transaction=False) as pipeline:
+            for _ in range(10_000):
+                pipeline.execute_command("STOCK.DECR", "cella-deep", 1)
+            replies = await pipeline.execute()
+        check_that(len(replies) == 10_000 and await client.execute_command("STOCK.GET", "cella-deep") == 0, "another number of sales")
+
+    async def reconnects(client):
+        own = await client.client_id()
+        other = redis.asyncio.Redis(host=HOST, port=PORT)
+        await other.client_kill_filter(_id=own)
+        await other.aclose()
+        check_that(await client.ping() is True, "ping")
+
+    async def subscribes(client):
+        async with client.pubsub() as subscription:
+            await subscription.subscribe("stock:events:mug")
+            message = await subscription.get_message(timeout=30)
+            check_that(message["type"] == "subscribe", message)
+
+    async def words(client):
+        try:
+            await client.execute_command("STOCK.INCR", "cella-unknown", 1)
+        except redis.ResponseError as error:
+            check_that("no product 'cella-unknown'" in str(error), error)
+        else:
+            raise Failure("no error")
+
+    async def one_effect(client):
+        await client.execute_command("STOCK.SET", "cella-lost", LOST)
+        through = redis.asyncio.Redis(host=HOST, port=PROXY)
+        for number in range(LOST):
+            await through.execute_command("STOCK.DECR", "cella-lost", 1, "REQUEST", f"cella-lost-{number}")
+        await through.aclose()
+        check_that(await client.execute_command("STOCK.GET", "cella-lost") == 0, "another number of sales")
+
+    await cell("connects", lambda client: client.ping())
+    await cell("RESP2", speaks(2), protocol=2)
+    await cell("RESP3", speaks(3), protocol=3)
+    await cell("pool of 50", pool, max_connections=50)
+    await cell("pipeline of 10,000", deep)
+    await cell("reconnects", reconnects)
+    await cell("pub/sub", subscribes)
+    await cell("error words", words)
+    await cell("one effect", one_effect)

@@ -1,0 +1,37 @@
+"""The README's table of clients, from the lines `client | column` of the checks that have passed, in the file that is named. With UPDATE=1 it is
+written, otherwise it must be there."""
+
+import os
+import sys
+from pathlib import Path
+
+COLUMNS = (
+    "connects",
+    "RESP2",
+    "RESP3",
+    "pool of 50",
+    "pipeline of 10,000",
+    "reconnects",
+    "pub/sub",
+    "error words",
+    "one effect",
+)
+README = Path(__file__).parent.parent.parent / "README.md"
+BEGIN, END = "<!-- clients -->\n", "<!-- /clients -->"
+
+passed = {}
+for line in Path(sys.argv[1]).read_text().splitlines():
+    client, column = line.split(" | ")
+    passed.setdefault(client, set()).add(column)
+table = f"| client | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}\n"
+for client, columns in passed.items():
+    table += f"| {client} | {' | '.join('yes' if column in columns else '–' for column in COLUMNS)} |\n"
+text = README.read_text()
+head, rest = text.split(BEGIN)
+shown, tail = rest.split(END)
+if shown == table:
+    raise SystemExit(0)
+if os.environ.get("UPDATE") != "1":
+    print(f"FAIL the README's table of clients is another one: UPDATE=1 tests/clients/run writes\n{table}")
+    raise SystemExit(1)
+README.write_text(head + BEGIN + table + END + tail)
