@@ -76,7 +76,8 @@ def speaks(protocol):
 
 def says_true(line):
     def run(bridge):
-        bridge.ask("STOCK.SET", f"{LANGUAGE}-mug", 10)
+        for product in (f"{LANGUAGE}-mug", "java-mug"):
+            bridge.ask("STOCK.SET", product, 10)
         check_that(bridge.line(line) is True, line)
 
     return run
