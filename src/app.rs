@@ -6,7 +6,9 @@
 mod access;
 
 use std::fmt;
+use std::io::{self, BufWriter, Write as _};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -20,6 +22,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{info, warn};
 use uuid::Uuid;
 
+use crate::bulk::{self, Imported};
 use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, SlowLog, Stats, passthrough};
@@ -228,6 +231,37 @@ pub async fn migrate(config: &Config) -> Result<(), Error> {
 pub async fn rebuild(config: &Config, from: Side) -> Result<(), Error> {
     let window_ms = i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX);
     by_hand::rebuild(from, config.redis.url.expose(), config.postgres.url.expose(), window_ms).await.map_err(error)
+}
+
+/// Sets every product of a CSV file. Errors also where a line was refused.
+pub async fn import(config: &Config, file: &Path, shutdown: CancellationToken) -> Result<(), Error> {
+    let Imported { set, before, refused } = bulk::import(config, file, shutdown).await.map_err(error)?;
+    let earlier = if before > 0 { format!(" ({before} lines were done before)") } else { String::new() };
+    say(format_args!("{set} products set{earlier}, {refused} lines refused"))?;
+    if refused > 0 { Err(Error(format!("{refused} lines of {} were refused", file.display()))) } else { Ok(()) }
+}
+
+/// Writes every product to standard output.
+pub async fn export(config: &Config) -> Result<(), Error> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    let (products, position) = bulk::export(config.postgres.url.expose(), 0, &mut out).await.map_err(error)?;
+    info!(products, %position, "exported");
+    Ok(())
+}
+
+/// Compares every product and coupon with what the ledgers make of it. Errors where one differs.
+pub async fn audit(config: &Config, all: bool) -> Result<(), Error> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    let found = bulk::audit(config.postgres.url.expose(), all, &mut out).await.map_err(error)?;
+    out.flush().map_err(error)?;
+    drop(out);
+    say(format_args!("{} products and {} coupons, {} of them differ", found.products, found.coupons, found.differ))?;
+    if found.differ > 0 { Err(Error("the ledgers do not explain every number".to_owned())) } else { Ok(()) }
+}
+
+/// Says to whoever ran the command what became of it.
+fn say(what: fmt::Arguments<'_>) -> Result<(), Error> {
+    writeln!(io::stdout(), "{what}").map_err(error)
 }
 
 /// Binds as the runtime does, but with a longer backlog.

@@ -6,7 +6,7 @@ use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Arg, ArgMatches, Command, value_parser};
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 
 use crate::app;
 use crate::config::{self, FILE_VARIABLE, Kind, Resolved, SETTINGS, Setting, Sources};
@@ -38,7 +38,13 @@ impl Invocation {
                 let config = &self.resolved.config;
                 Some(app::probe_client(config).map_err(io::Error::other).and_then(|tls| http::probe(config.http.listen, tls)))
             }
-            Action::Serve | Action::Dev(_) | Action::Migrate | Action::Rebuild(_) => None,
+            Action::Serve
+            | Action::Dev(_)
+            | Action::Migrate
+            | Action::Rebuild(_)
+            | Action::Import(_)
+            | Action::Export
+            | Action::Audit { .. } => None,
         }
     }
 }
@@ -54,6 +60,15 @@ pub enum Action {
     Migrate,
     /// Make one of Redis and Postgres as this one is.
     Rebuild(Side),
+    /// Set every product of this CSV file.
+    Import(PathBuf),
+    /// Write every product to standard output.
+    Export,
+    /// Say whether the ledgers explain every number.
+    Audit {
+        /// Write a line for everything, not only for what differs.
+        all: bool,
+    },
     /// Say whether the configuration can be used.
     CheckConfig,
     /// Show the configuration.
@@ -100,6 +115,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>, variables: BTreeMap<Strin
             let from = matches.get_one::<String>("from").is_some_and(|from| from == "redis");
             (Action::Rebuild(if from { Side::Redis } else { Side::Postgres }), matches)
         }
+        Some(("import", matches)) => (Action::Import(matches.get_one::<PathBuf>("file").cloned().unwrap_or_default()), matches),
+        Some(("export", matches)) => (Action::Export, matches),
+        Some(("audit", matches)) => (Action::Audit { all: matches.get_flag("all") }, matches),
         Some(("check-config", matches)) => (Action::CheckConfig, matches),
         Some(("print-config", matches)) => (Action::PrintConfig, matches),
         Some(("healthcheck", matches)) => (Action::Healthcheck, matches),
@@ -152,6 +170,19 @@ fn command() -> Command {
                     .required(true)
                     .value_parser(["redis", "postgres"])
                     .help("The side that is right"),
+            ),
+        )
+        .subcommand(
+            sub(
+                "import",
+                "Sets every product of a CSV file (product,available,low), while others sell; run again, it goes on where it stopped",
+            )
+            .arg(Arg::new("file").value_name("FILE").required(true).value_parser(value_parser!(PathBuf)).help("The CSV file")),
+        )
+        .subcommand(sub("export", "Writes every product to standard output, as import reads them"))
+        .subcommand(
+            sub("audit", "Replays the ledgers and compares them with every product and coupon: exit code 0, or 1 where one differs").arg(
+                Arg::new("all").long("all").action(ArgAction::SetTrue).help("Writes a line for everything, not only for what differs"),
             ),
         )
         .subcommand(sub("check-config", "Says whether the configuration can be used; connects to nothing"))
@@ -214,6 +245,14 @@ mod tests {
     }
 
     #[test]
+    fn what_is_done_with_all_products_is_a_command() {
+        assert_eq!(run("holdfast import /srv/products.csv").unwrap().action, Action::Import("/srv/products.csv".into()));
+        assert_eq!(run("holdfast export --redis-url redis://r").unwrap().action, Action::Export);
+        assert_eq!(run("holdfast audit --all").unwrap().action, Action::Audit { all: true });
+        assert_eq!(run("holdfast audit").unwrap().action, Action::Audit { all: false });
+    }
+
+    #[test]
     fn what_is_wrong_ends_with_64_and_help_with_0() {
         let code = |line: &str| format!("{:?}", run(line).unwrap_err().report());
         let (usage, success) = (format!("{:?}", ExitCode::from(64)), format!("{:?}", ExitCode::SUCCESS));
@@ -222,6 +261,7 @@ mod tests {
         assert_eq!(code("holdfast"), usage);
         assert_eq!(code("holdfast rebuild"), usage);
         assert_eq!(code("holdfast rebuild --from backup"), usage);
+        assert_eq!(code("holdfast import"), usage);
         assert_eq!(code("holdfast --version"), success);
         assert_eq!(code("holdfast serve --help"), success);
     }

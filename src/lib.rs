@@ -12,6 +12,7 @@
 //! - [`ledger`]: everything on Postgres.
 //! - [`reconcile`]: compares both while they are in use, and repairs what differs.
 //! - [`tls`], the certificates.
+//! - [`bulk`]: all products at once: import, export, audit.
 //! - [`telemetry`]: metrics, logs, the HTTP endpoints.
 //! - [`app`]: builds all of it, and drains it in reverse.
 
@@ -32,5 +33,6 @@ pub mod session;
 pub mod store;
 
 pub mod app;
+pub mod bulk;
 pub mod cli;
 pub mod dev;

@@ -595,3 +595,20 @@ pub const USER_PATTERNS_MAX: usize = 64;
 
 /// Bytes that the audit log and MONITOR repeat of one argument.
 pub const AUDIT_ARGUMENT_MAX: usize = 128;
+
+// Imports.
+
+/// Lines that an import is ahead of Postgres: about two seconds of the relay's work, and all that has to be looked up where one goes on.
+pub const IMPORT_AHEAD: usize = 50_000;
+
+/// Lines of an import that wait for Redis at a time: some batches, so that Redis is never idle and others' sales wait for one only.
+pub const IMPORT_AT_ONCE: usize = 4 * BATCH_OPERATIONS_MAX;
+
+/// Products that are looked up in the ledger at a time where an import goes on.
+pub const IMPORT_LOOK_UP: usize = 5_000;
+
+/// How often an import writes down how far it is: what is done twice as often costs Postgres twice as many commits.
+pub const IMPORT_NOTED_EVERY: Duration = Duration::from_millis(500);
+
+/// Refused lines of an import that are named: past that the file is a wrong one.
+pub const IMPORT_REFUSED_SHOWN: u64 = 1_000;

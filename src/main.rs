@@ -50,6 +50,11 @@ async fn until_signalled(Invocation { action, resolved }: Invocation) -> Result<
                 let done = shutdown.run_until_cancelled(app::rebuild(&resolved.config, from)).await;
                 Ok(done.ok_or("stopped by a signal: Redis stays closed until it is done; run it again")??)
             }
+            Action::Import(file) => Ok(app::import(&resolved.config, &file, shutdown.clone()).await?),
+            Action::Export => Ok(shutdown.run_until_cancelled(app::export(&resolved.config)).await.ok_or("stopped by a signal")??),
+            Action::Audit { all } => {
+                Ok(shutdown.run_until_cancelled(app::audit(&resolved.config, all)).await.ok_or("stopped by a signal")??)
+            }
             _ => Ok(app::run(resolved.config, shutdown.clone(), None).await?),
         }
     };

@@ -172,6 +172,16 @@ impl CouponChange {
         }
     }
 
+    /// By how much it moves the total, what is issued and what is used.
+    pub fn moves(&self) -> [i64; 3] {
+        match self {
+            Self::Create(terms) => [terms.total, 0, 0],
+            Self::Alter { by, .. } => [by.unwrap_or(0), 0, 0],
+            Self::Delete => [0; 3],
+            Self::Step(stepped) => [0, stepped.step.issued(), stepped.step.used()],
+        }
+    }
+
     /// Reads what stands in the outbox behind `coupon.<kind>`.
     pub(super) fn decode(kind: &str, named: &Named<'_>) -> Option<Self> {
         Some(match kind {

@@ -105,13 +105,19 @@ impl<'c> Adoption<'c> {
                SELECT product, available, held, low, frozen FROM r \
                ON CONFLICT (product_id) DO UPDATE SET available = excluded.available, held = excluded.held, low = excluded.low, \
                frozen = excluded.frozen, deleted_at = NULL), \
-             gap AS (SELECT product, available, available - coalesce( \
-               (SELECT sum(l.pg_delta) FROM holdfast.stock_ledger l WHERE l.product_id = product), 0) AS delta FROM r), \
+             gap AS (SELECT r.product, r.available, \
+               r.available - coalesce(l.units, 0) - coalesce(o.available, 0) + coalesce(d.units, 0) AS delta, \
+               r.held - coalesce(l.held, 0) - coalesce(o.held, 0) AS held FROM r \
+               LEFT JOIN LATERAL (SELECT sum(l.pg_delta) AS units, sum(l.held_delta) AS held FROM holdfast.stock_ledger l \
+               WHERE l.product_id = r.product) l ON true \
+               LEFT JOIN holdfast.outside o ON o.kind = 'product' AND o.id = r.product \
+               LEFT JOIN LATERAL (SELECT sum(d.delta) AS units FROM holdfast.dead_letter d WHERE d.product_id = r.product \
+               AND EXISTS (SELECT 1 FROM holdfast.stock_ledger k WHERE k.op = d.op AND k.k = d.k AND k.i = d.i)) d ON true), \
              told AS (INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, \
-               available_after, at) \
+               available_after, at, held_delta) \
                SELECT $1, $7, $8 + row_number() OVER (ORDER BY product), 0, 'rebuild:' || $7, \
-               ($8 + row_number() OVER (ORDER BY product)) % 2147483647, product, 'adopt', 0, delta, available, now() \
-               FROM gap WHERE delta <> 0 RETURNING 1) \
+               ($8 + row_number() OVER (ORDER BY product)) % 2147483647, product, 'adopt', 0, delta, available, now(), held \
+               FROM gap WHERE delta <> 0 OR held <> 0 RETURNING 1) \
              SELECT count(*) FROM told",
         )
         .bind(partition::id(self.partition))
@@ -154,9 +160,12 @@ impl<'c> Adoption<'c> {
             self.issued(&coupon.coupon, issued).await?;
         }
         let explained: i64 = sqlx::query_scalar(
-            "WITH gap AS (SELECT c.total, c.issued, c.total - coalesce(sum(l.total_delta), 0) AS total_gap, \
-               c.issued - coalesce(sum(l.issued_delta), 0) AS issued_gap, c.used - coalesce(sum(l.used_delta), 0) AS used_gap \
-               FROM holdfast.coupon c LEFT JOIN holdfast.coupon_ledger l USING (coupon_id) WHERE c.coupon_id = $2 GROUP BY c.coupon_id), \
+            "WITH gap AS (SELECT c.total, c.issued, c.total - coalesce(l.total, 0) - coalesce(o.total, 0) AS total_gap, \
+               c.issued - coalesce(l.issued, 0) - coalesce(o.issued, 0) AS issued_gap, \
+               c.used - coalesce(l.used, 0) - coalesce(o.used, 0) AS used_gap FROM holdfast.coupon c \
+               LEFT JOIN (SELECT sum(total_delta) AS total, sum(issued_delta) AS issued, sum(used_delta) AS used \
+               FROM holdfast.coupon_ledger WHERE coupon_id = $2) l ON true \
+               LEFT JOIN holdfast.outside o ON o.kind = 'coupon' AND o.id = c.coupon_id WHERE c.coupon_id = $2), \
              told AS (INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, remaining_after, at, issued_delta, \
                used_delta, total_delta) \
                SELECT $1, $3, $4, 'rebuild:' || $3, $4 % 2147483647, $2, 'adopt', greatest(total - issued, 0), now(), issued_gap, used_gap, \

@@ -58,11 +58,7 @@ pub(super) struct CouponLine<'a> {
 impl<'a> CouponLine<'a> {
     /// The row of a change out of the outbox, which says by how much the total moves.
     pub fn new(place: Place<'a>, coupon: &'a str, change: &'a CouponChange) -> Self {
-        let total_delta = match change {
-            CouponChange::Create(terms) => terms.total,
-            CouponChange::Alter { by, .. } => by.unwrap_or(0),
-            CouponChange::Delete | CouponChange::Step(_) => 0,
-        };
+        let [total_delta, ..] = change.moves();
         Self { place, coupon, change, total_delta }
     }
 }

@@ -10,7 +10,7 @@ use sqlx::{Connection, PgConnection};
 use super::apply::{Applied, advance, check_epochs, continuation, what_is_created};
 use super::changes::{Changes, Created};
 use super::partition::{self, id};
-use super::{Error, from_bigint, inbox, to_bigint, write};
+use super::{Error, from_bigint, inbox, outside, to_bigint, write};
 use crate::domain::change::{Effect, Entry, Item, Operation};
 use crate::domain::{DeadLetter, InboxMark, Position, Settled};
 use crate::limits;
@@ -275,21 +275,22 @@ pub async fn retry(connection: &mut PgConnection, letter: i64) -> Result<Settled
 }
 
 async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
-    type Columns = (i64, i64, i32, String, Option<String>, i64, bool, String, i64);
+    type Columns = (i64, i64, i32, String, i32, Option<String>, i64, bool, String, i64);
     let found: Option<Columns> = sqlx::query_as(
-        "DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING epoch, n, i, op, product_id, delta, in_redis, line, \
+        "DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING epoch, n, i, op, k, product_id, delta, in_redis, line, \
          (extract(epoch FROM at) * 1000)::bigint",
     )
     .bind(letter)
     .fetch_optional(&mut *connection)
     .await?;
-    let Some((epoch, n, i, op, product, delta, in_redis, line, at_ms)) = found else { return Ok(Settled::Unknown) };
+    let Some((epoch, n, i, op, k, product, delta, in_redis, line, at_ms)) = found else { return Ok(Settled::Unknown) };
     if let (Some(product), false) = (&product, in_redis) {
         let moved = sqlx::query("UPDATE holdfast.stock SET available = available + $2 WHERE product_id = $1 AND deleted_at IS NULL");
-        return match moved.bind(product).bind(delta).execute(connection).await?.rows_affected() {
-            0 => Ok(Settled::Failed(format!("holdfast.stock has no product {product}"))),
-            _ => Ok(Settled::Done),
-        };
+        if moved.bind(product).bind(delta).execute(&mut *connection).await?.rows_affected() == 0 {
+            return Ok(Settled::Failed(format!("holdfast.stock has no product {product}")));
+        }
+        outside::product_given_up(connection, product, delta, false, (&op, k, i)).await?;
+        return Ok(Settled::Done);
     }
     sqlx::query("SELECT set_config('holdfast.writer', 'holdfast', true)").execute(&mut *connection).await?;
     let mut operation = Operation::decode(&line).map_err(|malformed| Error::Data(malformed.to_string()))?;
@@ -325,19 +326,22 @@ pub async fn discard(connection: &mut PgConnection, letter: i64) -> Result<Settl
 }
 
 async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
-    let found: Option<(Option<String>, i64, bool)> =
-        sqlx::query_as("DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING product_id, delta, in_redis")
+    type Columns = (Option<String>, i64, bool, String, i32, i32, String);
+    let found: Option<Columns> =
+        sqlx::query_as("DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING product_id, delta, in_redis, op, k, i, line")
             .bind(letter)
             .fetch_optional(&mut *connection)
             .await?;
-    match found {
-        None => Ok(Settled::Unknown),
-        Some((Some(product), delta, true)) if delta != 0 => {
-            inbox::put(connection, &product, -delta).await?;
-            Ok(Settled::Done)
-        }
-        Some(_) => Ok(Settled::Done),
+    let Some((product, delta, in_redis, op, k, i, line)) = found else { return Ok(Settled::Unknown) };
+    let Some(product) = product else {
+        outside::coupon_given_up(connection, &line, &op, k).await?;
+        return Ok(Settled::Done);
+    };
+    outside::product_given_up(connection, &product, delta, in_redis, (&op, k, i)).await?;
+    if in_redis && delta != 0 {
+        inbox::put(connection, &product, -delta).await?;
     }
+    Ok(Settled::Done)
 }
 
 #[cfg(test)]

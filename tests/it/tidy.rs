@@ -36,6 +36,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("store", &["store", "domain", "limits", "resp"]),
     ("outbox", &["outbox", "store", "ledger", "domain", "limits"]),
     ("reconcile", &["reconcile", "store", "ledger", "domain", "limits"]),
+    ("bulk", &["bulk", "command", "config", "outbox", "store", "ledger", "domain", "limits"]),
     ("session", &["session", "domain", "limits", "resp"]),
     ("command", &["command", "session", "store", "domain", "limits", "resp"]),
     ("server", &["server", "command", "session", "resp", "limits", "tls"]),

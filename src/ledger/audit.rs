@@ -1,0 +1,217 @@
+//! Works out of the ledgers what there has to be, and compares it with what there is: all at one moment, page by page.
+//!
+//! A product has as many units as its ledger rows moved, without those that are owed (dead letters), and with what moved it beside the
+//! ledgers, which `holdfast.outside` adds up. A coupon likewise. Kinds of changes make no difference.
+
+use std::collections::HashMap;
+
+use sqlx::postgres::PgRow;
+use sqlx::{AssertSqlSafe, Connection, FromRow, PgConnection, Postgres, Row as _, Transaction};
+
+use super::Error;
+use crate::domain::change::{Effect, Operation};
+use crate::limits::REFILL_PAGE;
+
+/// One number of a product or a coupon: what there is, and what the ledger makes of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Number {
+    pub name: &'static str,
+    pub found: i64,
+    pub explained: i64,
+}
+
+/// A product or a coupon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Account {
+    /// `product` or `coupon`.
+    pub what: &'static str,
+    pub id: String,
+    pub numbers: Vec<Number>,
+}
+
+impl Account {
+    /// Whether the ledger explains every number.
+    pub fn adds_up(&self) -> bool {
+        self.numbers.iter().all(|number| number.found == number.explained)
+    }
+}
+
+impl std::fmt::Display for Account {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}:", self.what, self.id)?;
+        for Number { name, found, explained } in &self.numbers {
+            match found == explained {
+                true => write!(f, " {name} {found}")?,
+                false => write!(f, " {name} {found}, but {explained} by the ledger")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The units that are owed of each product: dead letters whose rows in the ledger say that Postgres has moved by them.
+const PARKED: &str = "SELECT d.product_id, sum(d.delta) AS units FROM holdfast.dead_letter d WHERE d.product_id IS NOT NULL AND (d.in_redis \
+     OR EXISTS (SELECT 1 FROM holdfast.stock_ledger k WHERE k.op = d.op AND k.k = d.k AND k.i = d.i)) GROUP BY d.product_id";
+
+/// One audit: a moment of Postgres.
+pub struct Audit<'c> {
+    transaction: Transaction<'c, Postgres>,
+    /// By how much dead letters would still move coupons: total, issued, used.
+    owed: HashMap<String, [i64; 3]>,
+}
+
+/// What is read page by page.
+pub struct Pages(&'static str);
+
+impl<'c> Audit<'c> {
+    /// Takes the moment.
+    pub async fn take(connection: &'c mut PgConnection) -> Result<Self, Error> {
+        let mut transaction = connection.begin_with("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+        sqlx::raw_sql("SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = '10min'")
+            .execute(&mut *transaction)
+            .await?;
+        let mut owed: HashMap<String, [i64; 3]> = HashMap::new();
+        let letters: Vec<String> = sqlx::query_scalar(
+            "SELECT d.line FROM holdfast.dead_letter d WHERE d.kind LIKE 'coupon.%' \
+             AND EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = d.op AND l.k = d.k)",
+        )
+        .fetch_all(&mut *transaction)
+        .await?;
+        for line in letters {
+            let operation = Operation::decode(&line).map_err(|error| Error::Unfit(format!("holdfast.dead_letter: {error}")))?;
+            let Effect::Coupon { coupon, change } = operation.effect else { continue };
+            let sums = owed.entry(coupon).or_default();
+            sums.iter_mut().zip(change.moves()).for_each(|(sum, by)| *sum += by);
+        }
+        Ok(Self { transaction, owed })
+    }
+
+    async fn open(&mut self, cursor: &'static str, query: &str) -> Result<Pages, Error> {
+        sqlx::raw_sql(AssertSqlSafe(format!("DECLARE {cursor} NO SCROLL CURSOR FOR {query}"))).execute(&mut *self.transaction).await?;
+        Ok(Pages(cursor))
+    }
+
+    async fn fetch(&mut self, pages: &Pages) -> Result<Vec<PgRow>, Error> {
+        let fetch = format!("FETCH {REFILL_PAGE} FROM {}", pages.0);
+        Ok(sqlx::query(AssertSqlSafe(fetch)).persistent(false).fetch_all(&mut *self.transaction).await?)
+    }
+
+    /// Every product that there is or that the ledger knows.
+    pub async fn products(&mut self) -> Result<Pages, Error> {
+        let query = format!(
+            "SELECT coalesce(s.product_id, l.product_id), coalesce(s.available, 0), \
+             (coalesce(l.available, 0) + coalesce(o.available, 0) - coalesce(d.units, 0))::bigint, coalesce(s.held, 0), \
+             (coalesce(l.held, 0) + coalesce(o.held, 0))::bigint \
+             FROM holdfast.stock s FULL JOIN (SELECT product_id, sum(pg_delta) AS available, sum(held_delta) AS held \
+             FROM holdfast.stock_ledger WHERE product_id <> '' GROUP BY product_id) l USING (product_id) \
+             LEFT JOIN holdfast.outside o ON o.kind = 'product' AND o.id = coalesce(s.product_id, l.product_id) \
+             LEFT JOIN ({PARKED}) d ON d.product_id = coalesce(s.product_id, l.product_id)"
+        );
+        self.open("audited_products", &query).await
+    }
+
+    /// The next products; empty at the end.
+    pub async fn next_products(&mut self, pages: &Pages) -> Result<Vec<Account>, Error> {
+        let rows = self.fetch(pages).await?;
+        let account = |row: PgRow| {
+            let (id, available, by_ledger, held, held_by_ledger): (String, i64, i64, i64, i64) = FromRow::from_row(&row)?;
+            let numbers = vec![
+                Number { name: "available", found: available, explained: by_ledger },
+                Number { name: "held", found: held, explained: held_by_ledger },
+            ];
+            Ok(Account { what: "product", id, numbers })
+        };
+        rows.into_iter().map(account).collect()
+    }
+
+    /// Every coupon that there is or that the ledger knows.
+    pub async fn coupons(&mut self) -> Result<Pages, Error> {
+        self.open(
+            "audited_coupons",
+            "SELECT coalesce(c.coupon_id, l.coupon_id), coalesce(c.total, 0), (coalesce(l.total, 0) + coalesce(o.total, 0))::bigint, \
+             coalesce(c.issued, 0), (coalesce(l.issued, 0) + coalesce(o.issued, 0))::bigint, coalesce(c.used, 0), \
+             (coalesce(l.used, 0) + coalesce(o.used, 0))::bigint, coalesce(i.issued, 0), coalesce(i.used, 0) \
+             FROM holdfast.coupon c FULL JOIN (SELECT coupon_id, sum(total_delta) AS total, sum(issued_delta) AS issued, \
+             sum(used_delta) AS used FROM holdfast.coupon_ledger GROUP BY coupon_id) l USING (coupon_id) \
+             LEFT JOIN holdfast.outside o ON o.kind = 'coupon' AND o.id = coalesce(c.coupon_id, l.coupon_id) \
+             LEFT JOIN (SELECT coupon_id, count(*) FILTER (WHERE state <> 'revoked') AS issued, count(*) FILTER (WHERE state = 'used') AS used \
+             FROM holdfast.coupon_issue GROUP BY coupon_id) i ON i.coupon_id = coalesce(c.coupon_id, l.coupon_id)",
+        )
+        .await
+    }
+
+    /// The next coupons; empty at the end. How many a coupon has out is counted in its rows, too.
+    pub async fn next_coupons(&mut self, pages: &Pages) -> Result<Vec<Account>, Error> {
+        let rows = self.fetch(pages).await?;
+        let account = |row: PgRow| {
+            let id: String = row.try_get(0)?;
+            let [total, issued, used] = self.owed.get(&id).copied().unwrap_or_default();
+            let number = |name, found, explained, owed: i64| {
+                Ok::<_, sqlx::Error>(Number { name, found: row.try_get(found)?, explained: row.try_get::<i64, _>(explained)? - owed })
+            };
+            let numbers = vec![
+                number("total", 1, 2, total)?,
+                number("issued", 3, 4, issued)?,
+                number("used", 5, 6, used)?,
+                number("issued to users", 7, 3, 0)?,
+                number("used by users", 8, 5, 0)?,
+            ];
+            Ok(Account { what: "coupon", id, numbers })
+        };
+        rows.into_iter().map(account).collect()
+    }
+
+    /// Ends it.
+    pub async fn end(self) -> Result<(), Error> {
+        Ok(self.transaction.rollback().await?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::testing::{database, execute};
+
+    async fn differing(connection: &mut PgConnection) -> Vec<String> {
+        let mut audit = Audit::take(connection).await.unwrap();
+        let (mut all, pages) = (Vec::new(), audit.products().await.unwrap());
+        loop {
+            let page = audit.next_products(&pages).await.unwrap();
+            if page.is_empty() {
+                break;
+            }
+            all.extend(page);
+        }
+        let pages = audit.coupons().await.unwrap();
+        all.extend(audit.next_coupons(&pages).await.unwrap());
+        audit.end().await.unwrap();
+        all.iter().filter(|account| !account.adds_up()).map(ToString::to_string).collect()
+    }
+
+    #[tokio::test]
+    async fn what_other_programs_change_is_explained_and_what_nobody_wrote_down_is_not() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        execute(
+            connection,
+            "INSERT INTO holdfast.stock (product_id, available) VALUES ('a', 5), ('b', 7), ('c', 1); \
+             UPDATE holdfast.stock SET available = 3 WHERE product_id = 'b'; DELETE FROM holdfast.stock WHERE product_id = 'c'; \
+             INSERT INTO holdfast.coupon (coupon_id, total, per_user) VALUES ('x', 9, 1); UPDATE holdfast.coupon SET total = 4",
+        )
+        .await;
+        assert!(differing(connection).await.is_empty());
+        execute(
+            connection,
+            "SET holdfast.writer = 'holdfast'; UPDATE holdfast.stock SET available = 6, held = 1 WHERE product_id = 'a'; \
+             UPDATE holdfast.coupon SET issued = 1, last_serial = 1; RESET holdfast.writer",
+        )
+        .await;
+        assert_eq!(
+            differing(connection).await,
+            [
+                "product a: available 6, but 5 by the ledger held 1, but 0 by the ledger",
+                "coupon x: total 4 issued 1, but 0 by the ledger used 0 issued to users 0, but 1 by the ledger used by users 0",
+            ]
+        );
+    }
+}

@@ -1,0 +1,60 @@
+//! How far `holdfast import` is with a file, so that one that was stopped goes on where it was.
+
+use std::collections::HashSet;
+
+use sqlx::PgConnection;
+
+use super::{Error, from_bigint, to_bigint};
+
+/// An import that was stopped, or a new one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Begun {
+    /// Up to which line, counted from 1, everything is here.
+    pub lines: u64,
+    /// The processes that wrote what stands behind it.
+    pub instances: Vec<String>,
+}
+
+/// Begins with the file of this digest, or goes on with it: `instance` will write. One that was finished begins anew.
+pub async fn begin(connection: &mut PgConnection, digest: &str, name: &str, instance: &str) -> Result<Begun, Error> {
+    let begun: Option<(i64, Vec<String>)> =
+        sqlx::query_as("SELECT lines, instances FROM holdfast.import WHERE digest = $1 AND done_at IS NULL FOR UPDATE")
+            .bind(digest)
+            .fetch_optional(&mut *connection)
+            .await?;
+    let (lines, instances) = begun.unwrap_or_default();
+    let mut all = instances.clone();
+    all.push(instance.to_owned());
+    sqlx::query(
+        "INSERT INTO holdfast.import (digest, name, instances) VALUES ($1, $2, $3) \
+         ON CONFLICT (digest) DO UPDATE SET name = $2, instances = $3, lines = $4, done_at = NULL, \
+         started_at = CASE WHEN $4 = 0 THEN now() ELSE import.started_at END",
+    )
+    .bind(digest)
+    .bind(name)
+    .bind(&all)
+    .bind(lines)
+    .execute(connection)
+    .await?;
+    Ok(Begun { lines: from_bigint(lines), instances })
+}
+
+/// Notes that everything up to this line is here, and whether that is all.
+pub async fn reached(connection: &mut PgConnection, digest: &str, lines: u64, done: bool) -> Result<(), Error> {
+    sqlx::query("UPDATE holdfast.import SET lines = $2, done_at = CASE WHEN $3 THEN now() END WHERE digest = $1")
+        .bind(digest)
+        .bind(to_bigint(lines))
+        .bind(done)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Those of the products that one of these processes has changed.
+pub async fn written(connection: &mut PgConnection, products: &[String], instances: &[String]) -> Result<HashSet<String>, Error> {
+    let written = sqlx::query_scalar(
+        "SELECT DISTINCT product_id FROM holdfast.stock_ledger WHERE product_id = ANY($1) AND split_part(op, ':', 1) = ANY($2)",
+    );
+    let written: Vec<String> = written.bind(products).bind(instances).fetch_all(connection).await?;
+    Ok(written.into_iter().collect())
+}

@@ -1,0 +1,335 @@
+//! Every COUPON command in random sequences, against a plain model: each reply, and what Redis and Postgres hold in the end.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::harness::{Client, Stack};
+
+/// Year 3000, in Unix ms.
+const FAR: i64 = 32_503_680_000_000;
+/// Long past, in Unix ms.
+const PAST: i64 = 1_000;
+
+/// So many commands later other coupons come into play: some of them are deleted early.
+const COUPONS_CHANGE_AFTER: u64 = 150;
+const USERS: [&str; 4] = ["ann", "bob", "cid", "dan"];
+
+/// The same numbers for the same seed.
+struct Random {
+    state: u64,
+    commands: u64,
+}
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Self { state: seed, commands: 0 }
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state % bound
+    }
+
+    fn of<'a>(&mut self, all: &[&'a str]) -> &'a str {
+        all[usize::try_from(self.below(all.len() as u64)).unwrap()]
+    }
+
+    /// A random command.
+    fn command(&mut self) -> String {
+        self.commands += 1;
+        let coupon = format!("c-{}", self.commands / COUPONS_CHANGE_AFTER * 2 + self.below(3));
+        let user = self.of(&USERS);
+        let serial = if self.below(3) == 0 { format!(" SERIAL {}", 1 + self.below(12)) } else { String::new() };
+        match self.below(40) {
+            0..2 => {
+                let time = self.of(&["", " START 1000", " END 32503680000000", " START 32503680000000"]);
+                format!("COUPON.CREATE {coupon} {} PERUSER {}{time}", 1 + self.below(8), 1 + self.below(3))
+            }
+            2..5 => {
+                let time = self.of(&["", " END 0 START 0", " END 1000", " START 32503680000000", " END 0"]);
+                let total = if time.is_empty() || self.below(2) == 0 { format!(" TOTAL {}", 1 + self.below(9)) } else { String::new() };
+                format!("COUPON.ALTER {coupon}{total}{time}")
+            }
+            5 if self.below(4) == 0 => format!("COUPON.DEL {coupon}"),
+            5..17 => format!("COUPON.ISSUE {coupon} {user}"),
+            17..24 => {
+                let order = if self.below(2) == 0 { format!(" ORDER o-{}", self.below(9)) } else { String::new() };
+                format!("COUPON.USE {coupon} {user}{serial}{order}")
+            }
+            24..29 => format!("COUPON.UNUSE {coupon} {user}{serial}"),
+            29..35 => format!("COUPON.REVOKE {coupon} {user}{serial}"),
+            _ => format!("COUPON.GET {coupon} {user}"),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct Coupon {
+    total: i64,
+    per_user: usize,
+    start: i64,
+    end: i64,
+    serial: i64,
+    deleted: bool,
+    /// By serial: the user, whether it was used, and for which order.
+    held: BTreeMap<i64, (String, bool, Option<String>)>,
+}
+
+impl Coupon {
+    fn issued(&self) -> i64 {
+        i64::try_from(self.held.len()).unwrap()
+    }
+
+    fn remaining(&self) -> i64 {
+        (self.total - self.issued()).max(0)
+    }
+
+    /// The user's serials, and whether each was used; only the one asked for, where one is.
+    fn of(&self, user: &str, serial: Option<i64>) -> Vec<(i64, bool)> {
+        let theirs = self.held.iter().filter(|(number, (holder, ..))| holder == user && serial.is_none_or(|serial| serial == **number));
+        theirs.map(|(number, (_, used, _))| (*number, *used)).collect()
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct Model {
+    coupons: BTreeMap<String, Coupon>,
+}
+
+/// What a command comes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Expected {
+    /// Accepted: the reply without its position.
+    Done(String),
+    /// The whole reply.
+    Said(String),
+}
+
+impl Model {
+    fn apply(&mut self, command: &str) -> Expected {
+        let words: Vec<&str> = command.split(' ').collect();
+        let (name, id) = (words[0], words[1]);
+        let option = |name: &str| words.iter().position(|word| *word == name).map(|at| words[at + 1]);
+        let number = |name: &str| option(name).map(|text| text.parse::<i64>().unwrap());
+        let said = |text: String| Expected::Said(text);
+        let missing = || said(format!("-NOTFOUND no coupon '{id}'"));
+        if name == "COUPON.CREATE" {
+            if self.coupons.contains_key(id) {
+                return said("[EXISTS]".into());
+            }
+            let coupon = Coupon {
+                total: words[2].parse().unwrap(),
+                per_user: usize::try_from(number("PERUSER").unwrap()).unwrap(),
+                start: number("START").unwrap_or(0),
+                end: number("END").unwrap_or(0),
+                ..Coupon::default()
+            };
+            self.coupons.insert(id.into(), coupon);
+            return Expected::Done("[OK".into());
+        }
+        let found = self.coupons.get_mut(id).filter(|coupon| !coupon.deleted);
+        let Some(coupon) = found else {
+            return match name {
+                "COUPON.DEL" => said("[NOTFOUND]".into()),
+                "COUPON.GET" => said("[]".into()),
+                _ => missing(),
+            };
+        };
+        if name == "COUPON.DEL" {
+            coupon.deleted = true;
+            return Expected::Done("[OK".into());
+        }
+        if name == "COUPON.ALTER" {
+            let (total, start, end) = (number("TOTAL"), number("START").unwrap_or(coupon.start), number("END").unwrap_or(coupon.end));
+            if total.is_some_and(|total| total < coupon.issued()) {
+                return said(format!("-ERR invalid total: {} of them are issued already", coupon.issued()));
+            }
+            if (option("START").is_some() || option("END").is_some()) && end > 0 && end <= start {
+                return said("-ERR invalid end: it must be after the start".into());
+            }
+            (coupon.total, coupon.start, coupon.end) = (total.unwrap_or(coupon.total), start, end);
+            return Expected::Done("[OK".into());
+        }
+        let (user, serial, ended) = (words[2], number("SERIAL"), coupon.end == PAST);
+        let theirs = coupon.of(user, serial);
+        let unused = || theirs.iter().filter(|(_, used)| !used).map(|(serial, _)| *serial);
+        let used = || theirs.iter().filter(|(_, used)| *used).map(|(serial, _)| *serial);
+        match name {
+            "COUPON.GET" => {
+                let one = |(serial, used): &(i64, bool)| {
+                    let order = coupon.held[serial].2.clone().unwrap_or_else(|| "nil".into());
+                    format!("[serial, {serial}, state, {}, order, {order}]", if *used { "used" } else { "issued" })
+                };
+                said(format!("[{}]", theirs.iter().map(one).collect::<Vec<_>>().join(", ")))
+            }
+            "COUPON.ISSUE" if coupon.start == FAR => said(format!("[NOTSTARTED, {FAR}]")),
+            "COUPON.ISSUE" if ended => said(format!("[ENDED, {PAST}]")),
+            "COUPON.ISSUE" if theirs.len() >= coupon.per_user => said(format!("[ALREADY, {}]", theirs[theirs.len() - 1].0)),
+            "COUPON.ISSUE" if coupon.remaining() == 0 => said("[SOLDOUT]".into()),
+            "COUPON.ISSUE" => {
+                coupon.serial += 1;
+                coupon.held.insert(coupon.serial, (user.into(), false, None));
+                Expected::Done(format!("[ISSUED, {}, {}", coupon.serial, coupon.remaining()))
+            }
+            "COUPON.USE" => match (unused().next(), used().next_back()) {
+                (Some(_), _) if ended => said(format!("[ENDED, {PAST}]")),
+                (Some(serial), _) => {
+                    coupon.held.insert(serial, (user.into(), true, option("ORDER").map(String::from)));
+                    Expected::Done(format!("[USED, {serial}"))
+                }
+                (None, Some(serial)) => said(format!("[ALREADY, {serial}]")),
+                (None, None) => said("[NOTISSUED]".into()),
+            },
+            "COUPON.UNUSE" => match (used().next_back(), unused().next()) {
+                (Some(serial), _) => {
+                    coupon.held.insert(serial, (user.into(), false, None));
+                    Expected::Done(format!("[ISSUED, {serial}"))
+                }
+                (None, Some(_)) => said("[NOTUSED]".into()),
+                (None, None) => said("[NOTISSUED]".into()),
+            },
+            "COUPON.REVOKE" => match (unused().next_back(), used().next_back()) {
+                (Some(serial), _) => {
+                    coupon.held.remove(&serial);
+                    Expected::Done(format!("[REVOKED, {serial}, {}", coupon.remaining()))
+                }
+                (None, Some(serial)) => said(format!("[USED, {serial}]")),
+                (None, None) => said("[NOTISSUED]".into()),
+            },
+            other => panic!("{other}"),
+        }
+    }
+}
+
+/// A GET's reply without the times.
+fn without_times(reply: &str) -> String {
+    let mut parts = reply.split(", issued_at_ms, ");
+    let first = parts.next().unwrap().to_owned();
+    parts.fold(first, |all, part| all + &part[part.find(',').unwrap()..])
+}
+
+/// The reply of an accepted change without its position, and the position's n.
+fn accepted(reply: &str) -> Option<(String, u64)> {
+    let (rest, position) = reply.strip_suffix(']')?.rsplit_once(", ")?;
+    let n = position.strip_prefix("1-")?.parse().ok()?;
+    Some((rest.to_owned(), n))
+}
+
+/// What both sides hold of each coupon is what the model says.
+fn both_sides_are_as(model: &Model, stack: &Stack) {
+    stack.wait_until_applied();
+    let mut client = stack.connect();
+    for (id, coupon) in &model.coupons {
+        let used = coupon.held.values().filter(|(_, used, _)| *used).count();
+        let expected = format!("{} {} {used} {}", coupon.total, coupon.issued(), coupon.serial);
+        let row = format!("SELECT concat_ws(' ', total, issued, used, last_serial) FROM holdfast.coupon WHERE coupon_id = '{id}'");
+        assert_eq!(stack.postgres.value(&row), expected, "{id}");
+        let mut field = |name| client.field(&format!("COUPON.INFO {id}"), name);
+        assert_eq!(
+            (field("total"), field("issued"), field("used")),
+            (coupon.total.to_string(), coupon.issued().to_string(), used.to_string())
+        );
+        assert_eq!(field("state") == "deleted", coupon.deleted);
+        let rows = format!(
+            "SELECT concat_ws(' ', serial, user_id, state, order_id) FROM holdfast.coupon_issue \
+             WHERE coupon_id = '{id}' AND state <> 'revoked' ORDER BY serial"
+        );
+        let held = coupon.held.iter().map(|(serial, (user, used, order))| {
+            let (state, order) =
+                (if *used { "used" } else { "issued" }, order.as_ref().map_or_else(String::new, |order| format!(" {order}")));
+            format!("{serial} {user} {state}{order}")
+        });
+        assert_eq!(stack.postgres.column(&rows), held.collect::<Vec<_>>(), "{id}");
+    }
+    let sums = "SELECT count(*) FROM holdfast.coupon c WHERE (total, issued, used) IS DISTINCT FROM \
+                (SELECT sum(total_delta), sum(issued_delta), sum(used_delta) FROM holdfast.coupon_ledger l WHERE l.coupon_id = c.coupon_id)";
+    assert_eq!(stack.postgres.value(sums), "0", "the ledger explains every number");
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter"), "0");
+}
+
+#[test]
+fn every_reply_in_a_random_sequence_is_the_models() {
+    let stack = Stack::start();
+    let mut clients: Vec<Client> = (0..4).map(|_| stack.connect()).collect();
+    let (mut model, mut random) = (Model::default(), Random::new(0x9e37_79b9_7f4a_7c15));
+    // By REQUEST: the command, and the reply of its first execution.
+    let mut requests: Vec<(String, Option<String>)> = Vec::new();
+    for step in 0..4_000_u32 {
+        let at = usize::try_from(random.below(4)).unwrap();
+        if !requests.is_empty() && random.below(5) == 0 {
+            let number = usize::try_from(random.below(requests.len() as u64)).unwrap();
+            let (command, first) = requests[number].clone();
+            let reply = clients[at].ask(&format!("{command} ACK redis REQUEST r-{number}"));
+            match first {
+                Some(first) => assert_eq!(reply, first, "step {step}: {command} again"),
+                // A refusal is decided afresh.
+                None => check(&mut model, &command, &reply, step, Some(&mut requests[number].1)),
+            }
+            continue;
+        }
+        let command = random.command();
+        if command.starts_with("COUPON.GET") || random.below(2) == 0 {
+            let options = if command.starts_with("COUPON.GET") { "" } else { " ACK redis" };
+            let reply = clients[at].ask(&format!("{command}{options}"));
+            check(&mut model, &command, &reply, step, None);
+        } else {
+            let reply = clients[at].ask(&format!("{command} ACK redis REQUEST r-{}", requests.len()));
+            let mut first = None;
+            check(&mut model, &command, &reply, step, Some(&mut first));
+            requests.push((command, first));
+        }
+    }
+    assert!(requests.iter().filter(|(_, first)| first.is_some()).count() > 300);
+    both_sides_are_as(&model, &stack);
+}
+
+fn check(model: &mut Model, command: &str, reply: &str, step: u32, first: Option<&mut Option<String>>) {
+    match model.apply(command) {
+        Expected::Said(expected) => assert_eq!(without_times(reply), expected, "step {step}: {command}"),
+        Expected::Done(expected) => {
+            let (said, _) = accepted(reply).unwrap_or_else(|| panic!("step {step}: {command}: {reply}, expected {expected}"));
+            assert_eq!(said, expected, "step {step}: {command}");
+            if let Some(first) = first {
+                *first = Some(reply.to_owned());
+            }
+        }
+    }
+}
+
+#[test]
+fn what_many_clients_were_told_at_once_is_one_history_of_the_model() {
+    let stack = Stack::start();
+    let told: HashMap<u64, (String, String)> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..8_u64)
+            .map(|number| {
+                let mut client = stack.connect();
+                scope.spawn(move || {
+                    let mut random = Random::new(0x1234_5678_9abc_def0 + number);
+                    let mut told = Vec::new();
+                    for i in 0..600 {
+                        let command = random.command();
+                        if command.starts_with("COUPON.GET") {
+                            continue;
+                        }
+                        let whole = format!("{command} ACK redis REQUEST c-{number}-{i}");
+                        let reply = client.ask(&whole);
+                        if let Some((said, n)) = accepted(&reply) {
+                            assert_eq!(client.ask(&whole), reply, "{whole}");
+                            told.push((n, (command, said)));
+                        }
+                    }
+                    told
+                })
+            })
+            .collect();
+        clients.into_iter().flat_map(|client| client.join().unwrap()).collect()
+    });
+    let mut model = Model::default();
+    for n in 1..=told.len() as u64 {
+        let (command, said) = told.get(&n).unwrap_or_else(|| panic!("nobody was told of change {n}"));
+        assert_eq!(model.apply(command), Expected::Done(said.clone()), "change {n}: {command}");
+    }
+    assert!(told.len() > 200, "{}", told.len());
+    both_sides_are_as(&model, &stack);
+}
