@@ -127,6 +127,9 @@ enum Flight {
     Over,
 }
 
+/// A line with its number; or what is wrong with it, before it is looked at.
+type NumberedLine = (u64, Result<String, String>);
+
 /// What the lines that are under way share.
 #[derive(Default)]
 struct UnderWay {
@@ -347,7 +350,7 @@ impl Feed {
     }
 
     /// The next line with its number; `None` at the end.
-    fn next_line(&mut self) -> Result<Option<(u64, Result<String, String>)>, String> {
+    fn next_line(&mut self) -> Result<Option<NumberedLine>, String> {
         let mut bytes = Vec::new();
         let limit = LINE_MAX as u64 + 2;
         let count = self.reader.by_ref().take(limit).read_until(b'\n', &mut bytes).map_err(|error| format!("reading the file: {error}"))?;

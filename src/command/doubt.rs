@@ -22,7 +22,7 @@ use crate::store::settle::Settled;
 /// What is known of it.
 enum Found {
     /// It ran, or this REQUEST did.
-    Recorded(Recorded),
+    Recorded(Box<Recorded>),
     /// This REQUEST was executed with the same arguments: `<digest> <reply>`.
     Remembered(String),
     NeverRan,
@@ -69,7 +69,7 @@ async fn look_up(partition: &Arc<Partition>, request: &Request, sent: &Sent, set
     partition.applied.subscribe().wait_for(|applied| applied.n >= n).await.ok()?;
     let (answer, answered) = oneshot::channel();
     partition.inquiries.try_send(Inquiry { sent: sent.clone(), answer }).ok()?;
-    Some(answered.await.ok()?.map_or(Found::NeverRan, Found::Recorded))
+    Some(answered.await.ok()?.map_or(Found::NeverRan, |recorded| Found::Recorded(Box::new(recorded))))
 }
 
 /// Whether what was done is what is asked for. Where it was done under this very REQUEST, its fingerprint says so.

@@ -109,8 +109,8 @@ fn an_import_that_is_killed_goes_on_and_sets_nothing_twice_while_others_sell() {
     assert!(done.status.success() && out.contains("lines were done before"), "{out} {}", text(&done.stderr));
     for i in 0..PRODUCTS / 100 {
         let product = i * 100;
-        let sold = i64::from(there.contains(&product));
-        assert_eq!(client.ask(&format!("STOCK.GET p-{product}")), (100 + product as i64 % 7 - sold).to_string(), "p-{product}");
+        let sold = usize::from(there.contains(&product));
+        assert_eq!(client.ask(&format!("STOCK.GET p-{product}")), (100 + product % 7 - sold).to_string(), "p-{product}");
     }
     stack.wait_until_applied();
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock"), PRODUCTS.to_string());
