@@ -61,9 +61,13 @@ pub fn request(args: &Args) -> Option<Request> {
     args.request().map(|id| Request { id, digest: args.digest() })
 }
 
+/// The error of what is refused as it comes, since more waits than is served in time.
+pub const CROWDED: &str = "TRYAGAIN overloaded: more operations wait for Redis than it does in time; nothing was changed";
+
 /// The error reply of an operation that was not decided.
 pub fn failed(failure: Failure) -> Reply {
     Reply::error(match failure {
+        Failure::Crowded => return Reply::error(CROWDED),
         Failure::Loading(why) => format!("LOADING {why}"),
         Failure::TryAgain(why) => format!("TRYAGAIN {why}"),
         Failure::InDoubt(id) => format!("INDOUBT {id} it is not known yet whether it was executed: ask again with REQUEST {id}"),

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use super::args::Ack;
-use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
+use super::change::{self, ACK_POSTGRES, ACK_REDIS, CROWDED, Confirmation, accepted, failed, outcome};
 use super::spec::{self, ACK, Arg, COUPON, FAST, ORDER, READONLY, REQUEST, Spec, TIMEOUT, USER, WRITE};
 use super::{Call, Context, Step, doubt, read};
 use crate::domain::coupon::{CouponStep, CouponTerms, NewTerms};
@@ -58,6 +58,7 @@ pub static ISSUE: Spec = Spec::new("COUPON.ISSUE", "Issues a coupon to a user, f
     .flags(WRITE | FAST)
     .reply("`ISSUED, serial, remaining, position` / `ALREADY, serial` / `SOLDOUT` / `NOTSTARTED, start` / `ENDED, end`")
     .example("COUPON.ISSUE spring user-7")
+    .refused_early(|cx| cx.backend.coupon.is_crowded().then_some(CROWDED))
     .run(|call| {
         let action = Action::step(CouponStep::Issue, call.args.id("user"));
         submit(call, action, ACK_REDIS)

@@ -38,6 +38,7 @@ pub mod stats;
 pub mod stock;
 pub mod table;
 
+use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::pin::Pin;
@@ -222,25 +223,34 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
 }
 
 /// Everything that can refuse a command before it runs.
-fn check(cx: &Context, session: &Session, number: usize, spec: &'static Spec, request: Request) -> Result<(Handler, Args), String> {
+fn check(
+    cx: &Context,
+    session: &Session,
+    number: usize,
+    spec: &'static Spec,
+    request: Request,
+) -> Result<(Handler, Args), Cow<'static, str>> {
     let run = spec.run.ok_or_else(|| args::wrong_arity(spec))?;
     if !args::arity_fits(spec, request.args.len()) {
-        return Err(args::wrong_arity(spec));
+        return Err(args::wrong_arity(spec).into());
     }
     if !session.authenticated && !spec.is(spec::NOAUTH) {
-        return Err("NOAUTH Authentication required.".to_owned());
+        return Err("NOAUTH Authentication required.".into());
     }
     let restricted = !session.user().is_unrestricted();
     if restricted && session.authenticated {
         rights::may_run(session, number, spec)?;
     }
     if let Some(refusal) = cx.refusal.get().filter(|_| !spec.is(spec::LOADING)) {
-        return Err(refusal.to_owned());
+        return Err(refusal.into());
+    }
+    if let Some(refusal) = spec.early.and_then(|early| early(cx)) {
+        return Err(refusal.into());
     }
     if session.has_subscribed
         && let Some(refusal) = pubsub::refusal(session, spec)
     {
-        return Err(refusal);
+        return Err(refusal.into());
     }
     let args = Args::parse(spec, request.args)?;
     if restricted {
@@ -346,6 +356,23 @@ pub(crate) mod tests {
         assert_eq!(wire.send("RESET"), "+RESET\r\n");
         assert_eq!(wire.send("PING"), "-NOAUTH Authentication required.\r\n");
         assert_eq!(wire.send("AUTH x"), "+OK\r\n");
+    }
+
+    #[test]
+    fn what_is_refused_early_is_not_looked_at() {
+        static EARLY: Spec = Spec::new("T.EARLY", "Is refused.")
+            .args(&[spec::integer("number", 1, 9, "")])
+            .refused_early(|cx| cx.refusal.get().is_none().then_some("TRYAGAIN later"))
+            .run(|_| Step::Reply(Reply::ok()));
+        static TABLE: &[&Spec] = &[&EARLY];
+        let commands = Rc::new(Commands::new(TABLE));
+        let stats = Arc::new(Stats::new(&commands));
+        let mut wire = Wire::new();
+        wire.cx = Rc::new(Context::new(commands, Arc::new(Registry::new(10)), stats, Backend::unconnected()));
+        assert_eq!(wire.send("T.EARLY no-number"), "-TRYAGAIN later\r\n");
+        assert!(wire.send("T.EARLY 1 2").starts_with("-ERR wrong number of arguments"));
+        wire.session.authenticated = false;
+        assert!(wire.send("T.EARLY 1").starts_with("-NOAUTH "));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use super::Handler;
+use super::{Context, Handler};
 use crate::domain::quantity::QUANTITY_MAX;
 use crate::limits::{PATTERN_MAX, TIMEOUT_MS_MAX};
 
@@ -53,6 +53,9 @@ pub struct Spec {
     pub run: Option<Handler>,
     /// How much more time its reply may take than others, apart from what the client asks it to wait.
     pub more_time: Duration,
+    /// Says whether it is refused before its arguments are looked at, and with which error: where far more comes than can be served, a refusal
+    /// must cost next to nothing.
+    pub early: Option<fn(&Context) -> Option<&'static str>>,
     /// The words of its name: 2 for a subcommand.
     pub name_words: usize,
     pub subcommands: &'static [&'static Spec],
@@ -84,6 +87,7 @@ impl Spec {
             example: name,
             run: None,
             more_time: Duration::ZERO,
+            early: None,
             name_words: name_words(name),
             subcommands: &[],
         }
@@ -131,6 +135,11 @@ impl Spec {
 
     pub const fn more_time(mut self, more_time: Duration) -> Self {
         self.more_time = more_time;
+        self
+    }
+
+    pub const fn refused_early(mut self, early: fn(&Context) -> Option<&'static str>) -> Self {
+        self.early = Some(early);
         self
     }
 

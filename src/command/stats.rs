@@ -80,14 +80,17 @@ impl Stats {
     pub fn replied(&self, number: usize, reply: &Reply, took: Duration) {
         match reply.error_word() {
             None => self.succeeded(number, 1, took),
-            Some(word) => {
-                let Some(meter) = self.meters.get(number) else { return };
-                meter.count(1, took);
-                meter.failed.fetch_add(1, Ordering::Relaxed);
-                meter.error_total.increment(1);
-                self.count_error(word);
-            }
+            Some(word) => self.failed(number, word, 1, took),
         }
+    }
+
+    /// Counts so many replies that are errors of this word and took equally long.
+    pub fn failed(&self, number: usize, word: &str, count: usize, took: Duration) {
+        let Some(meter) = self.meters.get(number) else { return };
+        meter.count(count, took);
+        meter.failed.fetch_add(count as u64, Ordering::Relaxed);
+        meter.error_total.increment(count as u64);
+        self.count_error(word, count as u64);
     }
 
     /// Counts so many replies that are no errors and took equally long.
@@ -97,12 +100,12 @@ impl Stats {
         meter.ok_total.increment(count as u64);
     }
 
-    fn count_error(&self, word: &str) {
+    fn count_error(&self, word: &str, more: u64) {
         let mut errors = self.errors.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(count) = errors.get_mut(word) {
-            *count += 1;
+            *count += more;
         } else if errors.len() < ERROR_WORDS_MAX {
-            errors.insert(word.to_owned(), 1);
+            errors.insert(word.to_owned(), more);
         }
     }
 

@@ -7,7 +7,7 @@ use smallvec::{SmallVec, smallvec};
 use tokio::sync::oneshot;
 
 use super::args::Ack;
-use super::change::{self, ACK_POSTGRES, ACK_REDIS, Confirmation, accepted, failed, outcome};
+use super::change::{self, ACK_POSTGRES, ACK_REDIS, CROWDED, Confirmation, accepted, failed, outcome};
 use super::spec::{self, ACK, FAST, ORDER, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
 use super::{Call, Context, Step, doubt, first_use, order, read};
 use crate::domain::change::StockKind;
@@ -48,6 +48,7 @@ pub static GET: Spec = Spec::new("STOCK.GET", "Returns the available units of a 
     .flags(READONLY | FAST)
     .reply("integer, or nil")
     .example("STOCK.GET sku-1")
+    .refused_early(crowded)
     .run(|call| {
         let product = call.args.id("product");
         look(call, smallvec![(product, 0)], Shape::One)
@@ -85,6 +86,7 @@ pub static INCR: Spec = Spec::new("STOCK.INCR", "Adds units to a product: restoc
     .flags(WRITE | FAST)
     .reply("`OK, available, position`")
     .example("STOCK.INCR sku-1 5")
+    .refused_early(crowded)
     .run(|call| change(call, StockKind::Incr, ACK_REDIS));
 
 pub static DECR: Spec = Spec::new("STOCK.DECR", "Takes units off one or more products, all or nothing, never below zero.")
@@ -94,6 +96,7 @@ pub static DECR: Spec = Spec::new("STOCK.DECR", "Takes units off one or more pro
     .complexity("O(N) in the number of products")
     .reply("`OK, available..., position` / `INSUFFICIENT, product, available`; with ORDER also `EXISTS, state` / `CANCELLED`")
     .example("STOCK.DECR sku-1 1")
+    .refused_early(crowded)
     .run(decr);
 
 pub static SCAN: Spec = Spec::new("STOCK.SCAN", "Iterates over the products.")
@@ -147,6 +150,11 @@ fn change(call: &mut Call<'_>, kind: StockKind, default: Ack) -> Step {
     let low = if kind == StockKind::Set { call.args.maybe_integer("low") } else { None };
     let items: Items = smallvec![(call.args.id("product"), quantity)];
     submit_change(call, StockOp { low, ..StockOp::new(Action::Change(kind), items) }, default)
+}
+
+/// Whether there is no use in taking in more for Redis.
+fn crowded(cx: &Context) -> Option<&'static str> {
+    cx.backend.stock.is_crowded().then_some(CROWDED)
 }
 
 fn decr(call: &mut Call<'_>) -> Step {

@@ -30,9 +30,8 @@ impl<L: Fn() -> bool, P: Fn(Event)> Herald<L, P> {
             if !is_live || !(self.listens)() {
                 continue;
             }
-            match cancel.run_until_cancelled(self.tell()).await {
-                Some(Err(error)) => debug!(partition = self.partition.id, %error, "events are lost: the outbox cannot be followed"),
-                Some(Ok(())) | None => {}
+            if let Some(Err(error)) = cancel.run_until_cancelled(self.tell()).await {
+                debug!(partition = self.partition.id, %error, "events are lost: the outbox cannot be followed");
             }
         }
     }

@@ -28,7 +28,7 @@ impl Protocol {
 pub enum Reply {
     Simple(Cow<'static, str>),
     /// An error: its word in upper case, a space, one sentence.
-    Error(String),
+    Error(Cow<'static, str>),
     Integer(i64),
     Bulk(Bytes),
     Nil,
@@ -76,7 +76,7 @@ impl Reply {
     }
 
     /// An error: `ERR ...`, with its word in front.
-    pub fn error(text: impl Into<String>) -> Self {
+    pub fn error(text: impl Into<Cow<'static, str>>) -> Self {
         Self::Error(text.into())
     }
 

@@ -107,6 +107,21 @@ struct Connection {
     held_until: Instant,
 }
 
+/// Replies that are counted together.
+struct Alike {
+    tag: usize,
+    arrived: Instant,
+    /// Their error word, if they are errors.
+    error: Option<Box<str>>,
+    count: usize,
+}
+
+impl Alike {
+    fn takes(&self, stamp: &Stamp, reply: &Reply) -> bool {
+        self.tag == stamp.tag && self.arrived == stamp.arrived && self.error.as_deref() == reply.error_word()
+    }
+}
+
 impl Connection {
     fn has_room(&self) -> bool {
         self.phase == Phase::Open
@@ -145,7 +160,7 @@ impl Connection {
                     closed("protocol_error");
                     let protocol = self.session.protocol;
                     self.pipeline.stamp(Stamp { tag: self.cx.commands.len(), arrived, due: None, protocol, silent: false });
-                    self.pipeline.push_ready(Reply::error(error.text()));
+                    self.pipeline.push_ready(Reply::error(error.text().to_owned()));
                     self.phase = Phase::Ending;
                 }
             }
@@ -170,22 +185,17 @@ impl Connection {
     /// Encodes the replies whose turn has come.
     fn collect(&mut self) {
         let mut now = None;
-        // Replies of one command to requests that were read together are counted together.
-        let mut alike: Option<(usize, Instant, usize)> = None;
+        // Replies of one command to requests that were read together are counted together, and so are errors of one word.
+        let mut alike: Option<Alike> = None;
         while self.out.len() <= self.output_max() {
             let Some(Ready { stamp, reply }) = self.pipeline.pop_ready() else { break };
             let now = *now.get_or_insert_with(Instant::now);
             match &mut alike {
-                Some((tag, arrived, count)) if *tag == stamp.tag && *arrived == stamp.arrived && !reply.is_error() => *count += 1,
+                Some(alike) if alike.takes(&stamp, &reply) => alike.count += 1,
                 _ => {
                     self.count(alike.take(), now);
-                    if reply.is_error() {
-                        let took = now.saturating_duration_since(stamp.arrived);
-                        self.cx.stats.replied(stamp.tag, &reply, took);
-                        self.note_slow(stamp.tag, took);
-                    } else {
-                        alike = Some((stamp.tag, stamp.arrived, 1));
-                    }
+                    let error = reply.error_word().map(Into::into);
+                    alike = Some(Alike { tag: stamp.tag, arrived: stamp.arrived, error, count: 1 });
                 }
             }
             self.watch(&stamp, now);
@@ -202,12 +212,14 @@ impl Connection {
         }
     }
 
-    fn count(&self, alike: Option<(usize, Instant, usize)>, now: Instant) {
-        if let Some((tag, arrived, count)) = alike {
-            let took = now.saturating_duration_since(arrived);
-            self.cx.stats.succeeded(tag, count, took);
-            self.note_slow(tag, took);
+    fn count(&self, alike: Option<Alike>, now: Instant) {
+        let Some(Alike { tag, arrived, error, count }) = alike else { return };
+        let took = now.saturating_duration_since(arrived);
+        match error {
+            None => self.cx.stats.succeeded(tag, count, took),
+            Some(word) => self.cx.stats.failed(tag, &word, count, took),
         }
+        self.note_slow(tag, took);
     }
 
     fn note_slow(&self, tag: usize, took: Duration) {

@@ -4,7 +4,7 @@
 //! serves everybody who waits. A lane lives on one thread, with the connections it serves.
 //!
 //! Every operation ends within its deadline in one of four ways: decided; surely not executed ([`Failure::Loading`],
-//! [`Failure::TryAgain`]); or not known ([`Failure::InDoubt`]). A batch whose answer was lost with its connection is sent again
+//! [`Failure::TryAgain`], [`Failure::Crowded`]); or not known ([`Failure::InDoubt`]). A batch whose answer was lost with its connection is sent again
 //! under the same counter, which the guard runs at most once.
 
 mod batch;
@@ -43,6 +43,8 @@ pub enum Failure {
     Loading(String),
     /// Not executed: overloaded, Redis away, or being verified.
     TryAgain(String),
+    /// Not executed: more operations wait than are served in time.
+    Crowded,
     /// Sent, and no answer in time: the id to ask with.
     InDoubt(String),
 }
@@ -284,10 +286,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let queue_max = if F::is_of_a_client(&op) { self.pace.queue_max() } else { limits::LANE_QUEUE_MAX };
         if queue.len() >= queue_max {
             drop(queue);
-            return waiter.done(
-                &op,
-                Err(Failure::TryAgain("overloaded: more operations wait for Redis than it does in time; nothing was changed".into())),
-            );
+            return waiter.done(&op, Err(Failure::Crowded));
         }
         F::goes(&self.partition.sold_out, &op, deadline);
         // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
@@ -297,6 +296,12 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if queue.len() == 1 {
             self.work.notify_one();
         }
+    }
+
+    /// Whether what a client asks for now is refused, whatever it is: more waits than is served in time. Where notes of sold-out products may
+    /// answer it without Redis it is not.
+    pub fn is_crowded(&self) -> bool {
+        self.queue.borrow().len() >= self.pace.queue_max() && self.partition.sold_out.is_empty() && self.closed().is_none()
     }
 
     /// Why nothing is done now; `None` while the lane is open.
@@ -584,6 +589,28 @@ mod tests {
         fn done(self, _: &StockOp, result: Result<StockOutcome, Failure>) {
             self.0.borrow_mut().push(result);
         }
+    }
+
+    #[test]
+    fn a_full_queue_is_a_crowd_unless_a_note_may_answer_without_it() {
+        let decr = || StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 1)]);
+        let partition = Arc::new(Partition::new(0, 1 << 20).0.refusing_for(Duration::from_millis(50)));
+        let within = Duration::from_secs(60);
+        let lane = Lane::<Stock, Told>::new(Arc::clone(&partition), "redis://127.0.0.1:1", "i:stock".into(), 600_000, within);
+        *lane.gate.borrow_mut() = Gate::Open;
+        let told = Told::default();
+        for _ in 0..lane.pace.queue_max() {
+            assert!(!lane.is_crowded());
+            lane.submit(decr(), Instant::now(), told.clone());
+        }
+        assert!(lane.is_crowded() && told.0.borrow().is_empty());
+        lane.submit(decr(), Instant::now(), told.clone());
+        assert_eq!(*told.0.borrow(), [Err(Failure::Crowded)]);
+        partition.sold_out.had(&Id::from("b"), 0, Instant::now());
+        assert!(!lane.is_crowded());
+        partition.sold_out.clear();
+        *lane.gate.borrow_mut() = Gate::Closed(Failure::Loading("closed".into()));
+        assert!(!lane.is_crowded(), "that is said instead");
     }
 
     #[test]

@@ -198,7 +198,7 @@ impl Model {
     /// Carries out what was accepted at a place.
     fn apply(&mut self, words: &[String], at: Place, named: Option<&str>) {
         let take = |model: &mut Self, items: &[(String, i64)]| {
-            items.iter().for_each(|(product, units)| *model.units.get_mut(product).unwrap() -= units)
+            items.iter().for_each(|(product, units)| *model.units.get_mut(product).unwrap() -= units);
         };
         match words[0].as_str() {
             "SET" => _ = self.units.insert(words[1].clone(), words[2].parse().unwrap()),
