@@ -24,7 +24,7 @@ const LAST_REPLIES: Duration = Duration::from_secs(10);
 pub struct Template {
     bytes: Vec<u8>,
     /// Where twelve digits are written over in place: with a product's number, and with one that never comes twice.
-    product: Option<usize>,
+    products: Vec<usize>,
     request: Option<usize>,
     fresh: Rc<Cell<u64>>,
 }
@@ -41,11 +41,21 @@ impl Template {
         Self::decrement(stage, many, &["REQUEST", "r-000000000000"])
     }
 
+    /// A reservation of one unit each of so many products, for an order of its own each, for so many ms.
+    pub fn reserve(stage: &Stage, products: usize, ttl_ms: u64) -> Self {
+        let (ttl_ms, product) = (ttl_ms.to_string(), sku(0));
+        let items = std::iter::repeat_n([product.as_str(), "1"], products).flatten();
+        Self::new(stage, &["STOCK.RESERVE", "r-000000000000", &ttl_ms].into_iter().chain(items).collect::<Vec<_>>())
+    }
+
     fn new(stage: &Stage, words: &[&str]) -> Self {
         let bytes = command(words);
-        let place = |of: &[u8]| bytes.windows(of.len()).position(|some| some == of).map(|at| at + of.len() - 12);
-        let (product, request) = (place(b"sku-000000000000"), place(b"r-000000000000"));
-        Self { product, request, fresh: Rc::clone(&stage.fresh), bytes }
+        let places = |of: &[u8]| -> Vec<usize> {
+            let found = bytes.windows(of.len()).enumerate().filter(|(_, some)| *some == of);
+            found.map(|(at, _)| at + of.len() - 12).collect()
+        };
+        let (products, request) = (places(b"sku-000000000000"), places(b"r-000000000000").first().copied());
+        Self { products, request, fresh: Rc::clone(&stage.fresh), bytes }
     }
 
     fn write(&self, out: &mut Vec<u8>) {
@@ -59,9 +69,9 @@ impl Template {
                 number /= 10;
             }
         };
-        if let Some(place) = self.product {
+        for (nth, place) in (0..).zip(&self.products) {
             // Scrambled, so that neighbours do not come one after the other.
-            digits(place, (number.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20) % PRODUCTS);
+            digits(*place, ((number + nth * 7_919).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 20) % PRODUCTS);
         }
         if let Some(place) = self.request {
             digits(place, number);

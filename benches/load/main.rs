@@ -9,7 +9,7 @@
 //!
 //! - [`goals`]: what each figure is to be, the one place where that stands
 //! - [`cases`]: comparisons by redis-benchmark ([`redis_benchmark`]) with the direct script, [`haproxy`], [`locks`], [`pgbench`]
-//! - [`flow`], [`pressure`], [`memory`]: figures of Holdfast alone, by a load [`generator`] of our own
+//! - [`flow`], [`orders`], [`pressure`], [`memory`]: figures of Holdfast alone, by a load [`generator`] of our own
 //! - [`stage`], [`cpu`], [`rounds`]: the servers, what they take, and the turns; [`tools`], [`wire`]: what the others share
 //! - [`report`], [`plot`]: the table and the plot
 
@@ -35,6 +35,7 @@ mod goals;
 mod haproxy;
 mod locks;
 mod memory;
+mod orders;
 mod pgbench;
 mod plot;
 mod pressure;
@@ -102,6 +103,8 @@ const CASES: &[Case] = &[
     case("connections-10k", false, Servers::Patient, cases::connections),
     case("products-1m", false, Servers::Patient, cases::products),
     case("ack-postgres", true, Servers::Usual, flow::ack),
+    case("reserve-cost", true, Servers::Patient, orders::reserve),
+    case("expire", false, Servers::Usual, orders::expire),
     case("burst", false, Servers::Usual, flow::burst),
     case("relay-alone", false, Servers::Usual, flow::relay),
     case("sustained", false, Servers::Usual, flow::sustained),
