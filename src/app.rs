@@ -27,6 +27,7 @@ use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, SlowLog, Stats, passthrough};
 use crate::config::{Config, LedgerDetail, Passthrough, Prefer};
+use crate::domain::event::Event;
 use crate::domain::{Grain, Side};
 use crate::ledger;
 use crate::limits;
@@ -34,6 +35,7 @@ use crate::outbox::archivist::Archivist;
 use crate::outbox::by_hand;
 use crate::outbox::clerk::Clerk;
 use crate::outbox::expirer::Expirer;
+use crate::outbox::herald::Herald;
 use crate::outbox::inbox::Inbox;
 use crate::outbox::librarian::Librarian;
 use crate::outbox::loader::Loader;
@@ -89,6 +91,7 @@ fn error(why: impl fmt::Display) -> Error {
 pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<oneshot::Sender<Ready>>) -> Result<(), Error> {
     let metrics = metrics::install().map_err(error)?;
     let sessions = Sessions::new(&config)?;
+    let hub = Arc::clone(&sessions.hub);
     let http_listener = http::bind(config.http.listen).await.map_err(error)?;
     let listener = listen(config.listen)?;
     let listens = Ready { listen: listener.local_addr().map_err(error)?, http: http_listener.local_addr().map_err(error)? };
@@ -133,6 +136,15 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
         postgres_url: postgres_url.clone(),
         window_ms,
     };
+    let herald = Herald {
+        partition: Arc::clone(&partition),
+        redis_url: config.redis.url.expose().to_owned(),
+        listens: {
+            let hub = Arc::clone(&hub);
+            move || hub.has_subscribers()
+        },
+        publish: move |event: Event| hub.publish(event.channel, || event.payload.into()),
+    };
     let weighing = {
         let (partition, redis_url) = (Arc::clone(&partition), config.redis.url.expose().to_owned());
         |back| weigh(partition, redis_url, back)
@@ -151,6 +163,7 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
                     loader.run(back.clone()),
                     librarian.run(back.clone()),
                     expirer.run(back.clone()),
+                    herald.run(back.clone()),
                     archivist.run(back.clone()),
                     inbox.run(back.clone()),
                     clerk.run(back.clone()),

@@ -1,6 +1,9 @@
 //! Messages that answer no request, and what operators look at.
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use crate::harness::Stack;
 
@@ -68,4 +71,65 @@ fn the_backing_redis_is_read_through_only_where_that_is_on_and_never_written() {
         assert!(client.ask(never).starts_with("-ERR "), "{never}");
     }
     assert_eq!(client.ask("STOCK.GET a"), "10");
+}
+
+#[test]
+fn what_is_sold_out_back_or_low_is_told_to_whoever_listens() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET mug 10 LOW 3");
+    client.ok("STOCK.SET cup 10");
+    client.ok("COUPON.CREATE spring 1");
+    let connect = |protocol: &str, command: &str| {
+        let mut raw = stack.sidecar.raw();
+        raw.write_all(format!("HELLO {protocol}\r\n{command}\r\n").as_bytes()).unwrap();
+        BufReader::new(raw)
+    };
+    let mut mugs = connect("2", "SUBSCRIBE stock:events:mug");
+    let mut all = connect("3", "PSUBSCRIBE stock:events:* coupon:events:*");
+    let heard = |reader: &mut BufReader<TcpStream>| loop {
+        let mut line = String::new();
+        assert!(reader.read_line(&mut line).unwrap() > 0);
+        if line.starts_with('{') {
+            return line.trim_end().to_owned();
+        }
+    };
+    // Who has just subscribed is not told what came before it was noticed: until the first of these is heard.
+    let mut sure = connect("2", "SUBSCRIBE stock:events:sure");
+    client.ok("STOCK.SET sure 1");
+    let sent = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut client = stack.connect();
+            while !sent.load(Ordering::Relaxed) {
+                client.ask("STOCK.DECR sure 1");
+                client.ask("STOCK.INCR sure 1");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        heard(&mut sure);
+        sent.store(true, Ordering::Relaxed);
+    });
+    let told = |event: &str, product: &str, available: u32, reply: &str| {
+        let position = reply.trim_end_matches(']').rsplit(", ").next().unwrap();
+        format!(r#"{{"event":"{event}","product":"{product}","available":{available},"position":"{position}"}}"#)
+    };
+    let low = client.ask("STOCK.DECR mug 8");
+    let order = client.ask("STOCK.RESERVE o 600000 mug 2 cup 1");
+    let back = client.ask("STOCK.CANCEL o ACK redis");
+    let issued = client.ask("COUPON.ISSUE spring u");
+    let mug = [told("low", "mug", 2, &low), told("soldout", "mug", 0, &order), told("back", "mug", 2, &back)];
+    for event in &mug {
+        assert_eq!(heard(&mut mugs), *event);
+    }
+    let mut others: Vec<String> = Vec::new();
+    while others.len() < 4 {
+        let event = heard(&mut all);
+        if !event.contains("\"sure\"") {
+            others.push(event);
+        }
+    }
+    let position = issued.trim_end_matches(']').rsplit(", ").next().unwrap();
+    assert_eq!(others[..3], mug);
+    assert_eq!(others[3], format!(r#"{{"event":"soldout","coupon":"spring","remaining":0,"position":"{position}"}}"#));
 }
