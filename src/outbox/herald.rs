@@ -46,10 +46,9 @@ impl<L: Fn() -> bool, P: Fn(Event)> Herald<L, P> {
             let Some(last) = entries.last() else { continue };
             at = last.last;
             let numbered = || {
-                let of_entry = |entry: &'_ crate::domain::change::Entry| (entry.last.epoch, entry.first_n);
                 entries.iter().flat_map(move |entry| {
-                    let (epoch, first_n) = of_entry(entry);
-                    (first_n..).zip(&entry.operations).map(move |(n, operation)| (Position::new(epoch, n), operation))
+                    let epoch = entry.last.epoch;
+                    entry.lines().map(move |(n, operation)| (Position::new(epoch, n), operation))
                 })
             };
             let mut products: Vec<&str> = numbered().flat_map(|(_, operation)| event::may_be_low(operation)).collect();
