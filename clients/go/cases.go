@@ -20,6 +20,7 @@ type step struct {
 	Expect json.RawMessage `json:"expect"`
 	Error  string          `json:"error"`
 	Keep   string          `json:"keep"`
+	At     *int            `json:"at"`
 }
 
 // An error reply as the server has sent it.
@@ -174,7 +175,11 @@ func check(step step, reply any, prefix string, kept map[string]string) error {
 		return fmt.Errorf("%v: %#v, expected %s", step.Send, reply, step.Expect)
 	}
 	if list, isList := reply.([]any); step.Keep != "" && isList {
-		kept[step.Keep] = fmt.Sprint(list[len(list)-1])
+		at := len(list) - 1
+		if step.At != nil {
+			at = *step.At
+		}
+		kept[step.Keep] = fmt.Sprint(list[at])
 	}
 	return nil
 }
