@@ -17,6 +17,7 @@ mod detail;
 mod doubt;
 mod faults;
 mod flows;
+mod hostile;
 mod http;
 mod inbox;
 mod locks;
