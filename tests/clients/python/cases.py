@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 CASES = json.loads((Path(__file__).parent.parent / "cases.json").read_text())
+# One call of a scan sees all keys only while there are few.
+if os.environ.get("MANY_KEYS"):
+    CASES = [case for case in CASES if not case.get("few_keys")]
 
 
 class Failure(Exception):
