@@ -2,7 +2,7 @@
 --
 -- include: whole, chunks, sums
 --
--- An operation's order is {place in KEYS, id, ttl in ms or 0, looked}: looked is false where Postgres has not been asked for it, '' where it
+-- An operation's order is {place in KEYS, id, ttl in ms or 0, looked, items}: items is the text of what it takes, looked is false where Postgres has not been asked for it, '' where it
 -- has none, else {state, expires, items, position} of what it has, which counts where Redis has none. A hash at the key has the same four.
 --
 -- shelf is what the script knows of its products: names and values by number, the changed ones in dirty, held what their held units move
@@ -80,16 +80,16 @@ end
 
 -- What a line says of the products that an order takes.
 local function take(shelf, items, is_held)
-  local line, named = {}, {}
+  local line = {' |'}
   for at = 1, #items, 2 do
     local i, quantity = items[at], items[at + 1]
     local after = shelf.values[i] - quantity
     shelf.values[i], shelf.dirty[i] = after, true
     if is_held then shelf.held[i] = (shelf.held[i] or 0) + quantity end
-    line[#line + 1] = shelf.names[i] .. ' ' .. whole(-quantity) .. ' ' .. whole(after)
-    named[#named + 1] = shelf.names[i] .. ' ' .. whole(quantity)
+    local size = #line
+    line[size + 1], line[size + 2], line[size + 3] = shelf.names[i], whole(-quantity), whole(after)
   end
-  return ' | ' .. table.concat(line, ' '), table.concat(named, ' ')
+  return table.concat(line, ' ')
 end
 
 local function become(order, known, state, expires, items, position)
@@ -113,7 +113,7 @@ local function decide_order(head, shelf, operation, reply, refused, position)
   if kind == 'reserve' or kind == 'sell' then
     if known then return stands(known.state == 'held' and known.expires <= head.now and 'expired' or nil) end
     if refused('decr', items) then return end
-    local line, named = take(shelf, items, kind == 'reserve')
+    local line, named = take(shelf, items, kind == 'reserve'), order[5]
     if kind == 'sell' then
       become(order, known, 'confirmed', 0, named, position)
       local answer = {'OK'}

@@ -23,7 +23,7 @@ pub use drift::{Drift, Measure, Remedy};
 pub use id::Id;
 pub use lock::LockName;
 pub use mark::InboxMark;
-pub use order::{Order, OrderChange, OrderState};
+pub use order::{Order, OrderChange, OrderState, items_text};
 pub use position::Position;
 pub use request::RequestId;
 pub use runs::{Grain, Runs};

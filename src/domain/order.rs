@@ -1,5 +1,7 @@
 //! Orders: units that are held for a while, then sold or given back.
 
+use std::fmt::Write;
+
 use super::Position;
 use super::change::StockKind;
 
@@ -94,9 +96,18 @@ impl Order {
 
     /// `<product> <units> <product> <units> ...`, as Redis has them.
     pub fn items_text(&self) -> String {
-        let words: Vec<_> = self.items.iter().map(|(product, units)| format!("{product} {units}")).collect();
-        words.join(" ")
+        items_text(self.items.iter().map(|(product, units)| (product.as_str(), *units)))
     }
+}
+
+/// See [`Order::items_text`].
+pub fn items_text<'a>(items: impl Iterator<Item = (&'a str, i64)>) -> String {
+    let mut text = String::new();
+    for (product, units) in items {
+        let gap = if text.is_empty() { "" } else { " " };
+        let _ = write!(text, "{gap}{product} {units}");
+    }
+    text
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use super::sold_out::SoldOut;
 use super::words::Words;
 use super::{Error, keys};
 use crate::domain::change::{Effect, Item, Operation, StockKind};
-use crate::domain::{Grain, Id, InboxMark, Order, OrderState, Position, text};
+use crate::domain::{Grain, Id, InboxMark, Order, OrderState, Position, items_text, text};
 
 /// The keys of lua/stock_write.lua before the products: meta, outbox, frozen, low, deleted, held, expiry.
 const FIXED_KEYS: usize = 7;
@@ -83,8 +83,8 @@ pub enum Looked {
 }
 
 impl OfOrder {
-    fn write(&self, batch: &mut Pack, place: usize) {
-        batch.array(4).count(place).text(self.order.as_str()).integer(self.ttl_ms);
+    fn write(&self, batch: &mut Pack, place: usize, items: &Items) {
+        batch.array(5).count(place).text(self.order.as_str()).integer(self.ttl_ms);
         match &self.looked {
             Looked::NotYet => batch.no(),
             Looked::Nowhere => batch.text(""),
@@ -95,6 +95,7 @@ impl OfOrder {
                 .text(&order.items_text())
                 .text(&order.position.to_string()),
         };
+        batch.text(&items_text(items.iter().map(|(product, units)| (product.as_str(), *units))));
     }
 }
 
@@ -429,7 +430,7 @@ impl Family for Stock {
                 }
             }
             match &op.order {
-                Some(of) => of.write(&mut batch, orders.get(of.order.as_bytes()).copied().unwrap_or_default()),
+                Some(of) => of.write(&mut batch, orders.get(of.order.as_bytes()).copied().unwrap_or_default(), &op.items),
                 None => {
                     batch.no();
                 }
