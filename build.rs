@@ -12,6 +12,13 @@ use std::{env, fs};
 const SABOTAGE: &[(&str, &str, &str, &str)] = &[
     ("NO_BATCH_REPLAY", "guard", "if m[6] then", "if false then"),
     ("NO_LOCK_EPOCH", "lock", "if m[1] ~= epoch or m[2] ~= run then return nil end\n  return tonumber(m[3])", "return tonumber(m[3]) or 0"),
+    (
+        "NO_EXPIRY_CHECK",
+        "orders",
+        "local is_due = known.state == 'held' and known.expires <= head.now\n",
+        "local is_due = kind == 'expire'\n",
+    ),
+    ("NO_RELEASE", "orders", "if leaves then shelf.held[i] = (shelf.held[i] or 0) - units[at] end\n", ""),
     ("NO_REQUEST_MEMORY", "requests", "if text then return 'known', text end\n", ""),
     ("NO_RUN_ID", "guard", "if m[2] ~= run then return nil, {'run', op, now} end\n", ""),
     ("LOOSE_SUMS", "sums", "if not after or after < 0 or value > TOTAL_MAX then", "if not after or value > TOTAL_MAX then"),

@@ -102,6 +102,7 @@ const CASES: &[Case] = &[
     case("for-update", true, Servers::Patient, cases::for_update),
     case("connections-10k", false, Servers::Patient, cases::connections),
     case("products-1m", false, Servers::Patient, cases::products),
+    case("import", false, Servers::Patient, cases::import),
     case("ack-postgres", true, Servers::Usual, flow::ack),
     case("reserve-cost", true, Servers::Patient, orders::reserve),
     case("expire", false, Servers::Usual, orders::expire),

@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 
 use super::changes::{Changes, Created};
-use super::{Error, apply, from_bigint, partition, to_bigint, write};
-use crate::domain::Position;
+use super::{Error, apply, from_bigint, order, partition, to_bigint, write};
 use crate::domain::change::Entry;
+use crate::domain::{Order, OrderState, Position};
 
 /// A product as Redis has it.
 #[derive(Clone, Debug)]
@@ -17,6 +17,7 @@ pub struct Product {
     pub held: i64,
     pub low: Option<i64>,
     pub frozen: Option<String>,
+    pub deleted: bool,
 }
 
 /// A coupon as Redis has it. Times in Unix ms, 0 for none.
@@ -51,6 +52,8 @@ pub struct Adoption<'c> {
     epoch: u64,
     applied: Position,
     n: u64,
+    /// The orders that Redis holds units for.
+    held: Vec<String>,
 }
 
 impl<'c> Adoption<'c> {
@@ -68,7 +71,7 @@ impl<'c> Adoption<'c> {
         )
         .execute(&mut *transaction)
         .await?;
-        Ok(Self { transaction, partition, epoch, applied: row.applied, n: n.max(row.applied.n) })
+        Ok(Self { transaction, partition, epoch, applied: row.applied, n: n.max(row.applied.n), held: Vec::new() })
     }
 
     /// Adds to the ledger what it lacks of these entries, at their own places; the stock comes from Redis as it is.
@@ -87,24 +90,16 @@ impl<'c> Adoption<'c> {
         write::ledgers(&mut self.transaction, self.partition, &changes).await
     }
 
-    /// Takes over that products are deleted.
-    pub async fn deleted(&mut self, products: &[String]) -> Result<(), Error> {
-        sqlx::query("UPDATE holdfast.stock SET deleted_at = now(), low = NULL WHERE product_id = ANY($1) AND deleted_at IS NULL")
-            .bind(products)
-            .execute(&mut *self.transaction)
-            .await?;
-        Ok(())
-    }
-
     /// Takes over products. What the ledger does not explain is a row of its own, of kind `adopt`.
     pub async fn products(&mut self, products: &[Product]) -> Result<(), Error> {
         let taken: i64 = sqlx::query_scalar(
-            "WITH r AS (SELECT * FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::text[]) \
-               AS r (product, available, held, low, frozen)), \
-             put AS (INSERT INTO holdfast.stock (product_id, available, held, low, frozen) \
-               SELECT product, available, held, low, frozen FROM r \
+            "WITH r AS (SELECT * FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::text[], $9::bool[]) \
+               AS r (product, available, held, low, frozen, deleted)), \
+             put AS (INSERT INTO holdfast.stock (product_id, available, held, low, frozen, deleted_at) \
+               SELECT product, available, held, low, frozen, CASE WHEN deleted THEN now() END FROM r \
                ON CONFLICT (product_id) DO UPDATE SET available = excluded.available, held = excluded.held, low = excluded.low, \
-               frozen = excluded.frozen, deleted_at = NULL), \
+               frozen = excluded.frozen, \
+               deleted_at = CASE WHEN excluded.deleted_at IS NOT NULL THEN coalesce(stock.deleted_at, excluded.deleted_at) END), \
              gap AS (SELECT r.product, r.available, \
                r.available - coalesce(l.units, 0) - coalesce(o.available, 0) + coalesce(d.units, 0) AS delta, \
                r.held - coalesce(l.held, 0) - coalesce(o.held, 0) AS held FROM r \
@@ -128,9 +123,17 @@ impl<'c> Adoption<'c> {
         .bind(products.iter().map(|product| product.frozen.as_deref()).collect::<Vec<_>>())
         .bind(to_bigint(self.epoch))
         .bind(to_bigint(self.n))
+        .bind(products.iter().map(|product| product.deleted).collect::<Vec<_>>())
         .fetch_one(&mut *self.transaction)
         .await?;
         self.n += from_bigint(taken);
+        Ok(())
+    }
+
+    /// Takes over orders, by id. The ledger needs no row for them: what they hold is part of the products.
+    pub async fn orders(&mut self, orders: &[(String, Order)]) -> Result<(), Error> {
+        order::adopt(&mut self.transaction, self.partition, orders).await?;
+        self.held.extend(orders.iter().filter(|(_, order)| order.state == OrderState::Held).map(|(id, _)| id.clone()));
         Ok(())
     }
 
@@ -212,9 +215,10 @@ impl<'c> Adoption<'c> {
         Ok(())
     }
 
-    /// Ends it: Postgres has everything. Returns the position, and the op there, under which Redis is to be opened.
+    /// Ends it: Postgres has everything; no other order holds anything any more. Returns the position, and the op there, under which Redis is to be opened.
     pub async fn end(mut self) -> Result<(Position, String), Error> {
         let (applied, last_op) = (Position::new(self.epoch, self.n), format!("rebuild:{}", self.epoch));
+        order::expire_all_but(&mut self.transaction, self.partition, &self.held).await?;
         apply::end_epochs(&mut self.transaction, self.partition, Position::new(0, self.n), self.epoch).await?;
         partition::advance(&mut self.transaction, self.partition, applied, &last_op, Some(crate::domain::InboxMark::default())).await?;
         sqlx::query("UPDATE holdfast.partition SET owner = NULL, lease_until = NULL WHERE id = $1")

@@ -133,6 +133,50 @@ async fn insert(connection: &mut PgConnection, partition: u32, begun: &[&OrderMo
     Ok(())
 }
 
+/// Makes the last row of each order say what Redis says; an order that is not here begins with the position of its last change.
+pub(super) async fn adopt(connection: &mut PgConnection, partition: u32, orders: &[(String, Order)]) -> Result<(), Error> {
+    let joined = |of: fn(&(String, i64)) -> String| {
+        orders.iter().map(|(_, order)| order.items.iter().map(of).collect::<Vec<_>>().join(" ")).collect::<Vec<_>>()
+    };
+    sqlx::query(
+        "WITH r AS (SELECT r.order_id, state, nullif(expires_ms, 0) AS expires_ms, string_to_array(products, ' ') AS products, \
+           string_to_array(units, ' ')::bigint[] AS units, r.epoch, r.n, last.epoch AS last_epoch, last.n AS last_n \
+           FROM unnest($2::text[], $3::text[], $4::bigint[], $5::text[], $6::text[], $7::bigint[], $8::bigint[]) \
+           AS r (order_id, state, expires_ms, products, units, epoch, n) LEFT JOIN LATERAL (SELECT l.epoch, l.n FROM holdfast.stock_order l \
+           WHERE l.order_id = r.order_id ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS last ON true), \
+         known AS (UPDATE holdfast.stock_order AS o SET state = r.state, expires_ms = r.expires_ms, products = r.products, units = r.units, \
+           changed_epoch = r.epoch, changed_n = r.n, changed_at = now() FROM r WHERE o.order_id = r.order_id AND o.epoch = r.last_epoch \
+           AND o.n = r.last_n AND (o.changed_epoch, o.changed_n) IS DISTINCT FROM (r.epoch, r.n)) \
+         INSERT INTO holdfast.stock_order (order_id, epoch, n, partition, state, expires_ms, products, units, changed_epoch, changed_n, \
+           created_at, changed_at) SELECT order_id, epoch, n, $1, state, expires_ms, products, units, epoch, n, now(), now() FROM r \
+           WHERE last_n IS NULL",
+    )
+    .bind(partition::id(partition))
+    .bind(orders.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>())
+    .bind(orders.iter().map(|(_, order)| order.state.as_str()).collect::<Vec<_>>())
+    .bind(orders.iter().map(|(_, order)| order.expires_ms).collect::<Vec<_>>())
+    .bind(joined(|(product, _)| product.clone()))
+    .bind(joined(|(_, units)| units.to_string()))
+    .bind(orders.iter().map(|(_, order)| to_bigint(order.position.epoch)).collect::<Vec<_>>())
+    .bind(orders.iter().map(|(_, order)| to_bigint(order.position.n)).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Orders that hold units here and not in Redis are over: whoever has the units now, Redis says.
+pub(super) async fn expire_all_but(connection: &mut PgConnection, partition: u32, held: &[String]) -> Result<(), Error> {
+    sqlx::query(
+        "UPDATE holdfast.stock_order SET state = 'expired', changed_at = now() WHERE state = 'held' AND partition = $1 \
+         AND NOT EXISTS (SELECT 1 FROM unnest($2::text[]) AS k (id) WHERE k.id = order_id)",
+    )
+    .bind(partition::id(partition))
+    .bind(held)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
 /// An order as Postgres has it.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
 pub struct OrderRow {

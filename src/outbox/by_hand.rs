@@ -7,7 +7,7 @@ use super::rebuild::Rebuild;
 use crate::domain::{InboxMark, Side};
 use crate::ledger::adopt::{self, Adoption};
 use crate::ledger::{self, PgConnection};
-use crate::limits::RELAY_READ_ENTRIES_MAX;
+use crate::limits::{REFILL_PAGE, RELAY_READ_ENTRIES_MAX};
 use crate::store::meta::{self, Look};
 use crate::store::stream::OutboxReader;
 use crate::store::survey::{self, Walk};
@@ -69,8 +69,21 @@ async fn adopt(
         adoption.history(&read.entries).await.map_err(|error| text(&error))?;
     }
     let deleted = survey::deleted(redis).await.map_err(|error| text(&error))?;
-    adoption.deleted(&deleted).await.map_err(|error| text(&error))?;
-    let (mut walk, mut products, mut coupons) = (Walk::new(), 0, 0);
+    for deleted in deleted.chunks(REFILL_PAGE) {
+        let rows: Vec<_> = deleted
+            .iter()
+            .map(|(product, held)| adopt::Product {
+                product: product.to_string(),
+                available: 0,
+                held: *held,
+                low: None,
+                frozen: None,
+                deleted: true,
+            })
+            .collect();
+        adoption.products(&rows).await.map_err(|error| text(&error))?;
+    }
+    let (mut walk, mut products, mut coupons, mut orders) = (Walk::new(), 0, 0, 0);
     while let Some(page) = walk.next(redis).await.map_err(|error| text(&error))? {
         for key in &page.unreadable {
             warn!(key, "holds what does not belong there, and was left out");
@@ -86,9 +99,13 @@ async fn adopt(
                 held: product.held,
                 low: product.low,
                 frozen: product.frozen,
+                deleted: false,
             })
             .collect();
         adoption.products(&rows).await.map_err(|error| text(&error))?;
+        orders += page.orders.len();
+        let rows: Vec<_> = page.orders.into_iter().map(|(id, order)| (id.to_string(), order)).collect();
+        adoption.orders(&rows).await.map_err(|error| text(&error))?;
         for (coupon, holders) in page.coupons {
             let issued = holders.into_iter().flat_map(|holder| {
                 let user = holder.user;
@@ -119,6 +136,6 @@ async fn adopt(
     if !meta::open(redis, epoch, applied, &last_op, InboxMark::default()).await.map_err(|error| text(&error))? {
         return Err("another process was faster: try again".into());
     }
-    info!(epoch, %applied, products, coupons, "postgres has what redis holds, and redis is open");
+    info!(epoch, %applied, products, coupons, orders, "postgres has what redis holds, and redis is open");
     Ok(())
 }

@@ -6,7 +6,7 @@ use redis::Value;
 
 use super::refill::{Coupon, Product};
 use super::{Connection, Error, coupon, keys};
-use crate::domain::Id;
+use crate::domain::{Id, Order, OrderState, Position};
 use crate::limits::REFILL_KEYS;
 
 /// One step through the keys.
@@ -15,6 +15,7 @@ pub struct Page {
     /// Products that hold a number of units.
     pub products: Vec<Product>,
     pub coupons: Vec<(Coupon, Vec<Holder>)>,
+    pub orders: Vec<(Id, Order)>,
     /// Keys of ours that hold something else.
     pub unreadable: Vec<String>,
 }
@@ -61,13 +62,27 @@ impl Walk {
                 Err(_) => page.unreadable.push(keys::coupon_info(&coupon)),
             }
         }
+        for id in named(keys::ORDER_PREFIX) {
+            match order(connection, &id).await {
+                // Its time may have passed since its key was met.
+                Ok(found) => page.orders.extend(found.map(|order| (id, order))),
+                Err(Error::Connection(error)) => return Err(Error::Connection(error)),
+                Err(_) => page.unreadable.push(keys::order(&id)),
+            }
+        }
         Ok(Some(page))
     }
 }
 
-/// The products that were deleted.
-pub async fn deleted(connection: &mut Connection) -> Result<Vec<String>, Error> {
-    read(connection.send(redis::cmd("HKEYS").arg(keys::DELETED)).await?)
+/// The products that were deleted, each with what orders still hold of it.
+pub async fn deleted(connection: &mut Connection) -> Result<Vec<(Id, i64)>, Error> {
+    let products: Vec<String> = read(connection.send(redis::cmd("HKEYS").arg(keys::DELETED)).await?)?;
+    let mut deleted = Vec::new();
+    for products in products.chunks(REFILL_KEYS) {
+        let held: Vec<Option<i64>> = read(connection.send(redis::cmd("HMGET").arg(keys::HELD).arg(products)).await?)?;
+        deleted.extend(products.iter().zip(held).map(|(product, held)| (Id::from(product.as_str()), held.unwrap_or(0))));
+    }
+    Ok(deleted)
 }
 
 impl Default for Walk {
@@ -98,6 +113,19 @@ async fn products(connection: &mut Connection, products: &[Id], page: &mut Page)
         page.products.push(Product { product: product.clone(), available, held, low, frozen });
     }
     Ok(())
+}
+
+async fn order(connection: &mut Connection, order: &Id) -> Result<Option<Order>, Error> {
+    let asked = redis::cmd("HMGET").arg(keys::order(order)).arg(&["state", "expires", "items", "position"]).to_owned();
+    let fields: Vec<Option<String>> = read(connection.send(&asked).await?)?;
+    let [Some(state), Some(expires), Some(items), Some(position)] = &fields[..] else { return Ok(None) };
+    let broken = || Error::Unexpected(format!("order '{order}' cannot be read"));
+    Ok(Some(Order {
+        state: OrderState::parse(state).ok_or_else(broken)?,
+        expires_ms: expires.parse().map_err(|_| broken())?,
+        items: Order::parse_items(items).ok_or_else(broken)?,
+        position: Position::parse(position.as_bytes()).ok_or_else(broken)?,
+    }))
 }
 
 async fn terms(connection: &mut Connection, coupon: &Id) -> Result<(Coupon, Vec<Holder>), Error> {

@@ -19,7 +19,7 @@ fn text(bytes: &[u8]) -> String {
 }
 
 /// What an audit says, and its exit code.
-fn audit(stack: &Stack) -> (String, Option<i32>) {
+pub fn audit(stack: &Stack) -> (String, Option<i32>) {
     let Output { status, stdout, .. } = holdfast(stack, &["audit"]).output().unwrap();
     (text(&stdout), status.code())
 }

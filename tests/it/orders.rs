@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::bulk::audit;
 use crate::harness::{Client, Sidecar, Stack, wait_until};
 
 /// Long enough for a test to be over.
@@ -449,4 +450,5 @@ fn what_is_available_held_and_sold_is_what_was_loaded() {
     }
     let sold_orders = told.iter().filter(|(_, fate)| *fate == Fate::Sold).count();
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock_order WHERE state = 'confirmed'"), sold_orders.to_string());
+    assert_eq!(audit(&stack), (format!("{PRODUCTS} products and 0 coupons, 0 of them differ\n"), Some(0)));
 }

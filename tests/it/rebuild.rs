@@ -3,6 +3,7 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::bulk::audit;
 use crate::harness::{Stack, wait_until};
 
 /// A loss may leave the first tries without an answer.
@@ -183,6 +184,10 @@ fn a_postgres_from_a_backup_catches_up_or_waits_for_a_person() {
     let mut client = stack.connect();
     client.ok("STOCK.SET a 100");
     client.ok("COUPON.CREATE c 9 PERUSER 2");
+    client.ok("STOCK.SET e 20");
+    for order in ["undone", "forgotten"] {
+        assert!(client.ask(&format!("STOCK.RESERVE {order} 600000 e 2")).starts_with("[HELD, "));
+    }
     client.ok("STOCK.DECR a 10 ACK postgres TIMEOUT 20000");
     stack.sidecar.kill();
     let backups = ["near", "far", "wrong"].map(|name| stack.postgres.copy(name));
@@ -192,6 +197,17 @@ fn a_postgres_from_a_backup_catches_up_or_waits_for_a_person() {
     client.ok("STOCK.SET b 7 LOW 3");
     assert!(client.ask("COUPON.ISSUE c u1").starts_with("[ISSUED, 1, "));
     client.ask("COUPON.ISSUE c u1");
+    client.ok("STOCK.SET d 9");
+    for order in ["paid", "open", "gone"] {
+        assert!(client.ask(&format!("STOCK.RESERVE {order} 600000 d 2")).starts_with("[HELD, "));
+    }
+    for order in ["paid", "forgotten"] {
+        assert!(client.ask(&format!("STOCK.CONFIRM {order}")).starts_with("[CONFIRMED, "));
+    }
+    assert!(client.ask("STOCK.CANCEL undone").starts_with("[CANCELLED, "));
+    client.ok("STOCK.DEL b");
+    client.ok("STOCK.SET b 7 LOW 3");
+    client.ok("STOCK.DEL d");
     client.ok("STOCK.DECR a 1");
     stack.wait_until_applied();
     stack.sidecar.kill();
@@ -201,14 +217,21 @@ fn a_postgres_from_a_backup_catches_up_or_waits_for_a_person() {
     stack.restart_sidecar();
     stack.wait_until_applied();
     let units = "SELECT product_id || ' ' || available FROM holdfast.stock ORDER BY 1";
-    assert_eq!(stack.postgres.column(units), ["a 84", "b 7"]);
+    assert_eq!(stack.postgres.column(units), ["a 84", "b 7", "d 0", "e 18"]);
     stack.sidecar.kill();
+    // As if its time in Redis were over.
+    stack.backing().ask("DEL stock:order:forgotten");
 
     // It does not: a person has to say which side is right.
     let newest = stack.backing().ask("HGET holdfast:meta id");
     stack.backing().ask(&format!("XTRIM holdfast:outbox MINID = {newest}"));
-    for (url, from, units_then, issued) in [(&backups[1], "redis", vec!["a 84", "b 7"], "2"), (&backups[2], "postgres", vec!["a 89"], "0")]
-    {
+    let by_redis = (
+        vec!["a 84", "b 7", "d 0", "e 18"],
+        "2",
+        vec!["forgotten expired", "gone cancelled", "open held", "paid confirmed", "undone cancelled"],
+    );
+    let by_postgres = (vec!["a 89", "e 16"], "0", vec!["forgotten held", "undone held"]);
+    for (url, from, (units_then, issued, orders)) in [(&backups[1], "redis", by_redis), (&backups[2], "postgres", by_postgres)] {
         stack.postgres.url.clone_from(url);
         stack.sidecar = crate::harness::Sidecar::start(&stack.redis.url(), url);
         wait_until("the reason is said", || stack.sidecar.get("/readyz").1.contains("holdfast rebuild --from redis"));
@@ -217,6 +240,9 @@ fn a_postgres_from_a_backup_catches_up_or_waits_for_a_person() {
         assert!(by_hand(&stack, url, from));
         stack.wait_until_ready();
         let left = client.until_not("STOCK.GET a", "-");
+        if from == "redis" {
+            assert!(client.ask("STOCK.CANCEL gone").starts_with("[CANCELLED, "));
+        }
         client.ok("STOCK.INCR a 1");
         client.ok("STOCK.DECR a 1");
         stack.wait_until_applied();
@@ -227,6 +253,16 @@ fn a_postgres_from_a_backup_catches_up_or_waits_for_a_person() {
         assert_eq!(stack.postgres.value(explained), "0", "the ledger explains what there is");
         assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.coupon_issue"), issued);
         assert_eq!(client.field("COUPON.INFO c", "issued"), issued);
+        assert_eq!(stack.postgres.column("SELECT order_id || ' ' || state FROM holdfast.stock_order ORDER BY 1"), orders);
+        if from == "redis" {
+            assert_eq!(
+                stack.postgres.value("SELECT held FROM holdfast.stock WHERE product_id = 'd'"),
+                "2",
+                "it is deleted, and owes the rest"
+            );
+        }
+        let (said, code) = audit(&stack);
+        assert_eq!(code, Some(0), "from {from}: {said}");
         stack.sidecar.kill();
         let newest = stack.backing().ask("HGET holdfast:meta id");
         stack.backing().ask(&format!("XTRIM holdfast:outbox MINID = {newest}"));
