@@ -150,6 +150,9 @@ pub const RECONNECT_MAX: Duration = Duration::from_secs(1);
 /// The most clients that `max_clients` may permit. Each takes a file descriptor and some ten KiB: a million is what one machine carries.
 pub const MAX_CLIENTS_MAX: u64 = 1_000_000;
 
+/// File descriptors that are needed besides those of clients: connections to Redis and Postgres, listeners, timers, the log; and HTTP's.
+pub const FILES_BESIDES_CLIENTS: u64 = 128;
+
 /// The longest `shutdown_timeout_ms`: five minutes. What takes longer is killed by whoever supervises us anyway.
 pub const SHUTDOWN_TIMEOUT_MAX_MS: u64 = 300_000;
 
@@ -413,6 +416,10 @@ pub const OUTPUT_SOFT_MAX: usize = 1 << 20;
 
 /// The same before AUTH: ten thousand strangers who read nothing shall not take the memory of others.
 pub const OUTPUT_STRANGER_MAX: usize = 8 << 10;
+
+/// Unsent reply bytes of all clients of one thread beyond which each gets only [`OUTPUT_STRANGER_MAX`]: a thousand that read nothing shall
+/// not take a thousand times what one may.
+pub const OUTPUT_TOGETHER_MAX: usize = 32 << 20;
 
 /// How long a client may take no bytes while replies wait for it. It is stuck or gone: its memory goes to others.
 pub const OUTPUT_STALL_MAX: Duration = Duration::from_secs(60);

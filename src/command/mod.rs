@@ -121,6 +121,8 @@ pub struct Context {
     pub bounds: Arc<Bounds>,
     /// The subscribers of this thread.
     pub subscribers: Rc<Subscribers>,
+    /// Bytes that the clients of this thread leave unread, all together.
+    pub unread: Cell<usize>,
     pub stats: Arc<Stats>,
     pub slow: Arc<SlowLog>,
     pub heartbeat: Rc<Heartbeat>,
@@ -144,6 +146,7 @@ impl Context {
             users: Arc::new(Directory::new(Users::open())),
             bounds: Arc::new(Bounds::default()),
             subscribers: Subscribers::new(Arc::default()),
+            unread: Cell::new(0),
             stats,
             slow: Arc::default(),
             heartbeat: Heartbeat::new(),

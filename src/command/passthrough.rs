@@ -52,17 +52,16 @@ fn pass(call: &mut Call<'_>) -> Step {
     let Some(reads) = call.cx.passing.clone() else { return Step::Reply(Reply::error("ERR reading through to Redis is off")) };
     let reads = Rc::clone(&reads);
     let words = call.args.words().to_vec();
-    let ticket = call.ticket();
-    tokio::task::spawn_local(async move {
-        ticket.complete(match reads.pass(&words).await {
+    // One at a time on each connection: the replies may be long.
+    Step::Wait(Box::pin(async move {
+        match reads.pass(&words).await {
             Ok(reply) if reply.weight() > PASSED_REPLY_MAX => {
                 Reply::error(format!("ERR the reply has more than {PASSED_REPLY_MAX} bytes: ask for less, or ask Redis itself"))
             }
             Ok(reply) => reply,
             Err(error) => Reply::error(format!("TRYAGAIN Redis does not answer: {error}")),
-        });
-    });
-    Step::Later
+        }
+    }))
 }
 
 #[cfg(test)]

@@ -49,6 +49,8 @@ struct State {
     /// The number of the first slot; grows by one with each reply taken.
     first: u64,
     stamp: Stamp,
+    /// What the replies in `slots` weigh that are there already.
+    bytes: usize,
     messages: VecDeque<Reply>,
     message_bytes: usize,
     waker: Option<Waker>,
@@ -62,6 +64,7 @@ impl State {
     }
 
     fn reserve(&mut self, reply: Option<Reply>) -> u64 {
+        self.bytes += reply.as_ref().map_or(0, Reply::weight);
         self.slots.push_back(Slot { stamp: self.stamp, reply });
         self.first + self.slots.len() as u64 - 1
     }
@@ -81,6 +84,7 @@ impl Pipeline {
                 slots: VecDeque::new(),
                 first: 0,
                 stamp,
+                bytes: 0,
                 messages: VecDeque::new(),
                 message_bytes: 0,
                 waker: None,
@@ -140,12 +144,18 @@ impl Pipeline {
         let reply = state.slots.front_mut()?.reply.take()?;
         let stamp = state.slots.pop_front()?.stamp;
         state.first += 1;
+        state.bytes = state.bytes.saturating_sub(reply.weight());
         Some(Ready { stamp, reply })
     }
 
     /// How many requests wait for their reply to be taken.
     pub fn in_flight(&self) -> usize {
         self.state.borrow().slots.len()
+    }
+
+    /// About how many bytes the replies take that are there and not taken.
+    pub fn bytes(&self) -> usize {
+        self.state.borrow().bytes
     }
 
     /// Whether messages came faster than the client took them.
@@ -185,6 +195,7 @@ impl Pipeline {
         state.closed = true;
         state.waker = None;
         state.slots = VecDeque::new();
+        state.bytes = 0;
         state.messages = VecDeque::new();
     }
 
@@ -205,8 +216,10 @@ impl Pipeline {
             return;
         }
         let Some(slot) = number.checked_sub(state.first).and_then(|at| usize::try_from(at).ok()) else { return };
+        let weight = reply.weight();
         if let Some(slot) = state.slots.get_mut(slot) {
             slot.reply = Some(reply);
+            state.bytes += weight;
         }
         Self::wake(state);
     }
@@ -302,6 +315,17 @@ mod tests {
         pipeline.push_ready(Reply::Nil);
         assert_eq!(count.0.load(Ordering::Relaxed), 1);
         assert!(pipeline.poll_ready(&mut cx).is_ready());
+    }
+
+    #[test]
+    fn what_waits_behind_another_reply_is_weighed() {
+        let pipeline = Pipeline::new();
+        let (first, second) = (pipeline.ticket(), pipeline.ticket());
+        pipeline.push_ready(Reply::bulk(vec![0; 1_000]));
+        second.complete(Reply::Array(vec![Reply::Nil; 100]));
+        assert!((1_000 + 100 * size_of::<Reply>()..10_000).contains(&pipeline.bytes()), "{}", pipeline.bytes());
+        first.complete(Reply::Nil);
+        assert_eq!((taken(&pipeline).len(), pipeline.bytes()), (3, 0));
     }
 
     #[test]

@@ -85,16 +85,18 @@ impl Reply {
         Self::Map(fields.into_iter().map(|(key, value)| (Self::word(key), value)).collect())
     }
 
-    /// About how many bytes a message of words takes while it waits.
+    /// About how many bytes it takes while it waits.
     pub fn weight(&self) -> usize {
-        match self {
+        let held = match self {
             Self::Push(items) | Self::Array(items) | Self::Set(items) => items.iter().map(Self::weight).sum(),
             Self::Map(pairs) => pairs.iter().map(|(name, value)| name.weight() + value.weight()).sum(),
-            Self::Bulk(bytes) => bytes.len() + 16,
-            Self::Simple(text) => text.len() + 16,
+            Self::Bulk(bytes) => bytes.len(),
+            Self::Simple(text) | Self::Error(text) => text.len(),
+            Self::Verbatim(text) => text.len(),
             Self::Encoded(bytes) => bytes.len(),
-            _ => 16,
-        }
+            _ => 0,
+        };
+        size_of::<Self>() + held
     }
 
     /// Whether it is an error.

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use rustix::net::sockopt;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -14,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use super::connection;
 use super::stream::Stream;
 use crate::command::Context;
-use crate::limits::{ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN, KEEPALIVE_EVERY, KEEPALIVE_PROBES};
+use crate::limits::{ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN, FILES_BESIDES_CLIENTS, KEEPALIVE_EVERY, KEEPALIVE_PROBES};
 use crate::session::bounds::Bounds;
 use crate::session::client::Session;
 use crate::tls::Certificates;
@@ -48,6 +49,17 @@ pub async fn serve(listener: TcpListener, certificates: Option<Arc<Certificates>
     drop(listener);
     connections.close();
     connections.wait().await;
+}
+
+/// Takes as many file descriptors as this process may have: each client needs one, and shells give few.
+pub fn allow_files(clients_max: usize) {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    let files = if setrlimit(Resource::Nofile, raised).is_ok() { raised.current } else { limit.current };
+    let needed = clients_max as u64 + FILES_BESIDES_CLIENTS;
+    if files.is_some_and(|files| files < needed) {
+        tracing::warn!(files, needed, "too few open files are allowed for max_clients: raise the limit (ulimit -n, LimitNOFILE)");
+    }
 }
 
 /// The connection's task; `None` where there are too many.

@@ -4,7 +4,8 @@ use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::time::Duration;
 
-use crate::harness::{Sidecar, Stack};
+use crate::crowd::memory;
+use crate::harness::Stack;
 
 /// Frames in a test run; CI's nightly mode sends a million.
 fn frames() -> u64 {
@@ -141,18 +142,12 @@ fn frame(random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-fn memory_kib(sidecar: &Sidecar) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", sidecar.pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 #[test]
 fn hostile_frames_crash_nothing_and_take_no_memory() {
     let stack = Stack::start();
     let mut client = stack.connect();
     client.ok("STOCK.SET a 1000000");
-    let before = memory_kib(&stack.sidecar);
+    let before = memory(&stack.sidecar);
     let (threads, total) = (4, frames());
     std::thread::scope(|scope| {
         for thread in 1..=threads {
@@ -177,8 +172,9 @@ fn hostile_frames_crash_nothing_and_take_no_memory() {
             });
         }
     });
-    let after = memory_kib(&stack.sidecar);
-    assert!(after < before + 64 * 1024, "{before} KiB before, {after} KiB after");
+    let after = memory(&stack.sidecar);
+    eprintln!("{} MiB before, {} MiB after {total} frames", before >> 20, after >> 20);
+    assert!(after < before + (64 << 20), "{before} bytes before, {after} bytes after");
     assert_eq!(client.ask("PING"), "PONG");
     assert!(!stack.sidecar.log().contains("panicked"));
 }

@@ -12,6 +12,7 @@ mod bulk;
 mod coupon_life;
 mod coupon_model;
 mod coupons;
+mod crowd;
 mod dead_letters;
 mod detail;
 mod doubt;

@@ -1,0 +1,77 @@
+//! What a client sent and nobody has looked at yet.
+
+use std::task::{Context, Poll};
+
+use crate::limits::{READ_MAX, READ_MIN};
+use crate::resp::{Limits, ProtocolError, Reader, Request};
+use crate::server::stream::Stream;
+
+/// What came of reading once.
+pub enum Received {
+    Bytes,
+    /// The client has closed its side.
+    End,
+    Failure,
+}
+
+/// See the module.
+pub struct Input {
+    reader: Reader,
+    /// Bytes to ask for in the next read.
+    read_size: usize,
+    /// Whether there may be a complete request that could not be dispatched yet.
+    pub backlog: bool,
+    /// Whether the client has closed its side.
+    pub ended: bool,
+}
+
+impl Input {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self { reader: Reader::default(), read_size: READ_MIN, backlog: false, ended: false }
+    }
+
+    /// Bytes that are no request yet.
+    pub fn len(&self) -> usize {
+        self.reader.buffer.len()
+    }
+
+    /// The next complete request; `None` until more is read.
+    pub fn next(&mut self, limits: Limits) -> Result<Option<Request>, ProtocolError> {
+        self.reader.next(limits)
+    }
+
+    /// Reads once, when there is something. It asks for twice as much while reads come back full, and for less again afterwards.
+    pub fn poll_receive(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<Received> {
+        if stream.poll_readable(cx).is_pending() {
+            return Poll::Pending;
+        }
+        let buffer = &mut self.reader.buffer;
+        buffer.reserve(self.read_size);
+        let room = buffer.capacity() - buffer.len();
+        match stream.poll_read(cx, buffer) {
+            Poll::Pending => {
+                self.reader.release();
+                Poll::Pending
+            }
+            Poll::Ready(Ok(0)) => {
+                self.ended = true;
+                Poll::Ready(Received::End)
+            }
+            Poll::Ready(Ok(read)) => {
+                self.read_size = match read {
+                    full if full == room => (self.read_size * 2).min(READ_MAX),
+                    little if little < self.read_size / 4 => (self.read_size / 2).max(READ_MIN),
+                    _ => self.read_size,
+                };
+                Poll::Ready(Received::Bytes)
+            }
+            Poll::Ready(Err(_)) => Poll::Ready(Received::Failure),
+        }
+    }
+
+    /// Gives memory back that is not in use.
+    pub fn release(&mut self) {
+        self.reader.release();
+    }
+}

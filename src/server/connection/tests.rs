@@ -1,0 +1,502 @@
+//! A connection over a real socket, with commands made for the test.
+
+use std::cell::RefCell;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::LocalSet;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::command::spec::{BLOCKING, Spec, integer, text};
+use crate::command::{Commands, Handler, Stats, Step, client, connection, pubsub};
+use crate::limits::{IN_FLIGHT_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX};
+use crate::resp::Ticket;
+use crate::session::registry::Registry;
+
+thread_local! {
+    static HELD: RefCell<Vec<(Bytes, Ticket)>> = const { RefCell::new(Vec::new()) };
+}
+
+static HOLD: Spec = Spec::new("T.HOLD", "Answers when freed.").args(&[text("word", 100)]).run(|call| {
+    let held = (call.args.text("word").clone(), call.ticket());
+    HELD.with_borrow_mut(|all| all.push(held));
+    Step::Later
+});
+static FREE: Spec = Spec::new("T.FREE", "Frees what is held, the last first.").run(|_| {
+    let held = HELD.take();
+    held.into_iter().rev().for_each(|(word, ticket)| ticket.complete(Reply::Bulk(word)));
+    Step::Reply(Reply::ok())
+});
+static SLEEP: Spec = Spec::new("T.SLEEP", "Waits alone.").flags(BLOCKING).args(&[integer("ms", 1, 60_000, "ms")]).run(SLEEP_RUN);
+const SLEEP_RUN: Handler = |call| {
+    let ms = Duration::from_millis(call.args.integer("ms").unsigned_abs());
+    Step::Wait(Box::pin(async move {
+        tokio::time::sleep(ms).await;
+        Reply::simple("AWAKE")
+    }))
+};
+static LATE: Spec =
+    Spec::new("T.LATE", "Waits alone, and has promised more.").family("stock").args(&[integer("ms", 1, 60_000, "ms")]).run(SLEEP_RUN);
+static BIG: Spec = Spec::new("T.BIG", "Answers many bytes.")
+    .args(&[integer("bytes", 1, 10_000_000, "bytes")])
+    .run(|call| Step::Reply(Reply::bulk(vec![b'x'; usize::try_from(call.args.integer("bytes")).unwrap_or(0)])));
+static TABLE: &[&Spec] = &[
+    &HOLD,
+    &FREE,
+    &SLEEP,
+    &LATE,
+    &BIG,
+    &connection::PING,
+    &connection::ECHO,
+    &connection::HELLO,
+    &connection::AUTH,
+    &connection::QUIT,
+    &connection::RESET,
+    &client::CLIENT,
+    &pubsub::SUBSCRIBE,
+    &pubsub::PSUBSCRIBE,
+    &pubsub::UNSUBSCRIBE,
+    &pubsub::PUNSUBSCRIBE,
+    &pubsub::PUBSUB_COMMAND,
+    &pubsub::MONITOR,
+];
+
+struct Server {
+    address: SocketAddr,
+    cx: Rc<Context>,
+    shutdown: CancellationToken,
+    serving: tokio::task::JoinHandle<()>,
+}
+
+/// Runs the test beside a server on this thread.
+async fn served(clients_max: usize, test: impl AsyncFnOnce(Server)) {
+    let commands = Rc::new(Commands::new(TABLE));
+    let stats = Arc::new(Stats::new(&commands));
+    let cx = Rc::new(Context::new(commands, Arc::new(Registry::new(clients_max)), stats, crate::command::Backend::unconnected()));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let shutdown = CancellationToken::new();
+    let local = LocalSet::new();
+    local.spawn_local(Rc::clone(&cx.subscribers).run(shutdown.clone()));
+    let serving = local.spawn_local(crate::server::serve(listener, None, Rc::clone(&cx), shutdown.clone()));
+    let test = test(Server { address, cx, shutdown, serving });
+    tokio::time::timeout(Duration::from_secs(30), local.run_until(test)).await.unwrap();
+}
+
+/// Sends bytes and reads until it has as many as expected.
+async fn talk(stream: &mut TcpStream, request: &[u8], reply: &str) {
+    stream.write_all(request).await.unwrap();
+    expect(stream, reply).await;
+}
+
+async fn expect(stream: &mut TcpStream, reply: &str) {
+    let mut read = vec![0; reply.len()];
+    stream.read_exact(&mut read).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&read), reply);
+}
+
+/// What the server still says before it closes.
+async fn rest(mut stream: TcpStream) -> String {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).await.unwrap();
+    text
+}
+
+#[tokio::test]
+async fn a_late_reply_is_counted_and_one_for_which_the_thread_stood_still_apart() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let handle = recorder.handle();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let counts = || {
+        let text = handle.render();
+        ["late", "stalled"].map(|which| text.contains(&format!("holdfast_{which}_replies_total 1")))
+    };
+    served(10, async |server| {
+        tokio::task::spawn_local(Rc::clone(&server.cx.heartbeat).beat());
+        let mut client = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut client, b"T.LATE 10\r\nT.LATE 20\r\n", "+AWAKE\r\n+AWAKE\r\n").await;
+        assert_eq!(counts(), [false, false]);
+        talk(&mut client, b"T.LATE 1000\r\n", "+AWAKE\r\n").await;
+        assert_eq!(counts(), [true, false]);
+        client.write_all(b"T.LATE 50\r\n").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        std::thread::sleep(Duration::from_millis(500));
+        expect(&mut client, "+AWAKE\r\n").await;
+        assert_eq!(counts(), [true, true]);
+    })
+    .await;
+}
+
+async fn until(mut done: impl FnMut() -> bool) {
+    while !done() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test]
+async fn replies_keep_the_order_of_requests_however_they_are_found() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let request = b"PING\r\nT.HOLD a\r\nPING\r\nT.HOLD b\r\nT.FREE\r\nPING\r\n";
+        talk(&mut stream, request, "+PONG\r\n$1\r\na\r\n+PONG\r\n$1\r\nb\r\n+OK\r\n+PONG\r\n").await;
+        talk(&mut stream, b"T.HOLD a\r\nPING\r\n", "").await;
+        until(|| HELD.with_borrow(|held| !held.is_empty())).await;
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
+        expect(&mut stream, "$1\r\na\r\n+PONG\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_command_that_waits_holds_back_those_behind_it_and_waits_for_those_before() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut stream, b"T.HOLD a\r\nT.SLEEP 5\r\nPING\r\n", "").await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
+        expect(&mut stream, "$1\r\na\r\n+AWAKE\r\n+PONG\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_stops_waiting() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut stream, b"PING\r\nT.SLEEP 60000\r\nPING\r\n", "+PONG\r\n").await;
+        drop(stream);
+        until(|| server.cx.registry.connected() == 0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_only_stops_sending_still_gets_its_replies() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(b"T.HOLD a\r\nPING\r\nPI").await.unwrap();
+        stream.shutdown().await.unwrap();
+        until(|| HELD.with_borrow(|held| !held.is_empty())).await;
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
+        assert_eq!(rest(stream).await, "$1\r\na\r\n+PONG\r\n");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_protocol_error_closes_only_its_connection() {
+    served(10, async |server| {
+        let mut good = TcpStream::connect(server.address).await.unwrap();
+        let mut bad = TcpStream::connect(server.address).await.unwrap();
+        bad.write_all(b"T.HOLD a\r\n*1\r\n$x\r\n").await.unwrap();
+        until(|| HELD.with_borrow(|held| !held.is_empty())).await;
+        talk(&mut good, b"T.FREE\r\n", "+OK\r\n").await;
+        assert_eq!(rest(bad).await, "$1\r\na\r\n-ERR Protocol error: invalid bulk length\r\n");
+        talk(&mut good, b"PING\r\n", "+PONG\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_http_request_is_closed_without_a_word() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(b"POST / HTTP/1.1\r\nHost: x\r\n").await.unwrap();
+        let mut text = Vec::new();
+        // The rest of the request was never read, so the close may arrive as a reset.
+        let _ = stream.read_to_end(&mut text).await;
+        assert_eq!(text, b"");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn requests_may_come_a_byte_at_a_time_and_switch_the_dialect() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        for byte in b"*2\r\n$4\r\nECHO\r\n$3\r\na\r\n\r\nCLIENT GETNAME\r\n" {
+            stream.write_all(&[*byte]).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        expect(&mut stream, "$3\r\na\r\n\r\n$-1\r\n").await;
+        let request = b"T.HOLD a\r\nHELLO 3\r\nCLIENT GETNAME\r\nT.FREE\r\nHELLO 2\r\nCLIENT GETNAME\r\n";
+        talk(&mut stream, request, "$1\r\na\r\n%7\r\n$6\r\nserver\r\n").await;
+        let mut read = BytesMut::new();
+        while !read.ends_with(b"$-1\r\n") {
+            stream.read_buf(&mut read).await.unwrap();
+        }
+        let text = String::from_utf8_lossy(&read);
+        assert!(text.contains("_\r\n+OK\r\n*14\r\n$6\r\nserver\r\n"), "{text}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_huge_pipeline_is_answered_whole() {
+    served(10, async |server| {
+        let (mut reading, mut writing) = TcpStream::connect(server.address).await.unwrap().into_split();
+        let count = 20_000;
+        let sending = tokio::task::spawn_local(async move {
+            writing.write_all("*2\r\n$4\r\nECHO\r\n$2\r\nhi\r\n".repeat(count).as_bytes()).await.unwrap();
+            writing
+        });
+        let mut read = vec![0; count * 8];
+        reading.read_exact(&mut read).await.unwrap();
+        assert!(read.chunks(8).all(|reply| reply == b"$2\r\nhi\r\n"));
+        drop(sending.await.unwrap());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_has_bounded_requests_in_flight() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all("T.HOLD a\r\n".repeat(IN_FLIGHT_MAX + 500).as_bytes()).await.unwrap();
+        let held = || HELD.with_borrow(Vec::len);
+        until(|| held() == IN_FLIGHT_MAX).await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(held(), IN_FLIGHT_MAX);
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
+        until(|| held() == 500).await;
+        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
+        expect(&mut stream, &"$1\r\na\r\n".repeat(IN_FLIGHT_MAX + 500)).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_slow_reader_is_not_read_from() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let count = 200;
+        stream.write_all("T.BIG 1000000\r\n".repeat(count).as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let answered = server.cx.stats.commands_total();
+        // What the kernel buffers, and one reply beyond the bound.
+        assert!(answered < 30, "{answered}");
+        let profile = server.cx.registry.clients()[0].profile().clone();
+        assert!(profile.output_bytes <= OUTPUT_SOFT_MAX + 1_000_012, "{}", profile.output_bytes);
+        let mut read = vec![0; count * 1_000_012];
+        stream.read_exact(&mut read).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn replies_that_wait_behind_another_count_as_unread() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let (count, length) = (50, 400_011);
+        let request = format!("T.HOLD a\r\n{}", "T.BIG 400000\r\n".repeat(count));
+        stream.write_all(request.as_bytes()).await.unwrap();
+        until(|| HELD.with_borrow(|held| !held.is_empty())).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let in_flight = server.cx.registry.clients()[0].profile().in_flight;
+        // The one that is held, and what passes the bound.
+        assert!(in_flight <= 2 + OUTPUT_SOFT_MAX / length, "{in_flight}");
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
+        expect(&mut stream, "$1\r\na\r\n").await;
+        let mut read = vec![0; count * length];
+        stream.read_exact(&mut read).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_all_leave_unread_is_bounded_together_and_given_back() {
+    served(10, async |server| {
+        let (count, length) = (200, 100_011);
+        let request = "T.BIG 100000\r\n".repeat(count);
+        let others = OUTPUT_TOGETHER_MAX + 1;
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        until(|| server.cx.unread.get() > OUTPUT_SOFT_MAX).await;
+        stream.read_exact(&mut vec![0; count * length]).await.unwrap();
+        until(|| server.cx.unread.get() == 0).await;
+        // Now others leave so much that there is little for this one.
+        server.cx.unread.set(others);
+        stream.write_all(request.as_bytes()).await.unwrap();
+        until(|| server.cx.unread.get() > others).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        // One reply beyond the bound, in a buffer that grows by doubling.
+        let unread = server.cx.unread.get() - others;
+        assert!(unread <= 4 * (OUTPUT_STRANGER_MAX + length), "{unread}");
+        stream.read_exact(&mut vec![0; count * length]).await.unwrap();
+        until(|| server.cx.unread.get() == others).await;
+        stream.write_all(request.as_bytes()).await.unwrap();
+        until(|| server.cx.unread.get() > others).await;
+        drop(stream);
+        until(|| server.cx.unread.get() == others).await;
+    })
+    .await;
+}
+
+fn publish(server: &Server, channel: &'static str, payload: &'static str) {
+    server.cx.subscribers.hub().publish(channel, || Bytes::from_static(payload.as_bytes()));
+}
+
+#[tokio::test]
+async fn messages_reach_those_who_have_subscribed_in_their_dialect_and_behind_the_confirmation() {
+    served(10, async |server| {
+        publish(&server, "stock:events:mug", "to nobody");
+        let mut two = TcpStream::connect(server.address).await.unwrap();
+        let mut three = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut two, b"SUBSCRIBE stock:events:mug a a\r\n", "*3\r\n$9\r\nsubscribe\r\n$16\r\nstock:events:mug\r\n:1\r\n").await;
+        expect(&mut two, "*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:2\r\n*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:2\r\n").await;
+        three.write_all(b"HELLO 3\r\nT.HOLD x\r\nPSUBSCRIBE stock:events:*\r\n").await.unwrap();
+        until(|| HELD.with_borrow(|held| !held.is_empty())).await;
+        publish(&server, "stock:events:mug", "low");
+        expect(&mut two, "*3\r\n$7\r\nmessage\r\n$16\r\nstock:events:mug\r\n$3\r\nlow\r\n").await;
+        HELD.take().into_iter().for_each(|(word, ticket)| ticket.complete(Reply::Bulk(word)));
+        let mut read = BytesMut::new();
+        while !read.ends_with(b"$1\r\nx\r\n>3\r\n$10\r\npsubscribe\r\n$14\r\nstock:events:*\r\n:1\r\n") {
+            three.read_buf(&mut read).await.unwrap();
+        }
+        publish(&server, "stock:events:mug", "soldout");
+        publish(&server, "coupon:events:spring", "low");
+        expect(&mut two, "*3\r\n$7\r\nmessage\r\n$16\r\nstock:events:mug\r\n$7\r\nsoldout\r\n").await;
+        let message = ">4\r\n$8\r\npmessage\r\n$14\r\nstock:events:*\r\n$16\r\nstock:events:mug\r\n$7\r\nsoldout\r\n";
+        expect(&mut three, message).await;
+        talk(&mut three, b"T.BIG 1\r\nPING\r\n", "$1\r\nx\r\n+PONG\r\n").await;
+        let refused =
+            "-ERR Can't execute 'echo': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context\r\n";
+        talk(&mut two, b"ECHO x\r\nPING\r\n", &format!("{refused}*2\r\n$4\r\npong\r\n$0\r\n\r\n")).await;
+        talk(&mut two, b"UNSUBSCRIBE\r\n", "*3\r\n$11\r\nunsubscribe\r\n$16\r\nstock:events:mug\r\n:1\r\n").await;
+        expect(&mut two, "*3\r\n$11\r\nunsubscribe\r\n$1\r\na\r\n:0\r\n").await;
+        talk(&mut two, b"UNSUBSCRIBE\r\nECHO x\r\n", "*3\r\n$11\r\nunsubscribe\r\n$-1\r\n:0\r\n$1\r\nx\r\n").await;
+        talk(&mut three, b"RESET\r\nECHO x\r\n", "+RESET\r\n$1\r\nx\r\n").await;
+        assert!(!server.cx.subscribers.hub().has_subscribers());
+        publish(&server, "stock:events:mug", "to nobody");
+        talk(&mut two, b"PUBSUB NUMPAT\r\n", ":0\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_subscriber_that_reads_nothing_is_cut_off_and_forgotten() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut stream, b"SUBSCRIBE a\r\n", "*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n").await;
+        let payload = Bytes::from(vec![b'x'; 10_000]);
+        let began = Instant::now();
+        while server.cx.registry.connected() > 0 {
+            server.cx.subscribers.hub().publish("a", || payload.clone());
+            tokio::task::yield_now().await;
+            assert!(began.elapsed() < Duration::from_secs(20));
+        }
+        until(|| !server.cx.subscribers.hub().has_subscribers()).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn monitor_shows_what_others_send_without_secrets() {
+    served(10, async |server| {
+        let mut watching = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut watching, b"MONITOR\r\n", "+OK\r\n").await;
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        let request = b"AUTH default s3cret\r\nHELLO 3 AUTH default s3cret\r\nCLIENT LIST\r\nECHO \"a\\r\\nb\"\r\nQUIT\r\n";
+        other.write_all(request).await.unwrap();
+        rest(other).await;
+        let mut read = BytesMut::new();
+        while !read.ends_with(b"\"QUIT\"\r\n") {
+            watching.read_buf(&mut read).await.unwrap();
+        }
+        let text = String::from_utf8_lossy(&read).into_owned();
+        assert!(text.contains(r#""AUTH" "(redacted)""#) && text.contains(r#""ECHO" "a\r\nb""#), "{text}");
+        assert!(!text.contains("s3cret") && !text.contains("CLIENT"), "{text}");
+        let first = text.lines().next().unwrap();
+        assert!(first.starts_with('+') && first.contains(" [0 127.0.0.1:"), "{first}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_silent_client_is_closed_after_the_time_it_has() {
+    served(10, async |server| {
+        let mut idle = TcpStream::connect(server.address).await.unwrap();
+        let mut subscriber = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut idle, b"PING\r\n", "+PONG\r\n").await;
+        talk(&mut subscriber, b"SUBSCRIBE a\r\n", "*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n").await;
+        server.cx.bounds.set_idle(Duration::from_millis(50));
+        // The clock is wound with the next thing that it says.
+        talk(&mut idle, b"PING\r\n", "+PONG\r\n").await;
+        talk(&mut subscriber, b"PING\r\n", "*2\r\n$4\r\npong\r\n$0\r\n\r\n").await;
+        assert_eq!(rest(idle).await, "");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        talk(&mut subscriber, b"PING\r\n", "*2\r\n$4\r\npong\r\n$0\r\n\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn quit_answers_and_closes() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(b"PING\r\nQUIT\r\n").await.unwrap();
+        assert_eq!(rest(stream).await, "+PONG\r\n+OK\r\n");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn too_many_clients_are_told_so() {
+    served(1, async |server| {
+        let mut first = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut first, b"PING\r\n", "+PONG\r\n").await;
+        let second = TcpStream::connect(server.address).await.unwrap();
+        assert_eq!(rest(second).await, "-ERR max number of clients reached\r\n");
+        drop(first);
+        until(|| server.cx.registry.connected() == 0).await;
+        let mut third = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut third, b"PING\r\n", "+PONG\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_can_be_killed_by_another() {
+    served(10, async |server| {
+        let mut victim = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut victim, b"CLIENT ID\r\n", ":1\r\n").await;
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut other, b"CLIENT KILL ID 1\r\n", ":1\r\n").await;
+        assert_eq!(rest(victim).await, "");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_shutdown_finishes_what_is_in_flight_and_closes_the_rest() {
+    served(10, async |server| {
+        let mut idle = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut idle, b"PING\r\n", "+PONG\r\n").await;
+        let mut busy = TcpStream::connect(server.address).await.unwrap();
+        busy.write_all(b"T.HOLD a\r\n").await.unwrap();
+        until(|| HELD.with_borrow(|held| !held.is_empty())).await;
+        server.shutdown.cancel();
+        assert_eq!(rest(idle).await, "");
+        assert!(!server.serving.is_finished());
+        HELD.take().into_iter().for_each(|(word, ticket)| ticket.complete(Reply::Bulk(word)));
+        assert_eq!(rest(busy).await, "$1\r\na\r\n");
+        server.serving.await.unwrap();
+    })
+    .await;
+}
+
+#[test]
+fn an_idle_connection_is_small() {
+    assert!(size_of::<Connection>() < 1024, "{}", size_of::<Connection>());
+}
