@@ -1,7 +1,7 @@
 # Everything builds with the release profile: tests, lints and programs share one build of the dependencies.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build run demo test test-clients test-sabotage bench lint fmt docs
+.PHONY: help setup build run demo test test-clients test-sabotage fuzz bench lint fmt docs
 
 # short: a smoke test of the benchmark; full: numbers to publish.
 BENCH ?= full
@@ -29,6 +29,10 @@ test-clients: build ## Runs the clients of other languages against it; ONLY=lock
 
 test-sabotage: setup ## Shows that builds which break a promise fail the tests
 	tests/sabotage
+
+fuzz: ## Fuzzes what reads bytes from outside, a minute each; FUZZ=nightly for ten
+	@scripts/setup.sh fuzz
+	scripts/fuzz.sh
 
 bench: ## Measures it; BENCH=short for a minute, BENCH_ONLY=hot-p16 for one case, UPDATE=1 for new counts
 	@scripts/setup.sh bench

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what Holdfast needs beside Rust, where it is missing: a Redis, a PostgreSQL, a C compiler. `setup.sh clients` and
-# `setup.sh bench` also install what those need.
+# Installs what Holdfast needs beside Rust, where it is missing: a Redis, a PostgreSQL, a C compiler. `setup.sh clients`,
+# `setup.sh fuzz` and `setup.sh bench` also install what those need.
 #
 # Debian's packages also start a Redis and a PostgreSQL of the system. Holdfast leaves those alone: `holdfast dev` and the tests start
 # their own, on other ports.
@@ -16,6 +16,10 @@ if [ "${1:-}" = clients ]; then
     python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3 python3-venv)
     # Go, Java and Maven are large, and used where they are there.
     [ -e /usr/include/hiredis/hiredis.h ] || packages+=(libhiredis-dev)
+fi
+# What libFuzzer is built with.
+if [ "${1:-}" = fuzz ]; then
+    command -v c++ >/dev/null || packages+=(g++)
 fi
 # What the benchmark needs. Java and Maven are used where they are there: they are large, and serve one of its comparisons.
 if [ "${1:-}" = bench ]; then

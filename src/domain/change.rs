@@ -490,14 +490,20 @@ impl Named<'_> {
     }
 
     fn order(&self, kind: StockKind, items: &[Item]) -> Option<OrderChange> {
-        let units = match self.find("units") {
-            Some(units) => units.split(',').map(|units| units.parse().ok()).collect::<Option<Vec<_>>>()?,
-            None if matches!(kind, StockKind::Reserve | StockKind::Sell) => items.iter().map(|item| -item.delta).collect(),
+        // What begins an order has its units in its items, and nothing before it.
+        let begins = matches!(kind, StockKind::Reserve | StockKind::Sell);
+        let units: Vec<i64> = match self.find("units") {
+            Some(_) if begins => return None,
+            Some(units) => units.split(',').map(|units| units.parse().ok()).collect::<Option<_>>()?,
+            None if begins => items.iter().map(|item| item.delta.checked_neg()).collect::<Option<_>>()?,
             None => Vec::new(),
         };
         let from = self.find("from").map_or(Some(None), |from| OrderState::parse(from).map(Some))?;
         let expires_ms = self.number("expires");
-        let is_whole = units.len() == items.len() && expires_ms.is_some() == matches!(kind, StockKind::Reserve | StockKind::Extend);
+        let is_whole = units.len() == items.len()
+            && units.iter().all(|units| *units >= 0)
+            && !(begins && from.is_some())
+            && expires_ms.is_some() == matches!(kind, StockKind::Reserve | StockKind::Extend);
         is_whole.then_some(OrderChange { order: self.text("order")?, expires_ms, from, units })
     }
 }
@@ -645,6 +651,11 @@ mod tests {
             "0 reserve | a -1 1",
             "0 reserve order=o | a -1 1",
             "0 reserve order=o expires=7 |",
+            "0 reserve order=o expires=7 from=held | a -1 1",
+            "0 reserve order=o expires=7 units=1 | a -1 1",
+            "0 reserve order=o expires=7 | a -9223372036854775808 1",
+            "0 sell order=o | a 1 1",
+            "0 confirm order=o from=held units=-9223372036854775808 | a 0 1",
             "0 confirm order=o from=held | a 0 1",
             "0 confirm order=o from=held units=1,2 | a 0 1",
             "0 cancel order=o from=held |",
