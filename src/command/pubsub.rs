@@ -132,7 +132,7 @@ pub fn refusal(session: &Session, spec: &Spec) -> Option<String> {
     })
 }
 
-pub static PUBSUB_COMMAND: Spec = Spec::new("PUBSUB", "Shows what clients have subscribed to on the thread that serves this connection.")
+pub static PUBSUB_COMMAND: Spec = Spec::new("PUBSUB", "Shows what clients have subscribed to.")
     .family("pubsub")
     .flags(FLAGS)
     .example("PUBSUB NUMPAT")
@@ -145,7 +145,7 @@ static CHANNELS: Spec = Spec::new("PUBSUB|CHANNELS", "Lists the channels subscri
     .run(|call| {
         let pattern = call.args.maybe_text("pattern");
         let shown = |channel: &Bytes| pattern.is_none_or(|pattern| glob::matches(pattern, channel, false));
-        let channels = call.cx.subscribers.channels();
+        let channels = call.cx.subscribers.hub().names(Kind::Channel);
         Step::Reply(Reply::Array(channels.into_iter().filter(|(name, _)| shown(name)).map(|(name, _)| Reply::Bulk(name)).collect()))
     });
 
@@ -154,7 +154,7 @@ static NUMSUB: Spec = Spec::new("PUBSUB|NUMSUB", "Counts the subscribers of chan
     .flags(FLAGS)
     .reply("array of channel and count")
     .run(|call| {
-        let channels = call.cx.subscribers.channels();
+        let channels = call.cx.subscribers.hub().names(Kind::Channel);
         let count = |name: &Bytes| channels.iter().find(|(known, _)| known == name).map_or(0, |(_, count)| *count);
         let pair = |name: &Bytes| [Reply::Bulk(name.clone()), Reply::Integer(i64::try_from(count(name)).unwrap_or(i64::MAX))];
         Step::Reply(Reply::Array(call.args.list("channel").flat_map(pair).collect()))
@@ -163,7 +163,7 @@ static NUMSUB: Spec = Spec::new("PUBSUB|NUMSUB", "Counts the subscribers of chan
 static NUMPAT: Spec = Spec::new("PUBSUB|NUMPAT", "Counts the patterns subscribed to.")
     .flags(FLAGS)
     .reply("integer")
-    .run(|call| Step::Reply(Reply::Integer(i64::try_from(call.cx.subscribers.patterns()).unwrap_or(i64::MAX))));
+    .run(|call| Step::Reply(Reply::Integer(i64::try_from(call.cx.subscribers.hub().names(Kind::Pattern).len()).unwrap_or(i64::MAX))));
 
 static HELP: Spec = Spec::new("PUBSUB|HELP", "Lists the subcommands.")
     .flags(FLAGS)

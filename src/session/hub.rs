@@ -36,6 +36,8 @@ pub struct Hub {
     threads: Mutex<Vec<mpsc::Sender<Event>>>,
     /// Channels and patterns subscribed to, on all threads.
     subscriptions: AtomicUsize,
+    /// The same by name, with how many clients each.
+    names: Mutex<[HashMap<Bytes, usize, foldhash::fast::RandomState>; 2]>,
     monitors: AtomicUsize,
 }
 
@@ -51,6 +53,29 @@ impl Hub {
     /// Whether anybody listens to anything: worth asking before a channel's name is made.
     pub fn has_subscribers(&self) -> bool {
         self.subscriptions.load(Ordering::Relaxed) > 0
+    }
+
+    /// The channels, or the patterns, that anybody has subscribed to, with how many each.
+    pub fn names(&self, kind: Kind) -> Vec<(Bytes, usize)> {
+        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        names[kind as usize].iter().map(|(name, count)| (name.clone(), *count)).collect()
+    }
+
+    fn added(&self, kind: Kind, name: &Bytes) {
+        self.subscriptions.fetch_add(1, Ordering::Relaxed);
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        *names[kind as usize].entry(name.clone()).or_default() += 1;
+    }
+
+    fn removed(&self, kind: Kind, name: &Bytes) {
+        self.subscriptions.fetch_sub(1, Ordering::Relaxed);
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = names[kind as usize].get_mut(name) {
+            *count -= 1;
+            if *count == 0 {
+                names[kind as usize].remove(name);
+            }
+        }
     }
 
     /// Whether anybody watches what all clients send.
@@ -154,16 +179,6 @@ impl Subscribers {
             Kind::Pattern => &self.patterns,
         }
     }
-
-    /// The channels that somebody on this thread has subscribed to, with how many each.
-    pub fn channels(&self) -> Vec<(Bytes, usize)> {
-        self.channels.borrow().iter().map(|(channel, listeners)| (channel.clone(), listeners.len())).collect()
-    }
-
-    /// How many patterns are subscribed to on this thread.
-    pub fn patterns(&self) -> usize {
-        self.patterns.borrow().len()
-    }
 }
 
 /// What one client has subscribed to. Dropped, all of it ends.
@@ -205,8 +220,8 @@ impl Subscriptions {
         let name = Bytes::copy_from_slice(&name);
         self.names.borrow_mut()[kind as usize].push(name.clone());
         let listener = Listener { client: self.client.id, pipeline: self.pipeline.clone() };
+        self.subscribers.hub.added(kind, &name);
         self.subscribers.map(kind).borrow_mut().entry(name).or_default().push(listener);
-        self.subscribers.hub.subscriptions.fetch_add(1, Ordering::Relaxed);
         self.publish_counts();
     }
 
@@ -222,7 +237,7 @@ impl Subscriptions {
                 map.remove(name);
             }
         }
-        self.subscribers.hub.subscriptions.fetch_sub(1, Ordering::Relaxed);
+        self.subscribers.hub.removed(kind, name);
         drop(map);
         self.publish_counts();
     }

@@ -45,6 +45,25 @@ fn a_subscription_is_confirmed_and_restricts_resp2() {
 }
 
 #[test]
+fn subscribers_are_counted_over_all_threads() {
+    let stack = Stack::with_settings(&["--threads", "3"]);
+    let mut subscribers: Vec<_> = (0..12).map(|_| stack.sidecar.raw()).collect();
+    for (number, raw) in subscribers.iter_mut().enumerate() {
+        raw.write_all(format!("SUBSCRIBE all own-{number}\r\nPSUBSCRIBE stock:*\r\nPING\r\n").as_bytes()).unwrap();
+        let lines = BufReader::new(raw.try_clone().unwrap()).lines().map(Result::unwrap);
+        assert!(lines.take_while(|line| line != "pong").any(|line| line == ":3"));
+    }
+    let mut client = stack.connect();
+    assert_eq!(client.ask("PUBSUB NUMSUB all own-7 none"), "[all, 12, own-7, 1, none, 0]");
+    assert_eq!(client.ask("PUBSUB NUMPAT"), "1");
+    assert_eq!(client.ask("PUBSUB CHANNELS").matches("own-").count(), 12);
+    assert_eq!(client.ask("PUBSUB CHANNELS al?"), "[all]");
+    drop(subscribers);
+    client.until("PUBSUB CHANNELS", "[]");
+    assert_eq!((client.ask("PUBSUB NUMSUB all"), client.ask("PUBSUB NUMPAT")), ("[all, 0]".into(), "0".into()));
+}
+
+#[test]
 fn the_backing_redis_is_read_through_only_where_that_is_on_and_never_written() {
     let stack = Stack::start();
     let off = stack.connect().ask("GET stock:product:a");
