@@ -136,6 +136,26 @@ impl Postgres {
         }
     }
 
+    /// From now on TLS is spoken only with clients that show a certificate of this directory's `ca.crt`; it has `server.crt` and `server.key`,
+    /// too. Without TLS everybody is let in as before.
+    pub fn speak_tls(&mut self, certificates: &Path) {
+        self.kill();
+        let data = self.directory.join("data");
+        for name in ["ca.crt", "server.crt", "server.key"] {
+            std::fs::copy(certificates.join(name), data.join(name)).unwrap();
+            if is_root() {
+                assert!(Command::new("chown").arg("postgres").arg(data.join(name)).status().unwrap().success());
+            }
+            assert!(Command::new("chmod").arg("600").arg(data.join(name)).status().unwrap().success());
+        }
+        let who = "hostssl all all 127.0.0.1/32 trust clientcert=verify-ca\nhostnossl all all 127.0.0.1/32 trust\n";
+        std::fs::write(data.join("pg_hba.conf"), who).unwrap();
+        let settings = "\nssl = on\nssl_ca_file = 'ca.crt'\n";
+        let written = std::fs::OpenOptions::new().append(true).open(data.join("postgresql.conf"));
+        std::io::Write::write_all(&mut written.unwrap(), settings.as_bytes()).unwrap();
+        self.restart();
+    }
+
     /// The address of one of its databases.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://postgres@127.0.0.1:{}/{database}?sslmode=disable", self.port)

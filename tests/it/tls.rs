@@ -1,4 +1,4 @@
-//! TLS, with certificates on both sides: to clients, on the HTTP port, to Redis; and certificates that change while clients are connected.
+//! TLS, with certificates on both sides: to clients, on the HTTP port, to Redis, to Postgres; and certificates that change while clients are connected.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -183,4 +183,33 @@ fn certificates_that_cannot_be_used_are_named_before_the_start() {
         assert!(code == Some(1) && text.contains(why), "{why}: {code:?} {text}");
     }
     assert!(Path::new(&cert).exists());
+}
+
+#[test]
+fn postgres_is_reached_through_tls_with_certificates_on_both_sides() {
+    let (ours, theirs) = (Authority::new("ours-pg"), Authority::new("theirs-pg"));
+    let (redis, mut postgres) = (RedisServer::start(), Database::new(true));
+    postgres.own.as_mut().unwrap().speak_tls(&ours.0);
+    let plain = "sslmode=disable";
+    let root = |authority: &Authority| format!("sslmode=verify-full&sslrootcert={}", authority.file("ca.crt"));
+    let shown = |authority: &Authority| format!("&sslcert={}&sslkey={}", authority.file("client.crt"), authority.file("client.key"));
+    for (options, why) in [
+        (root(&ours), "certificate"),
+        (root(&ours) + &shown(&theirs), "received fatal alert: UnknownCA"),
+        (root(&theirs) + &shown(&ours), "invalid peer certificate: UnknownIssuer"),
+    ] {
+        let mut refused = Sidecar::with_settings(&redis.url(), &postgres.url.replace(plain, &options), &[]);
+        let log = refused.wait_for_log(why);
+        assert!(!log.contains("panicked") && refused.get("/readyz").0 == 503, "{options}: {log}");
+    }
+    let url = postgres.url.replace(plain, &(root(&ours) + &shown(&ours)));
+    let stack = Stack { sidecar: Sidecar::with_settings(&redis.url(), &url, &["--reply-within-ms", "20000"]), redis, postgres };
+    stack.wait_until_ready();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 5");
+    client.ok("STOCK.DECR a 2 ACK postgres");
+    assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock"), "3");
+    let sessions = "SELECT ssl::text || ' ' || coalesce(client_dn, '-') FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
+        WHERE client_port IS NOT NULL AND pid <> pg_backend_pid() GROUP BY 1";
+    assert_eq!(stack.postgres.column(sessions), ["true /CN=client"]);
 }
