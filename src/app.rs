@@ -51,6 +51,7 @@ use crate::reconcile::request::Requests;
 use crate::reconcile::schedule::Scheduler;
 use crate::server::listener;
 use crate::session::bounds::Bounds;
+use crate::session::guesses::Guesses;
 use crate::session::hub::{Hub, Subscribers};
 use crate::session::registry::Registry;
 use crate::session::users::Directory;
@@ -339,6 +340,7 @@ struct Sessions {
     registry: Arc<Registry>,
     users: Arc<Directory>,
     bounds: Arc<Bounds>,
+    guesses: Arc<Guesses>,
     hub: Arc<Hub>,
     slow: Arc<SlowLog>,
     certificates: Option<Arc<Certificates>>,
@@ -351,7 +353,7 @@ impl Sessions {
         let limits = &config.limits;
         let mut bounds = Bounds::default();
         bounds.known = bounds.known.with(limits.args, limits.bulk, limits.request);
-        (bounds.auth_within, bounds.auth_failures) = (config.auth.within, config.auth.failures);
+        (bounds.auth_within, bounds.auth_failures, bounds.auth_delay) = (config.auth.within, config.auth.failures, config.auth.delay);
         (bounds.in_flight, bounds.output) = (limits.in_flight, limits.output);
         (bounds.stall, bounds.keepalive) = (limits.stall, limits.keepalive);
         bounds.set_idle(limits.idle);
@@ -359,6 +361,7 @@ impl Sessions {
             registry: Arc::new(Registry::new(config.max_clients)),
             users: Arc::new(Directory::new(users)),
             bounds: Arc::new(bounds),
+            guesses: Arc::default(),
             hub: Arc::default(),
             slow: Arc::default(),
             certificates: access::certificates(config)?,
@@ -452,12 +455,12 @@ impl FrontThread {
         let backend = Backend::new(partition, redis_url, &instance, window, config.reply_within, self.number, locks);
         let driving = backend.drive(self.changes, &lanes);
         spawn_local(beat(pulses, self.number, Arc::clone(&backend.partition)));
-        let Sessions { registry, users, bounds, hub, slow, certificates, stats } = sessions;
+        let Sessions { registry, users, bounds, guesses, hub, slow, certificates, stats } = sessions;
         let subscribers = Subscribers::new(hub);
         spawn_local(Rc::clone(&subscribers).run(lanes.clone()));
         let context = Context::new(Rc::new(commands(&config)), registry, stats, backend);
         let passing = (config.passthrough == Passthrough::ReadOnly).then(|| Rc::new(Reads::new(redis_url, limits::PASSED_WITHIN)));
-        let cx = Rc::new(Context { users, bounds, subscribers, slow, passing, ..context });
+        let cx = Rc::new(Context { users, bounds, guesses, subscribers, slow, passing, ..context });
         spawn_local(Rc::clone(&cx.heartbeat).beat());
         cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
         let (partition, locks) = (Arc::clone(&cx.backend.partition), cx.backend.locks.clone());

@@ -76,6 +76,8 @@ pub struct Auth {
     #[serde(rename = "within_ms", deserialize_with = "milliseconds")]
     pub within: Duration,
     pub failures: u32,
+    #[serde(rename = "delay_ms", deserialize_with = "milliseconds")]
+    pub delay: Duration,
 }
 
 impl Auth {

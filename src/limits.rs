@@ -377,6 +377,24 @@ pub const SETTABLE_TIME_MS: (u64, u64) = (1_000, 86_400_000);
 pub const AUTH_WITHIN: Duration = Duration::from_secs(5);
 pub const AUTH_FAILURES: u32 = 3;
 
+/// The default of `auth.delay_ms`: by how much longer each further wrong password of an address is answered.
+pub const AUTH_DELAY: Duration = Duration::from_millis(50);
+
+/// Wrong passwords of one address that are answered at once: people mistype.
+pub const GUESSES_FREE: u32 = 3;
+
+/// How often `auth.delay_ms` an answer waits at most: a second by default, which leaves time for three before `auth.within_ms` ends.
+pub const GUESS_DELAYS_MAX: u32 = 20;
+
+/// After how long without a wrong password an address is forgotten.
+pub const GUESSES_WITHIN: Duration = Duration::from_secs(60);
+
+/// Addresses that are remembered, some 50 bytes each: as many as clients may be connected by default.
+pub const GUESS_ADDRESSES_MAX: usize = 10_000;
+
+/// What `auth.delay_ms` may be set to: twenty times that has to be less than anybody waits.
+pub const SETTABLE_AUTH_DELAY_MS: (u64, u64) = (0, 1_000);
+
 /// What these may be set to.
 pub const SETTABLE_AUTH_MS: (u64, u64) = (100, 60_000);
 pub const SETTABLE_AUTH_FAILURES: (u64, u64) = (1, 1_000);

@@ -92,14 +92,20 @@ fn hello_without_auth() -> String {
 fn rejection(call: &Call<'_>, rejected: Rejected) -> Step {
     metrics::counter!("holdfast_auth_failures_total").increment(1);
     tracing::info!(target: "holdfast::audit", client = %call.session.client.address, "wrong user or password");
-    let error = Reply::error(WRONG_PASSWORD);
-    match rejected {
-        Rejected::Once => Step::Reply(error),
-        Rejected::TooOften => {
-            closed("auth_failures");
-            Step::Close(error)
-        }
+    if rejected == Rejected::TooOften {
+        closed("auth_failures");
     }
+    let error = Reply::error(WRONG_PASSWORD);
+    let wait = call.cx.guesses.wrong(call.session.client.address.ip(), call.arrived, call.cx.bounds.auth_delay);
+    if wait.is_zero() {
+        return if rejected == Rejected::TooOften { Step::Close(error) } else { Step::Reply(error) };
+    }
+    metrics::counter!("holdfast_auth_delayed_total").increment(1);
+    let later = Box::pin(async move {
+        tokio::time::sleep(wait).await;
+        error
+    });
+    if rejected == Rejected::TooOften { Step::CloseAfter(later) } else { Step::Wait(later) }
 }
 
 pub static AUTH: Spec = Spec::new("AUTH", "Authenticates the connection.")

@@ -60,6 +60,7 @@ use crate::limits::ERROR_ECHO_MAX;
 use crate::resp::{Pipeline, Reply, Request, Stamp, Ticket};
 use crate::session::bounds::Bounds;
 use crate::session::client::{Replies, Session};
+use crate::session::guesses::Guesses;
 use crate::session::hub::Subscribers;
 use crate::session::registry::Registry;
 use crate::session::users::{Directory, Users};
@@ -83,6 +84,8 @@ pub enum Step {
     Wait(LocalBoxFuture<'static, Reply>),
     /// The last reply of this connection.
     Close(Reply),
+    /// The same, of a command that runs alone.
+    CloseAfter(LocalBoxFuture<'static, Reply>),
 }
 
 /// One command under way, as its handler sees it.
@@ -119,6 +122,7 @@ pub struct Context {
     pub registry: Arc<Registry>,
     pub users: Arc<Directory>,
     pub bounds: Arc<Bounds>,
+    pub guesses: Arc<Guesses>,
     /// The subscribers of this thread.
     pub subscribers: Rc<Subscribers>,
     /// Bytes that the clients of this thread leave unread, all together.
@@ -145,6 +149,7 @@ impl Context {
             registry,
             users: Arc::new(Directory::new(Users::open())),
             bounds: Arc::new(Bounds::default()),
+            guesses: Arc::default(),
             subscribers: Subscribers::new(Arc::default()),
             unread: Cell::new(0),
             stats,
@@ -170,6 +175,8 @@ pub struct Waiting {
     pub future: LocalBoxFuture<'static, Reply>,
     /// Whether it is given up when its client leaves, as what may wait long is.
     pub gives_up: bool,
+    /// Whether its reply is the last of the connection.
+    pub closes: bool,
 }
 
 /// What the connection does after a command was dispatched.
@@ -216,7 +223,13 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     match step {
         Step::Reply(reply) => pipeline.push_ready(reply),
         Step::Later => {}
-        Step::Wait(future) => return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up: spec.is(spec::BLOCKING) }),
+        Step::Wait(future) => {
+            let gives_up = spec.is(spec::BLOCKING);
+            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up, closes: false });
+        }
+        Step::CloseAfter(future) => {
+            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up: false, closes: true });
+        }
         Step::Close(reply) => {
             pipeline.push_ready(reply);
             return After::Close;

@@ -109,6 +109,12 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How many wrong passwords in a row close a connection.",
     },
     Setting {
+        key: "auth.delay_ms",
+        kind: Kind::Milliseconds(limits::SETTABLE_AUTH_DELAY_MS.0, limits::SETTABLE_AUTH_DELAY_MS.1),
+        default: "50",
+        doc: "How much longer each further wrong password from one address waits for its answer, from the fourth on, up to twenty times that; 0: none waits.",
+    },
+    Setting {
         key: "limits.args",
         kind: Kind::Integer(limits::SETTABLE_ARGS.0, limits::SETTABLE_ARGS.1),
         default: "1024",

@@ -11,8 +11,6 @@
 mod clock;
 mod input;
 mod output;
-#[cfg(test)]
-mod tests;
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -261,6 +259,9 @@ impl Connection {
         let Poll::Ready(reply) = waiting.future.as_mut().poll(cx) else { return false };
         if let Some(waiting) = self.waiting.take() {
             waiting.ticket.complete(reply);
+            if waiting.closes {
+                self.phase = Phase::Ending;
+            }
         }
         true
     }
@@ -318,3 +319,6 @@ impl Drop for Connection {
         self.pipeline.close();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -15,6 +15,8 @@ pub struct Bounds {
     /// How long a client may take to show who it is, and how often it may be wrong.
     pub auth_within: Duration,
     pub auth_failures: u32,
+    /// By how much longer each further wrong password of an address is answered.
+    pub auth_delay: Duration,
     /// Requests of one connection that wait for their reply: beyond, it is not read.
     pub in_flight: usize,
     /// Unsent bytes of one connection: beyond, it is not read, and no message comes.
@@ -33,6 +35,7 @@ impl Default for Bounds {
             known: Limits::KNOWN,
             auth_within: limits::AUTH_WITHIN,
             auth_failures: limits::AUTH_FAILURES,
+            auth_delay: limits::AUTH_DELAY,
             in_flight: limits::IN_FLIGHT_MAX,
             output: limits::OUTPUT_SOFT_MAX,
             stall: limits::OUTPUT_STALL_MAX,

@@ -3,10 +3,12 @@
 //!
 //! - [`client`]: one client's session; [`registry`]: all of them, for CLIENT LIST; [`bounds`]: what one may take.
 //! - [`hub`]: channels, and who has subscribed to them.
-//! - [`user`]: who a client may be, and what that user may do; [`users`]: all of them, for AUTH.
+//! - [`user`]: who a client may be, and what that user may do; [`users`]: all of them, for AUTH;
+//!   [`guesses`]: wrong passwords, by address.
 
 pub mod bounds;
 pub mod client;
+pub mod guesses;
 pub mod hub;
 pub mod registry;
 pub mod user;

@@ -164,6 +164,33 @@ mod tests {
     }
 
     #[test]
+    fn a_wrong_password_and_an_unknown_user_take_the_same_time() {
+        let file: String = (0..20).map(|n| format!("user u-{n} on #{HASH} +@all\n")).collect();
+        let users = users(&file);
+        let measure = |name: &[u8]| {
+            let began = std::time::Instant::now();
+            for _ in 0..10 {
+                assert!(std::hint::black_box(&users).authenticate(std::hint::black_box(name), b"s3cret-of-some-length").is_none());
+            }
+            began.elapsed()
+        };
+        // In turns, so that whatever else the machine does falls on all of them.
+        let names: [&[u8]; 4] = [b"u-0", b"u-19", b"nobody", b"default"];
+        let mut took = [const { Vec::new() }; 4];
+        for _ in 0..2_000 {
+            for (name, took) in names.iter().zip(&mut took) {
+                took.push(measure(name));
+            }
+        }
+        let medians = took.map(|mut took| {
+            took.sort();
+            took[took.len() / 2]
+        });
+        let (least, most) = (medians.iter().min().unwrap(), medians.iter().max().unwrap());
+        assert!(most.as_secs_f64() < least.as_secs_f64() * 1.15, "{medians:?}");
+    }
+
+    #[test]
     fn default_is_off_where_there_are_others_unless_it_is_given_a_password() {
         assert!(Users::open().default_user().admits(None));
         let with_file = users(&format!("user shop on #{HASH}"));

@@ -89,6 +89,13 @@ pub const METRICS: &[Metric] = &[
         doc: "Wrong passwords, or names that are no user's.",
     },
     Metric {
+        name: "holdfast_auth_delayed_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "Of these, those whose answer had to wait, because their address had been wrong before.",
+    },
+    Metric {
         name: "holdfast_denied_total",
         kind: Kind::Counter,
         unit: Unit::Count,

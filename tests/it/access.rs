@@ -142,6 +142,33 @@ fn strangers_may_say_little_for_a_short_time_and_guess_three_times() {
 }
 
 #[test]
+fn whoever_guesses_on_waits_longer_whatever_is_wrong_and_nobody_else_does() {
+    let file = TempFile::new("guesses", &users());
+    let stack = Stack::with_settings(&["--auth-users-file", file.path(), "--auth-delay-ms", "100", "--auth-failures", "2"]);
+    let guess = |name: &str| {
+        let began = std::time::Instant::now();
+        let answer = until_closed(stack.sidecar.raw(), &format!("AUTH {name} x\r\nAUTH {name} y\r\nPING\r\n"));
+        assert_eq!(answer, "-WRONGPASS invalid username-password pair or user is disabled.\r\n".repeat(2));
+        began.elapsed().as_millis()
+    };
+    guess("shop");
+    // The fourth waits; and so on, over connections and names.
+    assert!(guess("nobody") >= 100);
+    assert!(guess("shop") >= 200 + 300);
+    assert!(guess("nobody") >= 400 + 500);
+    let metrics = stack.sidecar.get("/metrics").1;
+    assert!(metrics.contains("holdfast_auth_failures_total 8") && metrics.contains("holdfast_auth_delayed_total 5"), "{metrics}");
+    // Meanwhile somebody else guesses for a second and a half, and who knows the password is let in at once.
+    std::thread::scope(|scope| {
+        let guessing = scope.spawn(|| guess("shop"));
+        wait_until("the next one waits", || stack.sidecar.get("/metrics").1.contains("holdfast_auth_delayed_total 6"));
+        assert_eq!(stack.sidecar.connect_as("shop", PASSWORD).ask("STOCK.GET shop-mug"), "nil");
+        assert!(!guessing.is_finished());
+        assert!(guessing.join().unwrap() >= 600 + 700);
+    });
+}
+
+#[test]
 fn a_sighup_takes_over_the_users_and_drops_nobody_who_may_stay() {
     let file = TempFile::new("reload", &users());
     let mut stack = Stack::with_settings(&["--auth-users-file", file.path()]);
@@ -192,6 +219,11 @@ fn a_planted_secret_is_shown_nowhere() {
     let sidecar = Sidecar::with_settings(&redis.url(), &postgres.url, &["--config", config.path()]);
     let stack = Stack { sidecar, redis, postgres };
     stack.wait_until_ready();
+    let mut watching = stack.sidecar.raw();
+    watching.write_all(format!("AUTH {PASSWORD}\r\nMONITOR\r\n").as_bytes()).unwrap();
+    let mut confirmed = [0; 10];
+    watching.read_exact(&mut confirmed).unwrap();
+    assert_eq!(&confirmed, b"+OK\r\n+OK\r\n");
     for request in [
         format!("AUTH {PASSWORD}\r\nQUIT\r\n"),
         format!("AUTH default {PASSWORD}x\r\nAUTH {PASSWORD} x\r\nQUIT\r\n"),
@@ -217,6 +249,15 @@ fn a_planted_secret_is_shown_nowhere() {
         let answer = client.ask(&request);
         assert!(!answer.contains(PASSWORD) && !answer.contains(&hash()), "{request}: {answer}");
     }
+    client.ask("ECHO last");
+    let mut watched = String::new();
+    while !watched.contains("\"ECHO\" \"last\"") {
+        let mut chunk = [0; 4096];
+        let read = watching.read(&mut chunk).unwrap();
+        watched += &String::from_utf8_lossy(&chunk[..read]);
+    }
+    assert!(watched.contains("\"AUTH\" \"(redacted)\"") && watched.contains("\"HELLO\" \"(redacted)\""), "{watched}");
+    assert!(!watched.contains(PASSWORD) && !watched.contains(&hash()), "{watched}");
     for path in ["/metrics", "/readyz?verbose", "/livez"] {
         assert!(!stack.sidecar.get(path).1.contains(PASSWORD), "{path}");
     }
