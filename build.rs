@@ -20,6 +20,7 @@ const SABOTAGE: &[(&str, &str, &str, &str)] = &[
     ),
     ("NO_RELEASE", "orders", "if leaves then shelf.held[i] = (shelf.held[i] or 0) - units[at] end\n", ""),
     ("NO_REQUEST_MEMORY", "requests", "if text then return 'known', text end\n", ""),
+    ("NO_REQUEST_MEMORY", "requests", "if found[i] then return true end\n", ""),
     ("NO_RUN_ID", "guard", "if m[2] ~= run then return nil, {'run', op, now} end\n", ""),
     ("LOOSE_SUMS", "sums", "if not after or after < 0 or value > TOTAL_MAX then", "if not after or value > TOTAL_MAX then"),
     ("XADD_LAST", "coupon_write", "append(head, lines)\n", ""),

@@ -5,7 +5,8 @@
 -- returns: {'ok', op, now, n before, answer of sums or '', a reason a frozen product of sums, word, values, word, values, ...}, or a refusal of the guard
 --
 -- KEYS goes on with the products of sums, the other products, the orders, then the buckets of request ids. batch is msgpack
--- {sums or false, names, operations}: sums is what can be decided by its sum (sums.lua), the rest is decided one by one. An operation is
+-- {sums or false, names, operations}: sums is what can be decided by its sum (sums.lua), the rest is decided one by one. Where a REQUEST in the
+-- sums is not new, nothing is done and 'requests' returned. An operation is
 -- {kind, text, items, request or false, low or false, upkeep or false, order or false}: text is what its outbox line begins with, items
 -- are places in names with their quantities, order is what orders.lua says. A set that creates is marked new=1: what Postgres may have of the product gives way.
 -- upkeep is what only the server itself asks for, each about one product: init {mark, n, low or false, reason or false} ·
@@ -22,6 +23,7 @@ if not head then return refusal end
 local sums, names, operations = unpack(cmsgpack.unpack(batch))
 local place = FIXED + (sums and sums[1] or 0)
 if generation > 0 and not generation_fits(head, window, generation) then return {'clock', head.op, head.now} end
+if sums and sums[10] and not are_new(head, sums[10], window, generation) then return {'requests', head.op, head.now} end
 
 local values, reasons, dirty = {}, {}, {}
 local is_any_frozen = redis.call('HLEN', frozen) > 0
@@ -35,7 +37,7 @@ if sums then
     for i = 1, #ids do is_one = is_one or reasons_of[i] end
     if not is_one then reasons_of = nil end
   end
-  summed, answered = sum_up(sums, FIXED, reasons_of, set)
+  summed, answered = sum_up(head, sums, FIXED, reasons_of, set)
   head.n = head.n + summed.count
 end
 if #names > 0 then

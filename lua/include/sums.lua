@@ -1,15 +1,16 @@
 -- Decides the operations that can be summed up a product: each takes or gives units of one product, and nothing else of the batch is
 -- about that product. Where the sum fits, all of them do, in any order: one comparison a product decides them.
 --
--- sums is {products, changing, downs, ups or false, leasts, count, text, each, ks or false}. KEYS has the products from place on, first
+-- sums is {products, changing, downs, ups or false, leasts, count, text, each, ks or false, asked or false}. KEYS has the products from place on, first
 -- those that change, in the order in which text mentions them, then those that are only read. downs and ups are the units wanted and
 -- given, a product; least is the smallest quantity that is taken where nothing is given, else 0. text has a line an operation, count of them, in
 -- the order of arrival, without what is available afterwards: before, what was available before the entry, stands for it, one
 -- number a product in the order of first mention. each is msgpack {place, quantity, ...} of the operations, unpacked only where sums do
 -- not fit. With ks, msgpack of the operations' places in the batch, text has a line a product instead, in the order of the products, as
--- src/domain/runs.rs says.
+-- src/domain/runs.rs says. asked is what carries a REQUEST, all of it new, by bucket as requests.lua has it: {id, digest, place in each, the
+-- product's place, by how much all up to it move the product, ...}.
 --
--- include: whole
+-- include: whole, requests
 --
 -- Returns the lines that were accepted {count, text, before}, and the answer for all: how many were accepted, and a word a product: what
 -- was available, - where there is none, ? where it is no number, with ! in front of what is frozen. The sidecar works
@@ -54,8 +55,18 @@ local function line_of_product(line, key)
   return text .. ' | ' .. string.sub(key, #'stock:product:' + 1) .. ' ' .. whole(line.total)
 end
 
-local function one_by_one(sums, numbers, words, place, set)
-  local _, changing, _, _, leasts, _, text, each, ks = unpack(sums)
+-- What a REQUEST is remembered with: what was available after it, as the count-th of those that are summed.
+local function remember_sum(head, current, id, digest, after, count)
+  remember_in(current, id, digest .. ' OK :' .. whole(after) .. ' ' .. head.epoch .. '-' .. whole(head.first + count))
+end
+
+local function one_by_one(head, sums, numbers, words, place, set)
+  local _, changing, _, _, leasts, _, text, each, ks, asked = unpack(sums)
+  local asked_at = {}
+  for _, bucket in ipairs(asked or {}) do
+    local all = bucket[4]
+    for at = 1, #all, 5 do asked_at[all[at + 2]] = {bucket[5], all[at], all[at + 1]} end
+  end
   local undecided = false
   for i = 1, changing do
     if numbers[i] and numbers[i] >= leasts[i] then undecided = true end
@@ -78,6 +89,8 @@ local function one_by_one(sums, numbers, words, place, set)
             mentioned[i] = ks and {total = 0, runs = {}} or true
             if not ks then before[#before + 1] = words[i] end
           end
+          local request = asked_at[at]
+          if request then remember_sum(head, request[1], request[2], request[3], after, count) end
           if ks then take_in(mentioned[i], ks[at], quantity) else lines[#lines + 1] = line end
         end
       end
@@ -96,8 +109,8 @@ local function one_by_one(sums, numbers, words, place, set)
   return {count = count, text = table.concat(lines, '\n'), before = table.concat(before, ' ')}
 end
 
-local function sum_up(sums, place, frozen, set)
-  local products, changing, downs, ups, leasts, count, text = unpack(sums)
+local function sum_up(head, sums, place, frozen, set)
+  local products, changing, downs, ups, leasts, count, text, _, _, asked = unpack(sums)
   local found = redis.call('MGET', unpack(KEYS, place + 1, place + products))
   local all = not frozen
   if all then
@@ -129,6 +142,10 @@ local function sum_up(sums, place, frozen, set)
       if changing == 0 then answer = '0' end
       for i = changing + 1, products do answer = answer .. ' ' .. word_of(found[i], KEYS[place + i]) end
     end
+    for _, bucket in ipairs(asked or {}) do
+      local all, current = bucket[4], bucket[5]
+      for at = 1, #all, 5 do remember_sum(head, current, all[at], all[at + 1], found[all[at + 3]] + all[at + 4], all[at + 2]) end
+    end
     return {count = count, text = text, before = before}, answer
   end
   for i = #set, 1, -1 do set[i] = nil end
@@ -138,6 +155,6 @@ local function sum_up(sums, place, frozen, set)
     if frozen and frozen[i] then word, number = '!' .. word, nil end
     words[i], numbers[i] = word, number
   end
-  local summed = one_by_one(sums, numbers, words, place, set)
+  local summed = one_by_one(head, sums, numbers, words, place, set)
   return summed, whole(summed.count) .. ' ' .. table.concat(words, ' ')
 end

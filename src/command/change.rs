@@ -58,7 +58,7 @@ impl Confirmation {
 
 /// The command's REQUEST, if it carries one.
 pub fn request(args: &Args) -> Option<Request> {
-    args.request().map(|id| Request { id, digest: args.digest() })
+    args.request().map(|id| Request::new(id, args.digest()))
 }
 
 /// The error of what is refused as it comes, since more waits than is served in time.

@@ -117,8 +117,8 @@ fn again(operation: &Operation, id: &str, at_ms: i64) -> Option<StockOp> {
         _ => return None,
     };
     let request = match &operation.remembered {
-        Some(of_client) => Request { id: RequestId::of_escaped(&of_client.request), digest: of_client.digest.clone() },
-        None => Request { id: RequestId::of_escaped(id), digest: HANDED_OVER.to_owned() },
+        Some(of_client) => Request::new(RequestId::of_escaped(&of_client.request), of_client.digest.clone()),
+        None => Request::new(RequestId::of_escaped(id), HANDED_OVER.to_owned()),
     };
     Some(StockOp { request: Some(Box::new(request)), ..op })
 }

@@ -115,6 +115,8 @@ pub trait Family: 'static {
     /// Whether it may change anything: what only reads is never in doubt.
     fn changes(op: &Self::Op) -> bool;
     fn request(op: &Self::Op) -> Option<&Request>;
+    /// Has the script look up the operation's REQUEST by itself from now on.
+    fn leave_alone(_: &mut Self::Op) {}
     /// Whether a client asked for it. What the server itself asks for goes on while the outbox or the copies are full.
     fn is_of_a_client(_: &Self::Op) -> bool {
         true

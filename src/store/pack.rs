@@ -47,6 +47,12 @@ impl Pack {
         all
     }
 
+    /// Elements of an array that were written apart.
+    pub fn append(&mut self, elements: Self) -> &mut Self {
+        self.0.extend_from_slice(&elements.0);
+        self
+    }
+
     pub fn into_bytes(self) -> Vec<u8> {
         self.0
     }

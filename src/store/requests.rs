@@ -4,6 +4,7 @@
 //! say. Every other id goes into the bucket of the generation (one window long) it first comes in, and is looked for in that one
 //! and the one before. Each bucket is split in 64 parts, so that none grows into a key that stalls Redis when it goes.
 
+use std::collections::HashMap;
 use std::fmt::Write as _;
 
 use super::lane::Verdict;
@@ -23,9 +24,15 @@ pub const HANDED_OVER: &str = "handed-over";
 pub struct Request {
     pub id: RequestId,
     pub digest: String,
+    /// Whether the script is to look it up by itself: something in a batch that was to be decided by its sum is known.
+    pub alone: bool,
 }
 
 impl Request {
+    pub fn new(id: RequestId, digest: String) -> Self {
+        Self { id, digest, alone: false }
+    }
+
     /// The same in memory of its own.
     pub fn detached(self) -> Self {
         Self { id: self.id.detached(), ..self }
@@ -63,11 +70,14 @@ impl Request {
 
 /// The key of the bucket that an id which comes in `generation` is remembered in.
 pub fn bucket(id: &RequestId, generation: i64) -> String {
-    let part = crate::resp::keyslot(id.as_bytes()) % PARTS;
     match id.uuid_v7_ms() {
-        Some(ms) => keys::request(format_args!("m{}", ms / 60_000), part),
-        None => keys::request(generation, part),
+        Some(ms) => keys::request(format_args!("m{}", ms / 60_000), part(id)),
+        None => keys::request(generation, part(id)),
     }
+}
+
+fn part(id: &RequestId) -> u16 {
+    crate::resp::keyslot(id.as_bytes()) % PARTS
 }
 
 /// The keys of the buckets of the last `stretches` minutes and windows in which no id can be asked for any more.
@@ -150,12 +160,14 @@ pub(super) fn verdict<O>(word: &str, words: &mut Words, outcome: fn(Remembered) 
 pub(super) struct RequestKeys {
     before: usize,
     keys: Vec<String>,
+    /// Where the buckets of a minute, or else of the generation, and part begin.
+    places: HashMap<(Option<u64>, u16), usize, foldhash::fast::RandomState>,
 }
 
 impl RequestKeys {
     /// `before`: how many KEYS stand in front.
     pub(super) fn after(before: usize) -> Self {
-        Self { before, keys: Vec::new() }
+        Self { before, keys: Vec::new(), places: HashMap::default() }
     }
 
     /// Writes a request as lua/include/requests.lua reads it, `false` for none.
@@ -164,13 +176,19 @@ impl RequestKeys {
             batch.no();
             return;
         };
-        let buckets = request.buckets(generation);
-        let place = self.keys.windows(buckets.len()).position(|keys| keys == buckets).unwrap_or(self.keys.len());
-        if place == self.keys.len() {
-            self.keys.extend(buckets);
-        }
+        let place = self.place(request, generation);
         let stamp_ms = i64::try_from(request.stamp_ms()).unwrap_or(0);
-        batch.array(4).text(&request.id.escaped()).text(&request.digest).integer(stamp_ms).count(self.before + place + 1);
+        batch.array(4).text(&request.id.escaped()).text(&request.digest).integer(stamp_ms).count(place);
+    }
+
+    /// The place in KEYS where the request's buckets begin, from 1.
+    pub(super) fn place(&mut self, request: &Request, generation: i64) -> usize {
+        let minute = request.id.uuid_v7_ms().map(|ms| ms / 60_000);
+        let next = self.before + self.keys.len() + 1;
+        *self.places.entry((minute, part(&request.id))).or_insert_with(|| {
+            self.keys.extend(request.buckets(generation));
+            next
+        })
     }
 
     pub(super) fn into_keys(self) -> Vec<String> {
@@ -184,7 +202,7 @@ mod tests {
     use bytes::Bytes;
 
     fn request(id: &'static str) -> Request {
-        Request { id: RequestId::parse(&Bytes::from_static(id.as_bytes())).unwrap(), digest: "d".into() }
+        Request::new(RequestId::parse(&Bytes::from_static(id.as_bytes())).unwrap(), "d".into())
     }
 
     #[test]

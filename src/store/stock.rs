@@ -328,6 +328,12 @@ impl Family for Stock {
         op.request.as_deref()
     }
 
+    fn leave_alone(op: &mut StockOp) {
+        if let Some(request) = &mut op.request {
+            request.alone = true;
+        }
+    }
+
     fn foreknown(sold_out: &SoldOut, op: &StockOp) -> Option<StockOutcome> {
         let (product, delta) = sums::part(op).filter(|(_, delta)| *delta < 0)?;
         let available = sold_out.refuses(product, -delta)?;
@@ -393,13 +399,6 @@ impl Family for Stock {
         for product in divided.summed.iter().chain(&divided.decided) {
             keys.push(&[keys::PRODUCT_PREFIX, product.as_str()]);
         }
-        let mut batch = Pack::default();
-        batch.array(3);
-        sums::write(&mut batch, &divided, ops.clone());
-        batch.array(divided.decided.len());
-        for product in &divided.decided {
-            batch.text(product.as_str());
-        }
         let before_orders = FIXED_KEYS + divided.summed.len() + divided.decided.len();
         let mut orders: HashMap<&[u8], usize, foldhash::fast::RandomState> = HashMap::default();
         for of in ops.clone().filter_map(|op| op.order.as_deref()) {
@@ -410,6 +409,13 @@ impl Family for Stock {
             });
         }
         let mut requests = RequestKeys::after(before_orders + orders.len());
+        let mut batch = Pack::default();
+        batch.array(3);
+        sums::write(&mut batch, &divided, ops.clone(), &mut requests, generation);
+        batch.array(divided.decided.len());
+        for product in &divided.decided {
+            batch.text(product.as_str());
+        }
         let left = ops.enumerate().filter(|(k, _)| !divided.plan.is_summed(*k));
         batch.array(left.clone().count());
         let mut places = divided.decided_places.iter();
@@ -592,7 +598,7 @@ mod tests {
 
     #[test]
     fn a_line_begins_with_all_that_the_sidecar_knows() {
-        let request = Request { id: RequestId::parse(&Bytes::from_static(b"r 1")).unwrap(), digest: "9f86".into() };
+        let request = Request::new(RequestId::parse(&Bytes::from_static(b"r 1")).unwrap(), "9f86".into());
         let set = StockOp::new(Action::Change(StockKind::Set), vec![(Id::from("a"), 5)]);
         let op = StockOp { low: Some(2), request: Some(Box::new(request)), ..set };
         let line = line(3, &op) + " a 5 5";
@@ -603,7 +609,7 @@ mod tests {
     #[test]
     fn what_is_kept_does_not_keep_the_buffer_of_its_request() {
         let buffer = Bytes::from(vec![b'a'; 4096]);
-        let request = Request { id: RequestId::parse(&buffer.slice(..9)).unwrap(), digest: "9f86".into() };
+        let request = Request::new(RequestId::parse(&buffer.slice(..9)).unwrap(), "9f86".into());
         let mut op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::parse(&buffer.slice(..3)).unwrap(), 1)]);
         op.request = Some(Box::new(request));
         let note = Note::at(Position::new(1, 1));

@@ -176,7 +176,10 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         match status.as_str() {
             "ok" => self.decided(sent, now_ms, &mut words),
             "replayed" => self.replayed(sent, &mut words),
-            "clock" if !again => {
+            "clock" | "requests" if !again => {
+                if status == "requests" {
+                    sent.operations.iter_mut().for_each(|queued| F::leave_alone(&mut queued.op));
+                }
                 let mut queue = self.queue.borrow_mut();
                 sent.operations.into_iter().rev().filter(|queued| queued.waiter.is_some()).for_each(|queued| queue.push_front(queued));
                 Ok(())
