@@ -16,6 +16,7 @@ if [ "${1:-}" = clients ]; then
     python3 -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3 python3-venv)
     # Go, Java and Maven are large, and used where they are there.
     [ -e /usr/include/hiredis/hiredis.h ] || packages+=(libhiredis-dev)
+    command -v redis_exporter >/dev/null || command -v prometheus-redis-exporter >/dev/null || packages+=(prometheus-redis-exporter)
 fi
 # What libFuzzer is built with.
 if [ "${1:-}" = fuzz ]; then

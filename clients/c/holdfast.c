@@ -1,7 +1,8 @@
 /* Holdfast from C, with hiredis: `cc holdfast.c -lhiredis -o holdfast && ./holdfast 127.0.0.1 6380` after `make run`.
  *
  * With a third argument it is a client for tests: each line of the standard input is a command, its words in hexadecimal digits; the reply is
- * printed as JSON. `pipeline N` in place of it sends N times STOCK.GET in one go, `pool N` opens N connections and asks on each. */
+ * printed as JSON. `pipeline N` in place of it sends N times STOCK.GET in one go, `pool N` opens N connections and asks on each,
+ * `subscribe channel` subscribes on a connection of its own. */
 
 #include <hiredis/hiredis.h>
 #include <stdio.h>
@@ -121,6 +122,24 @@ static int pool(const char *host, int port, int size) {
     return good;
 }
 
+/* Whether the next reply confirms this: `word channel count`. */
+static int confirms(redisContext *connection, const char *word, const char *channel) {
+    redisReply *reply;
+    if (redisGetReply(connection, (void **)&reply) != REDIS_OK) return 0;
+    int good = reply->type == REDIS_REPLY_ARRAY && reply->elements == 3 && strcmp(reply->element[0]->str, word) == 0 &&
+               strcmp(reply->element[1]->str, channel) == 0;
+    freeReplyObject(reply);
+    return good;
+}
+
+static int subscribe(const char *host, int port, const char *channel) {
+    redisContext *own = redisConnect(host, port);
+    int good = own != NULL && !own->err && redisAppendCommand(own, "SUBSCRIBE %s", channel) == REDIS_OK && confirms(own, "subscribe", channel) &&
+               redisAppendCommand(own, "UNSUBSCRIBE %s", channel) == REDIS_OK && confirms(own, "unsubscribe", channel);
+    redisFree(own);
+    return good;
+}
+
 int main(int arguments, char **argument) {
     if (arguments < 3) {
         fprintf(stderr, "usage: holdfast host port [test]\n");
@@ -136,10 +155,13 @@ int main(int arguments, char **argument) {
     static char line[1 << 20];
     while (fgets(line, sizeof line, stdin) != NULL) {
         int number;
+        char channel[256];
         if (sscanf(line, "pipeline %d", &number) == 1) {
             printf("%s", pipeline(connection, number) ? "true" : "false");
         } else if (sscanf(line, "pool %d", &number) == 1) {
             printf("%s", pool(argument[1], atoi(argument[2]), number) ? "true" : "false");
+        } else if (sscanf(line, "subscribe %255s", channel) == 1) {
+            printf("%s", subscribe(argument[1], atoi(argument[2]), channel) ? "true" : "false");
         } else {
             redisReply *reply = command_of(connection, line);
             if (reply == NULL) {

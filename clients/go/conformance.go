@@ -99,6 +99,7 @@ func conformance(ctx context.Context) int {
 	cell("pub/sub", func() error { return subscribes(ctx, client) })
 	cell("error words", func() error { return words(ctx, client) })
 	cell("one effect", func() error { return oneEffect(ctx, client, proxy) })
+	cell("without REQUEST=3", func() error { return effects(ctx, client, proxy, 3) })
 	if failed {
 		return 1
 	}
@@ -208,4 +209,26 @@ func oneEffect(ctx context.Context, client *redis.Client, proxy string) error {
 		}
 	}
 	return available(ctx, client, "go-lost", 0)
+}
+
+// The same without a REQUEST: the command takes effect each time that go-redis sends it.
+func effects(ctx context.Context, client *redis.Client, proxy string, expected int64) error {
+	through := redis.NewClient(&redis.Options{Addr: proxy})
+	defer through.Close()
+	for number := range 100 {
+		product := fmt.Sprintf("bare-go-%d", number)
+		if err := client.Do(ctx, "STOCK.SET", product, 10, "ACK", "redis").Err(); err != nil {
+			return err
+		}
+		if err := through.Do(ctx, "STOCK.DECR", product, 1).Err(); err != nil {
+			return err
+		}
+		if err := available(ctx, client, product, 10-expected); err != nil {
+			return err
+		}
+		if err := client.Do(ctx, "STOCK.DEL", product, "ACK", "redis").Err(); err != nil {
+			return err
+		}
+	}
+	return nil
 }

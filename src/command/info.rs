@@ -8,6 +8,7 @@ use bytes::Bytes;
 use super::Context;
 use super::connection::{REDIS_VERSION, VERSION};
 use super::server::module_version;
+use crate::session::hub::Kind;
 
 /// A section that another part of the program shows: its name, and what appends its `key:value` lines.
 pub struct Section {
@@ -114,6 +115,9 @@ fn stats(cx: &Context, text: &mut String) {
     line(text, "rejected_connections", cx.registry.rejected_total());
     line(text, "expired_keys", 0);
     line(text, "evicted_keys", 0);
+    let hub = cx.subscribers.hub();
+    line(text, "pubsub_channels", hub.names(Kind::Channel).len());
+    line(text, "pubsub_patterns", hub.names(Kind::Pattern).len());
     line(text, "total_error_replies", cx.stats.errors().iter().map(|(_, count)| count).sum::<u64>());
 }
 

@@ -1,7 +1,7 @@
-"""A proxy that loses replies: it forwards everything, except the first two replies to each STOCK.DECR with a REQUEST. In place of
-such a reply the client sees its connection end: the first time reset, the second time closed.
+"""A proxy that loses replies: it forwards everything, except the first two replies to each STOCK.DECR with a REQUEST, or of a product whose
+name begins with `bare-`. In place of such a reply the client sees its connection end: the first time reset, the second time closed.
 
-Prints its port, and appends the REQUEST of each lost reply to the file $DROPS.
+Prints its port, and appends the REQUEST, or the product, of each lost reply to the file $DROPS.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import re
 import signal
 
 SOLD = re.compile(rb"STOCK\.DECR\r\n.*REQUEST\r\n\$\d+\r\n([^\r]+)\r\n", re.DOTALL | re.IGNORECASE)
+BARE = re.compile(rb"STOCK\.DECR\r\n\$\d+\r\n(bare-[^\r]+)\r\n", re.IGNORECASE)
 LOST_MAX = 2
 lost = {}
 
@@ -21,7 +22,7 @@ async def serve(client_reader, client_writer):
     async def requests():
         nonlocal losing
         while data := await client_reader.read(65536):
-            sold = SOLD.search(data)
+            sold = SOLD.search(data) or BARE.search(data)
             if sold and lost.get(sold[1], 0) < LOST_MAX:
                 losing = sold[1]
             server_writer.write(data)

@@ -1,4 +1,4 @@
-"""The README's table of clients, from the lines `client | column` of the checks that have passed, in the file that is named. With UPDATE=1 it is
+"""The README's table of clients, from the lines `client | column` or `client | column=number` of the checks that have passed, in the file that is named. With UPDATE=1 it is
 written, otherwise it must be there."""
 
 import os
@@ -15,6 +15,7 @@ COLUMNS = (
     "pub/sub",
     "error words",
     "one effect",
+    "without REQUEST",
 )
 README = Path(__file__).parent.parent.parent / "README.md"
 BEGIN, END = "<!-- clients -->\n", "<!-- /clients -->"
@@ -22,10 +23,11 @@ BEGIN, END = "<!-- clients -->\n", "<!-- /clients -->"
 passed = {}
 for line in Path(sys.argv[1]).read_text().splitlines():
     client, column = line.split(" | ")
-    passed.setdefault(client, set()).add(column)
+    column, _, number = column.partition("=")
+    passed.setdefault(client, {})[column] = number or "yes"
 table = f"| client | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}\n"
 for client, columns in passed.items():
-    table += f"| {client} | {' | '.join('yes' if column in columns else '–' for column in COLUMNS)} |\n"
+    table += f"| {client} | {' | '.join(columns.get(column, '–') for column in COLUMNS)} |\n"
 text = README.read_text()
 head, rest = text.split(BEGIN)
 shown, tail = rest.split(END)

@@ -196,6 +196,15 @@ def one_effect():
     check_that(cli("STOCK.GET", "cli-once") == "0\n", "another number of sales")
 
 
+def effects():
+    for number in range(100):
+        product = f"bare-cli-{number}"
+        cli("STOCK.SET", product, "10", "ACK", "redis")
+        check_that(run("STOCK.DECR", product, "1", port=PROXY).returncode == 1, product)
+        check_that(cli("STOCK.GET", product) == "9\n", "another number of sales")
+        cli("STOCK.DEL", product, "ACK", "redis")
+
+
 def reconnects():
     shown = run(stdin="CLIENT KILL SKIPME no\nPING\nPING\n").stdout
     check_that(shown.endswith("PONG\n"), shown)
@@ -228,6 +237,7 @@ for column, check in (
     ("pub/sub", subscribes),
     ("error words", lambda: check_that(run("STOCK.INCR", "cli-unknown", "1").stdout.startswith("NOTFOUND no product"), "an error")),
     ("one effect", one_effect),
+    ("without REQUEST=1", effects),
 ):
     report.check(f"cell redis-cli | {column}", check)
 raise SystemExit(report.failed)

@@ -70,4 +70,17 @@ export async function runCells(name, { connect, call, close, subscribe, protocol
     await close(through);
     assert.equal(await call(client, "STOCK.GET", `${name}-lost`), 0);
   });
+  const effects = retries ? 3 : 1;
+  await cell(`without REQUEST=${effects}`, async (client) => {
+    const through = await connect(PROXY_PORT);
+    for (let number = 0; number < LOST; number++) {
+      const product = `bare-${name}-${number}`;
+      await call(client, "STOCK.SET", product, "10", "ACK", "redis");
+      const sold = call(through, "STOCK.DECR", product, "1");
+      await (retries ? sold : assert.rejects(sold));
+      assert.equal(await call(client, "STOCK.GET", product), 10 - effects);
+      await call(client, "STOCK.DEL", product, "ACK", "redis");
+    }
+    await close(through);
+  });
 }

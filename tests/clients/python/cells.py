@@ -77,6 +77,19 @@ def synchronous(report, name):
                 check_that(drops(request) == 2, f"{drops(request)} replies were dropped")
         check_that(client.execute_command("STOCK.GET", "cell-lost") == 0, "another number of sales")
 
+    def effects(expected):
+        def run(client):
+            with redis.Redis(HOST, PROXY) as through:
+                for number in range(LOST):
+                    product = f"bare-py-{number}"
+                    client.execute_command("STOCK.SET", product, 10, "ACK", "redis")
+                    through.execute_command("STOCK.DECR", product, 1)
+                    left = client.execute_command("STOCK.GET", product)
+                    check_that(left == 10 - expected, f"{10 - left} effects")
+                    client.execute_command("STOCK.DEL", product, "ACK", "redis")
+
+        return run
+
     cell("connects", lambda client: client.ping())
     cell("RESP2", speaks(2), protocol=2)
     cell("RESP3", speaks(3), protocol=3)
@@ -86,6 +99,7 @@ def synchronous(report, name):
     cell("pub/sub", subscribes)
     cell("error words", words)
     cell("one effect", one_effect)
+    cell("without REQUEST=3", effects(3))
 
 
 async def asynchronous(report, name):
@@ -154,6 +168,20 @@ async def asynchronous(report, name):
         await through.aclose()
         check_that(await client.execute_command("STOCK.GET", "cella-lost") == 0, "another number of sales")
 
+    def effects(expected):
+        async def run(client):
+            through = redis.asyncio.Redis(host=HOST, port=PROXY)
+            for number in range(LOST):
+                product = f"bare-pya-{number}"
+                await client.execute_command("STOCK.SET", product, 10, "ACK", "redis")
+                await through.execute_command("STOCK.DECR", product, 1)
+                left = await client.execute_command("STOCK.GET", product)
+                check_that(left == 10 - expected, f"{10 - left} effects")
+                await client.execute_command("STOCK.DEL", product, "ACK", "redis")
+            await through.aclose()
+
+        return run
+
     await cell("connects", lambda client: client.ping())
     await cell("RESP2", speaks(2), protocol=2)
     await cell("RESP3", speaks(3), protocol=3)
@@ -163,3 +191,4 @@ async def asynchronous(report, name):
     await cell("pub/sub", subscribes)
     await cell("error words", words)
     await cell("one effect", one_effect)
+    await cell("without REQUEST=3", effects(3))
