@@ -423,6 +423,11 @@ pub const READ_MAX: usize = 64 << 10;
 /// Bytes read ahead while a command waits alone on its connection. Reading goes on only to notice that the client left.
 pub const READ_AHEAD_MAX: usize = 256 << 10;
 
+/// Of the time that an operation has, the part that a connection is not read for after a refusal for want of time. A refusal costs little beside
+/// reading and writing for it alone: so several are read at once. What comes meanwhile is still answered in time, since what waits for a batch
+/// has [`QUEUE_PART`] of it.
+pub const REFUSED_REST_PART: u32 = 5;
+
 /// Requests of one connection that wait for their reply. Beyond it the connection is not read, so one client cannot fill every queue.
 pub const IN_FLIGHT_MAX: usize = 1024;
 

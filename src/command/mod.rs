@@ -132,6 +132,8 @@ pub struct Context {
     pub heartbeat: Rc<Heartbeat>,
     /// While set, the error that every command without the LOADING flag gets: `LOADING ...`.
     pub refusal: Cell<Option<&'static str>>,
+    /// How many commands were refused without a look at them, since too much waits.
+    pub refused_early: Cell<u64>,
     /// What CONFIG GET shows, secrets left out.
     pub settings: RefCell<Vec<(&'static str, String)>>,
     /// What INFO shows besides its own sections.
@@ -156,6 +158,7 @@ impl Context {
             slow: Arc::default(),
             heartbeat: Heartbeat::new(),
             refusal: Cell::new(None),
+            refused_early: Cell::new(0),
             settings: RefCell::new(server::settings()),
             sections: RefCell::new(Vec::new()),
             backend,
@@ -261,6 +264,7 @@ fn check(
         return Err(refusal.into());
     }
     if let Some(refusal) = spec.early.and_then(|early| early(cx)) {
+        cx.refused_early.set(cx.refused_early.get() + 1);
         return Err(refusal.into());
     }
     if session.has_subscribed

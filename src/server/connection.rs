@@ -25,7 +25,7 @@ use self::input::{Input, Received};
 use self::output::Output;
 use super::stream::Stream;
 use crate::command::{After, Context, Waiting, closed, dispatch};
-use crate::limits::{READ_AHEAD_MAX, TURN_COMMANDS_MAX};
+use crate::limits::{READ_AHEAD_MAX, REFUSED_REST_PART, TURN_COMMANDS_MAX};
 use crate::resp::{Pipeline, ProtocolError, Reply, Request, Stamp};
 use crate::session::client::Session;
 
@@ -109,6 +109,7 @@ impl Connection {
     fn dispatch_turn(&mut self) {
         let arrived = Instant::now();
         let mut dispatched = 0;
+        let refused = self.cx.refused_early.get();
         self.input.backlog = true;
         if !self.session.renew() {
             self.close("user_changed");
@@ -128,6 +129,9 @@ impl Connection {
                 Err(error) => self.refuse(&error, arrived),
             }
             dispatched += 1;
+        }
+        if self.cx.refused_early.get() != refused {
+            self.input.rest(arrived + self.cx.backend.reply_within / REFUSED_REST_PART);
         }
         if dispatched > 0 {
             self.clock.heard(arrived);

@@ -1,6 +1,10 @@
 //! What a client sent and nobody has looked at yet.
 
+use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Instant;
+
+use tokio::time::Sleep;
 
 use crate::limits::{READ_MAX, READ_MIN};
 use crate::resp::{Limits, ProtocolError, Reader, Request};
@@ -23,12 +27,14 @@ pub struct Input {
     pub backlog: bool,
     /// Whether the client has closed its side.
     pub ended: bool,
+    /// Until when nothing is read.
+    rest: Option<Pin<Box<Sleep>>>,
 }
 
 impl Input {
     /// Nothing yet.
     pub fn new() -> Self {
-        Self { reader: Reader::default(), read_size: READ_MIN, backlog: false, ended: false }
+        Self { reader: Reader::default(), read_size: READ_MIN, backlog: false, ended: false, rest: None }
     }
 
     /// Bytes that are no request yet.
@@ -41,9 +47,25 @@ impl Input {
         self.reader.next(limits)
     }
 
+    /// Reads nothing until then: what comes meanwhile is taken at once afterwards, which costs less than bit by bit.
+    pub fn rest(&mut self, until: Instant) {
+        match &mut self.rest {
+            Some(rest) => rest.as_mut().reset(until.into()),
+            None => self.rest = Some(Box::pin(tokio::time::sleep_until(until.into()))),
+        }
+    }
+
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(rest) = &mut self.rest {
+            std::task::ready!(rest.as_mut().poll(cx));
+            self.rest = None;
+        }
+        Poll::Ready(())
+    }
+
     /// Reads once, when there is something. It asks for twice as much while reads come back full, and for less again afterwards.
     pub fn poll_receive(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<Received> {
-        if stream.poll_readable(cx).is_pending() {
+        if self.poll_rest(cx).is_pending() || stream.poll_readable(cx).is_pending() {
             return Poll::Pending;
         }
         let buffer = &mut self.reader.buffer;
