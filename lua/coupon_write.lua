@@ -20,7 +20,10 @@ window, generation = tonumber(window), tonumber(generation)
 local head, refusal = enter(meta, outbox, epoch, run, seen, deadline, lane, counter, resend)
 if not head then return refusal end
 local names, users, operations = unpack(cmsgpack.unpack(batch))
-if generation > 0 and not generation_fits(head, window, generation) then return {'clock', head.op, head.now} end
+if generation > 0 and not generation_fits(head, window, generation) then
+  append(head, {})
+  return {'clock', head.op, head.now}
+end
 
 local coupons = {}
 for c = 1, #names do

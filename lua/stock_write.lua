@@ -14,7 +14,7 @@
 -- have a sign.
 -- Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason · 'corrupt' item ·
 -- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'; of orders 'told' line · 'stands' state, position, expires,
--- items · 'unknown' · 'nowhere' · 'stuck' key.
+-- items · 'unknown' · 'nowhere' · 'stuck' key · 'later'.
 local FIXED = 7
 window, generation = tonumber(window), tonumber(generation)
 
@@ -22,8 +22,12 @@ local head, refusal = enter(meta, outbox, epoch, run, seen, deadline, lane, coun
 if not head then return refusal end
 local sums, names, operations = unpack(cmsgpack.unpack(batch))
 local place = FIXED + (sums and sums[1] or 0)
-if generation > 0 and not generation_fits(head, window, generation) then return {'clock', head.op, head.now} end
-if sums and sums[10] and not are_new(head, sums[10], window, generation) then return {'requests', head.op, head.now} end
+local anew = generation > 0 and not generation_fits(head, window, generation) and 'clock'
+  or sums and sums[10] and not are_new(head, sums[10], window, generation) and 'requests'
+if anew then
+  append(head, {})
+  return {anew, head.op, head.now}
+end
 
 local values, reasons, dirty = {}, {}, {}
 local is_any_frozen = redis.call('HLEN', frozen) > 0
@@ -50,7 +54,7 @@ if #names > 0 then
 end
 
 local reply, lines, lows, life, freezes = {'ok', head.op, head.now, head.first, answered}, {}, {}, {}, {}
-local shelf = {names = names, values = values, dirty = dirty, held = {}, keys = {}, set = set}
+local shelf = {names = names, values = values, dirty = dirty, held = {}, keys = {}, set = set, settled = 0}
 for i = 1, #names do shelf.keys[i] = KEYS[place + i] end
 local marks
 

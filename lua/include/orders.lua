@@ -11,6 +11,8 @@
 --
 -- decide_order says in reply what is not a change, and returns nil; else the outbox line and what a REQUEST is answered again.
 local KEPT_FOR = 86400000
+-- Products that one batch settles for orders: some milliseconds, which everybody else waits for. The rest comes with the next.
+local SETTLED_MAX = 1000
 local orders, moved_orders = {}, {}
 
 local function order_at(order)
@@ -63,6 +65,7 @@ local function release(shelf, known, comes_back, leaves)
     if comes_back and (value == 'corrupt' or (value and value + quantity > TOTAL_MAX)) then return nil, product end
     all[#all + 1], units[#units + 1] = i, quantity
   end
+  shelf.settled = shelf.settled + #all
   for at, i in ipairs(all) do
     local value, delta = shelf.values[i], 0
     if value == 'corrupt' then value = 0 end
@@ -130,6 +133,7 @@ local function decide_order(head, shelf, operation, reply, refused, position)
     become(order, known, 'cancelled', 0, '', position)
     return text .. ' |', 'CANCELLED'
   end
+  if kind ~= 'look' and shelf.settled >= SETTLED_MAX then return say('later') end
   local is_due = known.state == 'held' and known.expires <= head.now
   if kind == 'look' then return stands(is_due and 'expired' or nil) end
   if is_due then

@@ -174,7 +174,9 @@ impl Waiter<Stock> for Line {
             Ok(StockOutcome::Corrupt { .. }) => {
                 under_way.refuse(self.number, "the product's key in Redis holds something that is no number of units".to_owned());
             }
-            Err(Failure::TryAgain(_) | Failure::Loading(_)) => under_way.again.borrow_mut().push((self.number, op.clone())),
+            Err(Failure::TryAgain(_) | Failure::Loading(_) | Failure::Crowded) => {
+                under_way.again.borrow_mut().push((self.number, op.clone()))
+            }
             other => *under_way.failed.borrow_mut() = Some(format!("line {}: it is not known whether it was set: {other:?}", self.number)),
         }
         under_way.wake.notify_one();
@@ -191,6 +193,8 @@ struct Feed {
     /// A hash of each product, and the line it stood in.
     seen: HashMap<u64, u64>,
     begun: ledger::import::Begun,
+    /// Up to which line everything is noted as being in Postgres.
+    noted: u64,
     digest: String,
     partition: Arc<Partition>,
     lane: Rc<Lane<Stock, Line>>,
@@ -221,6 +225,7 @@ impl Feed {
             read: 0,
             ended: false,
             seen: HashMap::new(),
+            noted: begun.lines,
             begun,
             digest,
             partition,
@@ -252,7 +257,8 @@ impl Feed {
             self.pass();
             self.tell();
             let over = self.ended && self.under_way.flights.borrow().is_empty();
-            if over || noted.elapsed() >= IMPORT_NOTED_EVERY {
+            let is_full = self.under_way.passed.get() >= self.noted + IMPORT_AHEAD as u64 / 2;
+            if over || is_full || noted.elapsed() >= IMPORT_NOTED_EVERY {
                 self.note(over).await?;
                 noted = Instant::now();
             }
@@ -324,7 +330,9 @@ impl Feed {
 
     /// Sends as many lines as may be under way.
     fn fill(&mut self) -> Result<(), String> {
-        while !self.ended && self.under_way.in_lane.get() < IMPORT_AT_ONCE && self.under_way.flights.borrow().len() < IMPORT_AHEAD {
+        // An import that goes on looks up no more than that behind what was noted.
+        let last = self.noted + IMPORT_AHEAD as u64;
+        while !self.ended && self.under_way.in_lane.get() < IMPORT_AT_ONCE && self.read < last {
             let Some((number, line)) = self.next_line()? else { break };
             let row = self.row(number, &line);
             self.take(number, row);
@@ -425,7 +433,9 @@ impl Feed {
     async fn note(&mut self, done: bool) -> Result<(), String> {
         let lines = self.under_way.passed.get();
         let noting = ledger::import::reached(&mut self.postgres, &self.digest, lines, done);
-        noting.await.map_err(|error| format!("{error}; run it again, and it goes on"))
+        noting.await.map_err(|error| format!("{error}; run it again, and it goes on"))?;
+        self.noted = lines;
+        Ok(())
     }
 }
 

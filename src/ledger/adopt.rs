@@ -87,7 +87,8 @@ impl<'c> Adoption<'c> {
         let known: HashSet<String> = known.into_iter().collect();
         let new = entries.iter().filter(|entry| !known.contains(&entry.op) && entry.last > self.applied);
         let changes = Changes::gather(new, &Created::default())?;
-        write::ledgers(&mut self.transaction, self.partition, &changes).await
+        write::ledgers(&mut self.transaction, self.partition, &changes).await?;
+        write::orders(&mut self.transaction, self.partition, &changes).await
     }
 
     /// Takes over products. What the ledger does not explain is a row of its own, of kind `adopt`.

@@ -15,10 +15,18 @@ pub struct Begun {
     pub instances: Vec<String>,
 }
 
-/// Begins with the file of this digest, or goes on with it: `instance` will write. One that was finished begins anew.
+/// Begins with the file of this digest, or goes on with it: `instance` will write, for as long as this connection lasts. One that was finished
+/// begins anew. Errors with [`Error::Unfit`] where another process is at it.
 pub async fn begin(connection: &mut PgConnection, digest: &str, name: &str, instance: &str) -> Result<Begun, Error> {
+    let is_ours: bool = sqlx::query_scalar("SELECT pg_try_advisory_lock(hashtextextended('holdfast.import ' || $1, 0))")
+        .bind(digest)
+        .fetch_one(&mut *connection)
+        .await?;
+    if !is_ours {
+        return Err(Error::Unfit("another process imports this file: wait until it has ended".to_owned()));
+    }
     let begun: Option<(i64, Vec<String>)> =
-        sqlx::query_as("SELECT lines, instances FROM holdfast.import WHERE digest = $1 AND done_at IS NULL FOR UPDATE")
+        sqlx::query_as("SELECT lines, instances FROM holdfast.import WHERE digest = $1 AND done_at IS NULL")
             .bind(digest)
             .fetch_optional(&mut *connection)
             .await?;

@@ -202,7 +202,7 @@ impl<'c> Snapshot<'c> {
             "requests",
             &format!(
                 "(SELECT request_id, request_digest, kind, CASE WHEN kind IN ('reserve', 'extend') THEN CASE WHEN i = 0 THEN expires_ms END \
-                 WHEN kind NOT IN ('delete', 'confirm', 'cancel') THEN available_after END AS one, NULL::bigint AS two, \
+                 WHEN kind NOT IN ('delete', 'confirm', 'cancel', 'unfreeze') THEN available_after END AS one, NULL::bigint AS two, \
                  {place} FROM holdfast.stock_ledger WHERE {since} ORDER BY at, stock_ledger.epoch, stock_ledger.n, i) \
                  UNION ALL (SELECT request_id, request_digest, 'coupon.' || kind, serial, CASE WHEN kind IN ('issue', 'revoke') THEN remaining_after END, \
                  {place} FROM holdfast.coupon_ledger WHERE {since})"

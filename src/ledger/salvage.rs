@@ -228,11 +228,14 @@ impl Shelf {
         (told, fits)
     }
 
-    /// Adds only the ledger rows of an operation that Postgres refuses. Always errors with why it is owed.
+    /// Adds only the ledger rows of an operation that Postgres refuses, and its order, which is what it is. Always errors with why it is owed.
     fn owe<'a>(&self, place: Place<'a>, operation: &'a Operation, changes: &mut Changes<'a>) -> Result<(), String> {
         match &operation.effect {
             Effect::Stock { kind, items, detail } => {
                 let order = detail.order.as_deref();
+                if let Some(order) = order {
+                    changes.orders.add(place, *kind, items, order);
+                }
                 let items = if items.is_empty() { std::slice::from_ref(&NO_ITEM) } else { items.as_slice() };
                 let line =
                     |(i, item): (usize, &'a Item)| StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order, runs: None };

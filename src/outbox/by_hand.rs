@@ -45,7 +45,10 @@ pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms:
             if !meta::fence(&mut redis, epoch).await.map_err(|error| text(&error))? {
                 return Err("another process was faster: try again".into());
             }
-            Box::pin(adopt(&mut redis, &mut postgres, redis_url, partition.id, epoch, found.n)).await
+            // Only now does nothing come after it.
+            let fenced = Look::at(&mut redis, row.applied).await.map_err(|error| text(&error))?;
+            let n = fenced.meta.map_or(found.n, |meta| meta.n);
+            Box::pin(adopt(&mut redis, &mut postgres, redis_url, partition.id, epoch, n)).await
         }
     }
 }

@@ -15,7 +15,9 @@ use super::retry::Trouble;
 use crate::domain::Id;
 use crate::domain::change::StockKind;
 use crate::ledger::{self, order};
-use crate::limits::{EXPIRE_AT_ONCE, EXPIRE_EVERY, LEDGER_SILENCE_MAX, OUTBOX_ANSWER_TIMEOUT, OVERDUE_AFTER_MS, OVERDUE_EVERY};
+use crate::limits::{
+    EXPIRE_AT_ONCE, EXPIRE_EVERY, LEDGER_SILENCE_MAX, LOAD_WITHIN, OUTBOX_ANSWER_TIMEOUT, OVERDUE_AFTER_MS, OVERDUE_EVERY,
+};
 use crate::store::expiry::{self, Due};
 use crate::store::partition::State;
 use crate::store::stock::{Action, Items, Looked, StockOp, StockOutcome};
@@ -28,7 +30,7 @@ pub struct Expirer {
     postgres_url: String,
     instance: String,
     redis: Option<Connection>,
-    /// Those that stand in front and cannot expire, since a key of theirs is not what it should be.
+    /// Those that cannot expire, since a key of theirs is not what it should be, and stay due.
     stuck: HashSet<Id>,
     looked: Instant,
     trouble: Trouble,
@@ -75,11 +77,14 @@ impl Expirer {
             Some(redis) if redis.run_id() == run_id => redis,
             other => other.insert(Connection::open(&self.redis_url).await.map_err(|error| error.to_string())?),
         };
-        let asking = tokio::time::timeout(OUTBOX_ANSWER_TIMEOUT, expiry::due(redis, &self.instance, self.stuck.len())).await;
+        let asking =
+            tokio::time::timeout(OUTBOX_ANSWER_TIMEOUT, expiry::due(redis, &self.instance, EXPIRE_AT_ONCE + self.stuck.len())).await;
         let due = asking.map_err(|_| "Redis does not answer".to_owned())?.map_err(|error| error.to_string())?;
         let Some(Due { now_ms, orders }) = due else { return Ok(false) };
+        let orders = orders.into_iter().filter(|order| !self.stuck.contains(order)).take(EXPIRE_AT_ONCE);
+        let orders: Vec<_> = orders.map(|order| (order, Looked::NotYet)).collect();
         let is_full = orders.len() == EXPIRE_AT_ONCE;
-        let expired = self.expire(orders.into_iter().map(|order| (order, Looked::NotYet)).collect()).await;
+        let expired = self.expire(orders).await;
         if self.looked.elapsed() >= OVERDUE_EVERY {
             self.looked = Instant::now();
             self.stuck.clear();
@@ -102,15 +107,14 @@ impl Expirer {
         for ((order, looked), outcome) in orders.into_iter().zip(outcomes) {
             match outcome {
                 Ok(StockOutcome::Told { .. }) => expired += 1,
-                // It is found again.
-                Err(_) => {}
-                Ok(_) if looked != Looked::NotYet => {}
-                Ok(other) => {
-                    if let StockOutcome::Stuck { key } = &other {
-                        warn!(partition = self.partition.id, %order, key, "an order cannot expire: its key holds what does not belong there");
-                    }
+                Ok(StockOutcome::Stuck { key }) => {
+                    warn!(partition = self.partition.id, %order, key, "an order cannot expire: its key holds what does not belong there");
                     self.stuck.insert(order);
                 }
+                // Nothing is known of an order that is listed: the list is what is wrong.
+                Ok(StockOutcome::Unknown) if looked == Looked::NotYet => _ = self.stuck.insert(order),
+                // A client was faster; or it is found again.
+                Ok(_) | Err(_) => {}
             }
         }
         counter!("holdfast_orders_expired_total", "partition" => self.partition.id.to_string()).increment(expired as u64);
@@ -119,6 +123,12 @@ impl Expirer {
 
     async fn expire_overdue(&mut self, now_ms: i64) -> Result<(), String> {
         if !self.partition.ledger_up() {
+            return Ok(());
+        }
+        // What became of an order in Redis may be forgotten there before Postgres has heard of it.
+        let head = self.partition.head().n;
+        let applied = async { self.partition.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
+        if !tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false) {
             return Ok(());
         }
         let (url, id) = (self.postgres_url.clone(), self.partition.id);

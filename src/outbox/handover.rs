@@ -8,7 +8,7 @@ use metrics::counter;
 use tracing::{info, warn};
 
 use crate::domain::change::{Effect, Operation, StockKind};
-use crate::domain::{Id, Position, RequestId};
+use crate::domain::{Id, OrderState, Position, RequestId};
 use crate::ledger::salvage::{self, Answered};
 use crate::ledger::{self, PgConnection};
 use crate::limits::{HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
@@ -81,12 +81,8 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
         let owed = match again(&answered.operation, &id, answered.at_ms) {
             None => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
             Some(op) => match partition.change(op).await {
-                Ok(
-                    StockOutcome::Done { .. }
-                    | StockOutcome::Told { .. }
-                    | StockOutcome::Stands(_)
-                    | StockOutcome::Remembered(Remembered::Known(_)),
-                ) => None,
+                Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(Remembered::Known(_))) => None,
+                Ok(outcome) if is_as_answered(&answered.operation, &outcome) => None,
                 Ok(refused) => Some(format!("it was answered before Redis lost its data, and cannot be repeated: {refused:?}")),
                 // Perhaps it ran: under its name it runs once.
                 Err(_) => return Ok(()),
@@ -99,6 +95,27 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
         }
     }
     Ok(())
+}
+
+/// Whether what was done again to an order left it as was answered then. An order that was paid and has expired since is not.
+fn is_as_answered(operation: &Operation, outcome: &StockOutcome) -> bool {
+    let Effect::Stock { kind, .. } = &operation.effect else { return false };
+    let became = match outcome {
+        StockOutcome::Told { line, .. } => match &line.effect {
+            Effect::Stock { kind, .. } => OrderState::after(*kind),
+            _ => None,
+        },
+        StockOutcome::Stands(order) => Some(order.state),
+        _ => None,
+    };
+    match kind {
+        // Whatever became of it afterwards, it had begun.
+        StockKind::Reserve | StockKind::Sell => became.is_some(),
+        StockKind::Extend => became.is_some_and(|state| state != OrderState::Expired),
+        // Either way the units were given back.
+        StockKind::Cancel | StockKind::Expire => matches!(became, Some(OrderState::Cancelled | OrderState::Expired)),
+        _ => became == OrderState::after(*kind),
+    }
 }
 
 /// The operation, to be done again under its client's REQUEST, else under the server's own name; `None` for what would overwrite, or give
@@ -121,4 +138,35 @@ fn again(operation: &Operation, id: &str, at_ms: i64) -> Option<StockOp> {
         None => Request::new(RequestId::of_escaped(id), HANDED_OVER.to_owned()),
     };
     Some(StockOp { request: Some(Box::new(request)), ..op })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{Order, OrderState};
+
+    #[test]
+    fn what_an_order_became_since_may_not_be_what_was_answered() {
+        let answered = |kind: &str| Operation::decode(&format!("0 {kind} order=o from=held units=1 | a 0 0")).unwrap();
+        let stands = |state| {
+            StockOutcome::Stands(Box::new(Order { state, expires_ms: 1, items: vec![("a".into(), 1)], position: Position::default() }))
+        };
+        use OrderState::{Cancelled, Confirmed, Expired, Held};
+        for (kind, state, is_so) in [
+            ("confirm", Confirmed, true),
+            ("confirm", Expired, false),
+            ("confirm", Cancelled, false),
+            ("cancel", Cancelled, true),
+            ("cancel", Expired, true),
+            ("cancel", Confirmed, false),
+            ("expire", Confirmed, false),
+        ] {
+            assert_eq!(is_as_answered(&answered(kind), &stands(state)), is_so, "{kind}, and it is {state:?}");
+        }
+        let reserved = Operation::decode("0 reserve order=o expires=9 | a -1 3").unwrap();
+        assert!([Held, Confirmed, Cancelled, Expired].into_iter().all(|state| is_as_answered(&reserved, &stands(state))));
+        let expired = StockOutcome::Told { line: Box::new(answered("expire")), position: Position::default() };
+        assert!(!is_as_answered(&answered("confirm"), &expired), "it was due by then");
+        assert!(is_as_answered(&answered("cancel"), &expired));
+    }
 }

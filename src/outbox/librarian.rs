@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -41,19 +41,33 @@ impl Librarian {
     }
 
     async fn answer(&mut self, batch: &mut Vec<Lookup>) -> Result<(), Error> {
-        let mut orders = Vec::new();
+        let (mut orders, mut histories) = (Vec::new(), Vec::new());
         for lookup in batch.drain(..) {
             match lookup {
-                Lookup::History { product, before, count, answer } => {
-                    let read = self.within(limits::SYNC_WITHIN, async |connection, partition| {
-                        history::of_product(connection, partition, product.as_str(), before, count).await
-                    });
-                    // Whoever has given up does not hear it.
-                    _ = answer.send(read.await?);
-                }
+                Lookup::History { .. } => histories.push(lookup),
                 Lookup::Order { order, absent_at, answer } => orders.push((order.to_string(), absent_at, answer)),
             }
         }
+        // Those of orders have the time of a command only.
+        let answered = self.answer_orders(orders).await;
+        for lookup in histories {
+            if let Lookup::History { product, before, count, answer } = lookup
+                && !answer.is_closed()
+            {
+                let read = self.within(limits::SYNC_WITHIN, async |connection, partition| {
+                    history::of_product(connection, partition, product.as_str(), before, count).await
+                });
+                match read.await {
+                    // Whoever has given up does not hear it.
+                    Ok(history) => _ = answer.send(history),
+                    Err(error) => warn!(partition = self.partition.id, %error, %product, "cannot read the history of a product"),
+                }
+            }
+        }
+        answered
+    }
+
+    async fn answer_orders(&mut self, orders: Vec<(String, u64, oneshot::Sender<Option<Order>>)>) -> Result<(), Error> {
         let Some(absent_at) = orders.iter().map(|(_, absent_at, _)| *absent_at).max() else { return Ok(()) };
         // An order that Redis does not have cannot change meanwhile: what Postgres has of it then is what it is.
         let applied = async { self.partition.applied.subscribe().wait_for(|applied| applied.n >= absent_at).await.is_ok() };
@@ -62,12 +76,23 @@ impl Librarian {
         }
         let ids: Vec<String> = orders.iter().map(|(order, ..)| order.clone()).collect();
         let rows = self.within(limits::LOAD_WITHIN, async |connection, _| order::load(connection, &ids).await).await?;
-        let found: HashMap<String, Order> =
-            rows.into_iter().map(|row| Ok((row.order.clone(), row.order()?))).collect::<Result<_, Error>>()?;
+        let mut unread = Ok(());
+        let mut read = |row: order::OrderRow| match row.order() {
+            Ok(order) => (row.order, Some(order)),
+            Err(error) => {
+                unread = Err(error);
+                (row.order, None)
+            }
+        };
+        let found: HashMap<String, Option<Order>> = rows.into_iter().map(&mut read).collect();
         for (order, _, answer) in orders {
-            _ = answer.send(found.get(&order).cloned());
+            match found.get(&order) {
+                // Of what cannot be read only its own callers are not answered.
+                Some(None) => {}
+                known => _ = answer.send(known.cloned().flatten()),
+            }
         }
-        Ok(())
+        unread
     }
 
     /// Works on Postgres. A connection that did not answer is given up with what was under way on it.

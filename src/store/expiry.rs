@@ -3,23 +3,23 @@
 use super::words::Words;
 use super::{Connection, Error, keys, script};
 use crate::domain::Id;
-use crate::limits::{EXPIRE_AT_ONCE, EXPIRE_LEASE_MS};
+use crate::limits::EXPIRE_LEASE_MS;
 
 /// What is due.
 #[derive(Debug, Default)]
 pub struct Due {
     /// Redis's clock, in Unix ms.
     pub now_ms: i64,
-    /// The orders whose time has passed, the oldest first, at most [`EXPIRE_AT_ONCE`].
+    /// Orders whose time has passed, the oldest first.
     pub orders: Vec<Id>,
 }
 
-/// Takes or renews the right to expire orders for `instance`, and reads what is due behind the first `skip`. `None` where another sidecar has
-/// the right.
-pub async fn due(connection: &mut Connection, instance: &str, skip: usize) -> Result<Option<Due>, Error> {
-    let numbers = [EXPIRE_LEASE_MS.to_string(), skip.to_string(), EXPIRE_AT_ONCE.to_string()];
-    let [lease_ms, skip, limit] = numbers.each_ref().map(|number| number.as_bytes());
-    let answer = connection.run(&script::EXPIRY_DUE, &[keys::SWEEPER, keys::EXPIRY], &[instance.as_bytes(), lease_ms, skip, limit]).await?;
+/// Takes or renews the right to expire orders for `instance`, and reads the first `limit` that are due. `None` where another sidecar has the
+/// right.
+pub async fn due(connection: &mut Connection, instance: &str, limit: usize) -> Result<Option<Due>, Error> {
+    let numbers = [EXPIRE_LEASE_MS.to_string(), limit.to_string()];
+    let [lease_ms, limit] = numbers.each_ref().map(|number| number.as_bytes());
+    let answer = connection.run(&script::EXPIRY_DUE, &[keys::SWEEPER, keys::EXPIRY], &[instance.as_bytes(), lease_ms, limit]).await?;
     let mut words = Words::new(answer)?;
     let Ok(now_ms) = words.integer() else { return Ok(None) };
     let mut orders = Vec::new();

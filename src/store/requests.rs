@@ -38,9 +38,9 @@ impl Request {
         Self { id: self.id.detached(), ..self }
     }
 
-    /// The id's own time in Unix ms; 0 where it has none.
+    /// The id's own time in Unix ms, at least 1; 0 where it has none.
     pub fn stamp_ms(&self) -> u64 {
-        self.id.uuid_v7_ms().unwrap_or(0)
+        self.id.uuid_v7_ms().map_or(0, |ms| ms.max(1))
     }
 
     /// The keys of the buckets that may know the id: one for a UUIDv7; else those of the generations before, at and after `generation`.

@@ -557,6 +557,7 @@ fn decided(op: &StockOp, words: &mut Words, positions: &mut Positions) -> Result
         "unknown" => StockOutcome::Unknown,
         "nowhere" => StockOutcome::Nowhere,
         "stuck" => StockOutcome::Stuck { key: words.text()? },
+        "later" => return Ok(Verdict::Again("overloaded: too many orders are being settled; nothing was changed".into())),
         other => return requests::verdict(other, words, StockOutcome::Remembered),
     };
     Ok(Verdict::Decided(outcome))
@@ -628,12 +629,103 @@ mod tests {
         );
     }
 
+    /// Runs a batch under a counter, for the second time or not. Returns the script's word and what follows op and time.
+    async fn run_batch(connection: &mut Connection, ops: &[StockOp], counter: u32, again: bool) -> (String, Words) {
+        let now_ms = connection.time_ms().await.unwrap();
+        let generation = now_ms / 600_000;
+        let encoded = Stock::encode(ops.iter(), generation, Grain::Operation);
+        let keys: Vec<&str> = [keys::META, keys::OUTBOX].into_iter().chain(encoded.keys.iter()).collect();
+        let (run_id, counter, generation) = (connection.run_id().to_owned(), counter.to_string(), generation.to_string());
+        let resend: &[u8] = if again { b"1" } else { b"0" };
+        let args: [&[u8]; 10] = [
+            b"1",
+            run_id.as_bytes(),
+            b"0",
+            b"9999999999999",
+            b"i:stock",
+            counter.as_bytes(),
+            resend,
+            b"600000",
+            generation.as_bytes(),
+            &encoded.batch,
+        ];
+        let mut words = Words::new(connection.run(&script::STOCK_WRITE, &keys, &args).await.unwrap()).unwrap();
+        let word = words.text().unwrap();
+        (0..2).for_each(|_| _ = words.raw().unwrap());
+        (word, words)
+    }
+
+    fn named(op: StockOp, id: &'static str) -> StockOp {
+        let request = Request::new(RequestId::parse(&Bytes::from_static(id.as_bytes())).unwrap(), "d".into());
+        StockOp { request: Some(Box::new(request)), ..op }
+    }
+
+    #[tokio::test]
+    async fn what_goes_anew_never_runs_as_it_was() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        meta::attach(&mut connection, None, 1).await.unwrap();
+        let change = |kind, units| StockOp::new(Action::Change(kind), vec![(Id::from("a"), units)]);
+        run_batch(&mut connection, &[change(StockKind::Set, 10)], 1, false).await;
+        let decr = || [named(change(StockKind::Decr, 1), "r")];
+        assert_eq!(run_batch(&mut connection, &decr(), 2, false).await.0, "ok");
+        for (id, counter) in [("r", 3), ("00000000-0000-7000-8000-000000000000", 4)] {
+            // Known, and too old.
+            let ops = [named(change(StockKind::Decr, 1), "new"), named(change(StockKind::Decr, 1), id)];
+            assert_eq!(run_batch(&mut connection, &ops, counter, true).await.0, "requests");
+            let noted = connection.send(redis::cmd("HGET").arg(keys::META).arg("i:stock")).await.unwrap();
+            assert_eq!(redis::from_redis_value::<String>(noted).unwrap(), format!("{counter}:-"));
+            // The first sending comes late.
+            assert_eq!(run_batch(&mut connection, &ops, counter, false).await.0, "replayed");
+            let mut alone = ops.to_vec();
+            alone.iter_mut().for_each(Stock::leave_alone);
+            alone.remove(0);
+            let (word, mut words) = run_batch(&mut connection, &alone, counter * 10, false).await;
+            assert_eq!(word, "ok");
+            (0..2).for_each(|_| _ = words.raw().unwrap());
+            assert_eq!(words.text().unwrap(), if id == "r" { "known" } else { "stale" });
+        }
+        let left = connection.send(redis::cmd("GET").arg("stock:product:a")).await.unwrap();
+        assert_eq!(redis::from_redis_value::<i64>(left).unwrap(), 9);
+    }
+
+    #[tokio::test]
+    async fn a_batch_settles_only_so_many_products_for_orders() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        meta::attach(&mut connection, None, 1).await.unwrap();
+        let products: Items = (0..250).map(|n| (Id::from(format!("p{n}").as_str()), 1)).collect();
+        let set: Vec<_> = products.iter().map(|(id, _)| StockOp::new(Action::Change(StockKind::Set), vec![(id.clone(), 9)])).collect();
+        assert_eq!(run_batch(&mut connection, &set, 1, false).await.0, "ok");
+        let of_order = |kind, n: usize, items| StockOp::of_order(Action::Change(kind), Id::from(format!("o{n}").as_str()), 60_000, items);
+        for n in 0..6 {
+            let counter = u32::try_from(n).unwrap() + 2;
+            assert_eq!(run_batch(&mut connection, &[of_order(StockKind::Reserve, n, products.clone())], counter, false).await.0, "ok");
+        }
+        let mut cancelled = 0;
+        for counter in 10..12 {
+            let ops: Vec<_> = (cancelled..6).map(|n| of_order(StockKind::Cancel, n, Items::new())).collect();
+            let (_, mut words) = run_batch(&mut connection, &ops, counter, false).await;
+            (0..2).for_each(|_| _ = words.raw().unwrap());
+            let told: Vec<String> = ops
+                .iter()
+                .map_while(|_| {
+                    let word = words.text().ok()?;
+                    (word == "told").then(|| words.text().unwrap())
+                })
+                .collect();
+            cancelled += told.len();
+            assert_eq!(cancelled, if counter == 10 { 4 } else { 6 }, "a thousand at a time");
+        }
+        let held = connection.send(redis::cmd("EXISTS").arg(keys::HELD)).await.unwrap();
+        assert_eq!(redis::from_redis_value::<i64>(held).unwrap(), 0);
+    }
+
     #[tokio::test]
     async fn what_a_batch_deletes_is_not_given_back_in_it_nor_from_before_it() {
         let server = RedisServer::start();
         let mut connection = Connection::open(&server.url()).await.unwrap();
         meta::attach(&mut connection, None, 1).await.unwrap();
-        let run_id = connection.run_id().to_owned();
         let change = |kind, units| StockOp::new(Action::Change(kind), vec![(Id::from("a"), units)]);
         let init = |n| {
             let found = Found { available: 7, mark: InboxMark::default(), n, low: None, frozen: None };
@@ -641,15 +733,10 @@ mod tests {
         };
         let mut counter = 0;
         let mut run = async |ops: Vec<StockOp>| {
-            let encoded = Stock::encode(ops.iter(), 0, Grain::Operation);
-            let keys: Vec<&str> = [keys::META, keys::OUTBOX].into_iter().chain(encoded.keys.iter()).collect();
             counter += 1;
-            let counter = counter.to_string();
-            let args: [&[u8]; 10] =
-                [b"1", run_id.as_bytes(), b"0", b"9999999999999", b"i:stock", counter.as_bytes(), b"0", b"600000", b"0", &encoded.batch];
-            let mut words = Words::new(connection.run(&script::STOCK_WRITE, &keys, &args).await.unwrap()).unwrap();
-            assert_eq!(words.text().unwrap(), "ok");
-            (0..4).for_each(|_| _ = words.raw().unwrap());
+            let (word, mut words) = run_batch(&mut connection, &ops, counter, false).await;
+            assert_eq!(word, "ok");
+            (0..2).for_each(|_| _ = words.raw().unwrap());
             // Of each a word and a number.
             ops.iter().map(|_| (words.text().unwrap(), words.integer().unwrap()).0 == "ok").collect::<Vec<_>>()
         };

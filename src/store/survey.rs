@@ -58,7 +58,7 @@ impl Walk {
         for coupon in named(keys::COUPON_INFO_PREFIX) {
             match terms(connection, &coupon).await {
                 Ok(coupon) => page.coupons.push(coupon),
-                Err(Error::Connection(error)) => return Err(Error::Connection(error)),
+                Err(error) if !error.is_about_what_is_there() => return Err(error),
                 Err(_) => page.unreadable.push(keys::coupon_info(&coupon)),
             }
         }
@@ -66,7 +66,7 @@ impl Walk {
             match order(connection, &id).await {
                 // Its time may have passed since its key was met.
                 Ok(found) => page.orders.extend(found.map(|order| (id, order))),
-                Err(Error::Connection(error)) => return Err(Error::Connection(error)),
+                Err(error) if !error.is_about_what_is_there() => return Err(error),
                 Err(_) => page.unreadable.push(keys::order(&id)),
             }
         }

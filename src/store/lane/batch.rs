@@ -176,7 +176,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         match status.as_str() {
             "ok" => self.decided(sent, now_ms, &mut words),
             "replayed" => self.replayed(sent, &mut words),
-            "clock" | "requests" if !again => {
+            "clock" | "requests" => {
                 if status == "requests" {
                     sent.operations.iter_mut().for_each(|queued| F::leave_alone(&mut queued.op));
                 }
