@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use crate::flow::{closed, load};
 use crate::generator::Template;
 use crate::haproxy::HaProxy;
+use crate::harness::{Sidecar, wait_until};
 use crate::redis_benchmark::Load;
 use crate::report::Report;
 use crate::rounds::{Contender, Relay, Round, in_turns};
 use crate::stage::{PRODUCTS, Side, Stage, stopped};
 use crate::wire::{command, send_all};
-use crate::{locks, pgbench};
+use crate::{PATIENT, locks, pgbench};
 
 struct Case {
     slug: &'static str,
@@ -91,14 +92,29 @@ pub fn coupon(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
         }
     }
     let time = if stage.is_short() { Duration::from_secs(1) } else { Duration::from_secs(3) };
-    let mut contenders: Vec<Contender<'_>> =
-        SIDES.map(|(side, name)| by_count(stage, name, 100, 1, move |load| issue(stage, side, load))).into();
+    // Another sidecar on the same servers, which takes no lock.
+    let (redis, postgres) = (stage.stack.redis.url(), &stage.stack.postgres.url);
+    let eliding = Sidecar::with_settings(&redis, postgres, &[PATIENT, &["--coupon-lock", "elide"]].concat());
+    wait_until("the other sidecar issues", || eliding.get("/readyz").0 == 200);
+    let issuing = |name: &str, side, port| by_count(stage, name, 100, 1, move |load| issue(stage, side, Load { port, ..load }));
+    let mut contenders = vec![
+        issuing("held", Side::Holdfast, stage.port(Side::Holdfast)),
+        issuing("elide", Side::Holdfast, eliding.port),
+        issuing("direct", Side::Direct, stage.port(Side::Direct)),
+    ];
+    let ours = contenders.len();
+    match pgbench::prepare(stage) {
+        Ok(()) => contenders.push(Contender::new("for update", || pgbench::run_for(stage, 100, time))),
+        Err(error) => report.left_out(slug, &error),
+    }
     contenders.extend(programs.iter().map(|program| Contender::new(program.name, move || program.issue(stage, 100, time))));
     let all = in_turns(stage, rounds(stage).1, Relay::Held, &contenders)?;
     report.rounds(slug, &all);
-    report.comparison("COUPON.ISSUE / direct script without a lock", all[0].ratio(&all[1], |sample| sample.rate));
-    if let Some(best) = all[2..].iter().max_by(|a, b| a.median(|sample| sample.rate).total_cmp(&b.median(|sample| sample.rate))) {
+    report.comparison("held / elide", all[0].ratio(&all[1], |sample| sample.rate));
+    report.comparison("held / direct script without a lock", all[0].ratio(&all[2], |sample| sample.rate));
+    if let Some(best) = all[ours..].iter().max_by(|a, b| a.median(|sample| sample.rate).total_cmp(&b.median(|sample| sample.rate))) {
         report.line(format_args!("    the best of the locks is that of {}", best.name));
+        report.comparison("elide / the best of the locks", all[1].ratio(best, |sample| sample.rate));
         report.ratio(slug, all[0].ratio(best, |sample| sample.rate));
     } else {
         report.ratio(slug, None);
@@ -148,7 +164,7 @@ fn issue(stage: &Stage, side: Side, load: Load) -> Work {
     };
     let forget = (side == Side::Direct).then(|| format!("UNLINK direct:{coupon} direct:{coupon}:users"));
     // So many users that hardly any comes twice.
-    let load = Load { port: stage.port(side), range: 100_000_000_000, ..load };
+    let load = Load { range: 100_000_000_000, ..load };
     Work { words: text.split(' ').map(str::to_owned).collect(), load, forget }
 }
 

@@ -37,7 +37,7 @@ pub const GOALS: &[Goal] = &[
     at_least("soldout-p16", 4.0, RATIO, "sold out, 50 connections, pipeline 16 / direct"),
     at_least("hot-p16-redis-cpu", 15.0, RATIO, "Redis CPU a decrement, direct / one product, pipeline 16"),
     at_least("many-p16-redis-cpu", 3.0, RATIO, "Redis CPU a decrement, direct / 10,000 products, pipeline 16"),
-    at_least("coupon-locks", 30.0, RATIO, "COUPON.ISSUE, one coupon, 100 connections / the best lock an issue"),
+    at_least("coupon-locks", 30.0, RATIO, "COUPON.ISSUE held, one coupon, 100 connections / the best lock an issue"),
     at_least("for-update", 80.0, RATIO, "one product, 100 connections / SELECT FOR UPDATE in Postgres"),
     at_least("products-1m", 0.9, RATIO, "1,000,000 products / one, 50 connections"),
     at_least("import", 0.9, RATIO, "one product, pipeline 16, after 1,000,000 were imported / before"),

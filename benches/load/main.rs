@@ -73,7 +73,7 @@ enum Servers {
 
 /// Time enough for each reply, and room enough in the outbox: redis-benchmark ends at the first error, and neither a machine that stalls nor
 /// a burst shall stop it. And for ten thousand connections.
-const PATIENT: &[&str] = &["--reply-within-ms", "20000", "--outbox-max-mib", "8192", "--max-clients", "12000"];
+pub const PATIENT: &[&str] = &["--reply-within-ms", "20000", "--outbox-max-mib", "8192", "--max-clients", "12000"];
 
 /// What is measured, under the name that `BENCH_ONLY` knows.
 struct Case {
