@@ -11,6 +11,12 @@ use std::{env, fs};
 /// What the builds that break a promise on purpose replace in the scripts: feature, script, text, what stands there instead.
 const SABOTAGE: &[(&str, &str, &str, &str)] = &[
     ("NO_BATCH_REPLAY", "guard", "if m[6] then", "if false then"),
+    (
+        "NO_COUPON_TOKEN",
+        "coupon_write",
+        "coupon.fenced = lock_type == 'none' or redis.call('HEXISTS', lock_key, holders[c]) == 0",
+        "coupon.fenced = false",
+    ),
     ("NO_LOCK_EPOCH", "lock", "if m[1] ~= epoch or m[2] ~= run then return nil end\n  return tonumber(m[3])", "return tonumber(m[3]) or 0"),
     (
         "NO_EXPIRY_CHECK",

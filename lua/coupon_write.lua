@@ -5,13 +5,14 @@
 -- returns: {'ok', op, now, n before, word, values, word, values, ...}, or a refusal of the guard
 --
 -- KEYS goes on with lock, info and users of each coupon, then the buckets of request ids. batch is msgpack
--- {names, users of each coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total,
+-- {holder of each coupon, users of each coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total,
 -- peruser, start, end (0: none), alter with total, start, end (false: as it is), delete with nothing, the others with the user, the
 -- serial (0: the one that fits) and the order (=<order>, - for none). A user's field holds one line a coupon of theirs, by serial: serial,
 -- state, issued at, order. What was revoked is nobody's any more.
--- An issue goes ahead only while nobody holds the coupon's lock: the lock is elided, and excludes all the same.
+-- The holder is the field in the coupon's lock that its issues go by, which has to be there; '': the lock is elided, and they go ahead only
+-- while nobody holds it.
 -- Words: 'ok', to alter with remaining, to the others with serial, remaining; create 'exists'; alter 'few' issued · 'order';
--- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms; use 'already' serial · 'none' · 'ended';
+-- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms · 'fenced'; use 'already' serial · 'none' · 'ended';
 -- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; all of them 'absent' · 'deleted' · 'corrupt' · 'known' text · 'stale' · 'ahead' ·
 -- 'full'.
 local FIXED = 2
@@ -19,21 +20,23 @@ window, generation = tonumber(window), tonumber(generation)
 
 local head, refusal = enter(meta, outbox, epoch, run, seen, deadline, lane, counter, resend)
 if not head then return refusal end
-local names, users, operations = unpack(cmsgpack.unpack(batch))
+local holders, users, operations = unpack(cmsgpack.unpack(batch))
 if generation > 0 and not generation_fits(head, window, generation) then
   append(head, {})
   return {'clock', head.op, head.now}
 end
 
 local coupons = {}
-for c = 1, #names do
+for c = 1, #holders do
   local lock_key, info_key, users_key = KEYS[FIXED + c * 3 - 2], KEYS[FIXED + c * 3 - 1], KEYS[FIXED + c * 3]
   local coupon = {info_key = info_key, users_key = users_key, held = {}}
   local lock_type, info_type, users_type = redis.call('TYPE', lock_key).ok, redis.call('TYPE', info_key).ok, redis.call('TYPE', users_key).ok
   coupon.corrupt = (lock_type ~= 'none' and lock_type ~= 'hash') or (info_type ~= 'none' and info_type ~= 'hash')
     or (users_type ~= 'none' and users_type ~= 'hash')
   if not coupon.corrupt then
-    if lock_type == 'hash' then
+    if holders[c] ~= '' then
+      coupon.fenced = lock_type == 'none' or redis.call('HEXISTS', lock_key, holders[c]) == 0
+    elseif lock_type == 'hash' then
       coupon.holder = redis.call('HKEYS', lock_key)[1]
       coupon.holder_ms = redis.call('PTTL', lock_key)
     end
@@ -140,6 +143,7 @@ local function stepped(c, coupon, operation, serial, word)
 end
 
 function kinds.issue(c, coupon, operation, held)
+  if coupon.fenced then return say('fenced') end
   if coupon.holder then return say('locked', coupon.holder, coupon.holder_ms) end
   if head.now < coupon.start then return say('early', coupon.start) end
   if coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end

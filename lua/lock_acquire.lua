@@ -2,7 +2,7 @@
 -- keys: marker, lock, counter, side
 -- args: op, epoch, run, deadline, installation, lease, owner, fresh, keep
 -- include: lock
--- returns: {op, 'got', token, lease}, {op, 'held', remaining ms}, {op, 'free'} where fresh is not '1', or what it could not do: {op, 'epoch'}, {op, 'spent', token}, {op, 'late'}, {op, 'type', type}
+-- returns: {op, 'got', token, lease}, {op, 'held', remaining ms, a holder's field}, {op, 'free'} where fresh is not '1', or what it could not do: {op, 'epoch'}, {op, 'spent', token}, {op, 'late'}, {op, 'type', type}
 --
 -- marker says which tokens this node has given, counter which this lock has, as Redisson's RFencedLock counts; side is who may acquire
 -- once more, and the op of who has it. op names this attempt: sent again, it gives the same answer. keep: ms that side outlives the lock.
@@ -23,7 +23,7 @@ if holds and owner ~= '' and seen[3] == owner then
   note(side, left + keep, 'again', op)
   return {op, 'got', seen[2], left}
 end
-if kind == 'hash' then return {op, 'held', redis.call('PTTL', lock)} end
+if kind == 'hash' then return {op, 'held', redis.call('PTTL', lock), redis.call('HKEYS', lock)[1]} end
 if fresh ~= '1' then return {op, 'free'} end
 local token, beyond = take(marker, lock, counter, floor, epoch, installation, lease)
 if not token then return {op, 'spent', beyond} end

@@ -26,7 +26,7 @@ use crate::bulk::{self, Imported};
 use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Backend, Commands, Context, SlowLog, Stats, passthrough};
-use crate::config::{Config, LedgerDetail, Passthrough, Prefer};
+use crate::config::{Config, CouponLock, LedgerDetail, Passthrough, Prefer};
 use crate::domain::event::Event;
 use crate::domain::{Grain, Side};
 use crate::ledger;
@@ -211,6 +211,7 @@ fn locking(config: &Config, instance: &str) -> lock::Settings {
         session_lease: config.lock.session_lease,
         max_hold: config.lock.max_hold,
         max_turn: config.lock.max_turn,
+        coupon_lease: (config.coupon.lock == CouponLock::Held).then_some(config.coupon.lease),
     }
 }
 

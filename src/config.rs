@@ -187,12 +187,16 @@ pub struct Stock {
 #[serde(deny_unknown_fields)]
 pub struct Coupon {
     pub lock: CouponLock,
+    #[serde(rename = "lease_ms", deserialize_with = "milliseconds")]
+    pub lease: Duration,
 }
 
 /// How a coupon is locked while it is issued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CouponLock {
+    /// One holding for all that wait, each issue under its fencing token.
+    Held,
     /// One round trip: the script goes ahead only while nobody holds the coupon's lock.
     Elide,
 }
@@ -553,7 +557,7 @@ mod tests {
         assert_eq!(config.idempotency.window, Duration::from_mins(10));
         assert_eq!(config.shutdown_timeout, Duration::from_secs(10));
         assert_eq!(config.max_clients, 10_000);
-        assert_eq!(config.coupon.lock, CouponLock::Elide);
+        assert_eq!((config.coupon.lock, config.coupon.lease), (CouponLock::Held, Duration::from_secs(1)));
         assert_eq!((config.reconcile.sync_every, config.reconcile.initialise_every), (Duration::from_mins(1), Duration::from_mins(5)));
         assert_eq!((config.reconcile.prefer, config.reconcile.auto_limit), (Prefer::Postgres, 100));
         assert_eq!(config.log, Log { format: LogFormat::Text, level: "info".into() });

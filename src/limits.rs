@@ -64,6 +64,15 @@ pub const LOCKED_RETRY_AFTER: Duration = Duration::from_millis(5);
 /// How much time a try needs: with less left it would more likely end in doubt than in a decision.
 pub const LOCKED_RETRY_WITHIN: Duration = Duration::from_millis(15);
 
+/// How long the lock of a coupon is kept though nobody issues it: longer than a client takes from one reply to its next request, so that one
+/// that issues alone does not acquire it each time.
+pub const COUPON_IDLE: Duration = Duration::from_millis(2);
+
+/// What the setting `coupon.lease_ms` may be: below a second a stall of the machine would end it, and longer others would wait for no gain
+/// where a sidecar died.
+pub const COUPON_LEASE_MIN_MS: u64 = 1_000;
+pub const COUPON_LEASE_MAX_MS: u64 = 60_000;
+
 // Locks.
 
 /// What LEASE and the time of LOCK.EXTEND may be, in ms: below a second a stall of the machine would end it, above an hour it is no lease.

@@ -63,7 +63,7 @@ pub async fn import(config: &Config, file: &Path, shutdown: CancellationToken) -
     let partition = Arc::new(partition.bounded(config.outbox.max_changes, config.outbox.max_bytes as u64));
     let window_ms = i64::try_from(config.idempotency.window.as_millis()).unwrap_or(i64::MAX);
     let name = format!("{instance}:{}", Stock::LANE);
-    let lane = Lane::<Stock, Line>::new(Arc::clone(&partition), redis_url, name, window_ms, WITHIN);
+    let lane = Lane::<Stock, Line>::new(Arc::clone(&partition), redis_url, name, window_ms, WITHIN, ());
     let work = CancellationToken::new();
     let relay = Relay {
         partition: Arc::clone(&partition),

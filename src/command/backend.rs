@@ -15,7 +15,7 @@ use super::first_use::FirstUse;
 use super::stock::StockWaiter;
 use crate::limits;
 use crate::store::Partition;
-use crate::store::coupon::Coupon;
+use crate::store::coupon::{Coupon, CouponDesk};
 use crate::store::lane::{Family as _, Lane};
 use crate::store::lock::Locks;
 #[cfg(test)]
@@ -54,9 +54,10 @@ impl Backend {
         let within = limits::operation_within(reply_within);
         let name = |lane| if thread == 0 { format!("{instance}:{lane}") } else { format!("{instance}:{lane}.{thread}") };
         let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
+        let desk = CouponDesk::new(locks.clone(), within);
         Self {
-            stock: Lane::new(Arc::clone(&partition), redis_url, name(Stock::LANE), window_ms, within),
-            coupon: Lane::new(Arc::clone(&partition), redis_url, name(Coupon::LANE), window_ms, within),
+            stock: Lane::new(Arc::clone(&partition), redis_url, name(Stock::LANE), window_ms, within, ()),
+            coupon: Lane::new(Arc::clone(&partition), redis_url, name(Coupon::LANE), window_ms, within, desk),
             acks: AckQueue::new(Arc::clone(&partition), redis_url),
             reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
@@ -83,6 +84,7 @@ impl Backend {
                 session_lease: Duration::from_secs(10),
                 max_hold: Duration::from_secs(3600),
                 max_turn: Duration::from_millis(20),
+                coupon_lease: None,
             })
             .0,
         )

@@ -180,7 +180,7 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
         Ok(confirmation) => confirmation,
         Err(reply) => return Step::Reply(reply),
     };
-    let op = CouponOp { coupon: call.args.id("coupon"), action, request: change::request(&call.args) };
+    let op = CouponOp::new(call.args.id("coupon"), action, change::request(&call.args));
     let ticket = call.ticket_with(confirmation.waits_for_postgres());
     let waiter = CouponWaiter { cx: Rc::clone(call.cx), ticket, confirmation };
     doubt::submit(call, &call.cx.backend.coupon, op, confirmation.waits_for_postgres(), waiter);

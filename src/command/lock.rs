@@ -106,6 +106,7 @@ fn acquire(call: &mut Call<'_>) -> Step {
         owner: args.maybe_id("owner"),
         session,
         patient: wait.is_some(),
+        of_the_server: false,
     };
     let until = call.arrived + wait.map_or(call.cx.backend.within, duration);
     let locks = call.cx.backend.locks.clone();

@@ -237,9 +237,15 @@ pub const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "coupon.lock",
-        kind: Kind::Choice(&["elide"]),
-        default: "elide",
-        doc: "How a coupon is locked while it is issued; `elide`: the script goes ahead only while nobody holds the lock.",
+        kind: Kind::Choice(&["held", "elide"]),
+        default: "held",
+        doc: "How a coupon is locked while it is issued; `held`: this sidecar takes the lock, issues to all that wait under one holding, and hands its token to Postgres; `elide`: it goes ahead only while nobody holds the lock. All sidecars should have the same.",
+    },
+    Setting {
+        key: "coupon.lease_ms",
+        kind: Kind::Milliseconds(limits::COUPON_LEASE_MIN_MS, limits::COUPON_LEASE_MAX_MS),
+        default: "1000",
+        doc: "How long a coupon's lock that is `held` outlives a sidecar that dies.",
     },
     Setting {
         key: "lock.session_lease_ms",
@@ -486,6 +492,6 @@ mod tests {
         assert_eq!(refused("redis.url", Value::from("localhost:6379")), "a URL that begins with redis:// or rediss://");
         assert_eq!(refused("insecure", Value::from("yes")), "true or false");
         assert_eq!(refused("listen", Value::from(":6380")), "an IP address and a port, such as 127.0.0.1:6380");
-        assert_eq!(refused("coupon.lock", Value::from("held")), "elide");
+        assert_eq!(refused("coupon.lock", Value::from("none")), "held or elide");
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! 0 coupon.create coupon=c total=10 peruser=1 end=1700000000000 |
 //! 1 coupon.alter coupon=c total=20 end=0 remaining=19 by=10 |
-//! 2 coupon.issue coupon=c user=u-7 serial=12 remaining=7 |
+//! 2 coupon.issue coupon=c user=u-7 token=4294967297 serial=12 remaining=7 |
 //! 3 coupon.use coupon=c user=u-7 order=o-1 serial=12 remaining=7 |
 //! 4 coupon.unuse coupon=c user=u-7 serial=12 remaining=7 |
 //! 5 coupon.revoke coupon=c user=u-7 serial=12 remaining=8 |
@@ -126,6 +126,8 @@ pub struct Stepped {
     pub serial: i64,
     /// What it was redeemed for.
     pub order: Option<String>,
+    /// The fencing token under which it was issued, where the coupon's lock was held for it.
+    pub token: Option<i64>,
     /// How many can still be issued afterwards.
     pub remaining: i64,
 }
@@ -202,6 +204,7 @@ impl CouponChange {
                 user: named.text("user")?,
                 serial: named.number("serial")?,
                 order: named.text("order"),
+                token: named.number("token"),
                 remaining: named.number("remaining")?,
             }),
         })
@@ -223,9 +226,10 @@ impl std::fmt::Display for CouponChange {
                 by.map_or(Ok(()), |by| write!(f, " by={by}"))
             }
             Self::Delete => Ok(()),
-            Self::Step(Stepped { user, serial, order, remaining, .. }) => {
+            Self::Step(Stepped { user, serial, order, token, remaining, .. }) => {
                 write!(f, " user={user}")?;
                 order.as_ref().map_or(Ok(()), |order| write!(f, " order={order}"))?;
+                token.map_or(Ok(()), |token| write!(f, " token={token}"))?;
                 write!(f, " serial={serial} remaining={remaining}")
             }
         }
@@ -243,6 +247,7 @@ mod tests {
             "6 coupon.create coupon=c total=10 peruser=1 end=7 |",
             "7 coupon.issue request=r digest=d coupon=c user=u=7 serial=12 remaining=988 |",
             "0 coupon.use coupon=c user=u order=o=1 serial=3 remaining=7 |",
+            "0 coupon.issue coupon=c user=u token=4294967297 serial=4 remaining=6 |",
             "1 coupon.use coupon=c user=- serial=3 remaining=7 |",
             "2 coupon.unuse coupon=| user=u serial=3 remaining=7 |",
             "3 coupon.revoke coupon=c user=u serial=3 remaining=8 |",

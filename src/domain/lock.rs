@@ -20,6 +20,11 @@ impl LockName {
         (of_a_coupon || !RESERVED.iter().any(|prefix| name.starts_with(prefix))).then_some(Self(id))
     }
 
+    /// The name of a coupon's lock.
+    pub fn of_coupon(coupon: &Id) -> Self {
+        Self(Id::from(format!("{OF_A_COUPON}{coupon}").as_str()))
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         self.0.as_str()
@@ -70,5 +75,6 @@ mod tests {
             assert!(LockName::of(Id::from(bad)).is_none(), "{bad}");
         }
         assert_eq!(LockName::of(Id::from("coupon:issue:spring")).and_then(|name| name.coupon()), Some(Id::from("spring")));
+        assert_eq!(LockName::of_coupon(&Id::from("spring")).as_str(), "coupon:issue:spring");
     }
 }

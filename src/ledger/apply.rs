@@ -195,6 +195,7 @@ fn check_next(row: &PartitionRow, at: Position, op: &str, entry: &Entry) -> Resu
 mod tests {
     use super::*;
     use crate::domain::change::Operation;
+    use crate::ledger::dead_letter::apply_parking;
     use crate::ledger::testing::{Database, database, number_of, rows};
     use crate::ledger::{coupon, stock};
 
@@ -358,6 +359,39 @@ mod tests {
         assert_eq!(number_of(&mut database.connection, "SELECT count(*) FROM holdfast.coupon_issue").await, 0);
         apply_all(&mut database, &[outbox.entry(&["0 decr | a -1 0"])]).await.unwrap();
         assert_eq!(available(&mut database, "a").await, Some(0), "the connection still serves");
+    }
+
+    #[tokio::test]
+    async fn what_is_issued_under_an_older_token_than_the_newest_is_refused_and_parked() {
+        let (mut database, mut outbox) = (database().await, Outbox::new());
+        // Redis refuses these itself; Postgres, where it did not.
+        let issue = |user: &str, token: i64, serial: i64| {
+            format!("0 coupon.issue coupon=c user={user} token={token} serial={serial} remaining=1 |")
+        };
+        let entries = [
+            outbox.entry(&["0 coupon.create coupon=c total=9 peruser=1 |"]),
+            outbox.entry(&[&issue("u", 7, 1)]),
+            outbox.entry(&[&issue("v", 9, 2)]),
+            outbox.entry(&[&issue("w", 9, 3)]),
+        ];
+        apply_all(&mut database, &entries).await.unwrap();
+        let late = outbox.entry(&[&issue("x", 8, 4)]);
+        let refused = apply_all(&mut database, std::slice::from_ref(&late)).await.unwrap_err();
+        assert!(matches!(&refused, Error::Data(why) if why.contains("fencing token")), "{refused}");
+        let (_, parked) = apply_parking(&mut database.connection, 0, &late).await.unwrap();
+        assert_eq!(parked, 1);
+        let newer = outbox.entry(&[&issue("y", 10, 5)]);
+        let (newer_and_overtaken, elided) =
+            (outbox.entry(&[&issue("z", 9, 6)]), outbox.entry(&["0 coupon.issue coupon=c user=e serial=7 remaining=1 |"]));
+        let refused = apply_all(&mut database, &[newer.clone(), newer_and_overtaken.clone()]).await.unwrap_err();
+        assert!(matches!(&refused, Error::Data(why) if why.contains("older than one before it")), "{refused}");
+        apply_all(&mut database, &[newer]).await.unwrap();
+        apply_parking(&mut database.connection, 0, &newer_and_overtaken).await.unwrap();
+        apply_all(&mut database, &[elided]).await.unwrap();
+        let issued: Vec<(String,)> = rows(&mut database.connection, "SELECT user_id FROM holdfast.coupon_issue ORDER BY serial").await;
+        assert_eq!(issued, ["u", "v", "w", "y", "e"].map(|user| (user.to_owned(),)));
+        let coupon: Vec<(i64, i64)> = rows(&mut database.connection, "SELECT last_token, issued FROM holdfast.coupon").await;
+        assert_eq!(coupon, [(10, 5)]);
     }
 
     #[tokio::test]

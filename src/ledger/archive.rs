@@ -141,7 +141,9 @@ async fn coupon(connection: &mut PgConnection, sent: &Sent) -> Result<Option<(Pl
             CouponChange::Alter { terms, remaining, by: Some(row.total_delta) }
         }
         ("delete", ..) => CouponChange::Delete,
-        (_, Some(step), Some(user), Some(serial)) => CouponChange::Step(Stepped { step, user, serial, order: row.order_id, remaining }),
+        (_, Some(step), Some(user), Some(serial)) => {
+            CouponChange::Step(Stepped { step, user, serial, order: row.order_id, token: None, remaining })
+        }
         _ => return Err(Error::Unfit(format!("holdfast.coupon_ledger: kind {:?}", row.kind))),
     };
     Ok(Some((row.place, Effect::Coupon { coupon: row.coupon_id, change })))

@@ -90,12 +90,22 @@ pub(super) struct CouponMove {
     pub issued: i64,
     pub used: i64,
     pub last_serial: i64,
+    /// The lowest token that it was issued under, and the highest.
+    pub tokens: Option<(i64, i64)>,
+    /// Whether one of them was lower than one before it.
+    pub is_overtaken: bool,
     /// The terms that it is given.
     pub terms: NewTerms,
     pub deleted: bool,
 }
 
 impl CouponMove {
+    fn issue_under(&mut self, token: i64) {
+        let (lowest, highest) = self.tokens.unwrap_or((token, token));
+        self.is_overtaken |= token < highest;
+        self.tokens = Some((lowest.min(token), highest.max(token)));
+    }
+
     fn alter(&mut self, terms: NewTerms) {
         self.terms = NewTerms {
             total: terms.total.or(self.terms.total),
@@ -252,7 +262,8 @@ impl<'a> Changes<'a> {
             CouponChange::Create(_) => {}
             CouponChange::Alter { terms, .. } => moved.alter(*terms),
             CouponChange::Delete => moved.deleted = true,
-            CouponChange::Step(Stepped { step, user, serial, order, .. }) => {
+            CouponChange::Step(Stepped { step, user, serial, order, token, .. }) => {
+                token.iter().for_each(|token| moved.issue_under(*token));
                 moved.issued += step.issued();
                 moved.used += step.used();
                 moved.last_serial = moved.last_serial.max(*serial);
@@ -397,7 +408,7 @@ mod tests {
         ]);
         let changes = Changes::gather([&entry], &Created::default()).unwrap();
         let terms = NewTerms { total: Some(5), start_ms: None, end_ms: Some(0) };
-        assert_eq!(changes.coupons["c"], CouponMove { issued: 0, used: 0, last_serial: 7, terms, deleted: true });
+        assert_eq!(changes.coupons["c"], CouponMove { last_serial: 7, terms, deleted: true, ..CouponMove::default() });
         let at_ms = 1_700_000_000_000;
         let first = Issue { user: "u", issued_ms: Some(at_ms), first: CouponStep::Issue, last: CouponStep::Use, at_ms, order: Some("o") };
         let second = Issue { user: "v", issued_ms: None, first: CouponStep::Unuse, last: CouponStep::Revoke, at_ms, order: None };

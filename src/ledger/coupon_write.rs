@@ -23,15 +23,15 @@ pub(super) async fn ledger(connection: &mut PgConnection, partition: u32, lines:
     let term = |i: usize| terms.iter().map(|terms| terms.get(i).copied().flatten()).collect::<Vec<_>>();
     sqlx::query(
         "INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, user_id, serial, remaining_after, request_id, \
-         request_digest, at, origin_epoch, origin_n, issued_delta, used_delta, total_delta, order_id, total, per_user, start_ms, end_ms) \
+         request_digest, at, origin_epoch, origin_n, issued_delta, used_delta, total_delta, order_id, total, per_user, start_ms, end_ms, token) \
          SELECT $1, l.epoch, l.n, l.op, l.k, l.coupon, l.kind, l.user_id, l.serial, l.remaining, l.request, l.digest, \
          timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n, l.issued, l.used, l.moved, l.order_id, \
-         l.total, l.per_user, l.start_ms, l.end_ms \
+         l.total, l.per_user, l.start_ms, l.end_ms, l.token \
          FROM unnest($2::bigint[], $3::bigint[], $4::text[], $5::int[], $6::text[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
          $11::text[], $12::text[], $13::bigint[], $14::bigint[], $15::bigint[], $16::bigint[], $17::bigint[], $18::bigint[], $19::text[], \
-         $20::bigint[], $21::bigint[], $22::bigint[], $23::bigint[]) \
+         $20::bigint[], $21::bigint[], $22::bigint[], $23::bigint[], $24::bigint[]) \
          AS l (epoch, n, op, k, coupon, kind, user_id, serial, remaining, request, digest, at_ms, origin_epoch, origin_n, issued, used, \
-         moved, order_id, total, per_user, start_ms, end_ms)",
+         moved, order_id, total, per_user, start_ms, end_ms, token)",
     )
     .bind(partition::id(partition))
     .bind(places.epoch)
@@ -51,11 +51,12 @@ pub(super) async fn ledger(connection: &mut PgConnection, partition: u32, lines:
     .bind(step(CouponStep::issued))
     .bind(step(CouponStep::used))
     .bind(lines.iter().map(|line| line.total_delta).collect::<Vec<_>>())
-    .bind(stepped.map(|one: Option<&Stepped>| one.and_then(|one| one.order.as_deref())).collect::<Vec<_>>())
+    .bind(stepped.clone().map(|one: Option<&Stepped>| one.and_then(|one| one.order.as_deref())).collect::<Vec<_>>())
     .bind(term(0))
     .bind(term(1))
     .bind(term(2))
     .bind(term(3))
+    .bind(stepped.map(|one| one.and_then(|one| one.token)).collect::<Vec<_>>())
     .execute(connection)
     .await?;
     Ok(())
@@ -93,14 +94,20 @@ async fn move_coupons(connection: &mut PgConnection, changes: &Changes<'_>) -> R
     if coupons.is_empty() {
         return Ok(());
     }
+    if let Some((coupon, _)) = changes.coupons.iter().find(|(_, moved)| moved.is_overtaken) {
+        return Err(Error::Data(format!("coupon '{coupon}' was issued under a fencing token that is older than one before it")));
+    }
     let moved = || changes.coupons.values();
+    let token = |which: fn((i64, i64)) -> i64| moved().map(|moved| moved.tokens.map(which)).collect::<Vec<_>>();
     let rows = sqlx::query(
         "UPDATE holdfast.coupon AS c SET issued = c.issued + m.issued, used = c.used + m.used, \
          last_serial = greatest(c.last_serial, m.last_serial), total = coalesce(m.total, c.total), \
          start_ms = nullif(coalesce(m.start_ms, c.start_ms), 0), end_ms = nullif(coalesce(m.end_ms, c.end_ms), 0), \
-         state = CASE WHEN m.deleted THEN 'deleted' ELSE c.state END \
-         FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bool[]) \
-         AS m (coupon, issued, used, last_serial, total, start_ms, end_ms, deleted) WHERE c.coupon_id = m.coupon",
+         state = CASE WHEN m.deleted THEN 'deleted' ELSE c.state END, last_token = greatest(c.last_token, m.highest) \
+         FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bool[], \
+         $9::bigint[], $10::bigint[]) \
+         AS m (coupon, issued, used, last_serial, total, start_ms, end_ms, deleted, lowest, highest) \
+         WHERE c.coupon_id = m.coupon AND (m.lowest IS NULL OR m.lowest >= c.last_token)",
     )
     .bind(&coupons)
     .bind(moved().map(|moved| moved.issued).collect::<Vec<_>>())
@@ -110,6 +117,8 @@ async fn move_coupons(connection: &mut PgConnection, changes: &Changes<'_>) -> R
     .bind(moved().map(|moved| moved.terms.start_ms).collect::<Vec<_>>())
     .bind(moved().map(|moved| moved.terms.end_ms).collect::<Vec<_>>())
     .bind(moved().map(|moved| moved.deleted).collect::<Vec<_>>())
+    .bind(token(|(lowest, _)| lowest))
+    .bind(token(|(_, highest)| highest))
     .execute(&mut *connection)
     .await?
     .rows_affected();
@@ -120,6 +129,10 @@ async fn move_coupons(connection: &mut PgConnection, changes: &Changes<'_>) -> R
         "SELECT c FROM unnest($1::text[]) AS c WHERE NOT EXISTS (SELECT 1 FROM holdfast.coupon k WHERE k.coupon_id = c) ORDER BY c LIMIT 5",
     );
     let unknown: Vec<String> = unknown.bind(coupons).fetch_all(connection).await?;
+    if unknown.is_empty() {
+        let of = changes.coupons.iter().filter(|(_, moved)| moved.tokens.is_some()).take(5).map(|(coupon, _)| *coupon).collect::<Vec<_>>();
+        return Err(Error::Data(format!("issued under a fencing token that is older than the newest: of one of {}", of.join(", "))));
+    }
     Err(Error::Data(format!("Redis has coupons that holdfast.coupon does not have: {}", unknown.join(", "))))
 }
 

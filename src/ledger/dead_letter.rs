@@ -12,6 +12,7 @@ use super::changes::{Changes, Created};
 use super::partition::{self, id};
 use super::{Error, from_bigint, inbox, outside, to_bigint, write};
 use crate::domain::change::{Effect, Entry, Item, Operation};
+use crate::domain::coupon::CouponChange;
 use crate::domain::{DeadLetter, InboxMark, Position, Settled};
 use crate::limits;
 
@@ -303,6 +304,10 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
         detail.pg = Some(delta);
         // What is held has moved already.
         detail.order = None;
+    }
+    if let Effect::Coupon { change: CouponChange::Step(stepped), .. } = &mut operation.effect {
+        // A person says that it is to be: under whose token it came does not matter any more.
+        stepped.token = None;
     }
     let last = Position::new(from_bigint(epoch), from_bigint(n));
     let entry = Entry { last, first_n: last.n, prev: partition::NO_OP.into(), op, at_ms, operations: vec![operation] };

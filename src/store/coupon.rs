@@ -1,7 +1,12 @@
 //! The COUPON family: its operations as lua/coupon_write.lua takes them, and what it answers.
 
+mod desk;
+
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::sync::Arc;
+
+pub use desk::{CouponDesk, Fence};
 
 use super::copies::{CopiedBatch, Copy, Kept, Note};
 use super::key_list::KeyList;
@@ -80,6 +85,7 @@ impl Action {
                 user: user.to_string(),
                 serial: note.serial,
                 order: order.as_ref().map(ToString::to_string),
+                token: None,
                 remaining: note.remaining,
             }),
         }
@@ -92,6 +98,20 @@ pub struct CouponOp {
     pub coupon: Id,
     pub action: Action,
     pub request: Option<Request>,
+    /// The holding of the coupon's lock that it is issued under; `None`: it is issued while nobody holds the lock.
+    pub fence: Option<Arc<Fence>>,
+}
+
+impl CouponOp {
+    /// One that no lock is held for yet.
+    pub const fn new(coupon: Id, action: Action, request: Option<Request>) -> Self {
+        Self { coupon, action, request, fence: None }
+    }
+
+    /// Whether it needs the coupon's lock.
+    pub const fn is_issue(&self) -> bool {
+        matches!(self.action, Action::Step { step: CouponStep::Issue, .. })
+    }
 }
 
 /// What became of a COUPON operation. Times in Unix ms.
@@ -153,6 +173,7 @@ impl Family for Coupon {
     type Op = CouponOp;
     type Outcome = CouponOutcome;
     type Plan = ();
+    type Desk = CouponDesk;
 
     fn changes(_: &CouponOp) -> bool {
         true
@@ -165,27 +186,29 @@ impl Family for Coupon {
     fn weight(op: &CouponOp) -> (usize, usize) {
         let ids: usize = op.action.ids().map(|id| id.as_bytes().len()).sum();
         let (keys, bytes) = op.request.as_ref().map_or((0, 0), Request::weight);
-        (3 + keys, 160 + 4 * op.coupon.as_bytes().len() + 3 * ids + bytes)
+        (3 + keys, 220 + 4 * op.coupon.as_bytes().len() + 3 * ids + bytes)
     }
 
     fn encode<'a>(ops: impl Iterator<Item = &'a CouponOp> + Clone, generation: i64, _: Grain) -> Encoded<()> {
         let mut places: HashMap<&Id, usize> = HashMap::new();
-        let mut coupons: Vec<(&Id, Vec<&Id>)> = Vec::new();
+        let mut coupons: Vec<(&Id, Vec<&Id>, Option<&Fence>)> = Vec::new();
         for op in ops.clone() {
             let place = *places.entry(&op.coupon).or_insert_with(|| {
-                coupons.push((&op.coupon, Vec::new()));
+                coupons.push((&op.coupon, Vec::new(), None));
                 coupons.len()
             });
-            coupons[place - 1].1.extend(op.action.user());
+            let (_, users, fence) = &mut coupons[place - 1];
+            users.extend(op.action.user());
+            *fence = op.fence.as_deref().or(*fence);
         }
         let mut requests = RequestKeys::after(FIXED_KEYS + 3 * coupons.len());
         let mut batch = Pack::default();
         batch.array(3).array(coupons.len());
-        for (coupon, _) in &coupons {
-            batch.text(coupon.as_str());
+        for (_, _, fence) in &coupons {
+            batch.text(fence.map_or("", |fence| fence.field.as_str()));
         }
         batch.array(coupons.len());
-        for (_, users) in &coupons {
+        for (_, users, _) in &coupons {
             batch.array(users.len());
             for user in users {
                 batch.text(user.as_str());
@@ -221,7 +244,7 @@ impl Family for Coupon {
             }
         }
         let mut keys = KeyList::default();
-        for (coupon, _) in coupons {
+        for (coupon, ..) in coupons {
             [keys::coupon_lock(coupon), keys::coupon_info(coupon), keys::coupon_users(coupon)].iter().for_each(|key| keys.push(&[key]));
         }
         requests.into_keys().iter().for_each(|key| keys.push(&[key]));
@@ -247,7 +270,7 @@ impl Family for Coupon {
     }
 
     fn keep(batch: &mut CopiedBatch, k: u32, op: CouponOp, note: Note) {
-        let op = CouponOp { coupon: op.coupon.detached(), action: op.action.detached(), request: op.request.map(Request::detached) };
+        let op = CouponOp::new(op.coupon.detached(), op.action.detached(), op.request.map(Request::detached));
         batch.copies.push(Copy { k, kept: Kept::Coupon(op), note });
     }
 
@@ -311,6 +334,10 @@ fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Resul
             let (holder, remaining_ms) = (words.text()?, words.integer()?);
             let lock = keys::coupon_lock(&op.coupon);
             return Ok(Verdict::Again(format!("the lock '{lock}' is held by '{holder}' for {remaining_ms} ms more; nothing was changed")));
+        }
+        "fenced" => {
+            let lock = keys::coupon_lock(&op.coupon);
+            return Ok(Verdict::SentBack(format!("the lock '{lock}' was lost before it was issued; nothing was changed")));
         }
         other => return requests::verdict(other, words, CouponOutcome::Remembered),
     };
@@ -382,6 +409,9 @@ fn line(k: usize, op: &CouponOp) -> String {
             if let Some(order) = order {
                 let _ = write!(line, " order={order}");
             }
+            if let Some(fence) = &op.fence {
+                let _ = write!(line, " token={}", fence.token);
+            }
         }
     }
     line
@@ -392,7 +422,7 @@ mod tests {
     use super::*;
 
     fn op(action: Action) -> CouponOp {
-        CouponOp { coupon: Id::from("c"), action, request: None }
+        CouponOp::new(Id::from("c"), action, None)
     }
 
     #[test]

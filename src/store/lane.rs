@@ -54,6 +54,8 @@ pub enum Verdict<O> {
     Decided(O),
     /// Not executed, worth another try within the deadline; the reason goes to the client if there is none.
     Again(String),
+    /// The same, for it is not to be done as it was admitted.
+    SentBack(String),
 }
 
 /// The positions of a batch's accepted operations, in their order.
@@ -102,6 +104,53 @@ pub struct Encoded<P> {
     pub plan: P,
 }
 
+/// What says which operations of a family may go to Redis now.
+pub trait Desk<Op>: 'static {
+    /// Lets an operation go with the next batch, or says why it has to wait. Where one has to, the desk rings when that may have changed.
+    fn admit(&self, op: &mut Op) -> Result<(), String>;
+    /// The script did not take an operation as it was admitted.
+    fn sent_back(&self, op: &Op);
+    /// The batch under way is over.
+    fn returned(&self);
+    /// What it rings.
+    fn bell(&self) -> Rc<Bell>;
+}
+
+/// Where every operation may go at any time.
+impl<Op> Desk<Op> for () {
+    fn admit(&self, _: &mut Op) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn sent_back(&self, _: &Op) {}
+
+    fn returned(&self) {}
+
+    fn bell(&self) -> Rc<Bell> {
+        Rc::default()
+    }
+}
+
+/// Makes a lane look at what waits, and at what is parked.
+pub struct Bell {
+    work: Notify,
+    unpark_at: Cell<Instant>,
+}
+
+impl Bell {
+    /// What is parked may go now.
+    pub fn ring(&self) {
+        self.unpark_at.set(Instant::now());
+        self.work.notify_one();
+    }
+}
+
+impl Default for Bell {
+    fn default() -> Self {
+        Self { work: Notify::new(), unpark_at: Cell::new(Instant::now()) }
+    }
+}
+
 /// One family of operations: what goes into its script and how to read what comes out.
 pub trait Family: 'static {
     /// The lane's name in op ids.
@@ -111,6 +160,8 @@ pub trait Family: 'static {
     type Outcome: 'static;
     /// What the answer to a batch is read by.
     type Plan: 'static;
+    /// What says which operations may go.
+    type Desk: Desk<Self::Op>;
 
     /// Whether it may change anything: what only reads is never in doubt.
     fn changes(op: &Self::Op) -> bool;
@@ -223,9 +274,9 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     within: Duration,
     queue: RefCell<VecDeque<Queued<F, W>>>,
     parked: RefCell<Vec<Queued<F, W>>>,
-    unpark_at: Cell<Instant>,
+    desk: F::Desk,
+    bell: Rc<Bell>,
     gate: RefCell<Gate>,
-    work: Notify,
     counter: Cell<u64>,
     clock: Cell<Clock>,
     was_live: Cell<bool>,
@@ -239,8 +290,10 @@ pub struct Lane<F: Family, W: Waiter<F>> {
 
 impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// `name`: `<instance>:<lane>`, a fresh one a process start. Each operation is done `within` that time of its arrival.
-    pub fn new(partition: Arc<Partition>, redis_url: &str, name: String, window_ms: i64, within: Duration) -> Rc<Self> {
+    pub fn new(partition: Arc<Partition>, redis_url: &str, name: String, window_ms: i64, within: Duration, desk: F::Desk) -> Rc<Self> {
         Rc::new(Self {
+            bell: desk.bell(),
+            desk,
             partition,
             redis_url: redis_url.to_owned(),
             name,
@@ -248,9 +301,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             within,
             queue: RefCell::default(),
             parked: RefCell::default(),
-            unpark_at: Cell::new(Instant::now()),
             gate: RefCell::new(Gate::Closed(Failure::Loading("starting: waiting for Redis and Postgres, see /readyz".into()))),
-            work: Notify::new(),
             counter: Cell::new(0),
             clock: Cell::new(Clock::heard(0)),
             was_live: Cell::new(false),
@@ -296,7 +347,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let turning = F::may_turn_all(&op).then(|| Turning::count(&self.turning));
         queue.insert(at, Queued { op, waiter: Some(waiter), deadline, again: None, _turning: turning });
         if queue.len() == 1 {
-            self.work.notify_one();
+            self.bell.work.notify_one();
         }
     }
 
@@ -514,8 +565,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 let parked = !self.parked.borrow().is_empty();
                 let something = async {
                     tokio::select! {
-                        () = self.work.notified() => Ok(()),
-                        () = tokio::time::sleep_until(self.unpark_at.get().into()), if parked => Ok(()),
+                        () = self.bell.work.notified() => Ok(()),
+                        () = tokio::time::sleep_until(self.bell.unpark_at.get().into()), if parked => Ok(()),
                         _ = state.changed() => Ok(()),
                         () = cancel.cancelled() => Ok(()),
                         () = tokio::time::sleep(limits::HEARTBEAT_EVERY) => self.heartbeat(connection).await,
@@ -564,8 +615,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// stays, and ends at its deadline with the reason it was parked for.
     fn unpark(&self) {
         let now = Instant::now();
-        if self.unpark_at.get() <= now {
-            self.unpark_at.set(now + limits::LOCKED_RETRY_AFTER);
+        if self.bell.unpark_at.get() <= now {
+            self.bell.unpark_at.set(now + limits::LOCKED_RETRY_AFTER);
             let in_time = now + limits::LOCKED_RETRY_WITHIN;
             let (again, stay) = self.parked.take().into_iter().partition(|queued| queued.deadline > in_time);
             *self.parked.borrow_mut() = stay;
@@ -598,7 +649,7 @@ mod tests {
         let decr = || StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 1)]);
         let partition = Arc::new(Partition::new(0, 1 << 20).0.refusing_for(Duration::from_millis(50)));
         let within = Duration::from_secs(60);
-        let lane = Lane::<Stock, Told>::new(Arc::clone(&partition), "redis://127.0.0.1:1", "i:stock".into(), 600_000, within);
+        let lane = Lane::<Stock, Told>::new(Arc::clone(&partition), "redis://127.0.0.1:1", "i:stock".into(), 600_000, within, ());
         *lane.gate.borrow_mut() = Gate::Open;
         let told = Told::default();
         for _ in 0..lane.pace.queue_max() {
@@ -624,7 +675,7 @@ mod tests {
         let mut sold = CopiedBatch::new("i:stock:1".into(), 7);
         Stock::keep(&mut sold, 0, decr(), note);
         partition.copies.keep(sold);
-        let lane = Lane::<Stock, Told>::new(partition, "redis://127.0.0.1:1", "i:stock".into(), 600_000, Duration::from_secs(60));
+        let lane = Lane::<Stock, Told>::new(partition, "redis://127.0.0.1:1", "i:stock".into(), 600_000, Duration::from_secs(60), ());
         *lane.gate.borrow_mut() = Gate::Open;
         let told = Told::default();
         lane.submit(StockOp::upkeep(Id::from("a"), 0, Upkeep::Freeze { reason: "r".into() }), Instant::now(), told.clone());

@@ -45,6 +45,8 @@ pub struct Settings {
     pub max_hold: Duration,
     /// How long this sidecar passes a lock on among its own clients while others may want it.
     pub max_turn: Duration,
+    /// How long a coupon's lock lasts in Redis if this process dies while it issues; `None`: it takes none.
+    pub coupon_lease: Option<Duration>,
 }
 
 /// What a client asks for.
@@ -59,6 +61,8 @@ pub struct Ask {
     pub session: bool,
     /// Waits where somebody holds it.
     pub patient: bool,
+    /// The server itself asks, for what it has begun: also while it shuts down.
+    pub of_the_server: bool,
 }
 
 /// What a client is told.
@@ -114,6 +118,17 @@ impl Grant {
     /// From here on the client releases it.
     pub fn take(mut self) {
         self.taken = true;
+    }
+
+    /// It is not held any more: there is nothing to release.
+    pub fn lost(mut self) {
+        self.locks.0.holds.remove(self.token);
+        self.taken = true;
+    }
+
+    /// The holder's field in the lock's key.
+    pub fn field(&self) -> String {
+        format!("{}:{}", self.locks.0.link.installation(), self.token)
     }
 
     /// Whether it is still held, as far as is known.
@@ -201,6 +216,11 @@ impl Locks {
         self.0.users.token()
     }
 
+    /// How locks are held.
+    pub fn settings(&self) -> &Settings {
+        &self.0.settings
+    }
+
     /// Whether locks are served, and why not.
     pub fn trouble(&self) -> Option<String> {
         self.0.link.trouble()
@@ -211,18 +231,27 @@ impl Locks {
         self.0.lines().values().map(|line| line.waiters.len()).sum()
     }
 
+    /// Who holds it, as far as this sidecar was told when it tried for it, and for how many ms.
+    pub fn holder(&self, name: &LockName) -> Option<(String, i64)> {
+        let lines = self.0.lines();
+        let line = lines.get(name)?;
+        let left = line.held_until?.saturating_duration_since(Instant::now());
+        line.holder.clone().map(|holder| (holder, millis(left)))
+    }
+
     /// Stands in line, or asks once.
     pub fn acquire(&self, ask: Ask) -> Waiting {
         let inner = &self.0;
         let id = inner.number();
         let (answer, answered) = oneshot::channel();
-        let Ask { name, lease, owner, session, patient } = ask;
+        let Ask { name, lease, owner, session, patient, of_the_server } = ask;
         let name = LockName::of(name.id().detached()).unwrap_or(name);
         let waiter = Waiter {
             lease: if session { inner.settings.session_lease.min(inner.settings.max_hold) } else { lease },
             owner: owner.map(|owner| owner.detached()),
             session,
             patient,
+            of_the_server,
             arrived: Instant::now(),
             answer,
         };
@@ -317,7 +346,7 @@ impl Inner {
     }
 
     fn enqueue(self: &Arc<Self>, name: &LockName, id: u64, waiter: Waiter) {
-        if self.closing.load(Ordering::Relaxed) {
+        if self.closing.load(Ordering::Relaxed) && !waiter.of_the_server {
             return refuse(waiter, Refusal::Loading("shutting down".to_owned()));
         }
         if self.holds.len() >= limits::LOCKS_HELD_MAX {
@@ -380,7 +409,7 @@ impl Inner {
                     tried = true;
                     let sent = Instant::now();
                     let result = self.attempt(&name, &asked, true, sent + asked.lease).await;
-                    let held = matches!(result, Ok(Tried::Held(_)));
+                    let held = matches!(result, Ok(Tried::Held(..)));
                     self.settle(&name, id, result, by);
                     // Whoever releases it from now on is heard.
                     if held && self.lines().get(&name).is_some_and(|line| !line.waiters.is_empty()) {
@@ -427,12 +456,14 @@ impl Inner {
         match result {
             Ok(Tried::Got { token, lease, sent }) => {
                 line.held_until = Some(sent + lease);
+                line.holder = None;
                 line.turn.acquired(now);
                 let waiter = line.waiters.remove(&id);
                 drop(lines);
                 self.grant(name, waiter, token, lease, sent, by);
             }
-            Ok(Tried::Held(ms)) => {
+            Ok(Tried::Held(ms, holder)) => {
+                line.holder = Some(holder);
                 // Without end: it is looked at again like all others.
                 let lasts = u64::try_from(ms).map_or(limits::LOCK_POLL, Duration::from_millis);
                 line.held_until = Some(now + lasts);
@@ -475,7 +506,7 @@ impl Inner {
         let asked = Asked::of(&waiter, self.op());
         match self.attempt(name, &asked, false, Instant::now() + asked.lease).await {
             Ok(Tried::Got { token, lease, sent }) => self.grant(name, Some(waiter), token, lease, sent, By::Again),
-            Ok(Tried::Held(ms)) => _ = waiter.answer.send(Answer::Held(ms)),
+            Ok(Tried::Held(ms, _)) => _ = waiter.answer.send(Answer::Held(ms)),
             Ok(Tried::Free) => _ = waiter.answer.send(Answer::Held(0)),
             Err(refusal) => refuse(waiter, refusal),
         }
@@ -648,7 +679,12 @@ impl Inner {
     /// Nobody gets a lock any more, and nobody waits.
     fn close(&self) {
         self.closing.store(true, Ordering::Relaxed);
-        let waiters: Vec<Waiter> = self.lines().values_mut().flat_map(|line| std::mem::take(&mut line.waiters).into_values()).collect();
+        let waiters: Vec<Waiter> = self
+            .lines()
+            .values_mut()
+            .flat_map(|line| line.waiters.extract_if(.., |_, waiter| !waiter.of_the_server))
+            .map(|(_, waiter)| waiter)
+            .collect();
         for waiter in waiters {
             refuse(waiter, Refusal::Loading("shutting down".to_owned()));
         }

@@ -315,6 +315,7 @@ impl Family for Stock {
     type Op = StockOp;
     type Outcome = StockOutcome;
     type Plan = Plan;
+    type Desk = ();
 
     fn changes(op: &StockOp) -> bool {
         !matches!(op.action, Action::Read | Action::Look)

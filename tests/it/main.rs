@@ -10,6 +10,7 @@ mod bad_input;
 mod bounds;
 mod bulk;
 mod coupon_life;
+mod coupon_locks;
 mod coupon_model;
 mod coupons;
 mod crowd;

@@ -7,7 +7,7 @@ use redis::Value;
 use tracing::{info, warn};
 
 use super::Encoded;
-use super::{Failure, Family, Lane, Positions, Queued, Verdict, Waiter};
+use super::{Desk as _, Failure, Family, Lane, Positions, Queued, Verdict, Waiter};
 use crate::domain::Position;
 use crate::domain::change::{Entry, Operation};
 use crate::limits;
@@ -38,6 +38,59 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     pub(super) fn next_batch(&self, epoch: u64, run_id: &str) -> Option<Sent<F, W>> {
         self.unpark();
         self.drop_late();
+        let operations = self.take_next()?;
+        let clock = self.clock.get();
+        let youngest = operations.iter().map(|queued| queued.deadline).max().unwrap_or_else(Instant::now);
+        let generation = clock.at(Instant::now()).div_euclid(self.window_ms);
+        let encoded = F::encode(operations.iter().map(|queued| &queued.op), generation, self.partition.grain);
+        self.counter.set(self.counter.get() + 1);
+        self.batch_operations.record(u32::try_from(operations.len()).unwrap_or(u32::MAX));
+        Some(Sent {
+            counter: self.counter.get(),
+            epoch,
+            run_id: run_id.to_owned(),
+            encoded,
+            generation: if operations.iter().any(|queued| F::request(&queued.op).is_some()) { generation } else { 0 },
+            deadline_ms: clock.at(youngest),
+            made: Instant::now(),
+            operations,
+        })
+    }
+
+    /// Takes what goes next out of the queue, and parks what has to wait; `None` where nothing may go.
+    fn take_next(&self) -> Option<Vec<Queued<F, W>>> {
+        self.desk.returned();
+        loop {
+            let mut operations = self.take_some()?;
+            for queued in operations.extract_if(.., |queued| match self.desk.admit(&mut queued.op) {
+                Ok(()) => false,
+                Err(reason) => {
+                    queued.again = Some(reason);
+                    true
+                }
+            }) {
+                // Whoever has been answered does not wait any more.
+                if queued.waiter.is_some() {
+                    self.park(queued);
+                }
+            }
+            if !operations.is_empty() {
+                return Some(operations);
+            }
+        }
+    }
+
+    /// Lets an operation wait for a while, or until the desk rings.
+    fn park(&self, queued: Queued<F, W>) {
+        let mut parked = self.parked.borrow_mut();
+        if parked.is_empty() {
+            self.bell.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
+        }
+        parked.push(queued);
+    }
+
+    /// As much of the queue as fits a batch.
+    fn take_some(&self) -> Option<Vec<Queued<F, W>>> {
         let mut queue = self.queue.borrow_mut();
         let (mut keys, mut bytes, mut count) = (0, 0, 0);
         for queued in queue.iter().take(limits::BATCH_OPERATIONS_MAX) {
@@ -54,23 +107,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
         let operations: Vec<_> = queue.drain(..count).collect();
         self.pace.sent(count, !queue.is_empty());
-        drop(queue);
-        let clock = self.clock.get();
-        let youngest = operations.iter().map(|queued| queued.deadline).max().unwrap_or_else(Instant::now);
-        let generation = clock.at(Instant::now()).div_euclid(self.window_ms);
-        let encoded = F::encode(operations.iter().map(|queued| &queued.op), generation, self.partition.grain);
-        self.counter.set(self.counter.get() + 1);
-        self.batch_operations.record(u32::try_from(count).unwrap_or(u32::MAX));
-        Some(Sent {
-            counter: self.counter.get(),
-            epoch,
-            run_id: run_id.to_owned(),
-            encoded,
-            generation: if operations.iter().any(|queued| F::request(&queued.op).is_some()) { generation } else { 0 },
-            deadline_ms: clock.at(youngest),
-            made: Instant::now(),
-            operations,
-        })
+        Some(operations)
     }
 
     pub(super) async fn resend(
@@ -116,7 +153,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             Ok(value) => value,
         };
         let Some(sent) = unanswered.take() else { return Ok(()) };
-        self.answered(sent, again, &op, value)
+        let read = self.answered(sent, again, &op, value);
+        self.desk.returned();
+        read
     }
 
     fn command(&self, sent: &Sent<F, W>, run_id: &str, again: bool, verb: Verb) -> redis::Cmd {
@@ -226,7 +265,6 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
         // What is finished here is written to its client later, on this thread: by then the copies are kept.
         let mut copies = CopiedBatch::new(self.op(sent.counter), now_ms);
-        let mut parked = self.parked.borrow_mut();
         for (k, (mut queued, verdict)) in (0..).zip(sent.operations.into_iter().zip(verdicts)) {
             match verdict {
                 Verdict::Decided(outcome) => {
@@ -237,17 +275,22 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                         F::keep(&mut copies, k, queued.op, note);
                     }
                 }
-                Verdict::Again(reason) if queued.waiter.is_some() => {
-                    if parked.is_empty() {
-                        self.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
-                    }
+                again @ (Verdict::Again(_) | Verdict::SentBack(_)) => {
+                    let reason = match again {
+                        Verdict::SentBack(reason) => {
+                            self.desk.sent_back(&queued.op);
+                            reason
+                        }
+                        Verdict::Again(reason) => reason,
+                        Verdict::Decided(_) => continue,
+                    };
                     queued.again = Some(reason);
-                    parked.push(queued);
+                    if queued.waiter.is_some() {
+                        self.park(queued);
+                    }
                 }
-                Verdict::Again(_) => {}
             }
         }
-        drop(parked);
         self.partition.copies.keep(copies);
         Ok(())
     }

@@ -39,8 +39,8 @@ pub(super) enum Tried {
         /// When it was asked for, before which its lease has not begun.
         sent: Instant,
     },
-    /// For so many ms; -1: without end.
-    Held(i64),
+    /// For so many ms; -1: without end. By whom: the field in the lock's key.
+    Held(i64, String),
     Free,
 }
 
@@ -103,7 +103,7 @@ impl Inner {
             Ok::<_, Error>(match words.text()?.as_str() {
                 "got" => Tried::Got { token: number(words)?, lease: lasting(words)?, sent },
                 "free" => Tried::Free,
-                "held" => Tried::Held(words.integer()?),
+                "held" => Tried::Held(words.integer()?, words.maybe_text()?.unwrap_or_default()),
                 other => return Err(Error::Unexpected(format!("{other:?} of lock_acquire"))),
             })
         };

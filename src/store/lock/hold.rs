@@ -173,6 +173,7 @@ mod tests {
             session_lease: LEASE,
             max_hold: Duration::from_secs(20),
             max_turn: Duration::ZERO,
+            coupon_lease: None,
         }
     }
 

@@ -52,6 +52,8 @@ pub(super) struct Waiter {
     pub session: bool,
     /// Whether it waits where somebody holds it.
     pub patient: bool,
+    /// Whether the server itself asks.
+    pub of_the_server: bool,
     pub arrived: Instant,
     pub answer: oneshot::Sender<Answer>,
 }
@@ -67,6 +69,8 @@ pub(super) struct Line {
     pub trying: Option<u64>,
     /// Until when somebody holds it, as far as is known.
     pub held_until: Option<Instant>,
+    /// Who that is, where it is somebody else: the field in the lock's key.
+    pub holder: Option<String>,
     /// Wakes the task, and says why.
     pub wake: Arc<Notify>,
     pub woken: Option<By>,

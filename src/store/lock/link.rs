@@ -51,6 +51,8 @@ struct Doubt {
 pub(super) struct Link {
     redis_url: String,
     epochs: mpsc::Sender<EpochRequest>,
+    /// Whose locks they are, as it was agreed last.
+    installation: Mutex<String>,
     /// The node, or why there is none.
     state: watch::Sender<Result<Node, String>>,
     doubt: Mutex<Doubt>,
@@ -62,6 +64,7 @@ impl Link {
         Self {
             redis_url: redis_url.to_owned(),
             epochs,
+            installation: Mutex::default(),
             state: watch::Sender::new(Err("starting".to_owned())),
             doubt: Mutex::default(),
             doubted: Notify::new(),
@@ -78,6 +81,11 @@ impl Link {
             // The sender is ours, so it cannot be gone.
             _ = state.changed().await;
         }
+    }
+
+    /// What stands before the token in the fields of this installation's holders.
+    pub fn installation(&self) -> String {
+        self.installation.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Why there is no node; `None` where there is one.
@@ -177,6 +185,7 @@ impl Link {
                 }
                 info!(epoch = number, run_id = run, "locks' tokens begin anew, above all that were given");
             }
+            self.installation.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&epoch.installation);
             return Ok(Node { connection, epoch, number, clock });
         }
     }

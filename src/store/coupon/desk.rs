@@ -1,0 +1,230 @@
+//! Holds the locks of the coupons that are issued, a turn each: all that waits in this lane is issued under one holding.
+//!
+//! A turn begins with the first issue that comes, waits in the line of the lock as any client of this sidecar does, and ends after
+//! `lock.max_turn_ms`, or when nothing was issued for a moment. It may end early without our knowing, where this process was stopped for
+//! longer than the lease: every issue carries the token, and the script refuses one under which the lock is not held any more.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+use tokio::task::spawn_local;
+
+use super::CouponOp;
+use crate::domain::{Id, LockName};
+use crate::limits;
+use crate::store::lane::{Bell, Desk};
+use crate::store::lock::{Answer, Ask, Grant, Locks, Refusal};
+
+/// How the locks of coupons are held.
+#[derive(Clone, Copy)]
+struct Turns {
+    /// How long one lasts in Redis if this process dies.
+    lease: Duration,
+    /// How long one is held while others may want it.
+    longest: Duration,
+    /// How long an operation may wait for it.
+    within: Duration,
+}
+
+/// Under what an operation may be carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fence {
+    /// The holder's field in the lock's key.
+    pub field: String,
+    pub token: u64,
+}
+
+/// See the module.
+pub struct CouponDesk(Rc<Inner>);
+
+struct Inner {
+    bell: Rc<Bell>,
+    locks: Locks,
+    /// `None`: no lock is taken, the script goes ahead only while nobody holds it.
+    turns: Option<Turns>,
+    coupons: RefCell<HashMap<Id, Rc<Turn>>>,
+    /// Those that the batch under way is about.
+    under_way: RefCell<Vec<Rc<Turn>>>,
+}
+
+/// The turn of one coupon, from the first wish for it on.
+struct Turn {
+    state: RefCell<State>,
+    wanted: Cell<Instant>,
+    /// Whether anything was issued under it.
+    used: Cell<bool>,
+    /// Whether a batch under it is on its way.
+    is_under_way: Cell<bool>,
+    changed: Notify,
+}
+
+enum State {
+    Waiting,
+    Held(Arc<Fence>),
+    /// The script did not take it any more.
+    Fenced,
+    /// What has the lock's name is none: the script says so.
+    NotALock,
+    /// It could not be had; why.
+    Refused(String),
+}
+
+impl CouponDesk {
+    /// An operation waits `within` that time for its turn.
+    pub fn new(locks: Locks, within: Duration) -> Self {
+        let settings = locks.settings();
+        let turns = settings.coupon_lease.map(|lease| Turns { lease, longest: settings.max_turn.min(lease / 2), within });
+        Self(Rc::new(Inner { bell: Rc::default(), locks, turns, coupons: RefCell::default(), under_way: RefCell::default() }))
+    }
+}
+
+impl Desk<CouponOp> for CouponDesk {
+    fn admit(&self, op: &mut CouponOp) -> Result<(), String> {
+        let Some(turns) = self.0.turns.filter(|_| op.is_issue()) else { return Ok(()) };
+        let now = Instant::now();
+        let known = self.0.coupons.borrow().get(&op.coupon).cloned();
+        let turn = known.unwrap_or_else(|| {
+            let turn = Rc::new(Turn::new(now));
+            let coupon = op.coupon.detached();
+            self.0.coupons.borrow_mut().insert(coupon.clone(), Rc::clone(&turn));
+            spawn_local(take_a_turn(Rc::clone(&self.0), turns, coupon, Rc::clone(&turn)));
+            turn
+        });
+        turn.wanted.set(now);
+        let fence = match &*turn.state.borrow() {
+            State::Held(fence) => Some(Arc::clone(fence)),
+            State::NotALock => None,
+            State::Refused(why) => return Err(format!("{why}; nothing was changed")),
+            State::Waiting | State::Fenced => return Err(held_by(&self.0.locks, &op.coupon)),
+        };
+        op.fence = fence;
+        turn.used.set(true);
+        if !turn.is_under_way.replace(true) {
+            self.0.under_way.borrow_mut().push(turn);
+        }
+        Ok(())
+    }
+
+    fn sent_back(&self, op: &CouponOp) {
+        metrics::counter!("holdfast_lock_fenced_total").increment(1);
+        let turn = self.0.coupons.borrow().get(&op.coupon).cloned();
+        if let Some(turn) = turn.filter(|turn| matches!(&*turn.state.borrow(), State::Held(fence) if op.fence.as_ref() == Some(fence))) {
+            *turn.state.borrow_mut() = State::Fenced;
+            turn.changed.notify_one();
+        }
+    }
+
+    fn returned(&self) {
+        for turn in self.0.under_way.take() {
+            turn.is_under_way.set(false);
+            turn.changed.notify_one();
+        }
+    }
+
+    fn bell(&self) -> Rc<Bell> {
+        Rc::clone(&self.0.bell)
+    }
+}
+
+impl Turn {
+    fn new(now: Instant) -> Self {
+        Self {
+            state: RefCell::new(State::Waiting),
+            wanted: Cell::new(now),
+            used: Cell::new(false),
+            is_under_way: Cell::new(false),
+            changed: Notify::new(),
+        }
+    }
+
+    /// Returns when it is over, or was lost.
+    async fn over(&self, began: Instant, turns: Turns) {
+        let ends = began + turns.longest;
+        let lost = began + turns.lease;
+        while !matches!(&*self.state.borrow(), State::Fenced) {
+            let now = Instant::now();
+            let idle = self.wanted.get().max(began) + limits::COUPON_IDLE;
+            let until = match (self.is_under_way.get(), self.used.get()) {
+                (true, _) => lost,
+                (false, true) => ends.min(idle),
+                (false, false) => idle,
+            };
+            if until <= now {
+                return;
+            }
+            tokio::select! { () = self.changed.notified() => {}, () = tokio::time::sleep_until(until.into()) => {} }
+        }
+    }
+}
+
+/// Waits for the lock, lets the lane issue under it, and gives it back.
+async fn take_a_turn(desk: Rc<Inner>, turns: Turns, coupon: Id, turn: Rc<Turn>) {
+    // A shutdown waits for it. Dropped last, behind the grant.
+    let _user = desk.locks.user();
+    match acquire(&desk.locks, turns, &coupon, &turn).await {
+        Some(Answer::Got(grant)) => {
+            *turn.state.borrow_mut() = State::Held(Arc::new(Fence { field: grant.field(), token: grant.token }));
+            desk.bell.ring();
+            turn.over(Instant::now(), turns).await;
+            end(grant, &turn);
+        }
+        Some(Answer::Refused(Refusal::NotALock(_))) => refuse(&desk, &turn, State::NotALock).await,
+        Some(Answer::Refused(Refusal::TryAgain(why) | Refusal::Loading(why) | Refusal::Failed(why))) => {
+            refuse(&desk, &turn, State::Refused(why)).await;
+        }
+        Some(Answer::Held(_) | Answer::Refused(Refusal::InDoubt)) | None => {}
+    }
+    desk.coupons.borrow_mut().remove(&coupon);
+    desk.bell.ring();
+}
+
+/// Gives the lock back, for which others may wait; where it was lost there is nothing to give.
+fn end(grant: Grant, turn: &Turn) {
+    let fenced = matches!(&*turn.state.borrow(), State::Fenced);
+    *turn.state.borrow_mut() = State::Waiting;
+    if fenced {
+        grant.lost();
+    }
+}
+
+/// Lets what waits know, and those that come for a moment.
+async fn refuse(desk: &Inner, turn: &Turn, state: State) {
+    *turn.state.borrow_mut() = state;
+    desk.bell.ring();
+    tokio::time::sleep(limits::LOCKED_RETRY_AFTER).await;
+}
+
+/// Stands in the lock's line while anybody wants it; `None` where nobody does any more.
+async fn acquire(locks: &Locks, turns: Turns, coupon: &Id, turn: &Turn) -> Option<Answer> {
+    let ask =
+        Ask { name: LockName::of_coupon(coupon), lease: turns.lease, owner: None, session: false, patient: true, of_the_server: true };
+    let far = Instant::now() + Duration::from_millis(limits::LOCK_WAIT_MAX_MS.unsigned_abs());
+    let mut waiting = pin!(locks.acquire(ask).answer(far));
+    loop {
+        tokio::select! {
+            answer = &mut waiting => return Some(answer),
+            () = tokio::time::sleep(turns.within) => {
+                if turn.wanted.get().elapsed() >= turns.within {
+                    return None;
+                }
+            }
+        }
+    }
+}
+
+/// Why an issue waits.
+fn held_by(locks: &Locks, coupon: &Id) -> String {
+    let name = LockName::of_coupon(coupon);
+    match locks.holder(&name) {
+        Some((holder, ms)) => format!("the lock '{name}' is held by '{holder}' for {ms} ms more; nothing was changed"),
+        None => match locks.trouble() {
+            Some(why) => format!("{why}; nothing was changed"),
+            None => format!("the lock '{name}' was not to be had in time; nothing was changed"),
+        },
+    }
+}
