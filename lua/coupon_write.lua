@@ -6,8 +6,9 @@
 --
 -- KEYS goes on with lock, info and users of each coupon, then the buckets of request ids. batch is msgpack
 -- {holder of each coupon, users of each coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total,
--- peruser, start, end (0: none), alter with total, start, end (false: as it is), delete with nothing, the others with the user, the
--- serial (0: the one that fits) and the order (=<order>, - for none). A user's field holds one line a coupon of theirs, by serial: serial,
+-- peruser, start, end (0: none), alter with total, start, end (false: as it is), delete with nothing, the others with the serial (0: the
+-- one that fits) and the order (=<order>, - for none). An issue without a request, of which there are most, is only its coupon and its text,
+-- without a table around them. The users of a coupon are those of its operations, in their order. A user's field holds one line a coupon of theirs, by serial: serial,
 -- state, issued at, order. What was revoked is nobody's any more.
 -- The holder is the field in the coupon's lock that its issues go by, which has to be there; '': the lock is elided, and they go ahead only
 -- while nobody holds it.
@@ -29,7 +30,7 @@ end
 local coupons = {}
 for c = 1, #holders do
   local lock_key, info_key, users_key = KEYS[FIXED + c * 3 - 2], KEYS[FIXED + c * 3 - 1], KEYS[FIXED + c * 3]
-  local coupon = {info_key = info_key, users_key = users_key, held = {}}
+  local coupon = {info_key = info_key, users_key = users_key, held = {}, users = users[c], at = 0, single = {}, fields = {}, singles = 0}
   local lock_type, info_type, users_type = redis.call('TYPE', lock_key).ok, redis.call('TYPE', info_key).ok, redis.call('TYPE', users_key).ok
   coupon.corrupt = (lock_type ~= 'none' and lock_type ~= 'hash') or (info_type ~= 'none' and info_type ~= 'hash')
     or (users_type ~= 'none' and users_type ~= 'hash')
@@ -50,36 +51,58 @@ for c = 1, #holders do
       coupon.total, coupon.issued, coupon.serial, coupon.per_user, coupon.start, coupon.stop, coupon.used = unpack(info, 1, 7)
       coupon.deleted = info[8] == 'deleted'
     end
-    if #users[c] > 0 then
-      local lines = redis.call('HMGET', users_key, unpack(users[c]))
-      for i, user in ipairs(users[c]) do
-        if not coupon.held[user] then
-          local held = {text = lines[i] or nil, count = 0}
-          if held.text then
-            held.count = select(2, string.gsub(held.text, '\n', '')) + 1
-            held.last = tonumber(string.match(held.text, '^.*\n(%d+) ') or string.match(held.text, '^(%d+) '))
-            if not held.last then coupon.corrupt = true end
-          end
-          coupon.held[user] = held
-        end
-      end
+    if #users[c] > 0 then coupon.lines = redis.call('HMGET', users_key, unpack(users[c])) end
+    for i, text in ipairs(coupon.lines or {}) do
+      if text and not (string.find(text, '^%d+ ') or string.find(text, '\n%d+ [^\n]*$')) then coupon.corrupt = true end
     end
   end
   coupons[c] = coupon
 end
 
 local reply, lines, dirty = {'ok', head.op, head.now, head.n}, {}, {}
+local said, accepted = 4, 0
+local since = ' issued ' .. whole(head.now) .. ' -'
 
-local function say(...)
-  for _, value in ipairs({...}) do reply[#reply + 1] = value end
+local function say(word, first, second)
+  said = said + 1
+  reply[said] = word
+  if first ~= nil then
+    said = said + 1
+    reply[said] = first
+  end
+  if second ~= nil then
+    said = said + 1
+    reply[said] = second
+  end
 end
 
 local function accept(c, line, request, answer)
-  lines[#lines + 1] = line
+  accepted = accepted + 1
+  lines[accepted] = line
   dirty[c] = true
   if request then
-    remember(head, request, window, generation, answer .. ' ' .. head.epoch .. '-' .. whole(head.n + #lines))
+    remember(head, request, window, generation, answer .. ' ' .. head.epoch .. '-' .. whole(head.n + accepted))
   end
+end
+
+-- The user of the next operation of this coupon, and the place of what Redis has of theirs.
+local function next_user(coupon)
+  coupon.at = coupon.at + 1
+  return coupon.users[coupon.at], coupon.at
+end
+
+-- What a user has, with what this batch has issued to them.
+local function held_by(coupon, user, at)
+  local held = coupon.held[user]
+  if held then return held end
+  local text = coupon.single[user] or coupon.lines[at] or nil
+  held = {text = text, count = 0}
+  if text then
+    held.count = select(2, string.gsub(text, '\n', '')) + 1
+    held.last = tonumber(string.match(text, '^.*\n(%d+) ') or string.match(text, '^(%d+) '))
+  end
+  coupon.held[user] = held
+  return held
 end
 
 -- A user's lines, each in its words: only what looks into them needs that, an issue adds one at the end.
@@ -101,7 +124,7 @@ local function add_line(held, serial)
     held.rows[#held.rows + 1] = {serial = serial, state = 'issued', at = whole(head.now), order = '-'}
   else
     held.fresh = held.fresh or {held.text}
-    held.fresh[#held.fresh + 1] = serial .. ' issued ' .. whole(head.now) .. ' -'
+    held.fresh[#held.fresh + 1] = serial .. since
   end
   held.count, held.last, held.changed = held.count + 1, tonumber(serial), true
 end
@@ -131,7 +154,7 @@ function kinds.alter(c, coupon, operation)
 end
 
 function kinds.delete(c, coupon, operation)
-  coupon.deleted, coupon.held, coupon.gone = true, {}, true
+  coupon.deleted, coupon.held, coupon.gone, coupon.singles, coupon.fields = true, {}, true, 0, {}
   say('ok')
   accept(c, operation[2], operation[4], 'OK')
 end
@@ -152,7 +175,33 @@ function kinds.issue(c, coupon, operation, held)
   coupon.issued, coupon.serial = coupon.issued + 1, coupon.serial + 1
   local serial = whole(coupon.serial)
   add_line(held, serial)
-  stepped(c, coupon, operation, serial, 'ISSUED :' .. serial .. ' :' .. whole(remaining_of(coupon)))
+  stepped(c, coupon, operation, serial, operation[4] and 'ISSUED :' .. serial .. ' :' .. whole(remaining_of(coupon)))
+end
+
+-- Whether nothing but the number left decides about an issue to a user who has none.
+local function is_open(coupon)
+  return not coupon.corrupt and coupon.exists and not coupon.deleted and not coupon.fenced and not coupon.holder
+    and head.now >= coupon.start and (coupon.stop == 0 or head.now < coupon.stop)
+end
+
+-- Issues to a user who has none; false where it is not as simple as that.
+local function issue_first(c, coupon, user, at, text)
+  if not coupon.lines or coupon.lines[at] or coupon.single[user] or coupon.held[user] then return false end
+  if coupon.open == nil then coupon.open = is_open(coupon) end
+  if not coupon.open or coupon.issued >= coupon.total then return false end
+  local number, left = coupon.serial + 1, coupon.total - coupon.issued - 1
+  coupon.serial, coupon.issued = number, coupon.issued + 1
+  local serial = whole(number)
+  local line, singles = serial .. since, coupon.singles
+  coupon.single[user] = line
+  coupon.fields[singles + 1], coupon.fields[singles + 2] = user, line
+  coupon.singles = singles + 2
+  accepted = accepted + 1
+  lines[accepted] = text .. ' serial=' .. serial .. ' remaining=' .. whole(left) .. ' |'
+  dirty[c] = true
+  reply[said + 1], reply[said + 2], reply[said + 3] = 'ok', number, left
+  said = said + 3
+  return true
 end
 
 -- The user's coupon that an operation is about: the one with its serial, else the first or the last in that state. Then whether there is one
@@ -172,19 +221,19 @@ local function find(rows, serial, state, from_the_front)
 end
 
 function kinds.use(c, coupon, operation, held)
-  local found, used = find(held.rows, operation[6], 'issued', true)
+  local found, used = find(held.rows, operation[5], 'issued', true)
   if not found then
     if used then return say('already', tonumber(used.serial)) end
     return say('none')
   end
   if coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
   local row = held.rows[found]
-  row.state, row.order, held.changed, coupon.used = 'used', operation[7], true, coupon.used + 1
+  row.state, row.order, held.changed, coupon.used = 'used', operation[6], true, coupon.used + 1
   stepped(c, coupon, operation, row.serial, 'USED :' .. row.serial)
 end
 
 function kinds.unuse(c, coupon, operation, held)
-  local found, issued = find(held.rows, operation[6], 'used')
+  local found, issued = find(held.rows, operation[5], 'used')
   if not found then return say(issued and 'unused' or 'none') end
   local row = held.rows[found]
   row.state, row.order, held.changed, coupon.used = 'issued', '-', true, math.max(coupon.used - 1, 0)
@@ -192,7 +241,7 @@ function kinds.unuse(c, coupon, operation, held)
 end
 
 function kinds.revoke(c, coupon, operation, held)
-  local found, used = find(held.rows, operation[6], 'issued')
+  local found, used = find(held.rows, operation[5], 'issued')
   if not found then
     if used then return say('used', tonumber(used.serial)) end
     return say('none')
@@ -204,29 +253,37 @@ function kinds.revoke(c, coupon, operation, held)
   stepped(c, coupon, operation, serial, 'REVOKED :' .. serial .. ' :' .. whole(remaining_of(coupon)))
 end
 
-for _, operation in ipairs(operations) do
+local function decide(operation, user, at)
   local kind, c, request = operation[1], operation[3], operation[4]
   local coupon = coupons[c]
   local word, known
   if request then word, known = recall(head, request, window, generation) end
-  if word then
-    reply[#reply + 1] = word
-    if known then reply[#reply + 1] = known end
-  elseif coupon.corrupt then
-    say('corrupt')
-  elseif kind ~= 'create' and not coupon.exists then
-    say('absent')
-  elseif kind ~= 'create' and coupon.deleted then
-    say('deleted')
-  elseif kind == 'create' or kind == 'alter' or kind == 'delete' then
-    kinds[kind](c, coupon, operation)
+  if word then return say(word, known) end
+  if coupon.corrupt then return say('corrupt') end
+  if kind ~= 'create' and not coupon.exists then return say('absent') end
+  if kind ~= 'create' and coupon.deleted then return say('deleted') end
+  if not user then
+    coupon.open = nil
+    return kinds[kind](c, coupon, operation)
+  end
+  local held = held_by(coupon, user, at)
+  if kind ~= 'issue' and not rows_of(held) then return say('corrupt') end
+  return kinds[kind](c, coupon, operation, held)
+end
+
+local place = 1
+while operations[place] do
+  local operation = operations[place]
+  if type(operation) == 'number' then
+    local c, text = operation, operations[place + 1]
+    local user, at = next_user(coupons[c])
+    if not issue_first(c, coupons[c], user, at, text) then decide({'issue', text, c, false}, user, at) end
+    place = place + 2
   else
-    local held = coupon.held[operation[5]]
-    if kind ~= 'issue' and not rows_of(held) then
-      say('corrupt')
-    else
-      kinds[kind](c, coupon, operation, held)
-    end
+    local user, at
+    if operation[1] ~= 'create' and operation[1] ~= 'alter' and operation[1] ~= 'delete' then user, at = next_user(coupons[operation[3]]) end
+    decide(operation, user, at)
+    place = place + 1
   end
 end
 
@@ -248,7 +305,7 @@ for c in pairs(dirty) do
     redis.call('UNLINK', coupon.users_key)
   end
   redis.call('HSET', coupon.info_key, unpack(info))
-  local fields, gone = {}, {}
+  local fields, count, gone = coupon.fields, coupon.singles, {}
   for user, held in pairs(coupon.held) do
     if held.changed then
       local rows = held.fresh
@@ -257,14 +314,14 @@ for c in pairs(dirty) do
         for i, row in ipairs(held.rows) do rows[i] = row.serial .. ' ' .. row.state .. ' ' .. row.at .. ' ' .. row.order end
       end
       if #rows > 0 then
-        fields[#fields + 1] = user
-        fields[#fields + 1] = table.concat(rows, '\n')
+        fields[count + 1], fields[count + 2] = user, table.concat(rows, '\n')
+        count = count + 2
       else
         gone[#gone + 1] = user
       end
     end
   end
-  if #fields > 0 then redis.call('HSET', coupon.users_key, unpack(fields)) end
+  if count > 0 then redis.call('HSET', coupon.users_key, unpack(fields)) end
   if #gone > 0 then redis.call('HDEL', coupon.users_key, unpack(gone)) end
 end
 return reply

@@ -96,11 +96,15 @@ pub fn coupon(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     let (redis, postgres) = (stage.stack.redis.url(), &stage.stack.postgres.url);
     let eliding = Sidecar::with_settings(&redis, postgres, &[PATIENT, &["--coupon-lock", "elide"]].concat());
     wait_until("the other sidecar issues", || eliding.get("/readyz").0 == 200);
-    let issuing = |name: &str, side, port| by_count(stage, name, 100, 1, move |load| issue(stage, side, Load { port, ..load }));
+    let with_pipeline =
+        |name: &str, pipeline, side, port| by_count(stage, name, 100, pipeline, move |load| issue(stage, side, Load { port, ..load }));
+    let issuing = |name: &str, side, port| with_pipeline(name, 1, side, port);
     let mut contenders = vec![
         issuing("held", Side::Holdfast, stage.port(Side::Holdfast)),
         issuing("elide", Side::Holdfast, eliding.port),
         issuing("direct", Side::Direct, stage.port(Side::Direct)),
+        // As clients send that share a connection among requests: no lock can be acquired so.
+        with_pipeline("held, p16", 16, Side::Holdfast, stage.port(Side::Holdfast)),
     ];
     let ours = contenders.len();
     match pgbench::prepare(stage) {
@@ -114,6 +118,7 @@ pub fn coupon(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     report.comparison("held / direct script without a lock", all[0].ratio(&all[2], |sample| sample.rate));
     if let Some(best) = all[ours..].iter().max_by(|a, b| a.median(|sample| sample.rate).total_cmp(&b.median(|sample| sample.rate))) {
         report.line(format_args!("    the best of the locks is that of {}", best.name));
+        report.comparison("held with pipeline 16 / the best of the locks", all[3].ratio(best, |sample| sample.rate));
         report.comparison("elide / the best of the locks", all[1].ratio(best, |sample| sample.rate));
         report.ratio(slug, all[0].ratio(best, |sample| sample.rate));
     } else {

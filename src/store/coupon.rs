@@ -108,6 +108,11 @@ impl CouponOp {
         Self { coupon, action, request, fence: None }
     }
 
+    /// Whether it is an issue that nothing is remembered of.
+    const fn is_plain(&self) -> bool {
+        self.is_issue() && self.request.is_none()
+    }
+
     /// Whether it needs the coupon's lock.
     pub const fn is_issue(&self) -> bool {
         matches!(self.action, Action::Step { step: CouponStep::Issue, .. })
@@ -190,7 +195,7 @@ impl Family for Coupon {
     }
 
     fn encode<'a>(ops: impl Iterator<Item = &'a CouponOp> + Clone, generation: i64, _: Grain) -> Encoded<()> {
-        let mut places: HashMap<&Id, usize> = HashMap::new();
+        let mut places: HashMap<&Id, usize, foldhash::fast::RandomState> = HashMap::default();
         let mut coupons: Vec<(&Id, Vec<&Id>, Option<&Fence>)> = Vec::new();
         for op in ops.clone() {
             let place = *places.entry(&op.coupon).or_insert_with(|| {
@@ -214,15 +219,23 @@ impl Family for Coupon {
                 batch.text(user.as_str());
             }
         }
-        batch.array(ops.clone().count());
+        batch.array(ops.clone().map(|op| if op.is_plain() { 2 } else { 1 }).sum());
+        let mut text = String::new();
         for (k, op) in ops.enumerate() {
             let place = places.get(&op.coupon).copied().unwrap_or_default();
+            text.clear();
+            line(&mut text, k, op);
+            if op.is_plain() {
+                batch.count(place).text(&text);
+                continue;
+            }
             let more = match op.action {
                 Action::Create(_) => 4,
-                Action::Alter(_) | Action::Step { .. } => 3,
+                Action::Alter(_) => 3,
+                Action::Step { .. } => 2,
                 Action::Delete => 0,
             };
-            batch.array(4 + more).text(op.action.kind()).text(&line(k, op)).count(place);
+            batch.array(4 + more).text(op.action.kind()).text(&text).count(place);
             requests.write(&mut batch, op.request.as_ref(), generation);
             match &op.action {
                 Action::Create(terms) => {
@@ -238,8 +251,8 @@ impl Family for Coupon {
                     }
                 }
                 Action::Delete => {}
-                Action::Step { user, serial, order, .. } => {
-                    batch.text(user.as_str()).integer(serial.unwrap_or(0)).text(&order_text(order.as_ref().map(Id::as_str)));
+                Action::Step { serial, order, .. } => {
+                    batch.integer(serial.unwrap_or(0)).text(&order_text(order.as_ref().map(Id::as_str)));
                 }
             }
         }
@@ -387,13 +400,18 @@ fn order_text(order: Option<&str>) -> String {
     order.map_or_else(|| "-".to_owned(), |order| format!("={order}"))
 }
 
-/// The operation's line in the outbox: whole for a creation and a deletion, else up to what only the script knows.
-fn line(k: usize, op: &CouponOp) -> String {
-    let mut line = format!("{k} coupon.{}", op.action.kind());
-    if let Some(request) = &op.request {
-        request.write_to(&mut line);
+/// Writes the operation's line in the outbox: whole for a creation and a deletion, else up to what only the script knows.
+fn line(line: &mut String, k: usize, op: &CouponOp) {
+    line.push_str(itoa::Buffer::new().format(k));
+    for part in [" coupon.", op.action.kind()] {
+        line.push_str(part);
     }
-    let _ = write!(line, " coupon={}", op.coupon);
+    if let Some(request) = &op.request {
+        request.write_to(line);
+    }
+    for part in [" coupon=", op.coupon.as_str()] {
+        line.push_str(part);
+    }
     match &op.action {
         Action::Create(terms) => {
             let _ = write!(line, "{} |", CouponChange::Create(terms.clone()));
@@ -405,16 +423,18 @@ fn line(k: usize, op: &CouponOp) -> String {
         }
         Action::Delete => line.push_str(" |"),
         Action::Step { user, order, .. } => {
-            let _ = write!(line, " user={user}");
+            for part in [" user=", user.as_str()] {
+                line.push_str(part);
+            }
             if let Some(order) = order {
                 let _ = write!(line, " order={order}");
             }
             if let Some(fence) = &op.fence {
-                let _ = write!(line, " token={}", fence.token);
+                line.push_str(" token=");
+                line.push_str(itoa::Buffer::new().format(fence.token));
             }
         }
     }
-    line
 }
 
 #[cfg(test)]
@@ -439,7 +459,9 @@ mod tests {
             (step(CouponStep::Use, None), " serial=3 remaining=7 |"),
         ] {
             let op = op(action);
-            let read = Operation::decode(&(line(2, &op) + completed)).unwrap();
+            let mut text = String::new();
+            line(&mut text, 2, &op);
+            let read = Operation::decode(&(text + completed)).unwrap();
             assert!(Coupon::is_same(&op, &read), "{op:?} {read:?}");
             let remaining = if let Action::Create(terms) = &op.action { terms.total } else { 7 };
             let note = Note { position: Position::new(1, 1), serial: 3, remaining, available: Vec::new(), line: None };
