@@ -242,6 +242,10 @@ fn a_holder_that_was_stopped_issues_nothing_late() {
         let waiting = load.users.lock().unwrap().clone();
         for user in waiting.iter().step_by(2) {
             let reply = client.ask(&format!("COUPON.ISSUE c {user}"));
+            // It may have been issued before, and only the reply be kept back.
+            if reply.starts_with("[ALREADY, ") {
+                continue;
+            }
             assert!(reply.starts_with("[ISSUED, "), "{reply}");
             elsewhere.insert(user.clone(), reply);
         }
