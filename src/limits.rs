@@ -111,6 +111,9 @@ pub const LOCK_CALL_WITHIN: Duration = Duration::from_secs(1);
 /// How long what was done last to a lock is remembered after it: a repetition comes within a few [`LOCK_CALL_WITHIN`].
 pub const LOCK_NOTE: Duration = Duration::from_secs(5);
 
+/// How long after a lease must have ended it is looked whether it has: longer than a request to Redis takes, and shorter than [`LOCK_NOTE`].
+pub const LOCK_ENDED_AFTER: Duration = Duration::from_secs(1);
+
 /// How long it is waited before a connection for locks is tried again.
 pub const LOCK_RECONNECT_AFTER: Duration = Duration::from_millis(20);
 

@@ -624,7 +624,12 @@ impl Inner {
                 self.spawn(async move { inner.renew(some).await });
             }
             let thorough = now.saturating_duration_since(looked) >= limits::LOCK_LOOK_THOROUGHLY_EVERY;
-            self.holds.end(now, thorough);
+            let ended = self.holds.end(now, thorough);
+            if !ended.is_empty() {
+                let inner = Arc::clone(self);
+                // Not one that a shutdown would wait for.
+                tokio::spawn(async move { inner.count_ended(&ended).await });
+            }
             if !thorough {
                 continue;
             }

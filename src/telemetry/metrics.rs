@@ -318,7 +318,7 @@ pub const METRICS: &[Metric] = &[
         kind: Kind::Counter,
         unit: Unit::Count,
         labels: &[],
-        doc: "Locks whose lease ended without a release through this sidecar.",
+        doc: "Locks whose lease ended before they were released; each is counted by one sidecar: that of its holder, or of who acquired it next.",
     },
     Metric {
         name: "holdfast_lock_lost_total",

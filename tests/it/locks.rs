@@ -446,6 +446,23 @@ fn a_holder_that_was_stopped_finds_its_token_refused() {
 }
 
 #[test]
+fn a_lease_that_ended_is_counted_once_and_a_release_through_another_sidecar_is_not() {
+    let stack = Stack::start();
+    let other = beside(&stack);
+    let (mut client, mut there) = (stack.connect(), other.connect());
+    let expired = || metric(&stack.sidecar, "holdfast_lock_expired_total") + metric(&other, "holdfast_lock_expired_total");
+    let held = acquire(&mut client, "released", "LEASE 1000");
+    assert_eq!(there.ask(&format!("LOCK.RELEASE released {held}")), "[RELEASED]");
+    acquire(&mut client, "ended", "LEASE 1000");
+    acquire(&mut client, "taken", "LEASE 1000");
+    acquire(&mut there, "taken", "WAIT 60000 LEASE 60000");
+    wait_until("both are counted", || expired() >= 2.0);
+    // Longer than it is looked for.
+    thread::sleep(Duration::from_secs(4));
+    assert_eq!(expired(), 2.0);
+}
+
+#[test]
 fn a_reply_of_redis_that_is_lost_neither_loses_nor_doubles_a_lock() {
     let stack = Stack::start();
     let proxy = Proxy::start(stack.redis.port(), b"EVALSHA");

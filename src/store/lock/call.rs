@@ -101,7 +101,11 @@ impl Inner {
             .await?;
         let read = |words: &mut Words| {
             Ok::<_, Error>(match words.text()?.as_str() {
-                "got" => Tried::Got { token: number(words)?, lease: lasting(words)?, sent },
+                "got" => {
+                    let got = Tried::Got { token: number(words)?, lease: lasting(words)?, sent };
+                    metrics::counter!("holdfast_lock_expired_total").increment(number(words)?);
+                    got
+                }
                 "free" => Tried::Free,
                 "held" => Tried::Held(words.integer()?, words.maybe_text()?.unwrap_or_default()),
                 other => return Err(Error::Unexpected(format!("{other:?} of lock_acquire"))),
@@ -164,6 +168,28 @@ impl Inner {
             })
             .await?;
         holds.iter().map(|_| Ok(words.integer().map_err(|error| refused(&error))? == 1)).collect()
+    }
+
+    /// Counts those of these that ended by their leases. What was released, through whichever sidecar, did not.
+    pub(super) async fn count_ended(&self, holds: &[(LockName, u64)]) {
+        // Their leases began in Redis a little later than they count here.
+        tokio::time::sleep(limits::LOCK_ENDED_AFTER).await;
+        for some in holds.chunks(limits::LOCK_RENEWALS_AT_ONCE) {
+            let keys: Vec<String> = some.iter().flat_map(|(name, _)| [keys::lock(name), keys::lock_owner(name)]).collect();
+            let mut batch = Pack::default();
+            batch.array(some.len());
+            for (_, token) in some {
+                batch.text(&token.to_string());
+            }
+            let batch = batch.into_bytes();
+            let until = Instant::now() + limits::LOCK_CALL_WITHIN;
+            let op = self.op();
+            let answer =
+                self.call(&script::LOCK_ENDED, &keys, &op, until, |node| vec![node.epoch.installation.clone().into_bytes(), batch.clone()]);
+            let Ok(mut words) = answer.await else { return };
+            let ended: u64 = some.iter().map(|_| number(&mut words).unwrap_or(0)).sum();
+            metrics::counter!("holdfast_lock_expired_total").increment(ended);
+        }
     }
 
     /// Looks at a lock; `None` where nobody holds it.

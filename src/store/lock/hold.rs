@@ -130,17 +130,20 @@ impl Holds {
         }
     }
 
-    /// Removes the holds whose leases have ended; of `all` or only of sessions.
-    pub fn end(&self, now: Instant, all: bool) {
+    /// Removes the holds whose leases have ended, and returns them; of `all` or only of sessions. They may have been released through
+    /// another sidecar before.
+    pub fn end(&self, now: Instant, all: bool) -> Vec<(LockName, u64)> {
         let mut holds = self.all();
         let ended: Vec<u64> =
             holds.iter().filter(|(_, hold)| now >= hold.until && (all || hold.session.is_some())).map(|(token, _)| *token).collect();
-        let ended: Vec<Hold> = ended.iter().filter_map(|token| holds.remove(token)).collect();
+        let ended: Vec<(u64, Hold)> = ended.iter().filter_map(|token| holds.remove_entry(token)).collect();
         drop(holds);
-        for hold in ended {
-            counter!("holdfast_lock_expired_total").increment(1);
+        let gone = |(token, hold): (u64, Hold)| {
+            let name = hold.name.clone();
             lose(hold);
-        }
+            (name, token)
+        };
+        ended.into_iter().map(gone).collect()
     }
 
     /// The locks of all sessions.
