@@ -505,7 +505,10 @@ fn everybody_gets_it_though_every_message_is_lost() {
     waits.sort();
     let p99 = waits[(waits.len() * 99).div_ceil(100) - 1];
     println!("waits after a release whose message was lost: median {:?}, p99 {p99:?}", waits[waits.len() / 2]);
-    assert_eq!((acquired_by(&sidecar, "message"), acquired_by(&sidecar, "timer")), (0.0, waits.len() as f64));
+    // Whose first look comes after the release needs nobody to tell them.
+    let (by_timer, at_first) = (acquired_by(&sidecar, "timer"), acquired_by(&sidecar, "free"));
+    assert_eq!((acquired_by(&sidecar, "message"), by_timer + at_first), (0.0, waits.len() as f64));
+    assert!(by_timer >= 9.0 * at_first, "{by_timer} {at_first}");
 }
 
 #[test]
