@@ -6,7 +6,8 @@
 --
 -- KEYS goes on with lock, info and users of each coupon, then the buckets of request ids. batch is msgpack
 -- {holder of each coupon, users of each coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total,
--- peruser, start, end (0: none), alter with total, start, end (false: as it is), delete with nothing, the others with the serial (0: the
+-- peruser, start, end (0: none), whether Postgres is known not to have it either, alter with total, start, end (false: as it is), delete with nothing, init with total, peruser,
+-- start, end, issued, used, serial, whether it is deleted, and {user, lines, ...}, the others with the serial (0: the
 -- one that fits) and the order (=<order>, - for none). An issue without a request, of which there are most, is only its coupon and its text,
 -- without a table around them. The users of a coupon are those of its operations, in their order. A user's field holds one line a coupon of theirs, by serial: serial,
 -- state, issued at, order. What was revoked is nobody's any more.
@@ -137,10 +138,23 @@ local kinds = {}
 
 function kinds.create(c, coupon, operation)
   if coupon.exists then return say('exists') end
+  if not operation[9] then return say('absent') end
   coupon.exists, coupon.created, coupon.issued, coupon.serial, coupon.used = true, true, 0, 0, 0
   coupon.total, coupon.per_user, coupon.start, coupon.stop = unpack(operation, 5, 8)
   say('ok')
   accept(c, operation[2], operation[4], 'OK')
+end
+
+-- Gives Redis what Postgres has of a coupon. Nothing moves, so the outbox is not told.
+function kinds.init(c, coupon, operation)
+  if coupon.exists then return say('exists') end
+  coupon.exists, coupon.created, coupon.emptied = true, true, true
+  coupon.total, coupon.per_user, coupon.start, coupon.stop, coupon.issued, coupon.used, coupon.serial = unpack(operation, 5, 11)
+  coupon.deleted, coupon.gone = operation[12], operation[12]
+  coupon.lines, coupon.fields, coupon.singles = {}, operation[13], #operation[13]
+  for i = 1, coupon.singles, 2 do coupon.single[operation[13][i]] = operation[13][i + 1] end
+  dirty[c] = true
+  say('ok')
 end
 
 function kinds.alter(c, coupon, operation)
@@ -260,8 +274,10 @@ local function decide(operation, user, at)
   if request then word, known = recall(head, request, window, generation) end
   if word then return say(word, known) end
   if coupon.corrupt then return say('corrupt') end
-  if kind ~= 'create' and not coupon.exists then return say('absent') end
-  if kind ~= 'create' and coupon.deleted then return say('deleted') end
+  if kind ~= 'create' and kind ~= 'init' then
+    if not coupon.exists then return say('absent') end
+    if coupon.deleted then return say('deleted') end
+  end
   if not user then
     coupon.open = nil
     return kinds[kind](c, coupon, operation)
@@ -271,6 +287,7 @@ local function decide(operation, user, at)
   return kinds[kind](c, coupon, operation, held)
 end
 
+local OF_A_USER = {issue = true, use = true, unuse = true, revoke = true}
 local place = 1
 while operations[place] do
   local operation = operations[place]
@@ -281,7 +298,7 @@ while operations[place] do
     place = place + 2
   else
     local user, at
-    if operation[1] ~= 'create' and operation[1] ~= 'alter' and operation[1] ~= 'delete' then user, at = next_user(coupons[operation[3]]) end
+    if OF_A_USER[operation[1]] then user, at = next_user(coupons[operation[3]]) end
     decide(operation, user, at)
     place = place + 1
   end
@@ -304,6 +321,7 @@ for c in pairs(dirty) do
     info[#info + 1] = 'deleted'
     redis.call('UNLINK', coupon.users_key)
   end
+  if coupon.emptied then redis.call('UNLINK', coupon.users_key) end
   redis.call('HSET', coupon.info_key, unpack(info))
   local fields, count, gone = coupon.fields, coupon.singles, {}
   for user, held in pairs(coupon.held) do

@@ -556,6 +556,9 @@ pub const EVENTS_READ_ENTRIES: usize = 100;
 pub const HISTORY_COUNT_MAX: i64 = 1_000;
 pub const HISTORY_COUNT: i64 = 20;
 
+/// How many users may have a coupon that is loaded on its first use: they go through one script. One with more is given to Redis by a rebuild.
+pub const LOAD_USERS_MAX: usize = 2_000;
+
 /// How long a look-up waits for Postgres to have what it needs: past that its clients have been told to try again.
 pub const LOAD_WITHIN: Duration = Duration::from_secs(2);
 

@@ -32,6 +32,8 @@ pub struct Backend {
     pub acks: Rc<AckQueue>,
     pub reads: Reads,
     pub first_use: FirstUse,
+    /// The same of coupons.
+    pub first_coupons: FirstUse,
     pub locks: Locks,
     /// How long an operation may take, from the arrival of its command.
     pub within: Duration,
@@ -61,6 +63,7 @@ impl Backend {
             acks: AckQueue::new(Arc::clone(&partition), redis_url),
             reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
+            first_coupons: FirstUse::default(),
             locks,
             within,
             reply_within,

@@ -1,11 +1,15 @@
 //! COUPON: first come, first served.
 
 use std::rc::Rc;
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+use tokio::task::spawn_local;
 
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, CROWDED, Confirmation, accepted, failed, outcome};
 use super::spec::{self, ACK, Arg, COUPON, FAST, ORDER, READONLY, REQUEST, Spec, TIMEOUT, USER, WRITE};
-use super::{Call, Context, Step, doubt, read};
+use super::{Call, Context, Step, doubt, first_use, read};
 use crate::domain::coupon::{CouponStep, CouponTerms, NewTerms};
 use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
 use crate::domain::{Id, Position};
@@ -15,6 +19,9 @@ use crate::store::coupon::{Action, Coupon, CouponOp, CouponOutcome};
 use crate::store::keys;
 use crate::store::lane::{Failure, Waiter};
 use crate::store::reads::{CouponInfo, Live};
+
+/// Why a coupon could not be looked up.
+const NOT_KNOWN: &str = "TRYAGAIN Redis does not have this coupon, and Postgres cannot say yet whether there is one; nothing was changed";
 
 /// Which of a user's coupons.
 const SERIAL: Arg = spec::integer("serial", 1, TOTAL_MAX, "").token("SERIAL");
@@ -180,28 +187,83 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
         Ok(confirmation) => confirmation,
         Err(reply) => return Step::Reply(reply),
     };
-    let op = CouponOp::new(call.args.id("coupon"), action, change::request(&call.args));
+    let mut op = CouponOp::new(call.args.id("coupon"), action, change::request(&call.args));
+    op.is_nowhere = call.cx.backend.first_coupons.is_nowhere(&op.coupon);
     let ticket = call.ticket_with(confirmation.waits_for_postgres());
-    let waiter = CouponWaiter { cx: Rc::clone(call.cx), ticket, confirmation };
+    let waiter = ClientWaiter { cx: Rc::clone(call.cx), ticket, confirmation, arrived: call.arrived, has_looked: false };
+    let waiter = CouponWaiter::Client(waiter);
     doubt::submit(call, &call.cx.backend.coupon, op, confirmation.waits_for_postgres(), waiter);
     Step::Later
 }
 
-/// A client that waits for a COUPON operation.
-pub struct CouponWaiter {
+/// Who waits for a COUPON operation.
+pub enum CouponWaiter {
+    Client(ClientWaiter),
+    /// The server itself.
+    Server(oneshot::Sender<Result<CouponOutcome, Failure>>),
+}
+
+/// A client that waits.
+pub struct ClientWaiter {
     cx: Rc<Context>,
     ticket: Ticket,
     confirmation: Confirmation,
+    arrived: Instant,
+    /// Whether the coupon was looked up in Postgres for it.
+    has_looked: bool,
 }
 
 impl Waiter<Coupon> for CouponWaiter {
     fn done(self, op: &CouponOp, result: Result<CouponOutcome, Failure>) {
+        match self {
+            // Whoever has given up does not hear it.
+            Self::Server(answer) => _ = answer.send(result),
+            Self::Client(client) if matches!(result, Ok(CouponOutcome::Absent)) && client.may_look(op) => client.look(op.clone()),
+            Self::Client(client) => client.answer(op, result),
+        }
+    }
+}
+
+impl ClientWaiter {
+    /// Whether Postgres may have the coupon that Redis does not have.
+    fn may_look(&self, op: &CouponOp) -> bool {
+        let is_creation = matches!(op.action, Action::Create(_));
+        !self.has_looked && (is_creation || !self.cx.backend.first_coupons.is_nowhere(&op.coupon))
+    }
+
+    /// Looks the coupon up in Postgres, gives it to Redis if it is there, and tries again.
+    fn look(mut self, mut op: CouponOp) {
+        self.has_looked = true;
+        spawn_local(async move {
+            let (cx, within) = (Rc::clone(&self.cx), self.cx.backend.within);
+            let deadline = self.arrived + within + self.confirmation.waits_for_postgres();
+            if matches!(op.action, Action::Create(_)) {
+                match first_use::has_coupon(&cx, &op.coupon, deadline).await {
+                    None => return self.ticket.complete(Reply::error(NOT_KNOWN)),
+                    Some(true) => return self.ticket.complete(outcome("EXISTS", [])),
+                    Some(false) => op.is_nowhere = true,
+                }
+            } else if !first_use::load_coupon(&cx, &op.coupon, deadline).await {
+                return self.ticket.complete(Reply::error(NOT_KNOWN));
+            }
+            // In the order in which they came, as long as there is time.
+            let (soon, late) = (self.arrived + within, Instant::now() + limits::LOCKED_RETRY_WITHIN);
+            let until = if soon > late { soon } else { deadline.min(Instant::now() + within) };
+            cx.backend.coupon.submit_until(op, until, CouponWaiter::Client(self));
+        });
+    }
+
+    fn answer(self, op: &CouponOp, result: Result<CouponOutcome, Failure>) {
+        if matches!((&result, &op.action), (Ok(CouponOutcome::Done { .. }), Action::Create(_))) {
+            self.cx.backend.first_coupons.exists(&op.coupon);
+        }
         let outcome = match result {
             Err(failure) => Err(failed(failure)),
             Ok(CouponOutcome::Done { position, .. }) => Ok((position, accepted("OK", &[], position))),
             Ok(CouponOutcome::Stepped { serial, remaining, position }) => Ok((position, stepped(&op.action, serial, remaining, position))),
             Ok(CouponOutcome::Remembered(remembered)) => change::replay(op.request.as_ref(), &remembered),
-            Ok(CouponOutcome::Exists) => Err(outcome("EXISTS", [])),
+            Ok(CouponOutcome::Absent) if matches!(op.action, Action::Create(_)) => Err(Reply::error(NOT_KNOWN)),
+            Ok(CouponOutcome::Exists | CouponOutcome::Loaded) => Err(outcome("EXISTS", [])),
             Ok(CouponOutcome::TooFew { issued }) => Err(Reply::error(format!("ERR invalid total: {issued} of them are issued already"))),
             Ok(CouponOutcome::EndsBeforeStart) => Err(ends_before_start()),
             Ok(CouponOutcome::Already { serial }) => Err(outcome("ALREADY", [Reply::Integer(serial)])),
@@ -238,9 +300,25 @@ fn stepped(action: &Action, serial: i64, remaining: i64, position: Position) -> 
     accepted(step.word(), if step.says_remaining() { &numbers } else { &numbers[..1] }, position)
 }
 
+/// Reads something of a coupon; where Redis does not have it, once more after Postgres was asked for it. What Postgres cannot say is not there.
+async fn known<T>(
+    cx: &Rc<Context>,
+    coupon: &Id,
+    read: impl AsyncFn() -> Result<Option<T>, crate::store::Error>,
+) -> Result<Option<T>, crate::store::Error> {
+    match read().await {
+        Ok(None) if !cx.backend.first_coupons.is_nowhere(coupon) => {
+            first_use::load_coupon(cx, coupon, Instant::now() + cx.backend.within / 2).await;
+            read().await
+        }
+        answer => answer,
+    }
+}
+
 async fn held(cx: Rc<Context>, coupon: Id, user: Id) -> Reply {
     let Some(live) = Live::of(&cx.backend.partition) else { return read::not_live() };
-    match cx.backend.reads.coupon_held(&live, &coupon, &user).await {
+    let read = async || cx.backend.reads.coupon_held(&live, &coupon, &user).await;
+    match known(&cx, &coupon, read).await {
         Err(error) => read::failed(&error),
         Ok(held) => Reply::Array(
             held.into_iter()
@@ -260,7 +338,7 @@ async fn held(cx: Rc<Context>, coupon: Id, user: Id) -> Reply {
 
 async fn info(cx: Rc<Context>, coupon: Id) -> Reply {
     let Some(live) = Live::of(&cx.backend.partition) else { return read::not_live() };
-    let info = match cx.backend.reads.coupon_info(&live, &coupon).await {
+    let info = match known(&cx, &coupon, async || cx.backend.reads.coupon_info(&live, &coupon).await).await {
         Ok(Some(info)) => info,
         Ok(None) => return Reply::Nil,
         Err(error) => return read::failed(&error),

@@ -1,4 +1,4 @@
-//! Products that Postgres has and Redis does not: loaded when they are first used.
+//! Products and coupons that Postgres has and Redis does not: loaded when they are first used.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -9,10 +9,12 @@ use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 
 use super::Context;
+use super::coupon::CouponWaiter;
 use super::stock::StockWaiter;
 use crate::domain::Id;
 use crate::limits;
-use crate::store::partition::LoadRequest;
+use crate::store::coupon::{Action, CouponOp, CouponOutcome};
+use crate::store::partition::{LoadRequest, Wanted};
 use crate::store::stock::{StockOp, StockOutcome};
 
 /// Why a product could not be looked up.
@@ -21,18 +23,18 @@ const NOT_KNOWN: &str = "TRYAGAIN Redis does not have this product, and Postgres
 /// What is being looked up, and what is known not to be anywhere.
 #[derive(Default)]
 pub struct FirstUse {
-    /// Who waits for a product that somebody is looking up already.
+    /// Who waits for what somebody is looking up already.
     loading: RefCell<HashMap<Id, Vec<oneshot::Sender<bool>>>>,
     absent: RefCell<HashMap<Id, Instant>>,
 }
 
 impl FirstUse {
-    /// Whether Postgres said moments ago that it does not have the product either.
+    /// Whether Postgres said moments ago that it does not have it either.
     pub fn is_nowhere(&self, product: &Id) -> bool {
         self.absent.borrow().get(product).is_some_and(|until| Instant::now() < *until)
     }
 
-    /// The product exists now.
+    /// It exists now.
     pub fn exists(&self, product: &Id) {
         self.absent.borrow_mut().remove(product);
     }
@@ -54,7 +56,7 @@ impl FirstUse {
 pub fn load_and_retry(cx: &Rc<Context>, products: Vec<Id>, op: StockOp, deadline: Instant, waiter: StockWaiter) {
     let cx = Rc::clone(cx);
     spawn_local(async move {
-        let lookups: Vec<_> = products.into_iter().map(|product| spawn_local(load(Rc::clone(&cx), product))).collect();
+        let lookups: Vec<_> = products.into_iter().map(|product| spawn_local(load(Rc::clone(&cx), Kind::Product, product))).collect();
         let all = async {
             for lookup in lookups {
                 if !lookup.await.unwrap_or(false) {
@@ -70,19 +72,55 @@ pub fn load_and_retry(cx: &Rc<Context>, products: Vec<Id>, op: StockOp, deadline
     });
 }
 
-/// Looks one product up, once for all who ask meanwhile. `false` where Postgres cannot say.
-async fn load(cx: Rc<Context>, product: Id) -> bool {
-    let first_use = &cx.backend.first_use;
+/// Looks a coupon up, and gives it to Redis where Postgres has it, by `deadline`. `false` where Postgres cannot say.
+pub async fn load_coupon(cx: &Rc<Context>, coupon: &Id, deadline: Instant) -> bool {
+    let loading = spawn_local(load(Rc::clone(cx), Kind::Coupon, coupon.clone()));
+    tokio::time::timeout_at(deadline.into(), loading).await.is_ok_and(|loaded| loaded.unwrap_or(false))
+}
+
+/// Whether Postgres has a coupon now; `None` where it cannot say by `deadline`. What the outbox still brings to it, Redis has.
+pub async fn has_coupon(cx: &Rc<Context>, coupon: &Id, deadline: Instant) -> Option<bool> {
+    if !cx.backend.partition.ledger_up() {
+        return None;
+    }
+    let asking = ask(cx, 0, |answer| Wanted::Coupon(coupon.clone(), answer));
+    tokio::time::timeout_at(deadline.into(), asking).await.ok()?.ok().map(|found| found.is_some())
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Product,
+    Coupon,
+}
+
+impl Kind {
+    fn first_use(self, cx: &Context) -> &FirstUse {
+        match self {
+            Self::Product => &cx.backend.first_use,
+            Self::Coupon => &cx.backend.first_coupons,
+        }
+    }
+}
+
+/// Looks one up, once for all who ask meanwhile. `false` where Postgres cannot say.
+async fn load(cx: Rc<Context>, kind: Kind, id: Id) -> bool {
+    let first_use = kind.first_use(&cx);
     let (sender, receiver) = oneshot::channel();
     let first = {
         let mut loading = first_use.loading.borrow_mut();
-        let waiting = loading.entry(product.clone()).or_default();
+        let waiting = loading.entry(id.clone()).or_default();
         waiting.push(sender);
         waiting.len() == 1
     };
     if first {
-        let known = look_up(&cx, &product).await;
-        for waiting in first_use.loading.borrow_mut().remove(&product).unwrap_or_default() {
+        let looking = async {
+            match kind {
+                Kind::Product => look_up(&cx, &id).await,
+                Kind::Coupon => look_up_coupon(&cx, &id).await,
+            }
+        };
+        let known = tokio::time::timeout(limits::LOAD_WITHIN, looking).await.unwrap_or(false);
+        for waiting in first_use.loading.borrow_mut().remove(&id).unwrap_or_default() {
             // Whoever has given up does not hear it.
             _ = waiting.send(known);
         }
@@ -90,30 +128,48 @@ async fn load(cx: Rc<Context>, product: Id) -> bool {
     receiver.await.unwrap_or(false)
 }
 
-/// Gives Redis a product that Postgres has. `false` where that is not done within [`limits::LOAD_WITHIN`].
+/// Asks the loader once Postgres has everything up to `absent_at`; errors where it cannot be asked or does not say.
+async fn ask<T>(cx: &Context, absent_at: u64, wanted: impl FnOnce(oneshot::Sender<Option<T>>) -> Wanted) -> Result<Option<T>, ()> {
+    let (answer, answered) = oneshot::channel();
+    let request = LoadRequest { absent_at, wanted: wanted(answer) };
+    cx.backend.partition.loads.try_send(request).map_err(|_| ())?;
+    answered.await.map_err(|_| ())
+}
+
+/// Gives Redis a product that Postgres has. `false` where that cannot be done.
 async fn look_up(cx: &Context, product: &Id) -> bool {
-    let loading = async {
-        while cx.backend.partition.ledger_up() {
-            let (answer, answered) = oneshot::channel();
-            let request = LoadRequest { product: product.clone(), absent_at: cx.backend.partition.head().n, answer };
-            if cx.backend.partition.loads.try_send(request).is_err() {
-                return false;
-            }
-            let Ok(found) = answered.await else { return false };
-            let Some(found) = found else {
-                cx.backend.first_use.remember_absent(product.clone());
-                return true;
-            };
-            let (answer, answered) = oneshot::channel();
-            cx.backend.stock.submit(StockOp::init(product.clone(), found), Instant::now(), StockWaiter::Server(answer));
-            match answered.await {
-                // Another program has changed something in Postgres meanwhile, and Redis has been told.
-                Ok(Ok(StockOutcome::Moved)) => {}
-                Ok(Ok(StockOutcome::Done { .. } | StockOutcome::Absent { .. })) => return true,
-                _ => return false,
-            }
+    while cx.backend.partition.ledger_up() {
+        let Ok(found) = ask(cx, cx.backend.partition.head().n, |answer| Wanted::Product(product.clone(), answer)).await else {
+            return false;
+        };
+        let Some(found) = found else {
+            cx.backend.first_use.remember_absent(product.clone());
+            return true;
+        };
+        let (answer, answered) = oneshot::channel();
+        cx.backend.stock.submit(StockOp::init(product.clone(), found), Instant::now(), StockWaiter::Server(answer));
+        match answered.await {
+            // Another program has changed something in Postgres meanwhile, and Redis has been told.
+            Ok(Ok(StockOutcome::Moved)) => {}
+            Ok(Ok(StockOutcome::Done { .. } | StockOutcome::Absent { .. })) => return true,
+            _ => return false,
         }
-        false
+    }
+    false
+}
+
+/// The same for a coupon.
+async fn look_up_coupon(cx: &Context, coupon: &Id) -> bool {
+    if !cx.backend.partition.ledger_up() {
+        return false;
+    }
+    let Ok(found) = ask(cx, cx.backend.partition.head().n, |answer| Wanted::Coupon(coupon.clone(), answer)).await else { return false };
+    let Some(found) = found else {
+        cx.backend.first_coupons.remember_absent(coupon.clone());
+        return true;
     };
-    tokio::time::timeout(limits::LOAD_WITHIN, loading).await.unwrap_or(false)
+    let (answer, answered) = oneshot::channel();
+    let op = CouponOp::new(coupon.clone(), Action::Init(Box::new(found)), None);
+    cx.backend.coupon.submit(op, Instant::now(), CouponWaiter::Server(answer));
+    matches!(answered.await, Ok(Ok(CouponOutcome::Loaded | CouponOutcome::Exists)))
 }

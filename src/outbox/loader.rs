@@ -1,18 +1,23 @@
-//! Finds in Postgres the products that Redis does not have, when they are first used.
+//! Finds in Postgres the products and the coupons that Redis does not have, when they are first used.
 //!
-//! A product that Redis does not have cannot change meanwhile. So what Postgres has of it, once Postgres has every change up to where it
+//! What Redis does not have cannot change meanwhile. So what Postgres has of it, once Postgres has every change up to where it
 //! was missed, is what Redis has to be given; the script gives it only if it is still absent, and was not deleted since.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::domain::Id;
+use crate::domain::coupon::CouponTerms;
+use crate::ledger::coupon::HeldRow;
 use crate::ledger::{self, PgConnection};
 use crate::limits;
 use crate::store::Partition;
-use crate::store::partition::{Found, LoadRequest};
+use crate::store::coupon::{Held, field};
+use crate::store::partition::{Found, FoundCoupon, LoadRequest, Wanted};
 
 /// See the module.
 pub struct Loader {
@@ -29,40 +34,88 @@ impl Loader {
 
     /// Answers until `cancel`.
     pub async fn run(mut self, cancel: CancellationToken) {
-        let mut batch = Vec::new();
+        let mut applied = self.partition.applied.subscribe();
+        let (mut batch, mut waiting) = (Vec::new(), Vec::new());
         // Whoever asks first has no time to wait for a connection.
         self.connection = ledger::connect(&self.postgres_url).await.ok();
-        while cancel.run_until_cancelled(self.requests.recv_many(&mut batch, limits::LOAD_BATCH_MAX)).await.is_some_and(|count| count > 0) {
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                count = self.requests.recv_many(&mut batch, limits::LOAD_BATCH_MAX), if waiting.len() < limits::LOADS_MAX => {
+                    if count == 0 {
+                        return;
+                    }
+                    let now = Instant::now();
+                    waiting.extend(batch.drain(..).map(|request| (now, request)));
+                }
+                // The sender lives as long as the partition.
+                _ = applied.changed(), if !waiting.is_empty() => {}
+                () = tokio::time::sleep(limits::LOAD_WITHIN), if !waiting.is_empty() => {}
+            }
             // Who asked has given up by the end of this time.
-            let applied = tokio::time::timeout(limits::LOAD_WITHIN, self.wait_until_applied(&batch)).await;
-            if applied.is_ok()
-                && let Err(error) = self.answer(&mut batch).await
-            {
-                warn!(%error, "cannot look up products in postgres");
+            waiting.retain(|(since, _)| since.elapsed() < limits::LOAD_WITHIN);
+            let n = applied.borrow_and_update().n;
+            let mut ready: Vec<LoadRequest> = waiting
+                .extract_if(.., |(_, request)| request.absent_at <= n)
+                .map(|(_, request)| request)
+                .take(limits::LOAD_BATCH_MAX)
+                .collect();
+            if let Err(error) = self.answer(&mut ready).await {
+                warn!(%error, "cannot look up in postgres what redis does not have");
                 self.connection = None;
             }
-            batch.clear();
         }
     }
 
-    async fn wait_until_applied(&self, batch: &[LoadRequest]) {
-        let absent_at = batch.iter().map(|request| request.absent_at).max().unwrap_or(0);
-        // The sender lives as long as the partition, so this ends only when it is so.
-        _ = self.partition.applied.subscribe().wait_for(|applied| applied.n >= absent_at).await;
-    }
-
     async fn answer(&mut self, batch: &mut Vec<LoadRequest>) -> Result<(), ledger::Error> {
+        if batch.is_empty() {
+            return Ok(());
+        }
         let connection = match &mut self.connection {
             Some(connection) => connection,
             none => none.insert(ledger::connect(&self.postgres_url).await?),
         };
-        let products: Vec<String> = batch.iter().map(|request| request.product.to_string()).collect();
-        let Some((at, rows)) = ledger::stock::expected(connection, self.partition.id, &products, None).await? else { return Ok(()) };
-        for (request, row) in batch.drain(..).zip(rows) {
+        let mut products = Vec::new();
+        for request in batch.drain(..) {
+            match request.wanted {
+                Wanted::Product(product, answer) => products.push((product, answer)),
+                Wanted::Coupon(coupon, answer) => match coupon_of(connection, &coupon).await? {
+                    // Whoever has given up does not hear it.
+                    Ok(found) => _ = answer.send(found),
+                    Err(why) => warn!(%coupon, why, "a coupon is not given to redis"),
+                },
+            }
+        }
+        let ids: Vec<String> = products.iter().map(|(product, _)| product.to_string()).collect();
+        if ids.is_empty() {
+            return Ok(());
+        }
+        let Some((at, rows)) = ledger::stock::expected(connection, self.partition.id, &ids, None).await? else { return Ok(()) };
+        for ((_, answer), row) in products.into_iter().zip(rows) {
             let found = |units: i64| Found { available: units.max(0), mark: at.mark, n: at.n, low: row.low, frozen: row.frozen };
-            // Whoever has given up does not hear it.
-            _ = request.answer.send(row.units.map(found));
+            _ = answer.send(row.units.map(found));
         }
         Ok(())
     }
+}
+
+/// A coupon with who has it; or why it cannot be loaded.
+async fn coupon_of(connection: &mut PgConnection, coupon: &Id) -> Result<Result<Option<FoundCoupon>, &'static str>, ledger::Error> {
+    let Some(row) = ledger::coupon::load(connection, coupon.as_str()).await? else { return Ok(Ok(None)) };
+    let Some(held) = ledger::coupon::held(connection, coupon.as_str(), limits::LOAD_USERS_MAX).await? else {
+        return Ok(Err("too many users have it for one script: `holdfast rebuild --from postgres` gives it to Redis"));
+    };
+    let is_deleted = row.state == "deleted";
+    let line =
+        |row: &HeldRow| Held { serial: row.serial, state: row.state.clone(), issued_at_ms: row.issued_at_ms, order: row.order.clone() };
+    let of_one = |rows: &[HeldRow]| Some((Id::from(rows.first()?.user.as_str()), field(&rows.iter().map(line).collect::<Vec<_>>())));
+    let users = held.chunk_by(|a, b| a.user == b.user).filter(|_| !is_deleted).filter_map(of_one).collect();
+    Ok(Ok(Some(FoundCoupon {
+        terms: CouponTerms { total: row.total, per_user: row.per_user, start_ms: row.start_ms, end_ms: row.end_ms },
+        issued: row.issued,
+        used: row.used,
+        last_serial: row.last_serial,
+        is_deleted,
+        users,
+    })))
 }

@@ -12,6 +12,7 @@ use super::copies::{CopiedBatch, Copy, Kept, Note};
 use super::key_list::KeyList;
 use super::lane::{Encoded, Family, Positions, Verdict};
 use super::pack::Pack;
+use super::partition::FoundCoupon;
 use super::requests::{self, Remembered, Request, RequestKeys};
 use super::script::{self, Script};
 use super::words::Words;
@@ -29,6 +30,8 @@ pub enum Action {
     Create(CouponTerms),
     Alter(NewTerms),
     Delete,
+    /// The server itself: gives Redis what Postgres has.
+    Init(Box<FoundCoupon>),
     Step {
         step: CouponStep,
         user: Id,
@@ -50,6 +53,7 @@ impl Action {
             Self::Create(_) => "create",
             Self::Alter(_) => "alter",
             Self::Delete => "delete",
+            Self::Init(_) => "init",
             Self::Step { step, .. } => step.as_str(),
         }
     }
@@ -78,6 +82,8 @@ impl Action {
     pub fn change(&self, note: &Note) -> CouponChange {
         match self {
             Self::Create(terms) => CouponChange::Create(terms.clone()),
+            // It is no change, and nothing is noted of it.
+            Self::Init(found) => CouponChange::Create(found.terms.clone()),
             Self::Alter(terms) => CouponChange::Alter { terms: *terms, remaining: note.remaining, by: None },
             Self::Delete => CouponChange::Delete,
             Self::Step { step, user, order, .. } => CouponChange::Step(Stepped {
@@ -100,12 +106,14 @@ pub struct CouponOp {
     pub request: Option<Request>,
     /// The holding of the coupon's lock that it is issued under; `None`: it is issued while nobody holds the lock.
     pub fence: Option<Arc<Fence>>,
+    /// Of a creation: Postgres does not have the coupon either.
+    pub is_nowhere: bool,
 }
 
 impl CouponOp {
     /// One that no lock is held for yet.
     pub const fn new(coupon: Id, action: Action, request: Option<Request>) -> Self {
-        Self { coupon, action, request, fence: None }
+        Self { coupon, action, request, fence: None, is_nowhere: false }
     }
 
     /// Whether it is an issue that nothing is remembered of.
@@ -134,6 +142,8 @@ pub enum CouponOutcome {
         remaining: i64,
         position: Position,
     },
+    /// Redis has been given it.
+    Loaded,
     /// The id is taken.
     Exists,
     /// The new total lies below what is issued.
@@ -184,13 +194,20 @@ impl Family for Coupon {
         true
     }
 
+    fn is_of_a_client(op: &CouponOp) -> bool {
+        !matches!(op.action, Action::Init(_))
+    }
+
     fn request(op: &CouponOp) -> Option<&Request> {
         op.request.as_ref()
     }
 
     fn weight(op: &CouponOp) -> (usize, usize) {
         let ids: usize = op.action.ids().map(|id| id.as_bytes().len()).sum();
-        let (keys, bytes) = op.request.as_ref().map_or((0, 0), Request::weight);
+        let (keys, mut bytes) = op.request.as_ref().map_or((0, 0), Request::weight);
+        if let Action::Init(found) = &op.action {
+            bytes += found.users.iter().map(|(user, held)| user.as_bytes().len() + held.len() + 8).sum::<usize>();
+        }
         (3 + keys, 220 + 4 * op.coupon.as_bytes().len() + 3 * ids + bytes)
     }
 
@@ -230,7 +247,8 @@ impl Family for Coupon {
                 continue;
             }
             let more = match op.action {
-                Action::Create(_) => 4,
+                Action::Create(_) => 5,
+                Action::Init(_) => 9,
                 Action::Alter(_) => 3,
                 Action::Step { .. } => 2,
                 Action::Delete => 0,
@@ -240,7 +258,17 @@ impl Family for Coupon {
             match &op.action {
                 Action::Create(terms) => {
                     batch.integer(terms.total).integer(terms.per_user);
-                    batch.integer(terms.start_ms.unwrap_or(0)).integer(terms.end_ms.unwrap_or(0));
+                    batch.integer(terms.start_ms.unwrap_or(0)).integer(terms.end_ms.unwrap_or(0)).is(op.is_nowhere);
+                }
+                Action::Init(found) => {
+                    let FoundCoupon { terms, issued, used, last_serial, is_deleted, users } = &**found;
+                    for number in [terms.total, terms.per_user, terms.start_ms.unwrap_or(0), terms.end_ms.unwrap_or(0)] {
+                        batch.integer(number);
+                    }
+                    batch.integer(*issued).integer(*used).integer(*last_serial).is(*is_deleted).array(2 * users.len());
+                    for (user, held) in users {
+                        batch.text(user.as_str()).text(held);
+                    }
                 }
                 Action::Alter(terms) => {
                     for number in [terms.total, terms.start_ms, terms.end_ms] {
@@ -326,6 +354,7 @@ fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Resul
             Action::Create(terms) => CouponOutcome::Done { position: positions.take(), remaining: terms.total },
             Action::Alter(_) => CouponOutcome::Done { remaining: words.integer()?, position: positions.take() },
             Action::Delete => CouponOutcome::Done { position: positions.take(), remaining: 0 },
+            Action::Init(_) => CouponOutcome::Loaded,
             Action::Step { .. } => {
                 CouponOutcome::Stepped { serial: words.integer()?, remaining: words.integer()?, position: positions.take() }
             }
@@ -422,6 +451,7 @@ fn line(line: &mut String, k: usize, op: &CouponOp) {
             }
         }
         Action::Delete => line.push_str(" |"),
+        Action::Init(_) => {}
         Action::Step { user, order, .. } => {
             for part in [" user=", user.as_str()] {
                 line.push_str(part);

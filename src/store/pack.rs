@@ -33,6 +33,11 @@ impl Pack {
         self
     }
 
+    pub fn is(&mut self, so: bool) -> &mut Self {
+        let _ = encode::write_bool(&mut self.0, so);
+        self
+    }
+
     /// Text whose bytes are known to be UTF-8.
     pub fn bytes(&mut self, text: &[u8]) -> &mut Self {
         let _ = encode::write_str_len(&mut self.0, u32::try_from(text.len()).unwrap_or(u32::MAX));

@@ -12,6 +12,7 @@ use super::lane::Failure;
 use super::sold_out::SoldOut;
 use super::stock::{StockOp, StockOutcome};
 use crate::domain::change::Recorded;
+use crate::domain::coupon::CouponTerms;
 use crate::domain::history::PastChange;
 use crate::domain::request::Sent;
 use crate::domain::{DeadLetter, Drift, Grain, Id, InboxMark, Order, Position, Settled};
@@ -61,14 +62,34 @@ impl EndedEpoch {
     }
 }
 
-/// Asks for a product that Redis does not have and Postgres may.
+/// Asks for something that Redis does not have and Postgres may.
 #[derive(Debug)]
 pub struct LoadRequest {
-    pub product: Id,
     /// n when Redis did not have it: Postgres is asked once it has everything up to there.
     pub absent_at: u64,
-    /// `None` where there is no such product. Dropped where Postgres cannot say.
-    pub answer: oneshot::Sender<Option<Found>>,
+    pub wanted: Wanted,
+}
+
+/// What is asked for, and how to answer: `None` where there is no such thing. Dropped where Postgres cannot say.
+#[derive(Debug)]
+pub enum Wanted {
+    Product(Id, oneshot::Sender<Option<Found>>),
+    Coupon(Id, oneshot::Sender<Option<FoundCoupon>>),
+}
+
+/// A coupon that Postgres has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundCoupon {
+    pub terms: CouponTerms,
+    /// How many are out.
+    pub issued: i64,
+    /// How many of them were redeemed.
+    pub used: i64,
+    /// The highest serial ever issued.
+    pub last_serial: i64,
+    pub is_deleted: bool,
+    /// Who has any, each with their lines as Redis keeps them.
+    pub users: Vec<(Id, String)>,
 }
 
 /// A product that Postgres has.

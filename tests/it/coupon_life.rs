@@ -257,3 +257,88 @@ fn what_was_answered_and_not_yet_applied_survives_an_emptied_redis() {
                 FROM holdfast.coupon_ledger WHERE coupon_id = 'c')) FROM holdfast.coupon WHERE coupon_id = 'c'";
     assert_eq!(stack.postgres.value(sums), "6 3 1 6 3 1");
 }
+
+/// Coupons as another program, or an older installation, has them in Postgres.
+const ONLY_IN_POSTGRES: &str =
+    "INSERT INTO holdfast.coupon (coupon_id, total, issued, used, per_user, last_serial) VALUES ('pg', 5, 3, 1, 2, 7);
+    INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at, used_at, order_id, revoked_at) VALUES
+    ('pg', 2, 'u1', 'used', now(), now(), 'o-1', NULL), ('pg', 4, 'u1', 'issued', now(), NULL, NULL, NULL),
+    ('pg', 5, 'u2', 'issued', now(), NULL, NULL, NULL),
+    ('pg', 7, 'u3', 'revoked', now(), NULL, NULL, now());
+    INSERT INTO holdfast.coupon (coupon_id, total, per_user, state) VALUES ('gone', 5, 1, 'deleted'), ('idle', 5, 1, 'active')";
+
+#[test]
+fn a_coupon_that_only_postgres_has_is_loaded_on_its_first_use() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    stack.postgres.execute(ONLY_IN_POSTGRES);
+    assert_eq!(client.ask("COUPON.CREATE pg 9"), "[EXISTS]", "Redis does not have it yet");
+    assert_eq!(client.ask("COUPON.CREATE gone 9"), "[EXISTS]");
+    assert_eq!(client.field("COUPON.INFO idle", "total"), "5");
+    assert_eq!(client.ask("COUPON.ISSUE gone u"), "-NOTFOUND no coupon 'gone'");
+    assert_eq!(client.ask("COUPON.ISSUE pg u1"), "[ALREADY, 4]");
+    assert_eq!(client.ask("COUPON.ISSUE pg u3"), "[ISSUED, 8, 1, 1-1]");
+    assert!(client.ask("COUPON.GET pg u1").contains("serial, 2, state, used"));
+    assert_eq!(client.ask("COUPON.UNUSE pg u1"), "[ISSUED, 2, 1-2]");
+    assert_eq!((client.field("COUPON.INFO pg", "issued"), client.field("COUPON.INFO pg", "used")), ("4".into(), "0".into()));
+    // Taken away by hand, with and without what its users have.
+    for keys in ["coupon:info:pg coupon:users:pg", "coupon:info:pg"] {
+        stack.wait_until_applied();
+        stack.backing().ask(&format!("DEL {keys}"));
+        assert_eq!(client.ask("COUPON.ISSUE pg u1"), "[ALREADY, 4]");
+        assert_eq!(
+            client.ask("COUPON.USE pg u2 SERIAL 5"),
+            format!("[{}]", if keys.contains("users") { "USED, 5, 1-3" } else { "ALREADY, 5" })
+        );
+    }
+    assert_eq!(client.ask("COUPON.ISSUE nowhere u"), "-NOTFOUND no coupon 'nowhere'");
+    assert_eq!(client.ask("COUPON.CREATE nowhere 3 ACK redis"), "[OK, 1-4]");
+    assert_eq!(client.ask("COUPON.ISSUE nowhere u"), "[ISSUED, 1, 2, 1-5]");
+    stack.wait_until_applied();
+    assert_eq!(
+        stack.postgres.value("SELECT concat_ws(' ', issued, used, last_serial) FROM holdfast.coupon WHERE coupon_id = 'pg'"),
+        "4 1 8"
+    );
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter"), "0");
+}
+
+#[test]
+fn many_clients_that_use_an_absent_coupon_at_once_load_it_once_and_a_pipeline_sees_its_own_creation() {
+    let stack = Stack::start();
+    stack.postgres.execute("INSERT INTO holdfast.coupon (coupon_id, total, per_user) VALUES ('pg', 25, 1)");
+    let replies: Vec<String> = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..40)
+            .map(|number| {
+                let mut client = stack.connect();
+                scope.spawn(move || client.ask(&format!("COUPON.ISSUE pg u-{number}")))
+            })
+            .collect();
+        clients.into_iter().map(|client| client.join().unwrap()).collect()
+    });
+    assert_eq!(replies.iter().filter(|reply| reply.starts_with("[ISSUED, ")).count(), 25, "{replies:?}");
+    assert_eq!(replies.iter().filter(|reply| *reply == "[SOLDOUT]").count(), 15, "{replies:?}");
+    let mut client = stack.connect();
+    for round in 0..20 {
+        for command in [format!("COUPON.CREATE n-{round} 5 ACK redis"), format!("COUPON.ISSUE n-{round} u")] {
+            client.send(&command.split(' ').collect::<Vec<_>>());
+        }
+        assert!(client.receive().starts_with("[OK, "));
+        assert!(client.receive().starts_with("[ISSUED, 1, 4, "), "round {round}");
+    }
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter"), "0");
+}
+
+#[test]
+fn a_coupon_is_not_created_while_postgres_cannot_say_whether_there_is_one() {
+    let mut stack = Stack::with_own_postgres();
+    let mut client = stack.connect();
+    client.ok("COUPON.CREATE c 5");
+    stack.postgres.own.as_mut().unwrap().kill();
+    let refused = client.ask("COUPON.CREATE d 5 ACK redis");
+    assert!(refused.starts_with("-TRYAGAIN Redis does not have this coupon"), "{refused}");
+    assert!(client.ask("COUPON.ISSUE c u").starts_with("[ISSUED, 1, "), "what Redis has is issued");
+    stack.postgres.own.as_mut().unwrap().restart();
+    let created = client.until_not("COUPON.CREATE d 5 ACK redis", "-TRYAGAIN");
+    assert!(created.starts_with("[OK, "), "{created}");
+}

@@ -202,6 +202,15 @@ impl Model {
     }
 }
 
+impl Model {
+    /// Whether that is its reply to a command that changes nothing now.
+    fn would_say(&self, command: &str, reply: &str) -> bool {
+        let id = command.split(' ').nth(1).unwrap();
+        let alone = self.coupons.get(id).map(|coupon| (id.to_owned(), coupon.clone()));
+        Self { coupons: alone.into_iter().collect() }.apply(command) == Expected::Said(reply.to_owned())
+    }
+}
+
 /// A GET's reply without the times.
 fn without_times(reply: &str) -> String {
     let mut parts = reply.split(", issued_at_ms, ");
@@ -332,5 +341,97 @@ fn what_many_clients_were_told_at_once_is_one_history_of_the_model() {
         assert_eq!(model.apply(command), Expected::Done(said.clone()), "change {n}: {command}");
     }
     assert!(told.len() > 200, "{}", told.len());
+    both_sides_are_as(&model, &stack);
+}
+
+/// How many commands; `HOLDFAST_TEST_STEPS` says otherwise.
+fn steps() -> usize {
+    std::env::var("HOLDFAST_TEST_STEPS").ok().and_then(|steps| steps.parse().ok()).unwrap_or(100_000)
+}
+
+/// Of so many rounds one loses its sidecar.
+const KILL_EVERY: usize = 400;
+
+/// The reply without its position, and the position as epoch and n.
+fn placed(reply: &str) -> Option<((u64, u64), String)> {
+    let (rest, position) = reply.strip_suffix(']')?.rsplit_once(", ")?;
+    let (epoch, n) = position.split_once('-')?;
+    Some(((epoch.parse().ok()?, n.parse().ok()?), rest.to_owned()))
+}
+
+/// Eight clients send a command each and wait for all replies: a round. What was accepted has a position: in that order the model has to
+/// say the same. A refusal or a GET has to be what it says at some point of its round.
+#[test]
+fn every_reply_of_clients_at_once_is_the_models_though_sidecars_are_killed() {
+    let mut stack = Stack::start();
+    let mut clients: Vec<Client> = (0..8).map(|_| stack.connect()).collect();
+    let (mut model, mut random) = (Model::default(), Random::new(0x0dd0_5eed_cafe_f00d));
+    let mut answered: HashMap<String, String> = HashMap::new();
+    let (mut named, mut at, mut kills) = (Vec::<String>::new(), (0, 0), 0);
+    for round in 0..steps() / clients.len() {
+        let dies = round % KILL_EVERY == KILL_EVERY - 1;
+        let mut batch: Vec<String> = Vec::new();
+        for _ in &clients {
+            let command = random.command();
+            batch.push(match random.below(12) {
+                0 if !named.is_empty() => named[usize::try_from(random.below(named.len() as u64)).unwrap()].clone(),
+                _ if command.starts_with("COUPON.GET") => command,
+                chance if dies || chance < 6 => format!("{command} ACK redis REQUEST m-{round}-{}", batch.len()),
+                _ => format!("{command} ACK redis"),
+            });
+        }
+        for (client, command) in clients.iter_mut().zip(&batch) {
+            client.send(&command.split(' ').collect::<Vec<_>>());
+        }
+        if dies {
+            kills += 1;
+            stack.sidecar.kill();
+            stack.restart_sidecar();
+        }
+        let mut replies: Vec<String> = clients.iter_mut().map(Client::receive).collect();
+        if dies {
+            clients = (0..8).map(|_| stack.connect()).collect();
+            for ((client, command), reply) in clients.iter_mut().zip(&batch).zip(&mut replies) {
+                if reply.starts_with('-') && !reply.starts_with("-NOTFOUND") && !reply.starts_with("-ERR invalid") {
+                    *reply = client.ask(command);
+                }
+            }
+        }
+        let mut accepted = BTreeMap::new();
+        let mut others = Vec::new();
+        for (command, reply) in batch.iter().zip(&replies) {
+            let (plain, request) = match command.split_once(" ACK redis") {
+                Some((plain, request)) => (plain, request.strip_prefix(" REQUEST ")),
+                None => (command.as_str(), None),
+            };
+            let Some((place, said)) = placed(reply).filter(|_| !plain.starts_with("COUPON.GET")) else {
+                others.push((plain, without_times(reply)));
+                continue;
+            };
+            if let Some(request) = request {
+                if let Some(first) = answered.get(request) {
+                    assert_eq!(reply, first, "the same REQUEST, the same reply: {command}");
+                    continue;
+                }
+                answered.insert(request.to_owned(), reply.clone());
+                if named.len() < 64 {
+                    named.push(command.clone());
+                } else {
+                    named[usize::try_from(random.below(64)).unwrap()].clone_from(command);
+                }
+            }
+            assert!(accepted.insert(place, (plain, said)).is_none(), "two changes at {place:?}");
+        }
+        for (place, (command, said)) in accepted {
+            assert!(place > at, "round {round}: {command} at {place:?} after {at:?}");
+            assert!(place.0 > at.0 || place.1 == at.1 + 1, "round {round}: nobody was told of what is between {at:?} and {place:?}");
+            others.retain(|(other, reply)| !model.would_say(other, reply));
+            assert_eq!(model.apply(command), Expected::Done(said), "round {round}, {place:?}: {command}");
+            at = place;
+        }
+        others.retain(|(other, reply)| !model.would_say(other, reply));
+        assert!(others.is_empty(), "round {round}: at no point of it {others:?}");
+    }
+    println!("{} changes, {} coupons, {kills} kills", at.1, model.coupons.len());
     both_sides_are_as(&model, &stack);
 }
