@@ -175,7 +175,7 @@ impl Waiter<Stock> for Line {
                 under_way.refuse(self.number, "the product's key in Redis holds something that is no number of units".to_owned());
             }
             Err(Failure::TryAgain(_) | Failure::Loading(_) | Failure::Crowded) => {
-                under_way.again.borrow_mut().push((self.number, op.clone()))
+                under_way.again.borrow_mut().push((self.number, op.clone()));
             }
             other => *under_way.failed.borrow_mut() = Some(format!("line {}: it is not known whether it was set: {other:?}", self.number)),
         }
