@@ -111,6 +111,10 @@ pub const LOCK_CALL_WITHIN: Duration = Duration::from_secs(1);
 /// How long what was done last to a lock is remembered after it: a repetition comes within a few [`LOCK_CALL_WITHIN`].
 pub const LOCK_NOTE: Duration = Duration::from_secs(5);
 
+/// How long a release is sent again while its answer is lost: the last one has to come while the first is remembered.
+pub const LOCK_RELEASE_WITHIN: Duration = Duration::from_secs(3);
+const _: () = assert!(LOCK_RELEASE_WITHIN.as_millis() + 2 * LOCK_CALL_WITHIN.as_millis() <= LOCK_NOTE.as_millis());
+
 /// How long after a lease must have ended it is looked whether it has: longer than a request to Redis takes, and shorter than [`LOCK_NOTE`].
 pub const LOCK_ENDED_AFTER: Duration = Duration::from_secs(1);
 

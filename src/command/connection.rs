@@ -142,8 +142,9 @@ fn ping(call: &mut Call<'_>) -> Step {
     let subscribed = call.session.protocol == Protocol::Resp2 && call.session.subscribes();
     let message = call.args.maybe_text("message").cloned();
     Step::Reply(match message {
-        message if subscribed => Reply::Array(vec![Reply::word("pong"), Reply::bulk(message.unwrap_or_default())]),
-        Some(message) => Reply::Bulk(message),
+        message if subscribed => Reply::Array(vec![Reply::word("pong"), Reply::bulk(message.unwrap_or_default().to_vec())]),
+        // In memory of its own: a small message is not to keep a large buffer.
+        Some(message) => Reply::bulk(message.to_vec()),
         None => Reply::simple("PONG"),
     })
 }
@@ -154,7 +155,7 @@ pub static ECHO: Spec = Spec::new("ECHO", "Answers the message given.")
     .flags(ALWAYS)
     .reply("the message")
     .example("ECHO hello")
-    .run(|call| Step::Reply(Reply::Bulk(call.args.text("message").clone())));
+    .run(|call| Step::Reply(Reply::bulk(call.args.text("message").to_vec())));
 
 pub static SELECT: Spec = Spec::new("SELECT", "Accepts database 0, the only one.")
     .family("connection")

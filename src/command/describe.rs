@@ -28,6 +28,9 @@ static INFO: Spec = sub("COMMAND|INFO", "Describes the commands named, or all.")
         if call.args.raw(0).is_none() {
             return Step::Reply(Reply::Array(call.cx.commands.top().map(entry).collect()));
         }
+        if let Some(refusal) = too_many(call) {
+            return Step::Reply(refusal);
+        }
         let one = |name: &Bytes| call.cx.commands.named(name).map_or(Reply::Nil, |(_, spec)| entry(spec));
         Step::Reply(Reply::Array(call.args.list("command").map(one).collect()))
     });
@@ -41,9 +44,19 @@ static DOCS: Spec = sub("COMMAND|DOCS", "Documents the commands named, or all.")
         if call.args.raw(0).is_none() {
             return Step::Reply(Reply::Map(commands.top().map(docs).collect()));
         }
+        if let Some(refusal) = too_many(call) {
+            return Step::Reply(refusal);
+        }
         let named = call.args.list("command").filter_map(|name| commands.named(name));
         Step::Reply(Reply::Map(named.map(|(_, spec)| docs(spec)).collect()))
     });
+
+/// A short request is not to have a reply without bounds.
+fn too_many(call: &Call<'_>) -> Option<Reply> {
+    let known = call.cx.commands.all().len();
+    (call.args.list("command").count() > known)
+        .then(|| Reply::error(format!("ERR more names than the {known} commands that there are: ask for all")))
+}
 
 static LIST: Spec = sub("COMMAND|LIST", "Lists the commands' names: all, or `FILTERBY MODULE name`, `ACLCAT category`, `PATTERN pattern`.")
     .args(&[text("filter", CLIENT_NAME_MAX).any_number()])
@@ -419,6 +432,8 @@ mod tests {
         let count = wire.cx.commands.top().count();
         assert_eq!(wire.send("COMMAND COUNT"), format!(":{count}\r\n"));
         assert!(wire.send("COMMAND").starts_with(&format!("*{count}\r\n*10\r\n")));
+        let many = format!("COMMAND DOCS{}", " client".repeat(500));
+        assert!(wire.send(&many).starts_with("-ERR more names than the "));
         let docs = wire.send("COMMAND DOCS client|setname");
         assert!(docs.starts_with("*2\r\n$14\r\nclient|setname\r\n*10\r\n$7\r\nsummary\r\n"), "{docs}");
         assert!(wire.send("COMMAND DOCS client").contains("subcommands\r\n"));

@@ -227,7 +227,8 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
         Step::Reply(reply) => pipeline.push_ready(reply),
         Step::Later => {}
         Step::Wait(future) => {
-            let gives_up = spec.is(spec::BLOCKING);
+            // A stranger that has gone is not to keep its place until a wrong password is answered.
+            let gives_up = spec.is(spec::BLOCKING) || !session.authenticated;
             return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up, closes: false });
         }
         Step::CloseAfter(future) => {

@@ -63,7 +63,7 @@ pub async fn run(stream: Stream, session: Session, cx: Rc<Context>) {
     }
     if connection.phase != Phase::Gone {
         // Ends with a FIN, so that the last reply is not lost to a reset.
-        let _ = connection.stream.shutdown().await;
+        let _ = tokio::time::timeout(connection.cx.bounds.stall, connection.stream.shutdown()).await;
     }
 }
 
@@ -110,6 +110,7 @@ impl Connection {
         let arrived = Instant::now();
         let mut dispatched = 0;
         let refused = self.cx.refused_early.get();
+        let was_known = self.session.authenticated;
         self.input.backlog = true;
         if !self.session.renew() {
             self.close("user_changed");
@@ -132,6 +133,10 @@ impl Connection {
         }
         if self.cx.refused_early.get() != refused {
             self.input.rest(arrived + self.cx.backend.reply_within / REFUSED_REST_PART);
+        }
+        if was_known && !self.session.authenticated {
+            // RESET: it has as long to show who it is as one that connects.
+            self.clock.begin(arrived);
         }
         if dispatched > 0 {
             self.clock.heard(arrived);

@@ -137,7 +137,10 @@ impl User {
         match rule {
             "on" => self.enabled = true,
             "off" => self.enabled = false,
-            "nopass" => self.any_password = true,
+            "nopass" => {
+                self.any_password = true;
+                self.secrets.clear();
+            }
             "resetpass" => {
                 self.any_password = false;
                 self.secrets.clear();
@@ -156,6 +159,7 @@ impl User {
                         return Err(format!("more than {USER_SECRETS_MAX} passwords"));
                     }
                     self.secrets.push(secret);
+                    self.any_password = false;
                 }
                 (">" | "<" | "!", _) => return Err("a password in plain text: write '#' and its SHA-256 in hexadecimal digits".into()),
                 ("~", pattern) => self.ids.add(pattern)?,
@@ -354,6 +358,9 @@ pub(crate) mod tests {
         assert!(!User::parse(&format!("user a off #{HASH}"), &Five).unwrap().admits(Some(&secret(b"secret"))));
         assert!(!User::parse(&format!("user a on #{HASH} resetpass"), &Five).unwrap().admits(Some(&secret(b"secret"))));
         assert!(User::parse("user a on nopass", &Five).unwrap().admits(None));
+        // As in Redis, whichever comes last counts.
+        assert!(!User::parse(&format!("user a on nopass #{HASH}"), &Five).unwrap().admits(None));
+        assert!(User::parse(&format!("user a on #{HASH} nopass"), &Five).unwrap().admits(None));
         assert_eq!(user.show(), "user a on #(redacted) -@all");
         assert_eq!(format!("{user:?}"), "User(a)");
     }

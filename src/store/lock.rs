@@ -140,6 +140,8 @@ impl Grant {
 impl Drop for Grant {
     fn drop(&mut self) {
         if !self.taken && self.lasts() {
+            // Whether or not Redis can be told, nobody is there to renew it for.
+            self.locks.0.holds.renew_no_more(self.token);
             self.locks.0.release_soon(self.name.clone(), self.token);
         }
     }
@@ -548,7 +550,7 @@ impl Inner {
         };
         let sent = Instant::now();
         let op = heir.as_ref().map_or_else(|| self.op(), |(_, asked)| asked.op.clone());
-        let within = heir.as_ref().map_or(limits::LOCK_NOTE, |(_, asked)| asked.lease);
+        let within = heir.as_ref().map_or(limits::LOCK_RELEASE_WITHIN, |(_, asked)| asked.lease.min(limits::LOCK_RELEASE_WITHIN));
         let result = self.let_go(&name, token, &op, heir.as_ref().map(|(_, asked)| asked), sent + within).await;
         let now = Instant::now();
         let mut lines = self.lines();

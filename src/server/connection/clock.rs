@@ -8,7 +8,7 @@ use tokio::time::Sleep;
 
 /// See the module.
 pub struct Clock {
-    /// Since when it is connected, and when it has last sent something.
+    /// Since when it is connected, or a stranger again, and when it has last sent something.
     pub opened: Instant,
     pub active: Instant,
     timer: Option<Pin<Box<Sleep>>>,
@@ -23,6 +23,12 @@ impl Clock {
     /// It has sent something.
     pub fn heard(&mut self, at: Instant) {
         self.active = at;
+    }
+
+    /// It begins anew as a stranger.
+    pub fn begin(&mut self, at: Instant) {
+        self.opened = at;
+        self.timer = None;
     }
 
     /// Whether the timer runs.

@@ -45,7 +45,9 @@ static LATE: Spec =
 static BIG: Spec = Spec::new("T.BIG", "Answers many bytes.")
     .args(&[integer("bytes", 1, 10_000_000, "bytes")])
     .run(|call| Step::Reply(Reply::bulk(vec![b'x'; usize::try_from(call.args.integer("bytes")).unwrap_or(0)])));
+static CROWDED: Spec = Spec::new("T.CROWDED", "Is refused.").refused_early(|_| Some("TRYAGAIN later")).run(|_| Step::Reply(Reply::ok()));
 static TABLE: &[&Spec] = &[
+    &CROWDED,
     &HOLD,
     &FREE,
     &SLEEP,
@@ -271,6 +273,26 @@ async fn a_client_has_bounded_requests_in_flight() {
         until(|| held() == 500).await;
         talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
         expect(&mut stream, &"$1\r\na\r\n".repeat(IN_FLIGHT_MAX + 500)).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_is_refused_for_want_of_time_is_read_again_a_little_later() {
+    served(10, async |server| {
+        let within = server.cx.backend.reply_within;
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let began = Instant::now();
+        talk(&mut stream, b"T.CROWDED\r\nPING\r\n", "-TRYAGAIN later\r\n+PONG\r\n").await;
+        talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
+        assert!(began.elapsed() >= within / REFUSED_REST_PART, "what came behind it at once was taken with it, the rest waited");
+        // Nobody else waits.
+        talk(&mut stream, b"T.CROWDED\r\n", "-TRYAGAIN later\r\n").await;
+        let (mut other, began) = (TcpStream::connect(server.address).await.unwrap(), Instant::now());
+        talk(&mut other, b"PING\r\n", "+PONG\r\n").await;
+        let others = began.elapsed();
+        talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
+        assert!(others < began.elapsed());
     })
     .await;
 }

@@ -80,6 +80,13 @@ impl Holds {
         self.all().remove(&token);
     }
 
+    /// Its client has left.
+    pub fn renew_no_more(&self, token: u64) {
+        if let Some(hold) = self.all().get_mut(&token) {
+            hold.session = None;
+        }
+    }
+
     /// It lasts until then, if it is known.
     pub fn extended(&self, token: u64, until: Instant) {
         if let Some(hold) = self.all().get_mut(&token) {
@@ -204,6 +211,19 @@ mod tests {
         assert!(lost.try_recv().is_ok() && !holds.has(7) && holds.has(8));
         holds.end(at(20), false);
         assert_eq!(holds.len(), 0);
+    }
+
+    #[test]
+    fn a_lock_whose_client_has_left_is_renewed_no_more() {
+        let (holds, name, now) = (Holds::default(), LockName::of(Id::from("l")).unwrap(), Instant::now());
+        let hears = holds.add(&name, 1, now, LEASE, Some(&settings()));
+        let renewal = holds.due(now + LEASE / 3).pop().unwrap();
+        holds.not_renewed(&renewal);
+        assert_eq!(holds.due(now + LEASE / 2).len(), 1);
+        holds.not_renewed(&renewal);
+        holds.renew_no_more(1);
+        assert!(holds.due(now + LEASE / 2).is_empty() && holds.has(1));
+        drop(hears);
     }
 
     #[test]

@@ -171,7 +171,8 @@ impl Link {
             let epoch = match known {
                 Some(epoch) => epoch,
                 None => {
-                    let seen = marker.epoch.unwrap_or(0).max(Epoch::of(marker.token)).max(Epoch::of(spent));
+                    let known = agreed.as_ref().map_or(0, |epoch| epoch.number);
+                    let seen = marker.epoch.unwrap_or(0).max(Epoch::of(marker.token)).max(Epoch::of(spent)).max(known);
                     let epoch = Arc::new(self.ask(kept, seen).await?);
                     *agreed = Some(Arc::clone(&epoch));
                     epoch
