@@ -188,8 +188,7 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
         Err(reply) => return Step::Reply(reply),
     };
     let mut op = CouponOp::new(call.args.id("coupon"), action, change::request(&call.args));
-    // Another program may have created it since: what is to create one asks anew.
-    op.is_nowhere = !matches!(op.action, Action::Create(_)) && call.cx.backend.first_coupons.is_nowhere(&op.coupon);
+    op.is_nowhere = call.cx.backend.first_coupons.is_nowhere(&op.coupon);
     let ticket = call.ticket_with(confirmation.waits_for_postgres());
     let waiter = ClientWaiter { cx: Rc::clone(call.cx), ticket, confirmation, arrived: call.arrived, has_looked: false };
     let waiter = CouponWaiter::Client(waiter);
