@@ -189,6 +189,7 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
     };
     let mut op = CouponOp::new(call.args.id("coupon"), action, change::request(&call.args));
     op.is_nowhere = call.cx.backend.first_coupons.is_nowhere(&op.coupon);
+    op.client = call.session.client.id;
     let ticket = call.ticket_with(confirmation.waits_for_postgres());
     let waiter = ClientWaiter { cx: Rc::clone(call.cx), ticket, confirmation, arrived: call.arrived, has_looked: false };
     let waiter = CouponWaiter::Client(waiter);

@@ -108,12 +108,14 @@ pub struct CouponOp {
     pub fence: Option<Arc<Fence>>,
     /// Of a creation: Postgres does not have the coupon either.
     pub is_nowhere: bool,
+    /// The client that sent it; 0 where that was none. What it sends behind an issue that waits for the lock waits, too.
+    pub client: u64,
 }
 
 impl CouponOp {
     /// One that no lock is held for yet.
     pub const fn new(coupon: Id, action: Action, request: Option<Request>) -> Self {
-        Self { coupon, action, request, fence: None, is_nowhere: false }
+        Self { coupon, action, request, fence: None, is_nowhere: false, client: 0 }
     }
 
     /// Whether it is an issue that nothing is remembered of.

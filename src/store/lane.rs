@@ -108,6 +108,8 @@ pub struct Encoded<P> {
 pub trait Desk<Op>: 'static {
     /// Lets an operation go with the next batch, or says why it has to wait. Where one has to, the desk rings when that may have changed.
     fn admit(&self, op: &mut Op) -> Result<(), String>;
+    /// What had to wait is asked about again, in the order in which it came.
+    fn again(&self);
     /// The script did not take an operation as it was admitted.
     fn sent_back(&self, op: &Op);
     /// The batch under way is over.
@@ -121,6 +123,8 @@ impl<Op> Desk<Op> for () {
     fn admit(&self, _: &mut Op) -> Result<(), String> {
         Ok(())
     }
+
+    fn again(&self) {}
 
     fn sent_back(&self, _: &Op) {}
 
@@ -617,6 +621,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let now = Instant::now();
         if self.bell.unpark_at.get() <= now {
             self.bell.unpark_at.set(now + limits::LOCKED_RETRY_AFTER);
+            self.desk.again();
             let in_time = now + limits::LOCKED_RETRY_WITHIN;
             let (again, stay) = self.parked.take().into_iter().partition(|queued| queued.deadline > in_time);
             *self.parked.borrow_mut() = stay;

@@ -12,6 +12,16 @@ fn exchange(stack: &Stack, request: &str, bytes: usize) -> String {
     String::from_utf8(answer).unwrap()
 }
 
+/// Also where an issue waits for the coupon's lock, and what follows it needs no lock.
+#[test]
+fn a_pipeline_about_a_coupon_is_decided_in_order() {
+    let stack = Stack::start();
+    let expected = "*2\r\n$2\r\nOK\r\n$3\r\n1-1\r\n*4\r\n$6\r\nISSUED\r\n:1\r\n:4\r\n$3\r\n1-2\r\n*3\r\n$4\r\nUSED\r\n:1\r\n$3\r\n1-3\r\n\
+                    *3\r\n$6\r\nISSUED\r\n:1\r\n$3\r\n1-4\r\n*4\r\n$7\r\nREVOKED\r\n:1\r\n:5\r\n$3\r\n1-5\r\n";
+    let request = "COUPON.CREATE c 5\r\nCOUPON.ISSUE c u\r\nCOUPON.USE c u\r\nCOUPON.UNUSE c u\r\nCOUPON.REVOKE c u\r\n";
+    assert_eq!(exchange(&stack, request, expected.len()), expected);
+}
+
 #[test]
 fn a_pipeline_is_answered_in_order_and_sees_its_own_changes() {
     let stack = Stack::start();

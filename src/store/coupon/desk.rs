@@ -5,7 +5,7 @@
 //! longer than the lease: every issue carries the token, and the script refuses one under which the lock is not held any more.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -48,6 +48,8 @@ struct Inner {
     /// `None`: no lock is taken, the script goes ahead only while nobody holds it.
     turns: Option<Turns>,
     coupons: RefCell<HashMap<Id, Rc<Turn>>>,
+    /// The clients that wait for a coupon's lock with an issue, until they are asked about again: whatever they want of it comes behind that.
+    waiting: RefCell<HashSet<(Id, u64)>>,
     /// Those that the batch under way is about.
     under_way: RefCell<Vec<Rc<Turn>>>,
 }
@@ -79,13 +81,37 @@ impl CouponDesk {
     pub fn new(locks: Locks, within: Duration) -> Self {
         let settings = locks.settings();
         let turns = settings.coupon_lease.map(|lease| Turns { lease, longest: settings.max_turn.min(lease / 2), within });
-        Self(Rc::new(Inner { bell: Rc::default(), locks, turns, coupons: RefCell::default(), under_way: RefCell::default() }))
+        Self(Rc::new(Inner {
+            bell: Rc::default(),
+            locks,
+            turns,
+            coupons: RefCell::default(),
+            waiting: RefCell::default(),
+            under_way: RefCell::default(),
+        }))
+    }
+}
+
+impl CouponDesk {
+    /// Has whatever its client wants of the coupon wait behind the issue.
+    fn waits(&self, op: &CouponOp) {
+        if op.client != 0 {
+            self.0.waiting.borrow_mut().insert((op.coupon.detached(), op.client));
+        }
     }
 }
 
 impl Desk<CouponOp> for CouponDesk {
     fn admit(&self, op: &mut CouponOp) -> Result<(), String> {
-        let Some(turns) = self.0.turns.filter(|_| op.is_issue()) else { return Ok(()) };
+        let Some(turns) = self.0.turns else { return Ok(()) };
+        let waits =
+            op.client != 0 && !self.0.waiting.borrow().is_empty() && self.0.waiting.borrow().contains(&(op.coupon.clone(), op.client));
+        if waits {
+            return Err(held_by(&self.0.locks, &op.coupon));
+        }
+        if !op.is_issue() {
+            return Ok(());
+        }
         let now = Instant::now();
         let known = self.0.coupons.borrow().get(&op.coupon).cloned();
         let turn = known.unwrap_or_else(|| {
@@ -99,8 +125,14 @@ impl Desk<CouponOp> for CouponDesk {
         let fence = match &*turn.state.borrow() {
             State::Held(fence) => Some(Arc::clone(fence)),
             State::NotALock => None,
-            State::Refused(why) => return Err(format!("{why}; nothing was changed")),
-            State::Waiting | State::Fenced => return Err(held_by(&self.0.locks, &op.coupon)),
+            State::Refused(why) => {
+                self.waits(op);
+                return Err(format!("{why}; nothing was changed"));
+            }
+            State::Waiting | State::Fenced => {
+                self.waits(op);
+                return Err(held_by(&self.0.locks, &op.coupon));
+            }
         };
         op.fence = fence;
         turn.used.set(true);
@@ -110,8 +142,13 @@ impl Desk<CouponOp> for CouponDesk {
         Ok(())
     }
 
+    fn again(&self) {
+        self.0.waiting.borrow_mut().clear();
+    }
+
     fn sent_back(&self, op: &CouponOp) {
         metrics::counter!("holdfast_lock_fenced_total").increment(1);
+        self.waits(op);
         let turn = self.0.coupons.borrow().get(&op.coupon).cloned();
         if let Some(turn) = turn.filter(|turn| matches!(&*turn.state.borrow(), State::Held(fence) if op.fence.as_ref() == Some(fence))) {
             *turn.state.borrow_mut() = State::Fenced;
