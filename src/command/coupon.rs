@@ -188,10 +188,11 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
         Err(reply) => return Step::Reply(reply),
     };
     let mut op = CouponOp::new(call.args.id("coupon"), action, change::request(&call.args));
-    op.is_nowhere = call.cx.backend.first_coupons.is_nowhere(&op.coupon);
     op.client = call.session.client.id;
     let ticket = call.ticket_with(confirmation.waits_for_postgres());
-    let waiter = ClientWaiter { cx: Rc::clone(call.cx), ticket, confirmation, arrived: call.arrived, has_looked: false };
+    // It takes a look-up first, which what follows it must not overtake.
+    let held = matches!(op.action, Action::Create(_)).then(|| call.session.hold_back());
+    let waiter = ClientWaiter { cx: Rc::clone(call.cx), ticket, confirmation, arrived: call.arrived, has_looked: false, _held: held };
     let waiter = CouponWaiter::Client(waiter);
     doubt::submit(call, &call.cx.backend.coupon, op, confirmation.waits_for_postgres(), waiter);
     Step::Later
@@ -212,6 +213,8 @@ pub struct ClientWaiter {
     arrived: Instant,
     /// Whether the coupon was looked up in Postgres for it.
     has_looked: bool,
+    /// What holds back the commands behind it.
+    _held: Option<Rc<()>>,
 }
 
 impl Waiter<Coupon> for CouponWaiter {

@@ -96,6 +96,7 @@ impl Connection {
     fn has_room(&self) -> bool {
         self.phase == Phase::Open
             && self.waiting.is_none()
+            && !self.session.is_held_back()
             && self.pipeline.in_flight() < self.cx.bounds.in_flight
             && self.output.len() + self.pipeline.bytes() <= self.output_max()
     }
@@ -194,7 +195,7 @@ impl Connection {
 
     /// Counts that requests wait which it has no room for.
     fn count_pause(&self) {
-        if self.input.backlog && self.phase == Phase::Open && self.waiting.is_none() && !self.has_room() {
+        if self.input.backlog && self.phase == Phase::Open && self.waiting.is_none() && !self.session.is_held_back() && !self.has_room() {
             let full = self.pipeline.in_flight() >= self.cx.bounds.in_flight;
             metrics::counter!("holdfast_paused_reads_total", "why" => if full { "in_flight" } else { "output" }).increment(1);
         }

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
+use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -153,6 +154,7 @@ pub struct Session {
     /// Whether it has ever subscribed to anything.
     pub has_subscribed: bool,
     kept: Vec<Box<dyn Any>>,
+    held_back: Option<Weak<()>>,
 }
 
 /// Why a name and a password were not accepted.
@@ -165,6 +167,18 @@ pub enum Rejected {
 }
 
 impl Session {
+    /// Dispatches nothing more of this client for as long as what is returned lives, for it builds on what is not decided yet.
+    pub fn hold_back(&mut self) -> Rc<()> {
+        let held = Rc::new(());
+        self.held_back = Some(Rc::downgrade(&held));
+        held
+    }
+
+    /// Whether that is so.
+    pub fn is_held_back(&self) -> bool {
+        self.held_back.as_ref().is_some_and(|held| held.strong_count() > 0)
+    }
+
     pub fn new(client: Arc<Client>, directory: &Arc<Directory>) -> Self {
         let generation = directory.generation();
         let login = Login { user: Arc::clone(directory.users().default_user()), secret: None };
@@ -179,6 +193,7 @@ impl Session {
             generation,
             failures: 0,
             has_subscribed: false,
+            held_back: None,
             kept: Vec::new(),
         };
         session.log_in(login);
