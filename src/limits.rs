@@ -444,6 +444,13 @@ pub const READ_AHEAD_MAX: usize = 256 << 10;
 /// has [`QUEUE_PART`] of it.
 pub const REFUSED_REST_PART: u32 = 5;
 
+/// Operations that are refused for want of time, for each that is served. A refusal costs a fifth of what an operation does, of all that works
+/// for it: so at most a fifth of the work is lost to them. What comes beyond twice of what can be served waits in the sockets.
+pub const REFUSED_FOR_EACH_SERVED: u64 = 1;
+
+/// Of them, as many at once: a few milliseconds' work.
+pub const REFUSED_AT_ONCE_MAX: u64 = 4_096;
+
 /// Requests of one connection that wait for their reply. Beyond it the connection is not read, so one client cannot fill every queue.
 pub const IN_FLIGHT_MAX: usize = 1024;
 

@@ -93,6 +93,11 @@ impl Backend {
         )
     }
 
+    /// How many operations have gone to Redis from this thread.
+    pub fn served(&self) -> u64 {
+        self.stock.served() + self.coupon.served()
+    }
+
     /// Starts what works on this thread, and returns the lanes as a future that is to be polled in front of the thread's tasks: as one of them
     /// a lane would wait for its turn behind all the connections that have something to read. After `cancel` they finish what waits; the
     /// future ends when they have.

@@ -29,6 +29,7 @@ pub mod order;
 pub mod passthrough;
 pub mod pubsub;
 mod read;
+mod refusals;
 pub mod replicas;
 mod rights;
 pub mod server;
@@ -51,6 +52,7 @@ use bytes::Bytes;
 pub use args::{Ack, Args};
 pub use backend::Backend;
 pub use heartbeat::Heartbeat;
+pub use refusals::Refusals;
 pub use slowlog::SlowLog;
 pub use spec::Spec;
 pub use stats::Stats;
@@ -133,7 +135,7 @@ pub struct Context {
     /// While set, the error that every command without the LOADING flag gets: `LOADING ...`.
     pub refusal: Cell<Option<&'static str>>,
     /// How many commands were refused without a look at them, since too much waits.
-    pub refused_early: Cell<u64>,
+    pub refused_early: Refusals,
     /// What CONFIG GET shows, secrets left out.
     pub settings: RefCell<Vec<(&'static str, String)>>,
     /// What INFO shows besides its own sections.
@@ -158,7 +160,7 @@ impl Context {
             slow: Arc::default(),
             heartbeat: Heartbeat::new(),
             refusal: Cell::new(None),
-            refused_early: Cell::new(0),
+            refused_early: Refusals::default(),
             settings: RefCell::new(server::settings()),
             sections: RefCell::new(Vec::new()),
             backend,
@@ -265,7 +267,7 @@ fn check(
         return Err(refusal.into());
     }
     if let Some(refusal) = spec.early.and_then(|early| early(cx)) {
-        cx.refused_early.set(cx.refused_early.get() + 1);
+        cx.refused_early.add(cx.backend.served());
         return Err(refusal.into());
     }
     if session.has_subscribed

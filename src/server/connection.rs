@@ -97,6 +97,7 @@ impl Connection {
         self.phase == Phase::Open
             && self.waiting.is_none()
             && !self.session.is_held_back()
+            && !self.input.is_held()
             && self.pipeline.in_flight() < self.cx.bounds.in_flight
             && self.output.len() + self.pipeline.bytes() <= self.output_max()
     }
@@ -110,7 +111,7 @@ impl Connection {
     fn dispatch_turn(&mut self) {
         let arrived = Instant::now();
         let mut dispatched = 0;
-        let refused = self.cx.refused_early.get();
+        let refused = self.cx.refused_early.count();
         let was_known = self.session.authenticated;
         self.input.backlog = true;
         if !self.session.renew() {
@@ -131,8 +132,11 @@ impl Connection {
                 Err(error) => self.refuse(&error, arrived),
             }
             dispatched += 1;
+            if self.cx.refused_early.count() != refused && self.cx.refused_early.are_spent() {
+                self.input.hold();
+            }
         }
-        if self.cx.refused_early.get() != refused {
+        if self.cx.refused_early.count() != refused {
             self.input.rest(arrived + self.cx.backend.reply_within / REFUSED_REST_PART);
         }
         if was_known && !self.session.authenticated {
@@ -196,14 +200,19 @@ impl Connection {
     /// Counts that requests wait which it has no room for.
     fn count_pause(&self) {
         if self.input.backlog && self.phase == Phase::Open && self.waiting.is_none() && !self.session.is_held_back() && !self.has_room() {
-            let full = self.pipeline.in_flight() >= self.cx.bounds.in_flight;
-            metrics::counter!("holdfast_paused_reads_total", "why" => if full { "in_flight" } else { "output" }).increment(1);
+            let why = match self.pipeline.in_flight() >= self.cx.bounds.in_flight {
+                _ if self.input.is_held() => "crowded",
+                true => "in_flight",
+                false => "output",
+            };
+            metrics::counter!("holdfast_paused_reads_total", "why" => why).increment(1);
         }
     }
 
     /// Waits for anything that gives the next turn something to do.
     fn poll_event(&mut self, cx: &mut TaskContext<'_>) -> Poll<()> {
         let mut event = self.poll_stop(cx);
+        event |= self.input.is_held() && self.input.poll_rest(cx).is_ready();
         event |= self.poll_read(cx);
         event |= self.poll_waiting(cx);
         // Past the bound nothing is encoded until the client has taken some: then the socket wakes this task, not the replies.

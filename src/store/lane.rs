@@ -361,6 +361,11 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         self.queue.borrow().len() >= self.pace.queue_max() && self.partition.sold_out.is_empty() && self.closed().is_none()
     }
 
+    /// How many operations have gone to Redis.
+    pub fn served(&self) -> u64 {
+        self.pace.served()
+    }
+
     /// Why nothing is done now; `None` while the lane is open.
     pub fn closed(&self) -> Option<Failure> {
         match &*self.gate.borrow() {

@@ -29,12 +29,14 @@ pub struct Input {
     pub ended: bool,
     /// Until when nothing is read.
     rest: Option<Pin<Box<Sleep>>>,
+    /// Whether nothing that was read is looked at until then, either.
+    held: bool,
 }
 
 impl Input {
     /// Nothing yet.
     pub fn new() -> Self {
-        Self { reader: Reader::default(), read_size: READ_MIN, backlog: false, ended: false, rest: None }
+        Self { reader: Reader::default(), read_size: READ_MIN, backlog: false, ended: false, rest: None, held: false }
     }
 
     /// Bytes that are no request yet.
@@ -55,10 +57,22 @@ impl Input {
         }
     }
 
-    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Looks at nothing while it rests.
+    pub fn hold(&mut self) {
+        self.held = true;
+    }
+
+    /// Whether it rests and nothing is looked at.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// Waits for the rest to be over.
+    pub fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(rest) = &mut self.rest {
             std::task::ready!(rest.as_mut().poll(cx));
             self.rest = None;
+            self.held = false;
         }
         Poll::Ready(())
     }

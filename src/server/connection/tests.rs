@@ -283,6 +283,8 @@ async fn who_is_refused_for_want_of_time_is_read_again_a_little_later() {
         let within = server.cx.backend.reply_within;
         let mut stream = TcpStream::connect(server.address).await.unwrap();
         let began = Instant::now();
+        // As if so many were served.
+        server.cx.refused_early.add(1_000);
         talk(&mut stream, b"T.CROWDED\r\nPING\r\n", "-TRYAGAIN later\r\n+PONG\r\n").await;
         talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
         assert!(began.elapsed() >= within / REFUSED_REST_PART, "what came behind it at once was taken with it, the rest waited");
@@ -293,6 +295,30 @@ async fn who_is_refused_for_want_of_time_is_read_again_a_little_later() {
         let others = began.elapsed();
         talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
         assert!(others < began.elapsed());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_would_be_refused_beyond_what_is_served_is_not_looked_at() {
+    served(10, async |server| {
+        let rest = server.cx.backend.reply_within / REFUSED_REST_PART;
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        for round in 1..=3 {
+            // What is behind it in the same read has to wait, though nothing is the matter with it.
+            let began = Instant::now();
+            talk(&mut stream, b"T.CROWDED\r\nPING\r\n", "-TRYAGAIN later\r\n+PONG\r\n").await;
+            assert!(began.elapsed() >= rest, "round {round}");
+        }
+        let (mut other, began) = (TcpStream::connect(server.address).await.unwrap(), Instant::now());
+        talk(&mut stream, b"T.CROWDED\r\n", "-TRYAGAIN later\r\n").await;
+        talk(&mut other, b"PING\r\n", "+PONG\r\n").await;
+        let others = began.elapsed();
+        talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
+        assert!(others < began.elapsed());
+        server.cx.refused_early.add(100_000);
+        talk(&mut stream, "T.CROWDED\r\n".repeat(50).as_bytes(), &"-TRYAGAIN later\r\n".repeat(50)).await;
+        assert!(!server.cx.refused_early.are_spent());
     })
     .await;
 }

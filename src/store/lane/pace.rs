@@ -17,12 +17,13 @@ pub(super) struct Pace {
     /// When the batch before went, if that was a large one and more waited behind it.
     before: Cell<Option<Instant>>,
     queue_max: Cell<usize>,
+    served: Cell<u64>,
 }
 
 impl Pace {
     /// `within`: the time an operation has.
     pub(super) fn new(within: Duration) -> Self {
-        Self { within, round: Cell::new(Duration::ZERO), before: Cell::new(None), queue_max: Cell::new(limits::LANE_QUEUE_MAX) }
+        Self { within, round: Cell::new(Duration::ZERO), before: Cell::new(None), queue_max: Cell::new(limits::LANE_QUEUE_MAX), served: Cell::new(0) }
     }
 
     /// How many operations may wait.
@@ -30,8 +31,14 @@ impl Pace {
         self.queue_max.get()
     }
 
+    /// How many operations have gone.
+    pub(super) fn served(&self) -> u64 {
+        self.served.get()
+    }
+
     /// A batch of so many operations goes; whether more wait behind it.
     pub(super) fn sent(&self, operations: usize, more: bool) {
+        self.served.set(self.served.get() + operations as u64);
         let now = Instant::now();
         if let Some(before) = self.before.get() {
             self.took(now - before);
