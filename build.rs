@@ -31,9 +31,12 @@ const SABOTAGE: &[(&str, &str, &str, &str)] = &[
     ("LOOSE_SUMS", "sums", "if not after or after < 0 or value > TOTAL_MAX then", "if not after or value > TOTAL_MAX then"),
     ("XADD_LAST", "coupon_write", "append(head, lines)\n", ""),
     ("XADD_LAST", "coupon_write", "return reply\n", "append(head, lines)\nreturn reply\n"),
-    ("XADD_LAST", "stock_write", "append(head, lines, summed)\n", ""),
-    ("XADD_LAST", "stock_write", "return reply\n", "append(head, lines, summed)\nreturn reply\n"),
+    ("XADD_LAST", "stock_write", "append(head, {}, summed)\n", ""),
+    ("XADD_LAST", "stock_write", "return reply\n", "append(head, {}, summed)\n  return reply\n"),
 ];
+
+/// Stands in a script where an include's functions are made that what is above it does without.
+const INCLUDE_HERE: &str = "-- include here: ";
 
 struct Header {
     keys: Vec<String>,
@@ -60,7 +63,12 @@ fn main() {
         for include in &header.include {
             resolve(include, &mut Vec::new(), &mut done, &mut source);
         }
-        source.push_str(&body(&name, &text));
+        for line in body(&name, &text).split_inclusive('\n') {
+            match line.trim().strip_prefix(INCLUDE_HERE) {
+                Some(include) => resolve(include, &mut Vec::new(), &mut done, &mut source),
+                None => source.push_str(line),
+            }
+        }
         let summary = text.lines().next().unwrap_or_default().trim_start_matches("-- ");
         let fixed = header.keys.iter().filter(|key| !key.ends_with("...")).count();
         writeln!(
@@ -119,7 +127,10 @@ fn resolve(name: &str, above: &mut Vec<String>, done: &mut BTreeSet<String>, sou
 
 /// The text without its comments: Redis keeps every script's source in memory and EVAL sends it.
 fn body(name: &str, text: &str) -> String {
-    let lines = text.lines().filter(|line| !line.trim_start().starts_with("--") && !line.trim().is_empty());
+    let lines = text.lines().filter(|line| {
+        let line = line.trim();
+        !line.is_empty() && (!line.starts_with("--") || line.starts_with(INCLUDE_HERE))
+    });
     let mut body = lines.fold(String::new(), |all, line| all + line + "\n");
     for (feature, script, text, instead) in SABOTAGE {
         if *script == name && env::var_os(format!("CARGO_FEATURE_SABOTAGE_{feature}")).is_some() {

@@ -1,7 +1,7 @@
 -- Decides a batch of STOCK operations, in order, and appends what it accepted to the outbox.
 -- keys: meta, outbox, frozen, low, deleted, held, expiry, products...
 -- args: epoch, run, seen, deadline, lane, counter, resend, window, generation, batch
--- include: guard, outbox, requests, chunks, sums, orders
+-- include: guard, outbox, requests, chunks, sums
 -- returns: {'ok', op, now, n before, answer of sums or '', a reason a frozen product of sums, word, values, word, values, ...}, or a refusal of the guard
 --
 -- KEYS goes on with the products of sums, the other products, the orders, then the buckets of request ids. batch is msgpack
@@ -44,6 +44,22 @@ if sums then
   summed, answered = sum_up(head, sums, FIXED, reasons_of, set)
   head.n = head.n + summed.count
 end
+local reply = {'ok', head.op, head.now, head.first, answered}
+if reasons_of then
+  for i = 1, sums[1] do
+    if reasons_of[i] then reply[#reply + 1] = reasons_of[i] end
+  end
+end
+if #operations == 0 then
+  -- Nearly every batch ends here: what follows costs it nothing, nor do the functions there.
+  append(head, {}, summed)
+  keep_requests(window)
+  in_chunks(set, function(...) redis.call('MSET', ...) end)
+  return reply
+end
+
+-- include here: orders
+
 if #names > 0 then
   local found = redis.call('MGET', unpack(KEYS, place + 1, place + #names))
   for i = 1, #names do
@@ -53,19 +69,13 @@ if #names > 0 then
   if is_any_frozen then reasons = redis.call('HMGET', frozen, unpack(names)) end
 end
 
-local reply, lines, lows, life, freezes = {'ok', head.op, head.now, head.first, answered}, {}, {}, {}, {}
+local lines, lows, life, freezes = {}, {}, {}, {}
 local shelf = {names = names, values = values, dirty = dirty, held = {}, keys = {}, set = set, settled = 0}
 for i = 1, #names do shelf.keys[i] = KEYS[place + i] end
 local marks
 
 local function say(...)
   for _, value in ipairs({...}) do reply[#reply + 1] = value end
-end
-
-if reasons_of then
-  for i = 1, sums[1] do
-    if reasons_of[i] then say(reasons_of[i]) end
-  end
 end
 
 local function refused(kind, items)

@@ -23,7 +23,13 @@ pub(super) struct Pace {
 impl Pace {
     /// `within`: the time an operation has.
     pub(super) fn new(within: Duration) -> Self {
-        Self { within, round: Cell::new(Duration::ZERO), before: Cell::new(None), queue_max: Cell::new(limits::LANE_QUEUE_MAX), served: Cell::new(0) }
+        Self {
+            within,
+            round: Cell::new(Duration::ZERO),
+            before: Cell::new(None),
+            queue_max: Cell::new(limits::LANE_QUEUE_MAX),
+            served: Cell::new(0),
+        }
     }
 
     /// How many operations may wait.
