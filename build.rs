@@ -33,10 +33,12 @@ const SABOTAGE: &[(&str, &str, &str, &str)] = &[
     ("XADD_LAST", "coupon_write", "return reply\n", "append(head, lines)\nreturn reply\n"),
     ("XADD_LAST", "stock_write", "append(head, {}, summed)\n", ""),
     ("XADD_LAST", "stock_write", "return reply\n", "append(head, {}, summed)\n  return reply\n"),
+    ("XADD_LAST_OF_ONE", "stock_write", "append(head, lines, summed)\n", ""),
+    ("XADD_LAST_OF_ONE", "stock_write", "\nend\nreturn reply\n", "\nend\nappend(head, lines, summed)\nreturn reply\n"),
 ];
 
 /// Stands in a script where an include's functions are made that what is above it does without.
-const INCLUDE_HERE: &str = "-- include here: ";
+const INCLUDE_HERE: &str = "-- include here:";
 
 struct Header {
     keys: Vec<String>,
@@ -65,7 +67,7 @@ fn main() {
         }
         for line in body(&name, &text).split_inclusive('\n') {
             match line.trim().strip_prefix(INCLUDE_HERE) {
-                Some(include) => resolve(include, &mut Vec::new(), &mut done, &mut source),
+                Some(include) => resolve(include.trim(), &mut Vec::new(), &mut done, &mut source),
                 None => source.push_str(line),
             }
         }
@@ -117,6 +119,7 @@ fn resolve(name: &str, above: &mut Vec<String>, done: &mut BTreeSet<String>, sou
     }
     let path = format!("lua/include/{name}.lua");
     let text = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    assert!(!text.contains(INCLUDE_HERE), "{path}: only a script says where an include stands");
     above.push(name.to_owned());
     for include in header_line(&text, "include").unwrap_or_default().split(',').map(str::trim).filter(|word| !word.is_empty()) {
         resolve(include, above, done, source);

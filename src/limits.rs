@@ -445,7 +445,8 @@ pub const READ_AHEAD_MAX: usize = 256 << 10;
 pub const REFUSED_REST_PART: u32 = 5;
 
 /// Operations that are refused for want of time, for each that is served. A refusal costs a fifth of what an operation does, of all that works
-/// for it: so at most a fifth of the work is lost to them. What comes beyond twice of what can be served waits in the sockets.
+/// for it: so about a fifth of the work is lost to them. What comes beyond twice of what can be served waits in the sockets, where each connection
+/// still gets one refusal a rest ([`REFUSED_REST_PART`]).
 pub const REFUSED_FOR_EACH_SERVED: u64 = 1;
 
 /// Of them, as many at once: a few milliseconds' work.

@@ -29,15 +29,14 @@ pub struct Args {
     spec: &'static Spec,
     words: Vec<Bytes>,
     found: [Found; SPEC_ARGS_MAX],
-    /// How many times the repeated group was given, and how many words it has.
+    /// How many times the repeated group was given.
     groups: usize,
-    group_width: usize,
 }
 
 impl Args {
     /// Matches the words, name included; errors with the error reply's text.
     pub fn parse(spec: &'static Spec, words: Vec<Bytes>) -> Result<Self, String> {
-        let mut args = Self { spec, words, found: [Found::default(); SPEC_ARGS_MAX], groups: 0, group_width: 0 };
+        let mut args = Self { spec, words, found: [Found::default(); SPEC_ARGS_MAX], groups: 0 };
         if !arity_fits(spec, args.words.len()) {
             return Err(wrong_arity(spec));
         }
@@ -49,7 +48,6 @@ impl Args {
     /// Matches the positional arguments and returns the place behind them.
     fn match_positional(&mut self) -> Result<usize, String> {
         let mut at = self.spec.name_words;
-        self.group_width = self.spec.positional().filter(|(_, arg)| arg.is_repeated()).count();
         for (index, arg) in self.spec.positional() {
             let given = at < self.words.len();
             match arg.presence {
@@ -75,10 +73,10 @@ impl Args {
         let arg = &self.spec.args[first];
         let least = usize::from(arg.presence == Presence::Repeated);
         while at < self.words.len() && (self.groups < least || !self.ends_positional(at)) {
-            if self.words.len() - at < self.group_width {
+            if self.words.len() - at < self.spec.group_width {
                 return Err(wrong_arity(self.spec));
             }
-            for offset in 0..self.group_width {
+            for offset in 0..self.spec.group_width {
                 let index = first + offset;
                 let place = self.found[index].at;
                 self.accept(index, &self.spec.args[index], at + offset)?;
@@ -87,7 +85,7 @@ impl Args {
                     self.found[index].at = place;
                 }
             }
-            at += self.group_width;
+            at += self.spec.group_width;
             self.groups += 1;
         }
         Ok(at)
@@ -102,8 +100,11 @@ impl Args {
     }
 
     fn match_options(&mut self, mut at: usize) -> Result<(), String> {
+        if at >= self.words.len() {
+            return Ok(());
+        }
         let syntax = || "ERR syntax error".to_owned();
-        if at < self.words.len() && self.spec.options().next().is_none() && self.group_width == 0 {
+        if self.spec.options().next().is_none() && self.spec.group_width == 0 {
             return Err(wrong_arity(self.spec));
         }
         while at < self.words.len() {
@@ -213,32 +214,36 @@ impl Args {
 
     /// A required id.
     pub fn id(&self, name: &str) -> Id {
-        valid(self.text(name))
+        self.valid(name, self.text(name))
     }
 
     /// An id, if it was given.
     pub fn maybe_id(&self, name: &str) -> Option<Id> {
-        self.maybe_text(name).map(valid)
+        self.maybe_text(name).map(|word| self.valid(name, word))
     }
 
     /// Every id of a list, in the order given; empty where the list is.
-    pub fn ids(&self, name: &str) -> impl Iterator<Item = Id> + '_ {
-        self.list(name).map(valid)
+    pub fn ids<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Id> + 'a {
+        self.list(name).map(move |word| self.valid(name, word))
     }
 
     /// Every element of a list as bytes, in the order given.
     pub fn list(&self, name: &str) -> impl Iterator<Item = &Bytes> + '_ {
         let first = self.find(name).map_or(0, |found| found.at);
-        (0..if first == 0 { 0 } else { self.groups }).map(move |group| &self.words[first + group * self.group_width])
+        (0..if first == 0 { 0 } else { self.groups }).map(move |group| &self.words[first + group * self.spec.group_width])
     }
 
     /// The pairs of a list of two (`product quantity`), in the order given.
     pub fn pairs(&self) -> impl Iterator<Item = (Id, i64)> + '_ {
-        assert!(self.group_width == 2, "{} declares no pairs", self.spec.name);
-        let first = self.spec.args.iter().position(Arg::is_repeated).map_or(0, |index| self.found[index].at);
+        assert!(self.spec.group_width == 2, "{} declares no pairs", self.spec.name);
+        let index = self.spec.args.iter().position(Arg::is_repeated).unwrap_or_default();
+        let (first, integer) = (self.found[index].at, self.found[index + 1].integer);
         (0..self.groups).map(move |group| {
             let at = first + group * 2;
-            (valid(&self.words[at]), quantity::parse(&self.words[at + 1], 0, i64::MAX).unwrap_or_default())
+            // What was found of a list is its last element.
+            let last = group + 1 == self.groups;
+            let quantity = if last { integer } else { quantity::parse(&self.words[at + 1], 0, i64::MAX).unwrap_or_default() };
+            (Id::of_valid(&self.words[at]), quantity)
         })
     }
 
@@ -317,7 +322,7 @@ impl Args {
         for (index, arg) in self.spec.args.iter().enumerate().filter(|(_, arg)| wanted(arg)) {
             let first = self.found[index].at;
             let times = if arg.is_repeated() { self.groups } else { usize::from(first != 0) };
-            positions.extend((0..times).map(|group| first + group * self.group_width));
+            positions.extend((0..times).map(|group| first + group * self.spec.group_width));
         }
         positions
     }
@@ -325,18 +330,26 @@ impl Args {
     /// The place behind the last positional word.
     fn positional_end(&self) -> usize {
         let single = self.spec.positional().filter(|(index, arg)| !arg.is_repeated() && self.found[*index].at != 0).count();
-        self.spec.name_words + single + self.groups * self.group_width
+        self.spec.name_words + single + self.groups * self.spec.group_width
     }
 
     fn declares(&self, name: &str) -> bool {
-        self.spec.args.iter().any(|arg| arg.name == name)
+        self.spec.args.iter().any(|arg| is_named(arg, name))
+    }
+
+    /// The id in a word that matching has found to be one.
+    fn valid(&self, name: &str, word: &Bytes) -> Id {
+        match self.declared(name).1.kind {
+            Kind::Id { .. } => Id::of_valid(word),
+            _ => Id::from(""),
+        }
     }
 
     /// # Panics
     /// If the spec has no such argument: that is a mistake in the handler, which its first test finds.
     #[allow(clippy::panic, reason = "a mistake in a handler, not in a request")]
     fn declared(&self, name: &str) -> (usize, &'static Arg) {
-        let declared = self.spec.args.iter().enumerate().find(|(_, arg)| arg.name == name);
+        let declared = self.spec.args.iter().enumerate().find(|(_, arg)| is_named(arg, name));
         declared.unwrap_or_else(|| panic!("{} declares no argument '{name}'", self.spec.name))
     }
 
@@ -357,9 +370,9 @@ fn is_option_word(word: &[u8]) -> bool {
     OPTION_WORDS.iter().any(|option| word.eq_ignore_ascii_case(option.as_bytes()))
 }
 
-/// The id in a word that matching has found valid.
-fn valid(word: &Bytes) -> Id {
-    Id::parse(word).unwrap_or_else(|| Id::from(""))
+/// Compares in place what mostly differs: a call costs more.
+fn is_named(arg: &Arg, name: &str) -> bool {
+    arg.name.len() == name.len() && arg.name.as_bytes()[0] == name.as_bytes()[0] && arg.name == name
 }
 
 /// Whether a request of so many words can be this command.

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::Call;
 use super::ack::AckQueue;
 use super::args::{Ack, Args};
+use super::{Call, Context};
 use crate::domain::Position;
 use crate::limits;
 use crate::resp::{Encoder, Reply, Ticket};
@@ -65,9 +65,12 @@ pub fn request(args: &Args) -> Option<Request> {
 pub const CROWDED: &str = "TRYAGAIN overloaded: more operations wait for Redis than it does in time; nothing was changed";
 
 /// The error reply of an operation that was not decided.
-pub fn failed(failure: Failure) -> Reply {
+pub fn failed(cx: &Context, failure: Failure) -> Reply {
     Reply::error(match failure {
-        Failure::Crowded => return Reply::error(CROWDED),
+        Failure::Crowded => {
+            cx.refused_for_time();
+            return Reply::error(CROWDED);
+        }
         Failure::Loading(why) => format!("LOADING {why}"),
         Failure::TryAgain(why) => format!("TRYAGAIN {why}"),
         Failure::InDoubt(id) => format!("INDOUBT {id} it is not known yet whether it was executed: ask again with REQUEST {id}"),

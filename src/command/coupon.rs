@@ -15,6 +15,7 @@ use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
 use crate::domain::{Id, Position};
 use crate::limits;
 use crate::resp::{Reply, Ticket};
+use crate::session::client::HeldBack;
 use crate::store::coupon::{Action, Coupon, CouponOp, CouponOutcome};
 use crate::store::keys;
 use crate::store::lane::{Failure, Waiter};
@@ -191,7 +192,7 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
     op.client = call.session.client.id;
     let ticket = call.ticket_with(confirmation.waits_for_postgres());
     // It takes a look-up first, which what follows it must not overtake.
-    let held = matches!(op.action, Action::Create(_)).then(|| call.session.hold_back());
+    let held = matches!(op.action, Action::Create(_)).then(|| call.session.hold_back(call.pipeline));
     let waiter = ClientWaiter { cx: Rc::clone(call.cx), ticket, confirmation, arrived: call.arrived, has_looked: false, _held: held };
     let waiter = CouponWaiter::Client(waiter);
     doubt::submit(call, &call.cx.backend.coupon, op, confirmation.waits_for_postgres(), waiter);
@@ -214,7 +215,7 @@ pub struct ClientWaiter {
     /// Whether the coupon was looked up in Postgres for it.
     has_looked: bool,
     /// What holds back the commands behind it.
-    _held: Option<Rc<()>>,
+    _held: Option<HeldBack>,
 }
 
 impl Waiter<Coupon> for CouponWaiter {
@@ -262,7 +263,7 @@ impl ClientWaiter {
             self.cx.backend.first_coupons.exists(&op.coupon);
         }
         let outcome = match result {
-            Err(failure) => Err(failed(failure)),
+            Err(failure) => Err(failed(&self.cx, failure)),
             Ok(CouponOutcome::Done { position, .. }) => Ok((position, accepted("OK", &[], position))),
             Ok(CouponOutcome::Stepped { serial, remaining, position }) => Ok((position, stepped(&op.action, serial, remaining, position))),
             Ok(CouponOutcome::Remembered(remembered)) => change::replay(op.request.as_ref(), &remembered),

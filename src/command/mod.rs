@@ -134,7 +134,7 @@ pub struct Context {
     pub heartbeat: Rc<Heartbeat>,
     /// While set, the error that every command without the LOADING flag gets: `LOADING ...`.
     pub refusal: Cell<Option<&'static str>>,
-    /// How many commands were refused without a look at them, since too much waits.
+    /// The commands that are refused as they come, since too much waits.
     pub refused_early: Refusals,
     /// What CONFIG GET shows, secrets left out.
     pub settings: RefCell<Vec<(&'static str, String)>>,
@@ -160,12 +160,17 @@ impl Context {
             slow: Arc::default(),
             heartbeat: Heartbeat::new(),
             refusal: Cell::new(None),
-            refused_early: Refusals::default(),
+            refused_early: Refusals::new(),
             settings: RefCell::new(server::settings()),
             sections: RefCell::new(Vec::new()),
             backend,
             passing: None,
         }
+    }
+
+    /// Counts an operation that is refused for want of time.
+    pub fn refused_for_time(&self) {
+        self.refused_early.add(self.backend.served(), Instant::now());
     }
 }
 
@@ -267,7 +272,7 @@ fn check(
         return Err(refusal.into());
     }
     if let Some(refusal) = spec.early.and_then(|early| early(cx)) {
-        cx.refused_early.add(cx.backend.served());
+        cx.refused_for_time();
         return Err(refusal.into());
     }
     if session.has_subscribed

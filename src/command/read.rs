@@ -50,7 +50,7 @@ pub fn not_live() -> Reply {
 /// Reads from Redis, alone on the connection. Refused while the partition is not live: what Redis has then may be empty or old.
 pub fn from_redis<F: Future<Output = Reply> + 'static>(call: &Call<'_>, read: impl FnOnce(Rc<Context>) -> F) -> Step {
     match call.cx.backend.stock.closed() {
-        Some(failure) => Step::Reply(change::failed(failure)),
+        Some(failure) => Step::Reply(change::failed(call.cx, failure)),
         None => {
             let deadline = call.arrived + call.cx.backend.within;
             let reading = read(Rc::clone(call.cx));

@@ -1,34 +1,45 @@
 //! How many commands may be refused for want of time, beside those that are served.
 
 use std::cell::Cell;
+use std::time::{Duration, Instant};
 
 use crate::limits::{REFUSED_AT_ONCE_MAX, REFUSED_FOR_EACH_SERVED};
 
 /// A refusal takes time from what is served: so there are only so many of them for each that goes to Redis. Who comes beyond that is not
-/// looked at for a while.
-#[derive(Default)]
+/// looked at for a while. Where nothing is served, since Redis stands still, nothing is taken from anybody, and all are refused.
 pub struct Refusals {
     count: Cell<u64>,
     left: Cell<u64>,
     served: Cell<u64>,
+    /// When more had been served than before.
+    moved: Cell<Instant>,
 }
 
 impl Refusals {
+    /// None yet.
+    pub fn new() -> Self {
+        Self { count: Cell::new(0), left: Cell::new(0), served: Cell::new(0), moved: Cell::new(Instant::now()) }
+    }
+
     /// How many there were.
     pub fn count(&self) -> u64 {
         self.count.get()
     }
 
-    /// One more; `served`: how many operations have gone to Redis up to now.
-    pub fn add(&self, served: u64) {
-        let earned = (served - self.served.replace(served).min(served)).saturating_mul(REFUSED_FOR_EACH_SERVED);
+    /// One more; `served`: how many operations have gone to Redis up to `now`.
+    pub fn add(&self, served: u64, now: Instant) {
+        let before = self.served.replace(served);
+        if served != before {
+            self.moved.set(now);
+        }
+        let earned = served.saturating_sub(before).saturating_mul(REFUSED_FOR_EACH_SERVED);
         self.left.set(self.left.get().saturating_add(earned).min(REFUSED_AT_ONCE_MAX).saturating_sub(1));
         self.count.set(self.count.get() + 1);
     }
 
-    /// Whether there may be no more for now.
-    pub fn are_spent(&self) -> bool {
-        self.left.get() == 0
+    /// Whether there may be no more for now. `still`: after how long without anything served all may be refused.
+    pub fn are_spent(&self, now: Instant, still: Duration) -> bool {
+        self.left.get() == 0 && now.saturating_duration_since(self.moved.get()) < still
     }
 }
 
@@ -36,15 +47,17 @@ impl Refusals {
 mod tests {
     use super::*;
 
+    const STILL: Duration = Duration::from_millis(20);
+
     #[test]
     fn there_are_so_many_for_each_that_is_served() {
-        let refusals = Refusals::default();
-        refusals.add(0);
-        assert!(refusals.are_spent(), "nothing is served");
-        refusals.add(10);
+        let (refusals, now) = (Refusals::new(), Instant::now());
+        refusals.add(0, now);
+        assert!(refusals.are_spent(now, STILL), "nothing is served");
+        refusals.add(10, now);
         let mut more = 0;
-        while !refusals.are_spent() {
-            refusals.add(10);
+        while !refusals.are_spent(now, STILL) {
+            refusals.add(10, now);
             more += 1;
         }
         assert_eq!(more, 10 * REFUSED_FOR_EACH_SERVED - 1);
@@ -53,8 +66,19 @@ mod tests {
 
     #[test]
     fn a_quiet_time_earns_no_more_than_a_burst() {
-        let refusals = Refusals::default();
-        refusals.add(1 << 40);
+        let refusals = Refusals::new();
+        refusals.add(1 << 40, Instant::now());
         assert_eq!(refusals.left.get(), REFUSED_AT_ONCE_MAX - 1);
+    }
+
+    #[test]
+    fn where_nothing_is_served_all_are_refused() {
+        let (refusals, now) = (Refusals::new(), Instant::now());
+        refusals.add(1, now);
+        assert!(refusals.are_spent(now, STILL));
+        refusals.add(1, now + STILL);
+        assert!(!refusals.are_spent(now + STILL, STILL));
+        refusals.add(2, now + STILL);
+        assert!(refusals.are_spent(now + STILL, STILL), "it goes on");
     }
 }

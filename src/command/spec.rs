@@ -58,6 +58,12 @@ pub struct Spec {
     pub early: Option<fn(&Context) -> Option<&'static str>>,
     /// The words of its name: 2 for a subcommand.
     pub name_words: usize,
+    /// How many positional arguments have to be given.
+    required: usize,
+    /// How many positional arguments repeat, as one group.
+    pub group_width: usize,
+    /// Whether something is optional or repeats.
+    is_variadic: bool,
     pub subcommands: &'static [&'static Spec],
 }
 
@@ -89,6 +95,9 @@ impl Spec {
             more_time: Duration::ZERO,
             early: None,
             name_words: name_words(name),
+            required: 0,
+            group_width: 0,
+            is_variadic: false,
             subcommands: &[],
         }
     }
@@ -100,6 +109,16 @@ impl Spec {
 
     pub const fn args(mut self, args: &'static [Arg]) -> Self {
         self.args = args;
+        let mut at = 0;
+        while at < args.len() {
+            let (presence, repeated) = (args[at].presence, args[at].is_repeated());
+            if args[at].token.is_none() {
+                self.required += matches!(presence, Presence::Required | Presence::Repeated) as usize;
+                self.group_width += repeated as usize;
+            }
+            self.is_variadic |= !matches!(presence, Presence::Required);
+            at += 1;
+        }
         self
     }
 
@@ -177,12 +196,12 @@ impl Spec {
         if self.run.is_none() && !self.subcommands.is_empty() {
             return 2;
         }
-        self.name_words + self.positional().filter(|(_, arg)| matches!(arg.presence, Presence::Required | Presence::Repeated)).count()
+        self.name_words + self.required
     }
 
     /// Whether there is no one number of words: something is optional or repeats.
     pub fn is_variadic(&self) -> bool {
-        !self.subcommands.is_empty() || self.args.iter().any(|arg| !matches!(arg.presence, Presence::Required))
+        self.is_variadic || !self.subcommands.is_empty()
     }
 
     /// The arity as COMMAND shows it: negative for "at least".

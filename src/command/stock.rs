@@ -299,7 +299,7 @@ impl ClientWaiter {
             Shape::One | Shape::Many => Err(reply),
         };
         let outcome = match result {
-            Err(failure) => Err(failed(failure)),
+            Err(failure) => Err(failed(&self.cx, failure)),
             Ok(StockOutcome::Done { available, position }) => {
                 if op.action == Action::Change(StockKind::Set) {
                     op.items.iter().for_each(|(product, _)| self.cx.backend.first_use.exists(product));
@@ -369,7 +369,7 @@ fn sync(call: &mut Call<'_>) -> Step {
         return Step::Reply(too_many_products());
     }
     if let Some(failure) = call.cx.backend.stock.closed() {
-        return Step::Reply(failed(failure));
+        return Step::Reply(failed(call.cx, failure));
     }
     let (answer, answered) = oneshot::channel();
     let (dry_run, arrived) = (call.args.has("dryrun"), call.arrived);

@@ -1,5 +1,6 @@
 //! Every command there is, in the order of the documentation, and how one is found by its name.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 
 use bytes::Bytes;
@@ -79,6 +80,8 @@ pub static TABLE: &[&Spec] = &[
 pub struct Commands {
     specs: Vec<&'static Spec>,
     numbers: HashMap<&'static [u8], usize, foldhash::fast::RandomState>,
+    /// What was found last: clients send much of the same.
+    last: Cell<usize>,
 }
 
 impl Commands {
@@ -94,7 +97,7 @@ impl Commands {
                 specs.push(*spec);
             }
         }
-        Self { specs, numbers }
+        Self { specs, numbers, last: Cell::new(0) }
     }
 
     /// How many there are, subcommands included; also the number that stands for every unknown command.
@@ -119,11 +122,16 @@ impl Commands {
 
     /// Finds a command, or a subcommand as `client|list`, whatever the case.
     pub fn named(&self, name: &[u8]) -> Option<(usize, &'static Spec)> {
+        let last = self.last.get();
+        if let Some(spec) = self.specs.get(last).filter(|spec| spec.name.as_bytes() == name) {
+            return Some((last, spec));
+        }
         let mut upper = [0_u8; NAME_MAX];
         let upper = upper.get_mut(..name.len())?;
         upper.copy_from_slice(name);
         upper.make_ascii_uppercase();
         let number = *self.numbers.get(&*upper)?;
+        self.last.set(number);
         Some((number, self.specs[number]))
     }
 

@@ -17,15 +17,24 @@ impl Id {
         Self::is_valid(bytes).then(|| Self(bytes.clone()))
     }
 
+    /// Takes bytes that are known to be an id.
+    pub(crate) fn of_valid(bytes: &Bytes) -> Self {
+        debug_assert!(Self::is_valid(bytes), "not an id: {bytes:?}");
+        Self(bytes.clone())
+    }
+
     /// Whether the bytes may be used as an id.
     pub fn is_valid(bytes: &[u8]) -> bool {
         if bytes.is_empty() || bytes.len() > ID_LEN_MAX {
             return false;
         }
-        if bytes.is_ascii() {
-            return bytes.iter().all(|&b| b > b' ' && b != 0x7f && b != b'{' && b != b'}');
+        // Without a way out of the loop: so it takes many bytes at once.
+        if bytes.iter().fold(true, |fits, &b| fits & (b > b' ') & (b < 0x7f) & (b != b'{') & (b != b'}')) {
+            return true;
         }
-        std::str::from_utf8(bytes).is_ok_and(|text| !text.chars().any(|c| c.is_whitespace() || c.is_control() || c == '{' || c == '}'))
+        !bytes.is_ascii()
+            && std::str::from_utf8(bytes)
+                .is_ok_and(|text| !text.chars().any(|c| c.is_whitespace() || c.is_control() || c == '{' || c == '}'))
     }
 
     /// The id as text.

@@ -189,6 +189,14 @@ impl Pipeline {
         self.state.borrow().first == ticket.number
     }
 
+    /// Wakes the connection for another reason than a reply.
+    pub fn nudge(&self) {
+        let waker = self.state.borrow_mut().waker.take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
     /// The connection is gone: tickets still out complete into nothing.
     pub fn close(&self) {
         let mut state = self.state.borrow_mut();

@@ -91,7 +91,7 @@ impl Reader {
                     None => return Ok(None),
                     Some(b'*') => {
                         let Some((n, after)) = self.header(0, "mbulk")? else { return Ok(None) };
-                        let n = number(n).ok_or_else(|| ProtocolError::new("invalid multibulk length"))?;
+                        let n = n.ok_or_else(|| ProtocolError::new("invalid multibulk length"))?;
                         if n <= 0 {
                             self.buffer.advance(after);
                             continue;
@@ -127,7 +127,7 @@ impl Reader {
                         Some(&other) => return Err(ProtocolError::new(format!("expected '$', got '{}'", printable(other)))),
                     }
                     let Some((len, after)) = self.header(at, "bulk")? else { return Ok(None) };
-                    let len = number(len).filter(|&len| len >= 0).ok_or_else(|| ProtocolError::new("invalid bulk length"))?;
+                    let len = len.filter(|&len| len >= 0).ok_or_else(|| ProtocolError::new("invalid bulk length"))?;
                     let end = after + within(len, limits.bulk_max, limits, "bulk")? + 2;
                     if end > limits.bytes_max {
                         return Err(ProtocolError::new("invalid bulk length"));
@@ -164,9 +164,15 @@ impl Reader {
         }
     }
 
-    /// The text of the header at `at`, without its kind byte, and the place behind it; `None` where it is not complete.
-    fn header(&self, at: usize, kind: &str) -> Result<Option<(&[u8], usize)>, ProtocolError> {
+    /// The number in the header at `at`, if it is one, and the place behind it; `None` where it is not complete.
+    fn header(&self, at: usize, kind: &str) -> Result<Option<(Option<i64>, usize)>, ProtocolError> {
         let line = &self.buffer[at + 1..];
+        // What nearly all are.
+        match *line {
+            [a @ b'1'..=b'9', b'\r', b'\n', ..] => return Ok(Some((Some(digit(a)), at + 4))),
+            [a @ b'1'..=b'9', b @ b'0'..=b'9', b'\r', b'\n', ..] => return Ok(Some((Some(digit(a) * 10 + digit(b)), at + 5))),
+            _ => {}
+        }
         let Some(end) = line.iter().take(HEADER_MAX).position(|&b| b == b'\r') else {
             if line.len() >= HEADER_MAX {
                 return Err(ProtocolError::new(format!("too big {kind} count string")));
@@ -175,11 +181,15 @@ impl Reader {
         };
         match line.get(end + 1) {
             None => Ok(None),
-            Some(b'\n') => Ok(Some((&line[..end], at + 1 + end + 2))),
+            Some(b'\n') => Ok(Some((number(&line[..end]), at + 1 + end + 2))),
             // Redis skips whatever byte stands here; a decoder that does not would see another request than we did.
             Some(_) => Err(ProtocolError::new(if kind == "bulk" { "invalid bulk length" } else { "invalid multibulk length" })),
         }
     }
+}
+
+fn digit(byte: u8) -> i64 {
+    i64::from(byte - b'0')
 }
 
 /// The number in a header, as strict as Redis: no `+`, no leading zeros, no spaces.

@@ -16,7 +16,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
@@ -109,7 +109,7 @@ impl Connection {
 
     /// Dispatches the requests that were read, as far as there is room, and no more than is fair to the other connections.
     fn dispatch_turn(&mut self) {
-        let arrived = Instant::now();
+        let arrived = self.input.arrived();
         let mut dispatched = 0;
         let refused = self.cx.refused_early.count();
         let was_known = self.session.authenticated;
@@ -132,12 +132,12 @@ impl Connection {
                 Err(error) => self.refuse(&error, arrived),
             }
             dispatched += 1;
-            if self.cx.refused_early.count() != refused && self.cx.refused_early.are_spent() {
-                self.input.hold();
+            if self.cx.refused_early.count() != refused && self.cx.refused_early.are_spent(Instant::now(), self.rest()) {
+                self.input.hold(arrived);
             }
         }
         if self.cx.refused_early.count() != refused {
-            self.input.rest(arrived + self.cx.backend.reply_within / REFUSED_REST_PART);
+            self.input.rest(Instant::now() + self.rest());
         }
         if was_known && !self.session.authenticated {
             // RESET: it has as long to show who it is as one that connects.
@@ -147,6 +147,11 @@ impl Connection {
             self.clock.heard(arrived);
             self.session.publish(self.pipeline.in_flight(), self.input.len(), self.output.len());
         }
+    }
+
+    /// How long a client rests that was refused for want of time.
+    fn rest(&self) -> Duration {
+        self.cx.backend.reply_within / REFUSED_REST_PART
     }
 
     fn dispatch(&mut self, request: Request, arrived: Instant) {
@@ -213,6 +218,8 @@ impl Connection {
     fn poll_event(&mut self, cx: &mut TaskContext<'_>) -> Poll<()> {
         let mut event = self.poll_stop(cx);
         event |= self.input.is_held() && self.input.poll_rest(cx).is_ready();
+        // What was held back, and is not any more.
+        event |= self.input.backlog && self.has_room();
         event |= self.poll_read(cx);
         event |= self.poll_waiting(cx);
         // Past the bound nothing is encoded until the client has taken some: then the socket wakes this task, not the replies.

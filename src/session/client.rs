@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::user::User;
 use super::users::{Directory, Login};
-use crate::resp::Protocol;
+use crate::resp::{Pipeline, Protocol};
 
 /// What a client said about itself and did last, for others to see.
 #[derive(Clone, Debug)]
@@ -166,12 +166,26 @@ pub enum Rejected {
     TooOften,
 }
 
+/// See [`Session::hold_back`].
+pub struct HeldBack {
+    held: Option<Rc<()>>,
+    pipeline: Rc<Pipeline>,
+}
+
+impl Drop for HeldBack {
+    fn drop(&mut self) {
+        self.held = None;
+        self.pipeline.nudge();
+    }
+}
+
 impl Session {
-    /// Dispatches nothing more of this client for as long as what is returned lives, for it builds on what is not decided yet.
-    pub fn hold_back(&mut self) -> Rc<()> {
+    /// Dispatches nothing more of this client, whose replies are in `pipeline`, for as long as what is returned lives, for it builds on what is
+    /// not decided yet.
+    pub fn hold_back(&mut self, pipeline: &Rc<Pipeline>) -> HeldBack {
         let held = Rc::new(());
         self.held_back = Some(Rc::downgrade(&held));
-        held
+        HeldBack { held: Some(held), pipeline: Rc::clone(pipeline) }
     }
 
     /// Whether that is so.

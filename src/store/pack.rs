@@ -19,7 +19,11 @@ impl Pack {
     }
 
     pub fn integer(&mut self, integer: i64) -> &mut Self {
-        let _ = encode::write_sint(&mut self.0, integer);
+        // One byte, as nearly all are.
+        match i8::try_from(integer) {
+            Ok(small @ -32..) => self.0.push(small.cast_unsigned()),
+            _ => _ = encode::write_sint(&mut self.0, integer),
+        }
         self
     }
 

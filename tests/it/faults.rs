@@ -273,6 +273,7 @@ fn a_change_that_the_outbox_does_not_take_changes_nothing() {
     client.ok("COUPON.CREATE c 10");
     for (command, sold, look, unchanged) in [
         ("STOCK.DECR a 1 REQUEST r-1", "[OK, 9, ", "GET stock:product:a", "10"),
+        ("STOCK.SET a 12 REQUEST r-3", "[OK, 12, ", "GET stock:product:a", "9"),
         ("COUPON.ISSUE c u REQUEST r-2", "[ISSUED, 1, 9, ", "HGET coupon:info:c issued", "0"),
     ] {
         stack.backing().ask("ACL SETUSER default -xadd");
@@ -284,7 +285,7 @@ fn a_change_that_the_outbox_does_not_take_changes_nothing() {
         assert!(now.starts_with(sold), "{now}");
     }
     stack.wait_until_applied();
-    assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock"), "9");
+    assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock"), "12");
     assert_eq!(stack.postgres.value("SELECT issued FROM holdfast.coupon"), "1");
 }
 

@@ -31,12 +31,14 @@ pub struct Input {
     rest: Option<Pin<Box<Sleep>>>,
     /// Whether nothing that was read is looked at until then, either.
     held: bool,
+    /// When what was read was to be looked at, if it was held then.
+    held_since: Option<Instant>,
 }
 
 impl Input {
     /// Nothing yet.
     pub fn new() -> Self {
-        Self { reader: Reader::default(), read_size: READ_MIN, backlog: false, ended: false, rest: None, held: false }
+        Self { reader: Reader::default(), read_size: READ_MIN, backlog: false, ended: false, rest: None, held: false, held_since: None }
     }
 
     /// Bytes that are no request yet.
@@ -57,9 +59,15 @@ impl Input {
         }
     }
 
-    /// Looks at nothing while it rests.
-    pub fn hold(&mut self) {
+    /// Looks at nothing while it rests, of what came at `arrived`.
+    pub fn hold(&mut self, arrived: Instant) {
         self.held = true;
+        self.held_since.get_or_insert(arrived);
+    }
+
+    /// When what was read arrived: now, unless it was held.
+    pub fn arrived(&self) -> Instant {
+        self.held_since.unwrap_or_else(Instant::now)
     }
 
     /// Whether it rests and nothing is looked at.
@@ -95,6 +103,7 @@ impl Input {
                 Poll::Ready(Received::End)
             }
             Poll::Ready(Ok(read)) => {
+                self.held_since = None;
                 self.read_size = match read {
                     full if full == room => (self.read_size * 2).min(READ_MAX),
                     little if little < self.read_size / 4 => (self.read_size / 2).max(READ_MIN),

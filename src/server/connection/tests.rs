@@ -1,6 +1,6 @@
 //! A connection over a real socket, with commands made for the test.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,17 +13,30 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::command::spec::{BLOCKING, Spec, integer, text};
-use crate::command::{Commands, Handler, Stats, Step, client, connection, pubsub};
+use crate::command::{Backend, Commands, Handler, Stats, Step, client, connection, pubsub};
 use crate::limits::{IN_FLIGHT_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX};
 use crate::resp::Ticket;
+use crate::session::client::HeldBack;
 use crate::session::registry::Registry;
 
 thread_local! {
     static HELD: RefCell<Vec<(Bytes, Ticket)>> = const { RefCell::new(Vec::new()) };
+    /// When the last of them arrived.
+    static ARRIVED: Cell<Option<Instant>> = const { Cell::new(None) };
+    /// What holds back the client of the last T.BUILD.
+    static BUILDING: RefCell<Option<HeldBack>> = const { RefCell::new(None) };
 }
 
 static HOLD: Spec = Spec::new("T.HOLD", "Answers when freed.").args(&[text("word", 100)]).run(|call| {
     let held = (call.args.text("word").clone(), call.ticket());
+    HELD.with_borrow_mut(|all| all.push(held));
+    ARRIVED.set(Some(call.arrived));
+    Step::Later
+});
+static BUILD: Spec = Spec::new("T.BUILD", "Holds back what its client sends behind it, and is answered when freed.").run(|call| {
+    let pipeline = Rc::clone(call.pipeline());
+    BUILDING.set(Some(call.session.hold_back(&pipeline)));
+    let held = (Bytes::from_static(b"built"), call.ticket());
     HELD.with_borrow_mut(|all| all.push(held));
     Step::Later
 });
@@ -49,6 +62,7 @@ static CROWDED: Spec = Spec::new("T.CROWDED", "Is refused.").refused_early(|_| S
 static TABLE: &[&Spec] = &[
     &CROWDED,
     &HOLD,
+    &BUILD,
     &FREE,
     &SLEEP,
     &LATE,
@@ -77,9 +91,18 @@ struct Server {
 
 /// Runs the test beside a server on this thread.
 async fn served(clients_max: usize, test: impl AsyncFnOnce(Server)) {
+    served_by(clients_max, Backend::unconnected(), test).await;
+}
+
+/// The same where who is refused rests for so long that nothing else takes as long.
+async fn served_with_rest(rest: Duration, test: impl AsyncFnOnce(Server)) {
+    served_by(10, Backend { reply_within: rest * REFUSED_REST_PART, ..Backend::unconnected() }, test).await;
+}
+
+async fn served_by(clients_max: usize, backend: Backend, test: impl AsyncFnOnce(Server)) {
     let commands = Rc::new(Commands::new(TABLE));
     let stats = Arc::new(Stats::new(&commands));
-    let cx = Rc::new(Context::new(commands, Arc::new(Registry::new(clients_max)), stats, crate::command::Backend::unconnected()));
+    let cx = Rc::new(Context::new(commands, Arc::new(Registry::new(clients_max)), stats, backend));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let shutdown = CancellationToken::new();
@@ -277,48 +300,64 @@ async fn a_client_has_bounded_requests_in_flight() {
     .await;
 }
 
+/// Longer than anything else in these tests.
+const REST: Duration = Duration::from_millis(700);
+
 #[tokio::test]
 async fn who_is_refused_for_want_of_time_is_read_again_a_little_later() {
-    served(10, async |server| {
-        let within = server.cx.backend.reply_within;
-        let mut stream = TcpStream::connect(server.address).await.unwrap();
-        let began = Instant::now();
+    served_with_rest(REST, async |server| {
+        let (mut stream, began) = (TcpStream::connect(server.address).await.unwrap(), Instant::now());
         // As if so many were served.
-        server.cx.refused_early.add(1_000);
+        server.cx.refused_early.add(1_000, Instant::now());
         talk(&mut stream, b"T.CROWDED\r\nPING\r\n", "-TRYAGAIN later\r\n+PONG\r\n").await;
-        talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
-        assert!(began.elapsed() >= within / REFUSED_REST_PART, "what came behind it at once was taken with it, the rest waited");
-        // Nobody else waits.
-        talk(&mut stream, b"T.CROWDED\r\n", "-TRYAGAIN later\r\n").await;
-        let (mut other, began) = (TcpStream::connect(server.address).await.unwrap(), Instant::now());
+        assert!(began.elapsed() < REST, "what came behind it at once was taken with it");
+        let mut other = TcpStream::connect(server.address).await.unwrap();
         talk(&mut other, b"PING\r\n", "+PONG\r\n").await;
-        let others = began.elapsed();
+        assert!(began.elapsed() < REST, "nobody else waits");
         talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
-        assert!(others < began.elapsed());
+        assert!(began.elapsed() >= REST, "the rest waits");
     })
     .await;
 }
 
 #[tokio::test]
-async fn what_would_be_refused_beyond_what_is_served_is_not_looked_at() {
-    served(10, async |server| {
-        let rest = server.cx.backend.reply_within / REFUSED_REST_PART;
-        let mut stream = TcpStream::connect(server.address).await.unwrap();
-        for round in 1..=3 {
-            // What is behind it in the same read has to wait, though nothing is the matter with it.
-            let began = Instant::now();
-            talk(&mut stream, b"T.CROWDED\r\nPING\r\n", "-TRYAGAIN later\r\n+PONG\r\n").await;
-            assert!(began.elapsed() >= rest, "round {round}");
-        }
-        let (mut other, began) = (TcpStream::connect(server.address).await.unwrap(), Instant::now());
-        talk(&mut stream, b"T.CROWDED\r\n", "-TRYAGAIN later\r\n").await;
+async fn beyond_as_many_refusals_as_there_may_be_nothing_is_looked_at() {
+    served_with_rest(REST, async |server| {
+        let (mut stream, began) = (TcpStream::connect(server.address).await.unwrap(), Instant::now());
+        server.cx.refused_early.add(1, began);
+        stream.write_all(b"T.CROWDED\r\nT.HOLD a\r\n").await.unwrap();
+        expect(&mut stream, "-TRYAGAIN later\r\n").await;
+        let mut other = TcpStream::connect(server.address).await.unwrap();
         talk(&mut other, b"PING\r\n", "+PONG\r\n").await;
-        let others = began.elapsed();
-        talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
-        assert!(others < began.elapsed());
-        server.cx.refused_early.add(100_000);
-        talk(&mut stream, "T.CROWDED\r\n".repeat(50).as_bytes(), &"-TRYAGAIN later\r\n".repeat(50)).await;
-        assert!(!server.cx.refused_early.are_spent());
+        assert!(began.elapsed() < REST, "nobody else waits");
+        assert!(HELD.with_borrow(Vec::is_empty), "what is behind it in the same read has to wait, though nothing is the matter with it");
+        until(|| HELD.with_borrow(|held| !held.is_empty())).await;
+        assert!(began.elapsed() >= REST);
+        assert!(ARRIVED.get().unwrap().elapsed() >= REST, "it has the time that it came with");
+        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
+        expect(&mut stream, "$1\r\na\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_waits_behind_a_command_that_holds_back_goes_on_as_soon_as_it_may() {
+    served(10, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let held = || HELD.with_borrow(Vec::len);
+        // One behind it came with it, the other one later.
+        stream.write_all(b"T.BUILD\r\nT.HOLD a\r\n").await.unwrap();
+        until(|| held() == 1).await;
+        BUILDING.take();
+        until(|| held() == 2).await;
+        stream.write_all(b"T.BUILD\r\n").await.unwrap();
+        until(|| held() == 3).await;
+        stream.write_all(b"T.HOLD b\r\n").await.unwrap();
+        BUILDING.take();
+        until(|| held() == 4).await;
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
+        expect(&mut stream, "$5\r\nbuilt\r\n$1\r\na\r\n$5\r\nbuilt\r\n$1\r\nb\r\n").await;
     })
     .await;
 }
