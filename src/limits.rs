@@ -108,12 +108,17 @@ pub const LOCK_POLL: Duration = Duration::from_millis(250);
 /// How long Redis may take for one script of a lock: beyond that the connection is replaced, and the script sent again under the same name.
 pub const LOCK_CALL_WITHIN: Duration = Duration::from_secs(1);
 
-/// How long what was done last to a lock is remembered after it: a repetition comes within a few [`LOCK_CALL_WITHIN`].
+/// How long what was done to a lock is remembered: a repetition comes within a few [`LOCK_CALL_WITHIN`].
 pub const LOCK_NOTE: Duration = Duration::from_secs(5);
 
-/// How long a release is sent again while its answer is lost: the last one has to come while the first is remembered.
-pub const LOCK_RELEASE_WITHIN: Duration = Duration::from_secs(3);
-const _: () = assert!(LOCK_RELEASE_WITHIN.as_millis() + 2 * LOCK_CALL_WITHIN.as_millis() <= LOCK_NOTE.as_millis());
+/// How long a release, and an owner's further acquisition, are sent again while the answer is lost: the last one has to come while the first is
+/// remembered.
+pub const LOCK_RESEND_WITHIN: Duration = Duration::from_secs(3);
+const _: () = assert!(LOCK_RESEND_WITHIN.as_millis() + 2 * LOCK_CALL_WITHIN.as_millis() <= LOCK_NOTE.as_millis());
+
+/// How long the acquisition of a lock is sent again: Redis knows it for as long as it holds the lock by it. The longest lease, after which that
+/// is over.
+pub const LOCK_TRY_WITHIN: Duration = Duration::from_millis(LOCK_LEASE_MAX_MS.unsigned_abs());
 
 /// How long after a lease must have ended it is looked whether it has: longer than a request to Redis takes, and shorter than [`LOCK_NOTE`].
 pub const LOCK_ENDED_AFTER: Duration = Duration::from_secs(1);

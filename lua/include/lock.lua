@@ -1,8 +1,8 @@
 -- include: whole
--- The number above which this node's next token has to be; nil where it is to be agreed anew.
-local function floor_of(marker, epoch, run)
+-- The number above which this node's next token has to be; nil where it is to be agreed anew, as where it lies below one that was seen.
+local function floor_of(marker, epoch, run, seen)
   local m = redis.call('HMGET', marker, 'epoch', 'run', 'token')
-  if m[1] ~= epoch or m[2] ~= run then return nil end
+  if m[1] ~= epoch or m[2] ~= run or (tonumber(m[3]) or 0) < tonumber(seen) then return nil end
   return tonumber(m[3])
 end
 

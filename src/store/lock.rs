@@ -249,6 +249,7 @@ impl Locks {
         let Ask { name, lease, owner, session, patient, of_the_server } = ask;
         let name = LockName::of(name.id().detached()).unwrap_or(name);
         let waiter = Waiter {
+            op: inner.op(),
             lease: if session { inner.settings.session_lease.min(inner.settings.max_hold) } else { lease },
             owner: owner.map(|owner| owner.detached()),
             session,
@@ -409,8 +410,8 @@ impl Inner {
                 }
                 Step::Try { id, asked } => {
                     tried = true;
-                    let sent = Instant::now();
-                    let result = self.attempt(&name, &asked, true, sent + asked.lease).await;
+                    // However long Redis is away, what became of a try is found out before the next: nothing is held for nobody.
+                    let result = self.attempt(&name, &asked, true, Instant::now() + limits::LOCK_TRY_WITHIN).await;
                     let held = matches!(result, Ok(Tried::Held(..)));
                     self.settle(&name, id, result, by);
                     // Whoever releases it from now on is heard.
@@ -440,7 +441,7 @@ impl Inner {
             let pause = until.map_or(poll, |until| until.saturating_duration_since(now));
             return Step::Sleep(Arc::clone(&line.wake), pause);
         }
-        let asked = Asked::of(waiter, self.op());
+        let asked = Asked::of(waiter);
         if tried && line.held_until.is_some_and(|until| until > now) {
             let left = line.held_until.map_or(poll, |until| until.saturating_duration_since(now));
             return Step::Sleep(Arc::clone(&line.wake), poll.min(left + Duration::from_millis(1)));
@@ -476,10 +477,14 @@ impl Inner {
                     _ = waiter.answer.send(Answer::Held(ms));
                 }
             }
-            Ok(Tried::Free) => {}
+            Ok(Tried::Free) => {
+                if let Some(waiter) = line.waiters.get_mut(&id) {
+                    waiter.op = self.op();
+                }
+            }
             Err(refusal) => {
                 line.held_until = None;
-                // Whoever waits goes on waiting for Redis. What was sent for them, if it ran, has ended with its lease.
+                // Whoever waits goes on waiting for Redis.
                 let waits = matches!(refusal, Refusal::TryAgain(_) | Refusal::InDoubt)
                     && line.waiters.get(&id).is_some_and(|waiter| waiter.patient);
                 if !waits && let Some(waiter) = line.waiters.remove(&id) {
@@ -505,8 +510,8 @@ impl Inner {
 
     /// Asks once for a client that does not wait, while others do: only who holds it already can get it.
     async fn ask_beside_the_line(self: &Arc<Self>, name: &LockName, waiter: Waiter) {
-        let asked = Asked::of(&waiter, self.op());
-        match self.attempt(name, &asked, false, Instant::now() + asked.lease).await {
+        let asked = Asked::of(&waiter);
+        match self.attempt(name, &asked, false, Instant::now() + limits::LOCK_RESEND_WITHIN).await {
             Ok(Tried::Got { token, lease, sent }) => self.grant(name, Some(waiter), token, lease, sent, By::Again),
             Ok(Tried::Held(ms, _)) => _ = waiter.answer.send(Answer::Held(ms)),
             Ok(Tried::Free) => _ = waiter.answer.send(Answer::Held(0)),
@@ -517,7 +522,8 @@ impl Inner {
     /// Tries whether a waiter's owner holds the lock already.
     async fn ask_once_more(self: &Arc<Self>, name: &LockName, id: u64, lease: Duration, owner: Option<Id>) {
         let asked = Asked { op: self.op(), lease, owner };
-        if let Ok(Tried::Got { token, lease, sent }) = self.attempt(name, &asked, false, Instant::now() + lease).await {
+        let until = Instant::now() + limits::LOCK_RESEND_WITHIN;
+        if let Ok(Tried::Got { token, lease, sent }) = self.attempt(name, &asked, false, until).await {
             let waiter = self.lines().get_mut(name).and_then(|line| line.waiters.remove(&id));
             self.grant(name, waiter, token, lease, sent, By::Again);
         }
@@ -538,7 +544,7 @@ impl Inner {
             let line = lines.get_mut(&name);
             match line {
                 Some(line) => {
-                    let heir = line.heir(now, max_turn).map(|(id, waiter)| (id, Asked::of(waiter, self.op())));
+                    let heir = line.heir(now, max_turn).map(|(id, waiter)| (id, Asked::of(waiter)));
                     match &heir {
                         Some((id, _)) => line.trying = Some(*id),
                         None => line.turn.releases(now, told_us),
@@ -548,10 +554,8 @@ impl Inner {
                 None => None,
             }
         };
-        let sent = Instant::now();
-        let op = heir.as_ref().map_or_else(|| self.op(), |(_, asked)| asked.op.clone());
-        let within = heir.as_ref().map_or(limits::LOCK_RELEASE_WITHIN, |(_, asked)| asked.lease.min(limits::LOCK_RELEASE_WITHIN));
-        let result = self.let_go(&name, token, &op, heir.as_ref().map(|(_, asked)| asked), sent + within).await;
+        let until = Instant::now() + limits::LOCK_RESEND_WITHIN;
+        let result = self.let_go(&name, token, &self.op(), heir.as_ref().map(|(_, asked)| asked), until).await;
         let now = Instant::now();
         let mut lines = self.lines();
         let mut passed_to = None;
@@ -560,8 +564,9 @@ impl Inner {
                 line.trying = None;
             }
             match (&result, &heir) {
-                (Ok(Released::Passed { lease, .. }), Some((id, _))) => {
-                    line.held_until = Some(sent + *lease);
+                (Ok(Released::Passed { lease, sent, .. }), Some((id, _))) => {
+                    line.held_until = Some(*sent + *lease);
+                    line.holder = None;
                     passed_to = line.waiters.remove(id);
                 }
                 (Ok(Released::ForAll { told }), _) => {
@@ -586,7 +591,7 @@ impl Inner {
                 self.holds.remove(token);
                 Ok(true)
             }
-            Released::Passed { token: next, lease } => {
+            Released::Passed { token: next, lease, sent } => {
                 self.holds.remove(token);
                 self.grant(&name, passed_to, next, lease, sent, By::Passed);
                 Ok(true)

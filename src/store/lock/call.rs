@@ -22,8 +22,8 @@ pub(super) struct Asked {
 }
 
 impl Asked {
-    pub fn of(waiter: &Waiter, op: String) -> Self {
-        Self { op, lease: waiter.lease, owner: waiter.owner.clone() }
+    pub fn of(waiter: &Waiter) -> Self {
+        Self { op: waiter.op.clone(), lease: waiter.lease, owner: waiter.owner.clone() }
     }
 
     fn owner(&self) -> &[u8] {
@@ -41,6 +41,7 @@ pub(super) enum Tried {
     },
     /// For so many ms; -1: without end. By whom: the field in the lock's key.
     Held(i64, String),
+    /// Nobody has it, or what was got under this name is over: it may be asked for under another.
     Free,
 }
 
@@ -51,6 +52,8 @@ pub(super) enum Released {
     Passed {
         token: u64,
         lease: Duration,
+        /// When it was asked for, before which its lease has not begun.
+        sent: Instant,
     },
     /// So many clients were told.
     ForAll {
@@ -85,15 +88,24 @@ enum Again {
 impl Inner {
     /// Tries to acquire; where not `fresh`, only for an owner that holds the lock.
     pub(super) async fn attempt(&self, name: &LockName, asked: &Asked, fresh: bool, until: Instant) -> Result<Tried, Refusal> {
-        let keys = [keys::LOCKS.to_owned(), keys::lock(name), keys::lock_token(name), keys::lock_owner(name)];
+        let keys = [
+            keys::LOCKS.to_owned(),
+            keys::lock(name),
+            keys::lock_token(name),
+            keys::lock_owner(name),
+            keys::lock_done(name, &asked.op),
+        ];
         let (lease, keep) = (millis(asked.lease).to_string(), limits::LOCK_NOTE.as_millis().to_string());
+        // Nothing has been sent yet: whoever wants it may have gone by the time Redis is there.
+        if tokio::time::timeout(limits::LOCK_CALL_WITHIN, self.link.node()).await.is_err() {
+            return Err(self.silent());
+        }
         let mut sent = Instant::now();
         let mut words = self
             .call(&script::LOCK_ACQUIRE, &keys, &asked.op, until, |node| {
                 sent = Instant::now();
-                let deadline = node.time_at(sent + limits::LOCK_CALL_WITHIN).to_string();
-                let mut args = of_node(node);
-                args.extend([deadline.into_bytes(), node.epoch.installation.clone().into_bytes()]);
+                let mut args = self.of_node(node, sent);
+                args.push(node.epoch.installation.clone().into_bytes());
                 args.extend([lease.clone().into_bytes(), asked.owner().to_vec(), if fresh { b"1".to_vec() } else { b"0".to_vec() }]);
                 args.push(keep.clone().into_bytes());
                 args
@@ -102,7 +114,9 @@ impl Inner {
         let read = |words: &mut Words| {
             Ok::<_, Error>(match words.text()?.as_str() {
                 "got" => {
-                    let got = Tried::Got { token: number(words)?, lease: lasting(words)?, sent };
+                    let token = number(words)?;
+                    self.link.saw(token);
+                    let got = Tried::Got { token, lease: lasting(words)?, sent };
                     metrics::counter!("holdfast_lock_expired_total").increment(number(words)?);
                     got
                 }
@@ -133,18 +147,25 @@ impl Inner {
         ];
         let (token, keep) = (token.to_string(), limits::LOCK_NOTE.as_millis().to_string());
         let lease = next.map_or(0, |next| millis(next.lease)).to_string();
+        let mut sent = Instant::now();
         let mut words = self
             .call(&script::LOCK_RELEASE, &keys, op, until, |node| {
-                let mut args = of_node(node);
+                sent = Instant::now();
+                let mut args = self.of_node(node, sent);
                 args.extend([node.epoch.installation.clone().into_bytes(), token.clone().into_bytes()]);
-                args.extend([lease.clone().into_bytes(), next.map_or(b"".as_slice(), Asked::owner).to_vec(), keep.clone().into_bytes()]);
+                args.extend([lease.clone().into_bytes(), next.map_or(b"".as_slice(), Asked::owner).to_vec()]);
+                args.extend([next.map_or(b"".as_slice(), |next| next.op.as_bytes()).to_vec(), keep.clone().into_bytes()]);
                 args
             })
             .await?;
         let read = |words: &mut Words| {
             Ok::<_, Error>(match words.text()?.as_str() {
                 "kept" => Released::Kept,
-                "passed" => Released::Passed { token: number(words)?, lease: lasting(words)? },
+                "passed" => {
+                    let token = number(words)?;
+                    self.link.saw(token);
+                    Released::Passed { token, lease: lasting(words)?, sent }
+                }
                 "released" => Released::ForAll { told: number(words)? },
                 "lost" => Released::Lost,
                 other => return Err(Error::Unexpected(format!("{other:?} of lock_release"))),
@@ -225,7 +246,7 @@ impl Inner {
         let mut sent = false;
         let over = |sent: bool| match sent && script.name != script::LOCK_LOOK.name {
             true => Refusal::InDoubt,
-            false => Refusal::TryAgain(self.link.trouble().unwrap_or_else(|| "Redis does not answer".to_owned())),
+            false => self.silent(),
         };
         loop {
             let Ok(node) = tokio::time::timeout_at(until.into(), self.link.node()).await else { return Err(over(sent)) };
@@ -267,6 +288,17 @@ impl Inner {
         }
     }
 
+    fn silent(&self) -> Refusal {
+        Refusal::TryAgain(self.link.trouble().unwrap_or_else(|| "Redis does not answer".to_owned()))
+    }
+
+    /// What a script that gives out tokens is told of the node, and until when it may, sent at this time.
+    fn of_node(&self, node: &Node, sent: Instant) -> Vec<Vec<u8>> {
+        let numbers = [node.epoch.number.to_string(), self.link.seen().to_string(), node.time_at(sent + limits::LOCK_CALL_WITHIN).to_string()];
+        let [epoch, seen, deadline] = numbers.map(String::into_bytes);
+        vec![epoch, node.connection.run_id().as_bytes().to_vec(), seen, deadline]
+    }
+
     /// Whether an answer decides anything.
     fn judge(&self, value: redis::Value, node: &Node, op: &str) -> Result<Words, Again> {
         let unexpected = |error: &Error| Again::Never(refused(error));
@@ -305,10 +337,6 @@ impl Inner {
         }
         Err(Again::Now)
     }
-}
-
-fn of_node(node: &Node) -> Vec<Vec<u8>> {
-    vec![node.epoch.number.to_string().into_bytes(), node.connection.run_id().as_bytes().to_vec()]
 }
 
 fn number(words: &mut Words) -> Result<u64, Error> {

@@ -46,6 +46,8 @@ impl By {
 
 /// One client that wants the lock.
 pub(super) struct Waiter {
+    /// The name of every try for it: what one of them got is known to the next.
+    pub op: String,
     pub lease: Duration,
     pub owner: Option<Id>,
     /// Whether it is held while a connection lives.

@@ -1,5 +1,6 @@
 //! The connection that locks are held over, and under which epoch the node behind it gives out tokens.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,6 +29,8 @@ pub(super) struct Node {
     pub connection: Connection,
     pub epoch: Arc<Epoch>,
     number: u64,
+    /// How Redis calls the connection; `None` where it does not say.
+    client: Option<i64>,
     clock: Arc<Mutex<Clock>>,
 }
 
@@ -51,6 +54,8 @@ struct Doubt {
 pub(super) struct Link {
     redis_url: String,
     epochs: mpsc::Sender<EpochRequest>,
+    /// The highest token that a script has answered.
+    seen: AtomicU64,
     /// Whose locks they are, as it was agreed last.
     installation: Mutex<String>,
     /// The node, or why there is none.
@@ -64,6 +69,7 @@ impl Link {
         Self {
             redis_url: redis_url.to_owned(),
             epochs,
+            seen: AtomicU64::new(0),
             installation: Mutex::default(),
             state: watch::Sender::new(Err("starting".to_owned())),
             doubt: Mutex::default(),
@@ -81,6 +87,16 @@ impl Link {
             // The sender is ours, so it cannot be gone.
             _ = state.changed().await;
         }
+    }
+
+    /// A script answered this token: every later one is higher.
+    pub fn saw(&self, token: u64) {
+        self.seen.fetch_max(token, Ordering::Relaxed);
+    }
+
+    /// The highest token that a script has answered; 0 before the first.
+    pub fn seen(&self) -> u64 {
+        self.seen.load(Ordering::Relaxed)
     }
 
     /// What stands before the token in the fields of this installation's holders.
@@ -120,12 +136,14 @@ impl Link {
     /// Connects, and connects again. Never returns.
     pub async fn run(&self) {
         let (mut number, mut agreed, mut said) = (0, None, String::new());
+        let mut before: Option<Node> = None;
         loop {
             number += 1;
             let spent = std::mem::take(&mut self.doubt.lock().unwrap_or_else(PoisonError::into_inner).spent);
-            match self.open(number, spent, &mut agreed).await {
+            match self.open(number, spent, before.as_ref(), &mut agreed).await {
                 Ok(node) => {
                     said.clear();
+                    before = Some(node.clone());
                     _ = self.state.send_replace(Ok(node.clone()));
                     self.keep(node).await;
                 }
@@ -161,18 +179,25 @@ impl Link {
     }
 
     /// Connects and makes sure that no token can be given out twice.
-    async fn open(&self, number: u64, spent: u64, agreed: &mut Option<Arc<Epoch>>) -> Result<Node, Error> {
+    async fn open(&self, number: u64, spent: u64, before: Option<&Node>, agreed: &mut Option<Arc<Epoch>>) -> Result<Node, Error> {
         let mut connection = Connection::open(&self.redis_url).await?;
+        if let Some(before) = before {
+            end(before, &mut connection).await?;
+        }
+        let client = id_of(&mut connection).await?;
         let clock = Arc::new(Mutex::new(Clock::heard(connection.time_ms().await?)));
         loop {
             let marker = Marker::of(&mut connection).await?;
-            let kept = marker.epoch.filter(|_| marker.run.as_deref() == Some(connection.run_id()) && spent == 0);
+            // One that lies below what was seen is of before, though it is the same process: it was loaded, or written by hand.
+            let is_whole = marker.token >= self.seen().max(1) && marker.run.as_deref() == Some(connection.run_id());
+            let kept = marker.epoch.filter(|_| is_whole && spent == 0);
             let known = agreed.clone().filter(|epoch| kept == Some(epoch.number));
             let epoch = match known {
                 Some(epoch) => epoch,
                 None => {
                     let known = agreed.as_ref().map_or(0, |epoch| epoch.number);
-                    let seen = marker.epoch.unwrap_or(0).max(Epoch::of(marker.token)).max(Epoch::of(spent)).max(known);
+                    let tokens = [marker.token, spent, self.seen()].map(Epoch::of);
+                    let seen = tokens.into_iter().fold(marker.epoch.unwrap_or(0).max(known), u64::max);
                     let epoch = Arc::new(self.ask(kept, seen).await?);
                     *agreed = Some(Arc::clone(&epoch));
                     epoch
@@ -187,7 +212,7 @@ impl Link {
                 info!(epoch = number, run_id = run, "locks' tokens begin anew, above all that were given");
             }
             self.installation.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&epoch.installation);
-            return Ok(Node { connection, epoch, number, clock });
+            return Ok(Node { connection, epoch, number, client, clock });
         }
     }
 
@@ -199,6 +224,30 @@ impl Link {
             Ok(Ok(epoch)) => Ok(epoch),
             _ => Err(silent()),
         }
+    }
+}
+
+/// Ends the connection of before at Redis, so that nothing of it that has not run yet runs later: what is sent again has been decided then, and
+/// so has what was given up.
+async fn end(before: &Node, connection: &mut Connection) -> Result<(), Error> {
+    // Another process has other connections.
+    let Some(client) = before.client.filter(|_| before.connection.run_id() == connection.run_id()) else { return Ok(()) };
+    match connection.send(redis::cmd("CLIENT").arg("KILL").arg("ID").arg(client)).await {
+        Err(error @ Error::Connection(_)) => Err(error),
+        Err(error) => {
+            warn!(%error, "a connection that was given up cannot be ended at Redis: what was sent over it may still run");
+            Ok(())
+        }
+        Ok(_) => Ok(()),
+    }
+}
+
+/// How Redis calls this connection; `None` where it does not say.
+async fn id_of(connection: &mut Connection) -> Result<Option<i64>, Error> {
+    match connection.send(redis::cmd("CLIENT").arg("ID")).await {
+        Err(error @ Error::Connection(_)) => Err(error),
+        Ok(redis::Value::Int(id)) => Ok(Some(id)),
+        _ => Ok(None),
     }
 }
 
