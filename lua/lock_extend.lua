@@ -3,14 +3,16 @@
 -- args: op, installation, keep, batch
 -- returns: {op, for each 1, or 0 where it is not held under this token...}
 --
--- KEYS is lock and side of each; batch is msgpack {{token, ms}, ...}.
+-- KEYS is lock and side of each; batch is msgpack {{token, ms, whether it may be shortened by that}, ...}.
 local reply = {op}
 for i, wanted in ipairs(cmsgpack.unpack(batch)) do
   local lock, side = KEYS[i * 2 - 1], KEYS[i * 2]
   reply[i + 1] = 0
   if redis.call('TYPE', lock).ok == 'hash' and redis.call('HEXISTS', lock, installation .. ':' .. wanted[1]) == 1 then
-    redis.call('PEXPIRE', lock, wanted[2])
-    redis.call('PEXPIRE', side, wanted[2] + keep)
+    if wanted[3] or redis.call('PTTL', lock) < wanted[2] then
+      redis.call('PEXPIRE', lock, wanted[2])
+      redis.call('PEXPIRE', side, wanted[2] + keep)
+    end
     reply[i + 1] = 1
   end
 end

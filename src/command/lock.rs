@@ -53,7 +53,7 @@ pub static EXTEND: Spec = Spec::new("LOCK.EXTEND", "Sets how long a lock lasts f
         let ms = call.args.integer("ms");
         with_token(call, async move |locks, name, token, within| {
             let extended = locks.extend(&name, token, duration(ms), within).await?;
-            Ok(if extended { outcome("EXTENDED", [Reply::Integer(ms)]) } else { fenced() })
+            Ok(extended.map_or_else(fenced, |lease| outcome("EXTENDED", [Reply::Integer(millis(lease))])))
         })
     });
 
@@ -190,6 +190,10 @@ fn with_token(call: &Call<'_>, ask: impl AsyncFnOnce(Locks, LockName, u64, Durat
 
 fn duration(ms: i64) -> Duration {
     Duration::from_millis(ms.unsigned_abs())
+}
+
+fn millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// What a holder is told whose token is no longer the lock's.

@@ -275,14 +275,16 @@ impl Locks {
         }
     }
 
-    /// Lets it last so long from now on. `false` where it is not held under this token.
-    pub async fn extend(&self, name: &LockName, token: u64, lease: Duration, within: Duration) -> Result<bool, Refusal> {
+    /// Lets it last so long from now on, but a session's no longer than it may be held. Returns how long; `None` where it is not held under this
+    /// token.
+    pub async fn extend(&self, name: &LockName, token: u64, lease: Duration, within: Duration) -> Result<Option<Duration>, Refusal> {
         let sent = Instant::now();
-        let extended = self.0.extend(&[(name.clone(), token, lease)], sent + within).await?.first() == Some(&true);
+        let Some(lease) = self.0.holds.bounded(token, lease, sent) else { return Ok(None) };
+        let extended = self.0.extend(&[(name.clone(), token, lease)], true, sent + within).await?.first() == Some(&true);
         if extended {
-            self.0.holds.extended(token, sent + lease);
+            self.0.holds.extended(token, sent, lease);
         }
-        Ok(extended)
+        Ok(extended.then_some(lease))
     }
 
     /// How many ms it is still held under this token; -1: without end. `None` where it is not.
@@ -678,7 +680,7 @@ impl Inner {
     async fn renew(&self, holds: Vec<hold::Renewal>) {
         let sent = Instant::now();
         let wanted: Vec<(LockName, u64, Duration)> = holds.iter().map(|hold| (hold.name.clone(), hold.token, hold.lease)).collect();
-        match self.extend(&wanted, sent + limits::LOCK_CALL_WITHIN).await {
+        match self.extend(&wanted, false, sent + limits::LOCK_CALL_WITHIN).await {
             Ok(renewed) => {
                 for (hold, renewed) in holds.iter().zip(renewed) {
                     self.holds.renewed(hold, renewed.then_some(sent));

@@ -174,13 +174,13 @@ impl Inner {
         read(&mut words).map_err(|error| refused(&error))
     }
 
-    /// Sets how long these last from now on; for each whether it is still held.
-    pub(super) async fn extend(&self, holds: &[(LockName, u64, Duration)], until: Instant) -> Result<Vec<bool>, Refusal> {
+    /// Sets how long these last from now on, or only lets them last as long where not `exactly`; for each whether it is still held.
+    pub(super) async fn extend(&self, holds: &[(LockName, u64, Duration)], exactly: bool, until: Instant) -> Result<Vec<bool>, Refusal> {
         let keys: Vec<String> = holds.iter().flat_map(|(name, ..)| [keys::lock(name), keys::lock_owner(name)]).collect();
         let mut batch = Pack::default();
         batch.array(holds.len());
         for (_, token, lease) in holds {
-            batch.array(2).text(&token.to_string()).integer(millis(*lease));
+            batch.array(3).text(&token.to_string()).integer(millis(*lease)).is(exactly);
         }
         let (batch, keep) = (batch.into_bytes(), limits::LOCK_NOTE.as_millis().to_string());
         let mut words = self

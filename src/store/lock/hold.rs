@@ -14,6 +14,8 @@ struct Hold {
     name: LockName,
     /// When its lease surely has ended, by our clock: it counts from before it was asked for.
     until: Instant,
+    /// When that was said last: what was sent before says nothing more.
+    said: Instant,
     session: Option<Session>,
 }
 
@@ -69,7 +71,7 @@ impl Holds {
             })
             .unzip();
         let mut all = self.all();
-        let hold = all.entry(token).or_insert_with(|| Hold { name: name.clone(), until: sent, session: None });
+        let hold = all.entry(token).or_insert_with(|| Hold { name: name.clone(), until: sent, said: sent, session: None });
         hold.until = hold.until.max(sent + lease);
         hold.session = session.or(hold.session.take());
         lost
@@ -87,10 +89,21 @@ impl Holds {
         }
     }
 
-    /// It lasts until then, if it is known.
-    pub fn extended(&self, token: u64, until: Instant) {
+    /// How long it may last from `now` on where somebody asks for `lease`; `None` where its session may hold it no longer.
+    pub fn bounded(&self, token: u64, lease: Duration, now: Instant) -> Option<Duration> {
+        let all = self.all();
+        let Some(session) = all.get(&token).and_then(|hold| hold.session.as_ref()) else { return Some(lease) };
+        let left = session.ends.saturating_duration_since(now);
+        (left >= Duration::from_millis(1)).then(|| lease.min(left))
+    }
+
+    /// It was asked at `sent` to last so long from then on. A session's is renewed in time for that.
+    pub fn extended(&self, token: u64, sent: Instant, lease: Duration) {
         if let Some(hold) = self.all().get_mut(&token) {
-            hold.until = until;
+            (hold.until, hold.said) = (sent + lease, sent);
+            if let Some(session) = &mut hold.session {
+                session.renew_at = session.renew_at.min(sent + lease / 3);
+            }
         }
     }
 
@@ -115,10 +128,15 @@ impl Holds {
         match sent {
             Some(sent) => {
                 if let Some(hold) = all.get_mut(&renewal.token) {
-                    hold.until = hold.until.max(sent + renewal.lease);
+                    let is_news = sent >= hold.said;
+                    if is_news {
+                        hold.until = hold.until.max(sent + renewal.lease);
+                    }
                     if let Some(session) = &mut hold.session {
                         session.renewing = false;
-                        session.renew_at = sent + session.lease / 3;
+                        if is_news {
+                            session.renew_at = sent + session.lease / 3;
+                        }
                     }
                 }
             }
@@ -202,7 +220,7 @@ mod tests {
         let last = holds.due(at(12)).pop();
         assert_eq!(last, None, "its lease had ended: it is not brought back");
         holds.add(&name, 8, start, LEASE, Some(&settings()));
-        holds.extended(8, at(18));
+        holds.extended(8, start, Duration::from_secs(18));
         let last = holds.due(at(15)).pop().unwrap();
         assert_eq!((last.token, last.lease), (8, Duration::from_secs(5)));
         holds.renewed(&last, Some(at(15)));
@@ -211,6 +229,34 @@ mod tests {
         assert!(lost.try_recv().is_ok() && !holds.has(7) && holds.has(8));
         holds.end(at(20), false);
         assert_eq!(holds.len(), 0);
+    }
+
+    #[test]
+    fn what_a_session_is_given_by_hand_is_kept_by_its_renewals_and_bounded_by_its_end() {
+        let (holds, name) = (Holds::default(), LockName::of(Id::from("l")).unwrap());
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let _lost = holds.add(&name, 7, start, LEASE, Some(&settings()));
+        assert_eq!(holds.bounded(7, Duration::from_secs(60), at(2)), Some(Duration::from_secs(18)));
+        assert_eq!(holds.bounded(7, Duration::from_secs(5), at(2)), Some(Duration::from_secs(5)));
+        assert_eq!(holds.bounded(7, Duration::from_secs(60), at(20)), None);
+        assert_eq!(holds.bounded(8, Duration::from_secs(60), at(20)), Some(Duration::from_secs(60)), "no session's");
+        // Longer than a renewal gives.
+        holds.extended(7, at(2), Duration::from_secs(16));
+        let renewal = holds.due(at(3)).pop().unwrap();
+        holds.renewed(&renewal, Some(at(3)));
+        holds.end(at(17), false);
+        assert!(holds.has(7), "a renewal does not take it back");
+        holds.end(at(18), false);
+        assert!(!holds.has(7));
+        // Shorter, while a renewal of before is under way.
+        let _lost = holds.add(&name, 9, start, LEASE, Some(&settings()));
+        let renewal = holds.due(at(3)).pop().unwrap();
+        holds.extended(9, at(4), Duration::from_secs(3));
+        holds.renewed(&renewal, Some(at(3)));
+        assert_eq!(holds.due(at(5)).len(), 1, "it is renewed in time");
+        holds.end(at(7), false);
+        assert!(!holds.has(9));
     }
 
     #[test]
