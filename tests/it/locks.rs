@@ -10,33 +10,33 @@ use crate::harness::{Client, Sidecar, Stack, wait_until};
 use crate::proxy::{Direction, Proxy};
 
 /// So many in CI, so many where HOLDFAST_LOCKS=full asks for it.
-fn size(short: usize, full: usize) -> usize {
+pub fn size(short: usize, full: usize) -> usize {
     if std::env::var("HOLDFAST_LOCKS").is_ok_and(|size| size == "full") { full } else { short }
 }
 
 /// The token in `[ACQUIRED, <token>, <lease>]`.
-fn token(reply: &str) -> u64 {
+pub fn token(reply: &str) -> u64 {
     let words: Vec<&str> = reply.trim_matches(['[', ']']).split(", ").collect();
     assert_eq!((words[0], words.len()), ("ACQUIRED", 3), "{reply}");
     words[1].parse().unwrap()
 }
 
-fn acquire(client: &mut Client, name: &str, options: &str) -> u64 {
+pub fn acquire(client: &mut Client, name: &str, options: &str) -> u64 {
     token(&client.ask(format!("LOCK.ACQUIRE {name} {options}").trim_end()))
 }
 
 /// A metric's value, 0 where it is not there.
-fn metric(sidecar: &Sidecar, name: &str) -> f64 {
+pub fn metric(sidecar: &Sidecar, name: &str) -> f64 {
     let (_, text) = sidecar.get("/metrics");
     let found = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
     found.unwrap_or(0.0)
 }
 
-fn acquired_by(sidecar: &Sidecar, by: &str) -> f64 {
+pub fn acquired_by(sidecar: &Sidecar, by: &str) -> f64 {
     metric(sidecar, &format!("holdfast_lock_acquired_total{{by=\"{by}\"}}"))
 }
 
-fn waiters(client: &mut Client, name: &str) -> usize {
+pub fn waiters(client: &mut Client, name: &str) -> usize {
     match client.ask(&format!("LOCK.INFO {name}")).as_str() {
         "nil" => 0,
         _ => client.field(&format!("LOCK.INFO {name}"), "waiters").parse().unwrap(),
@@ -44,7 +44,7 @@ fn waiters(client: &mut Client, name: &str) -> usize {
 }
 
 /// A client that waits for a lock in a thread of its own, and returns the reply.
-fn waiting(sidecar: &Sidecar, command: &str) -> JoinHandle<(Client, String)> {
+pub fn waiting(sidecar: &Sidecar, command: &str) -> JoinHandle<(Client, String)> {
     let (mut client, command) = (sidecar.connect(), command.to_owned());
     thread::spawn(move || {
         let reply = client.ask(&command);
@@ -53,7 +53,7 @@ fn waiting(sidecar: &Sidecar, command: &str) -> JoinHandle<(Client, String)> {
 }
 
 /// A second sidecar beside the stack's.
-fn beside(stack: &Stack) -> Sidecar {
+pub fn beside(stack: &Stack) -> Sidecar {
     let sidecar = Sidecar::start(&stack.redis.url(), &stack.postgres.url);
     let mut client = sidecar.connect();
     wait_until("the second sidecar serves locks", || client.ask("LOCK.INFO nothing") == "nil");

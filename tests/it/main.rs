@@ -22,6 +22,7 @@ mod flows;
 mod hostile;
 mod http;
 mod inbox;
+mod lock_faults;
 mod locks;
 mod model;
 mod orders;

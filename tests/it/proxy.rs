@@ -33,7 +33,13 @@ struct Shared {
     /// Whether what is published is lost.
     mute: AtomicBool,
     delay_us: AtomicU64,
+    /// How many marked requests were passed on.
+    passed: AtomicUsize,
+    /// The number of the next connection.
+    next: AtomicU64,
     held: Mutex<Vec<Direction>>,
+    /// The connections before this one have their requests kept back.
+    old: AtomicU64,
     released: Condvar,
     connections: Mutex<HashMap<u64, [TcpStream; 2]>>,
     ended: AtomicBool,
@@ -52,7 +58,10 @@ impl Proxy {
             to_repeat: AtomicUsize::new(0),
             mute: AtomicBool::new(false),
             delay_us: AtomicU64::new(0),
+            passed: AtomicUsize::new(0),
+            next: AtomicU64::new(0),
             held: Mutex::default(),
+            old: AtomicU64::new(0),
             released: Condvar::new(),
             connections: Mutex::default(),
             ended: AtomicBool::new(false),
@@ -63,6 +72,7 @@ impl Proxy {
                 if serving.ended.load(Ordering::SeqCst) {
                     return;
                 }
+                serving.next.store(number + 1, Ordering::SeqCst);
                 if let Ok(server) = TcpStream::connect(("127.0.0.1", serving.target.load(Ordering::SeqCst))) {
                     pass(number, client, server, &serving);
                 }
@@ -119,9 +129,29 @@ impl Proxy {
         self.shared.held.lock().unwrap().push(direction);
     }
 
+    /// Keeps back the requests of the connections that there are, until [`Proxy::release`].
+    pub fn hold_old(&self) {
+        self.shared.old.store(self.shared.next.load(Ordering::SeqCst), Ordering::SeqCst);
+    }
+
+    /// How many marked requests were passed on, each counted once.
+    pub fn passed(&self) -> usize {
+        self.shared.passed.load(Ordering::SeqCst)
+    }
+
     pub fn release(&self) {
-        self.shared.held.lock().unwrap().clear();
+        let mut held = self.shared.held.lock().unwrap();
+        self.shared.old.store(0, Ordering::SeqCst);
+        held.clear();
+        drop(held);
         self.shared.released.notify_all();
+    }
+
+    /// Cuts every connection at its client's end. What is kept back still arrives.
+    pub fn cut_clients(&self) {
+        for [client, _] in self.shared.connections.lock().unwrap().values() {
+            drop(client.shutdown(Shutdown::Both));
+        }
     }
 
     /// Cuts every connection.
@@ -143,9 +173,10 @@ impl Drop for Proxy {
 }
 
 impl Shared {
-    fn wait_if_told(&self, direction: Direction) {
+    fn wait_if_told(&self, direction: Direction, number: u64) {
         let held = self.held.lock().unwrap();
-        drop(self.released.wait_while(held, |held| held.contains(&direction)).unwrap());
+        let is_old = || direction == Direction::Requests && number < self.old.load(Ordering::SeqCst);
+        drop(self.released.wait_while(held, |held| held.contains(&direction) || is_old()).unwrap());
         match self.delay_us.load(Ordering::SeqCst) {
             0 => {}
             delay => thread::sleep(Duration::from_micros(delay)),
@@ -186,7 +217,7 @@ fn pass(number: u64, client: TcpStream, server: TcpStream, shared: &Arc<Shared>)
         let mut buffer = [0; 65536];
         while let Ok(read @ 1..) = from_client.read(&mut buffer) {
             let request = &buffer[..read];
-            all.wait_if_told(Direction::Requests);
+            all.wait_if_told(Direction::Requests, number);
             let marked = all.is_marked(request);
             if marked && take_one(&all.to_lose) {
                 loses.store(true, Ordering::SeqCst);
@@ -197,6 +228,7 @@ fn pass(number: u64, client: TcpStream, server: TcpStream, shared: &Arc<Shared>)
             if (0..times).any(|_| to_server.write_all(request).is_err()) {
                 break;
             }
+            all.passed.fetch_add(usize::from(marked), Ordering::SeqCst);
         }
         let _ = to_server.shutdown(Shutdown::Both);
     });
@@ -204,7 +236,7 @@ fn pass(number: u64, client: TcpStream, server: TcpStream, shared: &Arc<Shared>)
     thread::spawn(move || {
         let mut buffer = [0; 65536];
         while let Ok(read @ 1..) = from_server.read(&mut buffer) {
-            all.wait_if_told(Direction::Answers);
+            all.wait_if_told(Direction::Answers, number);
             let answer = if all.mute.load(Ordering::SeqCst) { &without_messages(&buffer[..read]) } else { &buffer[..read] };
             if losing.load(Ordering::SeqCst) || to_client.write_all(answer).is_err() {
                 break;
