@@ -1,12 +1,13 @@
 -- Takes a lock if it is free, or once more for the owner that holds it.
--- keys: marker, lock, counter, side, done
+-- keys: marker, lock, counter, side, done, needed...
 -- args: op, epoch, run, seen, deadline, installation, lease, owner, fresh, keep
 -- include: lock
--- returns: {op, 'got', token, lease, 1 where the lease of the one before has ended}, {op, 'held', remaining ms, a holder's field}, {op, 'free'} where fresh is not '1' or what this op got is over, or what it could not do: {op, 'epoch'}, {op, 'spent', token}, {op, 'late'}, {op, 'type', type}
+-- returns: {op, 'got', token, lease, 1 where the lease of the one before has ended}, {op, 'held', remaining ms, a holder's field}, {op, 'free'} where fresh is not '1' or what this op got is over, or what it could not do: {op, 'epoch'}, {op, 'spent', token}, {op, 'late'}, {op, 'type', type}, {op, 'absent'}
 --
 -- marker says which tokens this node has given, counter which this lock has, as Redisson's RFencedLock counts; side is who may acquire
 -- once more, and the op of who has it. op names this attempt, and done is its own key, which says for keep ms which token it got: sent again,
--- it gives the same answer, and what arrives once that is over does nothing. keep: also how many ms side outlives the lock.
+-- it gives the same answer, and what arrives once that is over does nothing. keep: also how many ms side outlives the lock. needed: what
+-- has to be there for the lock to be of any use, if anything has to.
 local time = redis.call('TIME')
 if time[1] * 1000 + math.floor(time[2] / 1000) > tonumber(deadline) then return {op, 'late'} end
 local floor = floor_of(marker, epoch, run, seen)
@@ -18,6 +19,7 @@ if before then
   if redis.call('HEXISTS', lock, installation .. ':' .. before) == 0 then return {op, 'free'} end
   return {op, 'got', before, redis.call('PTTL', lock), 0}
 end
+if KEYS[6] and redis.call('EXISTS', KEYS[6]) == 0 then return {op, 'absent'} end
 local last = redis.call('HMGET', side, 'op', 'token', 'owner', 'again')
 local holds = last[2] and redis.call('HEXISTS', lock, installation .. ':' .. last[2]) == 1
 -- As long as it lasts the last of each is known without done.

@@ -209,6 +209,7 @@ fn refused(name: &LockName, refusal: Refusal) -> Reply {
         Refusal::InDoubt => {
             format!("INDOUBT {name} it is not known yet whether it was done: LOCK.CHECK tells whether the lock is still held")
         }
+        Refusal::NoCoupon => format!("TRYAGAIN there is no coupon to issue under the lock '{name}'"),
         Refusal::NotALock(kind) => format!("ERR invalid lock name: '{name}' is a {kind} on the backing Redis, and no lock"),
     })
 }

@@ -61,7 +61,7 @@ pub struct Ask {
     pub session: bool,
     /// Waits where somebody holds it.
     pub patient: bool,
-    /// The server itself asks, for what it has begun: also while it shuts down.
+    /// The server itself asks, to issue the lock's coupon, which has to be there: also while it shuts down.
     pub of_the_server: bool,
 }
 
@@ -87,6 +87,8 @@ pub enum Refusal {
     Failed(String),
     /// The key holds something of this type.
     NotALock(String),
+    /// The server itself asked for the lock of a coupon that Redis does not have.
+    NoCoupon,
 }
 
 /// What LOCK.INFO shows.
@@ -523,7 +525,7 @@ impl Inner {
 
     /// Tries whether a waiter's owner holds the lock already.
     async fn ask_once_more(self: &Arc<Self>, name: &LockName, id: u64, lease: Duration, owner: Option<Id>) {
-        let asked = Asked { op: self.op(), lease, owner };
+        let asked = Asked::once_more(self.op(), lease, owner);
         let until = Instant::now() + limits::LOCK_RESEND_WITHIN;
         if let Ok(Tried::Got { token, lease, sent }) = self.attempt(name, &asked, false, until).await {
             let waiter = self.lines().get_mut(name).and_then(|line| line.waiters.remove(&id));

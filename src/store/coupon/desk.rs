@@ -210,6 +210,14 @@ async fn take_a_turn(desk: Rc<Inner>, turns: Turns, coupon: Id, turn: Rc<Turn>) 
             turn.over(Instant::now(), turns).await;
             end(grant, &turn);
         }
+        // There is nothing to hold it for, and nothing is left in Redis by asking. The script says that the coupon is absent; should it be there by
+        // then, it sends the issues back, as nobody holds the lock by that name.
+        Some(Answer::Refused(Refusal::NoCoupon)) => {
+            *turn.state.borrow_mut() = State::Held(Arc::new(Fence { field: "-".to_owned(), token: 0 }));
+            desk.bell.ring();
+            turn.over(Instant::now(), turns).await;
+            *turn.state.borrow_mut() = State::Waiting;
+        }
         Some(Answer::Refused(Refusal::NotALock(_))) => refuse(&desk, &turn, State::NotALock).await,
         Some(Answer::Refused(Refusal::TryAgain(why) | Refusal::Loading(why) | Refusal::Failed(why))) => {
             refuse(&desk, &turn, State::Refused(why)).await;

@@ -19,11 +19,18 @@ pub(super) struct Asked {
     pub op: String,
     pub lease: Duration,
     pub owner: Option<Id>,
+    /// Whether it is only wanted where there is the coupon that is issued under it.
+    to_issue: bool,
 }
 
 impl Asked {
     pub fn of(waiter: &Waiter) -> Self {
-        Self { op: waiter.op.clone(), lease: waiter.lease, owner: waiter.owner.clone() }
+        Self { op: waiter.op.clone(), lease: waiter.lease, owner: waiter.owner.clone(), to_issue: waiter.of_the_server }
+    }
+
+    /// A try by a client, under this name.
+    pub const fn once_more(op: String, lease: Duration, owner: Option<Id>) -> Self {
+        Self { op, lease, owner, to_issue: false }
     }
 
     fn owner(&self) -> &[u8] {
@@ -88,13 +95,14 @@ enum Again {
 impl Inner {
     /// Tries to acquire; where not `fresh`, only for an owner that holds the lock.
     pub(super) async fn attempt(&self, name: &LockName, asked: &Asked, fresh: bool, until: Instant) -> Result<Tried, Refusal> {
-        let keys = [
+        let mut keys = vec![
             keys::LOCKS.to_owned(),
             keys::lock(name),
             keys::lock_token(name),
             keys::lock_owner(name),
             keys::lock_done(name, &asked.op),
         ];
+        keys.extend(name.coupon().filter(|_| asked.to_issue).map(|coupon| keys::coupon_info(&coupon)));
         let (lease, keep) = (millis(asked.lease).to_string(), limits::LOCK_NOTE.as_millis().to_string());
         // Nothing has been sent yet: whoever wants it may have gone by the time Redis is there.
         if tokio::time::timeout(limits::LOCK_CALL_WITHIN, self.link.node()).await.is_err() {
@@ -329,6 +337,7 @@ impl Inner {
                 self.link.stale(node, spent);
             }
             b"late" => return Err(Again::Later),
+            b"absent" => return Err(Again::Never(Refusal::NoCoupon)),
             b"type" => {
                 let kind = words.text().and_then(|_| words.text()).map_err(|error| unexpected(&error))?;
                 return Err(Again::Never(Refusal::NotALock(kind)));
