@@ -107,7 +107,7 @@ pub struct Encoded<P> {
 /// What says which operations of a family may go to Redis now.
 pub trait Desk<Op>: 'static {
     /// Lets an operation go with the next batch, or says why it has to wait. Where one has to, the desk rings when that may have changed.
-    fn admit(&self, op: &mut Op) -> Result<(), String>;
+    fn admit(&self, op: &mut Op) -> Result<(), Rc<str>>;
     /// What had to wait is asked about again, in the order in which it came.
     fn again(&self);
     /// The script did not take an operation as it was admitted.
@@ -120,7 +120,7 @@ pub trait Desk<Op>: 'static {
 
 /// Where every operation may go at any time.
 impl<Op> Desk<Op> for () {
-    fn admit(&self, _: &mut Op) -> Result<(), String> {
+    fn admit(&self, _: &mut Op) -> Result<(), Rc<str>> {
         Ok(())
     }
 
@@ -223,7 +223,7 @@ struct Queued<F: Family, W> {
     waiter: Option<W>,
     deadline: Instant,
     /// Why it was not decided when it was last tried.
-    again: Option<String>,
+    again: Option<Rc<str>>,
     /// Counted, for as long as it is on its way, where [`Family::may_turn_all`].
     _turning: Option<Turning>,
 }
@@ -249,6 +249,11 @@ impl<F: Family, W: Waiter<F>> Queued<F, W> {
         if let Some(waiter) = self.waiter.take() {
             waiter.done(&self.op, result);
         }
+    }
+
+    /// Why it was not done: what it was parked for, else `otherwise`.
+    fn why_not(&mut self, otherwise: &str) -> String {
+        self.again.take().as_deref().unwrap_or(otherwise).to_owned()
     }
 
     fn is_due(&self, now: Instant) -> bool {
@@ -339,12 +344,11 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 return waiter.done(&op, Err(Failure::TryAgain("overloaded: Postgres is too far behind; nothing was changed".into())));
             }
         }
-        let mut queue = self.queue.borrow_mut();
         let queue_max = if F::is_of_a_client(&op) { self.pace.queue_max() } else { limits::LANE_QUEUE_MAX };
-        if queue.len() >= queue_max {
-            drop(queue);
+        if self.queued() >= queue_max {
             return waiter.done(&op, Err(Failure::Crowded));
         }
+        let mut queue = self.queue.borrow_mut();
         F::goes(&self.partition.sold_out, &op, deadline);
         // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
         let at = queue.iter().rposition(|queued| queued.deadline <= deadline).map_or(0, |before| before + 1);
@@ -358,7 +362,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// Whether what a client asks for now is refused, whatever it is: more waits than is served in time. Where notes of sold-out products may
     /// answer it without Redis it is not.
     pub fn is_crowded(&self) -> bool {
-        self.queue.borrow().len() >= self.pace.queue_max() && self.partition.sold_out.is_empty() && self.closed().is_none()
+        self.queued() >= self.pace.queue_max() && self.partition.sold_out.is_empty() && self.closed().is_none()
     }
 
     /// How many operations have gone to Redis.
@@ -379,7 +383,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         self.clock.get().at(Instant::now()).div_euclid(self.window_ms)
     }
 
-    /// How many operations wait to be sent.
+    /// How many operations wait to be sent, those that are parked among them.
     pub fn queued(&self) -> usize {
         self.queue.borrow().len() + self.parked.borrow().len()
     }
@@ -472,7 +476,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             late.extend(parked.extract_if(.., |queued| queued.is_due(now)));
         }
         for mut queued in late {
-            let reason = queued.again.take().unwrap_or_else(|| self.too_late().to_owned());
+            let reason = queued.why_not(self.too_late());
             metrics::counter!("holdfast_expired_total", "lane" => F::LANE).increment(1);
             queued.finish(Err(Failure::TryAgain(reason)));
         }
@@ -494,7 +498,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         };
         for mut queued in late {
             metrics::counter!("holdfast_expired_total", "lane" => F::LANE).increment(1);
-            let reason = queued.again.take().unwrap_or_else(|| self.too_late().to_owned());
+            let reason = queued.why_not(self.too_late());
             queued.finish(Err(Failure::TryAgain(reason)));
         }
     }
@@ -669,6 +673,11 @@ mod tests {
         assert!(lane.is_crowded() && told.0.borrow().is_empty());
         lane.submit(decr(), Instant::now(), told.clone());
         assert_eq!(*told.0.borrow(), [Err(Failure::Crowded)]);
+        // What is parked waits as well.
+        lane.parked.borrow_mut().extend(lane.queue.take());
+        assert!(lane.is_crowded());
+        lane.submit(decr(), Instant::now(), told.clone());
+        assert_eq!(*told.0.borrow(), [Err(Failure::Crowded), Err(Failure::Crowded)]);
         partition.sold_out.had(&Id::from("b"), 0, Instant::now());
         assert!(!lane.is_crowded());
         partition.sold_out.clear();

@@ -62,6 +62,8 @@ struct Turn {
     used: Cell<bool>,
     /// Whether a batch under it is on its way.
     is_under_way: Cell<bool>,
+    /// Why what waits for it waits, as long as it was not asked about again.
+    why: RefCell<Option<Rc<str>>>,
     changed: Notify,
 }
 
@@ -102,18 +104,18 @@ impl CouponDesk {
 }
 
 impl Desk<CouponOp> for CouponDesk {
-    fn admit(&self, op: &mut CouponOp) -> Result<(), String> {
+    fn admit(&self, op: &mut CouponOp) -> Result<(), Rc<str>> {
         let Some(turns) = self.0.turns else { return Ok(()) };
         let waits =
             op.client != 0 && !self.0.waiting.borrow().is_empty() && self.0.waiting.borrow().contains(&(op.coupon.clone(), op.client));
+        let known = (waits || op.is_issue()).then(|| self.0.coupons.borrow().get(&op.coupon).cloned()).flatten();
         if waits {
-            return Err(held_by(&self.0.locks, &op.coupon));
+            return Err(known.map_or_else(|| held_by(&self.0.locks, &op.coupon).into(), |turn| turn.held_by(&self.0.locks, &op.coupon)));
         }
         if !op.is_issue() {
             return Ok(());
         }
         let now = Instant::now();
-        let known = self.0.coupons.borrow().get(&op.coupon).cloned();
         let turn = known.unwrap_or_else(|| {
             let turn = Rc::new(Turn::new(now));
             let coupon = op.coupon.detached();
@@ -127,11 +129,11 @@ impl Desk<CouponOp> for CouponDesk {
             State::NotALock => None,
             State::Refused(why) => {
                 self.waits(op);
-                return Err(format!("{why}; nothing was changed"));
+                return Err(format!("{why}; nothing was changed").into());
             }
             State::Waiting | State::Fenced => {
                 self.waits(op);
-                return Err(held_by(&self.0.locks, &op.coupon));
+                return Err(turn.held_by(&self.0.locks, &op.coupon));
             }
         };
         op.fence = fence;
@@ -144,6 +146,7 @@ impl Desk<CouponOp> for CouponDesk {
 
     fn again(&self) {
         self.0.waiting.borrow_mut().clear();
+        self.0.coupons.borrow().values().for_each(|turn| _ = turn.why.take());
     }
 
     fn sent_back(&self, op: &CouponOp) {
@@ -175,8 +178,14 @@ impl Turn {
             wanted: Cell::new(now),
             used: Cell::new(false),
             is_under_way: Cell::new(false),
+            why: RefCell::default(),
             changed: Notify::new(),
         }
+    }
+
+    /// Why `coupon` is not issued.
+    fn held_by(&self, locks: &Locks, coupon: &Id) -> Rc<str> {
+        Rc::clone(self.why.borrow_mut().get_or_insert_with(|| held_by(locks, coupon).into()))
     }
 
     /// Returns when it is over, or was lost.

@@ -192,7 +192,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     fn give_back(&self, sent: Sent<F, W>, reason: &str) {
         for mut queued in sent.operations {
-            let reason = queued.again.take().unwrap_or_else(|| reason.to_owned());
+            let reason = queued.why_not(reason);
             queued.finish(Err(Failure::TryAgain(reason)));
         }
     }
@@ -284,7 +284,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                         Verdict::Again(reason) => reason,
                         Verdict::Decided(_) => continue,
                     };
-                    queued.again = Some(reason);
+                    queued.again = Some(reason.into());
                     if queued.waiter.is_some() {
                         self.park(queued);
                     }
