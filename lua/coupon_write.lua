@@ -14,7 +14,7 @@
 -- The holder is the field in the coupon's lock that its issues go by, which has to be there; '': the lock is elided, and they go ahead only
 -- while nobody holds it.
 -- Words: 'ok', to alter with remaining, to the others with serial, remaining; create 'exists'; alter 'few' issued · 'order';
--- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms · 'fenced'; use 'already' serial · 'none' · 'ended';
+-- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms · 'fenced', as is what comes behind that; use 'already' serial · 'none' · 'ended';
 -- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; all of them 'absent' · 'deleted' · 'corrupt' · 'known' text · 'stale' · 'ahead' ·
 -- 'full'.
 local FIXED = 2
@@ -140,6 +140,8 @@ function kinds.create(c, coupon, operation)
   if coupon.exists then return say('exists') end
   if not operation[9] then return say('absent') end
   coupon.exists, coupon.created, coupon.issued, coupon.serial, coupon.used = true, true, 0, 0, 0
+  -- What its users have under a key that was left is nobody's.
+  coupon.lines, coupon.emptied = {}, true
   coupon.total, coupon.per_user, coupon.start, coupon.stop = unpack(operation, 5, 8)
   say('ok')
   accept(c, operation[2], operation[4], 'OK')
@@ -180,7 +182,10 @@ local function stepped(c, coupon, operation, serial, word)
 end
 
 function kinds.issue(c, coupon, operation, held)
-  if coupon.fenced then return say('fenced') end
+  if coupon.fenced then
+    coupon.waits = true
+    return say('fenced')
+  end
   if coupon.holder then return say('locked', coupon.holder, coupon.holder_ms) end
   if head.now < coupon.start then return say('early', coupon.start) end
   if coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
@@ -274,6 +279,8 @@ local function decide(operation, user, at)
   if request then word, known = recall(head, request, window, generation) end
   if word then return say(word, known) end
   if coupon.corrupt then return say('corrupt') end
+  -- It may be of the client whose issue is sent back, and comes behind that again.
+  if coupon.waits then return say('fenced') end
   if kind ~= 'create' and kind ~= 'init' then
     if not coupon.exists then return say('absent') end
     if coupon.deleted then return say('deleted') end

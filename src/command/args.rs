@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use super::spec::{Arg, Kind, OPTION_WORDS, Presence, Spec};
-use crate::domain::{Id, RequestId, quantity, request};
+use crate::domain::{Id, LockName, RequestId, quantity, request};
 use crate::limits::{PATTERN_MAX, SPEC_ARGS_MAX};
 
 /// What a change's reply waits for.
@@ -138,7 +138,8 @@ impl Args {
         let mut integer = 0;
         match arg.kind {
             Kind::Id { what, .. } => {
-                if !Id::is_valid(word) || is_option_word(word) {
+                let is_valid = if arg.is_lock_name() { LockName::is_valid } else { Id::is_valid };
+                if !is_valid(word) || is_option_word(word) {
                     return Err(format!(
                         "ERR invalid {what}: 1 to 128 bytes of UTF-8 without spaces, control characters, '{{' or '}}', and no option word"
                     ));

@@ -161,7 +161,7 @@ impl Kept {
 
 /// The lock's name, or the reply where it is the name of something else.
 fn name(call: &Call<'_>) -> Result<LockName, Reply> {
-    LockName::of(call.args.id("name")).ok_or_else(|| {
+    LockName::parse(call.args.text("name")).ok_or_else(|| {
         Reply::error(
             "ERR invalid lock name: what begins with stock:, coupon:, holdfast: or redisson_ is data, except coupon:issue:<coupon>",
         )

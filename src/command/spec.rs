@@ -305,6 +305,11 @@ impl Arg {
     pub const fn is_key(&self) -> bool {
         matches!(self.kind, Kind::Id { key: true, .. })
     }
+
+    /// Whether it names a lock.
+    pub fn is_lock_name(&self) -> bool {
+        self.kind == LOCK_NAME.kind
+    }
 }
 
 /// A product's id.

@@ -1,5 +1,7 @@
 //! Locks: what they may be named, and under which epoch their fencing tokens grow.
 
+use bytes::Bytes;
+
 use super::Id;
 
 /// What a lock's name may not begin with: these are data, or Redisson's own.
@@ -18,6 +20,17 @@ impl LockName {
         let name = id.as_str();
         let of_a_coupon = name.strip_prefix(OF_A_COUPON).is_some_and(|coupon| !coupon.is_empty());
         (of_a_coupon || !RESERVED.iter().any(|prefix| name.starts_with(prefix))).then_some(Self(id))
+    }
+
+    /// Takes what a client sent as the name of a lock; `None` where it is the name of something else, or of nothing.
+    pub fn parse(bytes: &Bytes) -> Option<Self> {
+        let long = || std::str::from_utf8(bytes).ok().filter(|_| Self::is_valid(bytes)).map(Id::from);
+        Self::of(Id::parse(bytes).or_else(long)?)
+    }
+
+    /// Whether the bytes may be the name of something that is locked: an id, or what a coupon's id makes the name of its lock.
+    pub fn is_valid(bytes: &[u8]) -> bool {
+        Id::is_valid(bytes) || bytes.strip_prefix(OF_A_COUPON.as_bytes()).is_some_and(Id::is_valid)
     }
 
     /// The name of a coupon's lock.
@@ -76,5 +89,15 @@ mod tests {
         }
         assert_eq!(LockName::of(Id::from("coupon:issue:spring")).and_then(|name| name.coupon()), Some(Id::from("spring")));
         assert_eq!(LockName::of_coupon(&Id::from("spring")).as_str(), "coupon:issue:spring");
+    }
+
+    #[test]
+    fn the_lock_of_the_longest_coupon_has_a_name() {
+        let parse = |name: String| LockName::parse(&Bytes::from(name));
+        let coupon = "c".repeat(128);
+        assert_eq!(parse(format!("coupon:issue:{coupon}")).and_then(|name| name.coupon()), Some(Id::from(coupon.as_str())));
+        assert_eq!(parse(format!("coupon:issue:{coupon}c")), None);
+        assert_eq!(parse("l".repeat(129)), None);
+        assert!(parse("l".repeat(128)).is_some());
     }
 }

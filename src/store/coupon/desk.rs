@@ -150,8 +150,11 @@ impl Desk<CouponOp> for CouponDesk {
     }
 
     fn sent_back(&self, op: &CouponOp) {
-        metrics::counter!("holdfast_lock_fenced_total").increment(1);
         self.waits(op);
+        if !op.is_issue() {
+            return;
+        }
+        metrics::counter!("holdfast_lock_fenced_total").increment(1);
         let turn = self.0.coupons.borrow().get(&op.coupon).cloned();
         if let Some(turn) = turn.filter(|turn| matches!(&*turn.state.borrow(), State::Held(fence) if op.fence.as_ref() == Some(fence))) {
             *turn.state.borrow_mut() = State::Fenced;
