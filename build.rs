@@ -17,7 +17,12 @@ const SABOTAGE: &[(&str, &str, &str, &str)] = &[
         "coupon.fenced = lock_type == 'none' or redis.call('HEXISTS', lock_key, holders[c]) == 0",
         "coupon.fenced = false",
     ),
-    ("NO_LOCK_EPOCH", "lock", "if m[1] ~= epoch or m[2] ~= run or (tonumber(m[3]) or 0) < tonumber(seen) then return nil end\n  return tonumber(m[3])", "return tonumber(m[3]) or 0"),
+    (
+        "NO_LOCK_EPOCH",
+        "lock",
+        "if m[1] ~= epoch or m[2] ~= run or (tonumber(m[3]) or 0) < tonumber(seen) then return nil end\n  return tonumber(m[3])",
+        "return tonumber(m[3]) or 0",
+    ),
     (
         "NO_EXPIRY_CHECK",
         "orders",

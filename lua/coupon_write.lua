@@ -7,7 +7,8 @@
 -- KEYS goes on with lock, info and users of each coupon, then the buckets of request ids. batch is msgpack
 -- {holder of each coupon, users of each coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total,
 -- peruser, start, end (0: none), whether Postgres is known not to have it either, alter with total, start, end (false: as it is), delete with nothing, init with total, peruser,
--- start, end, issued, used, serial, whether it is deleted, and {user, lines, ...}, the others with the serial (0: the
+-- start, end, issued, used, serial, whether it is deleted, {user, lines, ...}, and 0 where that is all of it, -1 where it is a piece, which is
+-- kept aside for a minute, else how many users were given so before; the others with the serial (0: the
 -- one that fits) and the order (=<order>, - for none). An issue without a request, of which there are most, is only its coupon and its text,
 -- without a table around them. The users of a coupon are those of its operations, in their order. A user's field holds one line a coupon of theirs, by serial: serial,
 -- state, issued at, order. What was revoked is nobody's any more.
@@ -147,9 +148,25 @@ function kinds.create(c, coupon, operation)
   accept(c, operation[2], operation[4], 'OK')
 end
 
+local pieces, dropped = {}, {}
+
 -- Gives Redis what Postgres has of a coupon. Nothing moves, so the outbox is not told.
 function kinds.init(c, coupon, operation)
   if coupon.exists then return say('exists') end
+  local part, aside = operation[14], coupon.users_key .. '{loading}'
+  if part < 0 then
+    pieces[#pieces + 1] = {aside, operation[13]}
+    return say('ok')
+  end
+  if part > 0 then
+    -- Whoever else loads it gives the same. What was left of an earlier time may be more, or have ended meanwhile.
+    if redis.pcall('HLEN', aside) ~= part then
+      dropped[#dropped + 1] = aside
+      return say('absent')
+    end
+    -- What its users have was not read.
+    coupon.aside, coupon.waits = aside, true
+  end
   coupon.exists, coupon.created, coupon.emptied = true, true, true
   coupon.total, coupon.per_user, coupon.start, coupon.stop, coupon.issued, coupon.used, coupon.serial = unpack(operation, 5, 11)
   coupon.deleted, coupon.gone = operation[12], operation[12]
@@ -313,6 +330,11 @@ end
 
 append(head, lines)
 keep_requests(window)
+for _, aside in ipairs(dropped) do redis.call('UNLINK', aside) end
+for _, piece in ipairs(pieces) do
+  redis.call('HSET', piece[1], unpack(piece[2]))
+  redis.call('PEXPIRE', piece[1], 60000)
+end
 for c in pairs(dirty) do
   local coupon = coupons[c]
   local info = {'issued', whole(coupon.issued), 'serial', whole(coupon.serial), 'used', whole(coupon.used)}
@@ -329,6 +351,10 @@ for c in pairs(dirty) do
     redis.call('UNLINK', coupon.users_key)
   end
   if coupon.emptied then redis.call('UNLINK', coupon.users_key) end
+  if coupon.aside then
+    redis.call('RENAME', coupon.aside, coupon.users_key)
+    redis.call('PERSIST', coupon.users_key)
+  end
   redis.call('HSET', coupon.info_key, unpack(info))
   local fields, count, gone = coupon.fields, coupon.singles, {}
   for user, held in pairs(coupon.held) do

@@ -573,8 +573,15 @@ pub const EVENTS_READ_ENTRIES: usize = 100;
 pub const HISTORY_COUNT_MAX: i64 = 1_000;
 pub const HISTORY_COUNT: i64 = 20;
 
-/// How many users may have a coupon that is loaded on its first use: they go through one script. One with more is given to Redis by a rebuild.
+/// How many coupons of users go through one script where a coupon is loaded on its first use: Redis does nothing else meanwhile. Lua passes no
+/// more than 8,000 arguments on.
 pub const LOAD_USERS_MAX: usize = 2_000;
+
+/// How long the look-up of a coupon may take with all who have it: some millions.
+pub const LOAD_COUPON_WITHIN: Duration = Duration::from_secs(60);
+
+/// How long it is waited before a piece of a coupon is given to Redis again.
+pub const LOAD_PIECE_AGAIN: Duration = Duration::from_millis(20);
 
 /// How long a look-up waits for Postgres to have what it needs: past that its clients have been told to try again.
 pub const LOAD_WITHIN: Duration = Duration::from_secs(2);

@@ -22,6 +22,7 @@ use crate::store::lane::{Failure, Waiter};
 use crate::store::reads::{CouponInfo, Live};
 
 /// Why a coupon could not be looked up.
+const UNKNOWN: &str = "Redis does not have this coupon, and Postgres cannot say yet whether there is one";
 const NOT_KNOWN: &str = "TRYAGAIN Redis does not have this coupon, and Postgres cannot say yet whether there is one; nothing was changed";
 
 /// Which of a user's coupons.
@@ -305,7 +306,7 @@ fn stepped(action: &Action, serial: i64, remaining: i64, position: Position) -> 
     accepted(step.word(), if step.says_remaining() { &numbers } else { &numbers[..1] }, position)
 }
 
-/// Reads something of a coupon; where Redis does not have it, once more after Postgres was asked for it. What Postgres cannot say is not there.
+/// Reads something of a coupon; where Redis does not have it, once more after Postgres was asked for it.
 async fn known<T>(
     cx: &Rc<Context>,
     coupon: &Id,
@@ -313,8 +314,11 @@ async fn known<T>(
 ) -> Result<Option<T>, crate::store::Error> {
     match read().await {
         Ok(None) if !cx.backend.first_coupons.is_nowhere(coupon) => {
-            first_use::load_coupon(cx, coupon, Instant::now() + cx.backend.within / 2).await;
-            read().await
+            if first_use::load_coupon(cx, coupon, Instant::now() + cx.backend.within / 2).await {
+                read().await
+            } else {
+                Err(crate::store::Error::Unfit(UNKNOWN.to_owned()))
+            }
         }
         answer => answer,
     }

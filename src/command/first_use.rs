@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
@@ -13,8 +13,8 @@ use super::coupon::CouponWaiter;
 use super::stock::StockWaiter;
 use crate::domain::Id;
 use crate::limits;
-use crate::store::coupon::{Action, CouponOp, CouponOutcome};
-use crate::store::partition::{LoadRequest, Wanted};
+use crate::store::coupon::{Action, CouponOp, CouponOutcome, Part};
+use crate::store::partition::{FoundCoupon, LoadRequest, Wanted};
 use crate::store::stock::{StockOp, StockOutcome};
 
 /// Why a product could not be looked up.
@@ -74,8 +74,7 @@ pub fn load_and_retry(cx: &Rc<Context>, products: Vec<Id>, op: StockOp, deadline
 
 /// Looks a coupon up, and gives it to Redis where Postgres has it, by `deadline`. `false` where Postgres cannot say.
 pub async fn load_coupon(cx: &Rc<Context>, coupon: &Id, deadline: Instant) -> bool {
-    let loading = spawn_local(load(Rc::clone(cx), Kind::Coupon, coupon.clone()));
-    tokio::time::timeout_at(deadline.into(), loading).await.is_ok_and(|loaded| loaded.unwrap_or(false))
+    tokio::time::timeout_at(deadline.into(), load(Rc::clone(cx), Kind::Coupon, coupon.clone())).await.unwrap_or(false)
 }
 
 /// Whether Postgres has a coupon now; `None` where it cannot say by `deadline`. What the outbox still brings to it, Redis has.
@@ -100,30 +99,42 @@ impl Kind {
             Self::Coupon => &cx.backend.first_coupons,
         }
     }
+
+    const fn within(self) -> Duration {
+        match self {
+            Self::Product => limits::LOAD_WITHIN,
+            Self::Coupon => limits::LOAD_COUPON_WITHIN,
+        }
+    }
 }
 
-/// Looks one up, once for all who ask meanwhile. `false` where Postgres cannot say.
+/// Looks one up, once for all who ask meanwhile, and to its end though they give up. `false` where Postgres cannot say.
 async fn load(cx: Rc<Context>, kind: Kind, id: Id) -> bool {
-    let first_use = kind.first_use(&cx);
     let (sender, receiver) = oneshot::channel();
     let first = {
-        let mut loading = first_use.loading.borrow_mut();
+        let mut loading = kind.first_use(&cx).loading.borrow_mut();
+        let first = !loading.contains_key(&id);
         let waiting = loading.entry(id.clone()).or_default();
+        if waiting.len().is_power_of_two() {
+            waiting.retain(|waiting| !waiting.is_closed());
+        }
         waiting.push(sender);
-        waiting.len() == 1
+        first
     };
     if first {
-        let looking = async {
-            match kind {
-                Kind::Product => look_up(&cx, &id).await,
-                Kind::Coupon => look_up_coupon(&cx, &id).await,
+        spawn_local(async move {
+            let looking = async {
+                match kind {
+                    Kind::Product => look_up(&cx, &id).await,
+                    Kind::Coupon => look_up_coupon(&cx, &id).await,
+                }
+            };
+            let known = tokio::time::timeout(kind.within(), looking).await.unwrap_or(false);
+            for waiting in kind.first_use(&cx).loading.borrow_mut().remove(&id).unwrap_or_default() {
+                // Whoever has given up does not hear it.
+                _ = waiting.send(known);
             }
-        };
-        let known = tokio::time::timeout(limits::LOAD_WITHIN, looking).await.unwrap_or(false);
-        for waiting in first_use.loading.borrow_mut().remove(&id).unwrap_or_default() {
-            // Whoever has given up does not hear it.
-            _ = waiting.send(known);
-        }
+        });
     }
     receiver.await.unwrap_or(false)
 }
@@ -168,8 +179,44 @@ async fn look_up_coupon(cx: &Context, coupon: &Id) -> bool {
         cx.backend.first_coupons.remember_absent(coupon.clone());
         return true;
     };
-    let (answer, answered) = oneshot::channel();
-    let op = CouponOp::new(coupon.clone(), Action::Init(Box::new(found)), None);
-    cx.backend.coupon.submit(op, Instant::now(), CouponWaiter::Server(answer));
-    matches!(answered.await, Ok(Ok(CouponOutcome::Loaded | CouponOutcome::Exists)))
+    match found.more {
+        false => give(cx, coupon, found, Part::Whole).await.is_some_and(|outcome| outcome != CouponOutcome::Absent),
+        true => give_in_pieces(cx, coupon, found).await,
+    }
+}
+
+/// Gives Redis a coupon whose users are too many for one script. They are kept aside until all are there.
+async fn give_in_pieces(cx: &Context, coupon: &Id, mut found: FoundCoupon) -> bool {
+    let mut count = 0;
+    while let Some((last, _)) = found.users.last() {
+        let last = last.clone();
+        let piece = FoundCoupon { users: std::mem::take(&mut found.users), ..found.clone() };
+        count += piece.users.len();
+        match give(cx, coupon, piece, Part::Piece).await {
+            Some(CouponOutcome::Loaded) => {}
+            // Somebody else was faster.
+            outcome => return outcome == Some(CouponOutcome::Exists),
+        }
+        // Since it is absent nobody gets or returns any of it meanwhile.
+        let Ok(Some(next)) = ask(cx, 0, |answer| Wanted::Users(coupon.clone(), last, answer)).await else { return false };
+        found.users = next;
+    }
+    give(cx, coupon, found, Part::Last(count)).await.is_some_and(|outcome| outcome != CouponOutcome::Absent)
+}
+
+/// Gives Redis a part of a coupon, again and again as long as Postgres is there. `None` where that cannot be done.
+async fn give(cx: &Context, coupon: &Id, found: FoundCoupon, part: Part) -> Option<CouponOutcome> {
+    let action = Action::Init(Box::new(found), part);
+    while cx.backend.partition.ledger_up() {
+        let (answer, answered) = oneshot::channel();
+        let op = CouponOp::new(coupon.clone(), action.clone(), None);
+        cx.backend.coupon.submit(op, Instant::now(), CouponWaiter::Server(answer));
+        match answered.await.ok()? {
+            Ok(outcome) => return Some(outcome).filter(|outcome| *outcome != CouponOutcome::Corrupt),
+            Err(_) if part == Part::Whole => return None,
+            // To give it twice changes nothing.
+            Err(_) => tokio::time::sleep(limits::LOAD_PIECE_AGAIN).await,
+        }
+    }
+    None
 }

@@ -34,17 +34,23 @@ pub struct HeldRow {
     pub order: Option<String>,
 }
 
-/// Who has a coupon, those of one user together and by serial; `None` where more than `most` are out.
-pub async fn held(connection: &mut PgConnection, coupon: &str, most: usize) -> Result<Option<Vec<HeldRow>>, Error> {
-    let rows: Vec<HeldRow> = sqlx::query_as(
+/// The first who have a coupon behind the user `behind`, in the order of users, all of one together and by serial: at most `most` rows, and
+/// whether there are more. None at all where one user has more.
+pub async fn held(connection: &mut PgConnection, coupon: &str, behind: &str, most: usize) -> Result<(Vec<HeldRow>, bool), Error> {
+    let mut rows: Vec<HeldRow> = sqlx::query_as(
         "SELECT user_id, serial, state, (extract(epoch FROM issued_at) * 1000)::bigint AS issued_at_ms, order_id FROM holdfast.coupon_issue \
-         WHERE coupon_id = $1 AND state <> 'revoked' ORDER BY user_id, serial LIMIT $2",
+         WHERE coupon_id = $1 AND user_id > $2 AND state <> 'revoked' ORDER BY user_id, serial LIMIT $3",
     )
     .bind(coupon)
+    .bind(behind)
     .bind(i64::try_from(most + 1).unwrap_or(i64::MAX))
     .fetch_all(connection)
     .await?;
-    Ok((rows.len() <= most).then_some(rows))
+    let cut = rows.get(most).map(|row| row.user.clone());
+    if let Some(user) = &cut {
+        rows.retain(|row| row.user != *user);
+    }
+    Ok((rows, cut.is_some()))
 }
 
 /// Reads one coupon; `None` where there is none.

@@ -17,7 +17,7 @@ use crate::ledger::{self, PgConnection};
 use crate::limits;
 use crate::store::Partition;
 use crate::store::coupon::{Held, field};
-use crate::store::partition::{Found, FoundCoupon, LoadRequest, Wanted};
+use crate::store::partition::{CouponUser, Found, FoundCoupon, LoadRequest, Wanted};
 
 /// See the module.
 pub struct Loader {
@@ -84,6 +84,10 @@ impl Loader {
                     Ok(found) => _ = answer.send(found),
                     Err(why) => warn!(%coupon, why, "a coupon is not given to redis"),
                 },
+                Wanted::Users(coupon, behind, answer) => match users_of(connection, &coupon, behind.as_str()).await? {
+                    Ok((users, _)) => _ = answer.send(Some(users)),
+                    Err(why) => warn!(%coupon, why, "a coupon is not given to redis"),
+                },
             }
         }
         let ids: Vec<String> = products.iter().map(|(product, _)| product.to_string()).collect();
@@ -99,17 +103,15 @@ impl Loader {
     }
 }
 
-/// A coupon with who has it; or why it cannot be loaded.
+/// A coupon with the first who have it; or why it cannot be loaded.
 async fn coupon_of(connection: &mut PgConnection, coupon: &Id) -> Result<Result<Option<FoundCoupon>, &'static str>, ledger::Error> {
     let Some(row) = ledger::coupon::load(connection, coupon.as_str()).await? else { return Ok(Ok(None)) };
-    let Some(held) = ledger::coupon::held(connection, coupon.as_str(), limits::LOAD_USERS_MAX).await? else {
-        return Ok(Err("too many users have it for one script: `holdfast rebuild --from postgres` gives it to Redis"));
-    };
     let is_deleted = row.state == "deleted";
-    let line =
-        |row: &HeldRow| Held { serial: row.serial, state: row.state.clone(), issued_at_ms: row.issued_at_ms, order: row.order.clone() };
-    let of_one = |rows: &[HeldRow]| Some((Id::from(rows.first()?.user.as_str()), field(&rows.iter().map(line).collect::<Vec<_>>())));
-    let users = held.chunk_by(|a, b| a.user == b.user).filter(|_| !is_deleted).filter_map(of_one).collect();
+    let users = if is_deleted { Ok((Vec::new(), false)) } else { users_of(connection, coupon, "").await? };
+    let (users, more) = match users {
+        Ok(users) => users,
+        Err(why) => return Ok(Err(why)),
+    };
     Ok(Ok(Some(FoundCoupon {
         terms: CouponTerms { total: row.total, per_user: row.per_user, start_ms: row.start_ms, end_ms: row.end_ms },
         issued: row.issued,
@@ -117,5 +119,22 @@ async fn coupon_of(connection: &mut PgConnection, coupon: &Id) -> Result<Result<
         last_serial: row.last_serial,
         is_deleted,
         users,
+        more,
     })))
+}
+
+/// The first who have a coupon behind the user `behind`, as many as go through one script, and whether there are more; or why that cannot be.
+async fn users_of(
+    connection: &mut PgConnection,
+    coupon: &Id,
+    behind: &str,
+) -> Result<Result<(Vec<CouponUser>, bool), &'static str>, ledger::Error> {
+    let (held, more) = ledger::coupon::held(connection, coupon.as_str(), behind, limits::LOAD_USERS_MAX).await?;
+    if held.is_empty() && more {
+        return Ok(Err("one user has too many of it for one script: `holdfast rebuild --from postgres` gives it to Redis"));
+    }
+    let line =
+        |row: &HeldRow| Held { serial: row.serial, state: row.state.clone(), issued_at_ms: row.issued_at_ms, order: row.order.clone() };
+    let of_one = |rows: &[HeldRow]| Some((Id::from(rows.first()?.user.as_str()), field(&rows.iter().map(line).collect::<Vec<_>>())));
+    Ok(Ok((held.chunk_by(|a, b| a.user == b.user).filter_map(of_one).collect(), more)))
 }

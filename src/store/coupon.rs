@@ -31,7 +31,7 @@ pub enum Action {
     Alter(NewTerms),
     Delete,
     /// The server itself: gives Redis what Postgres has.
-    Init(Box<FoundCoupon>),
+    Init(Box<FoundCoupon>, Part),
     Step {
         step: CouponStep,
         user: Id,
@@ -40,6 +40,28 @@ pub enum Action {
         /// What it is redeemed for.
         order: Option<Id>,
     },
+}
+
+/// Which part of a coupon Redis is given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// All of it.
+    Whole,
+    /// Some of its users, which Redis keeps aside.
+    Piece,
+    /// What is left without users, of whom it has been given so many before.
+    Last(usize),
+}
+
+impl Part {
+    /// As the script takes it.
+    fn number(self) -> i64 {
+        match self {
+            Self::Whole => 0,
+            Self::Piece => -1,
+            Self::Last(users) => i64::try_from(users).unwrap_or(i64::MAX),
+        }
+    }
 }
 
 impl Action {
@@ -53,7 +75,7 @@ impl Action {
             Self::Create(_) => "create",
             Self::Alter(_) => "alter",
             Self::Delete => "delete",
-            Self::Init(_) => "init",
+            Self::Init(..) => "init",
             Self::Step { step, .. } => step.as_str(),
         }
     }
@@ -83,7 +105,7 @@ impl Action {
         match self {
             Self::Create(terms) => CouponChange::Create(terms.clone()),
             // It is no change, and nothing is noted of it.
-            Self::Init(found) => CouponChange::Create(found.terms.clone()),
+            Self::Init(found, _) => CouponChange::Create(found.terms.clone()),
             Self::Alter(terms) => CouponChange::Alter { terms: *terms, remaining: note.remaining, by: None },
             Self::Delete => CouponChange::Delete,
             Self::Step { step, user, order, .. } => CouponChange::Step(Stepped {
@@ -197,7 +219,7 @@ impl Family for Coupon {
     }
 
     fn is_of_a_client(op: &CouponOp) -> bool {
-        !matches!(op.action, Action::Init(_))
+        !matches!(op.action, Action::Init(..))
     }
 
     fn request(op: &CouponOp) -> Option<&Request> {
@@ -207,7 +229,7 @@ impl Family for Coupon {
     fn weight(op: &CouponOp) -> (usize, usize) {
         let ids: usize = op.action.ids().map(|id| id.as_bytes().len()).sum();
         let (keys, mut bytes) = op.request.as_ref().map_or((0, 0), Request::weight);
-        if let Action::Init(found) = &op.action {
+        if let Action::Init(found, _) = &op.action {
             bytes += found.users.iter().map(|(user, held)| user.as_bytes().len() + held.len() + 8).sum::<usize>();
         }
         (3 + keys, 220 + 4 * op.coupon.as_bytes().len() + 3 * ids + bytes)
@@ -250,7 +272,7 @@ impl Family for Coupon {
             }
             let more = match op.action {
                 Action::Create(_) => 5,
-                Action::Init(_) => 9,
+                Action::Init(..) => 10,
                 Action::Alter(_) => 3,
                 Action::Step { .. } => 2,
                 Action::Delete => 0,
@@ -262,8 +284,8 @@ impl Family for Coupon {
                     batch.integer(terms.total).integer(terms.per_user);
                     batch.integer(terms.start_ms.unwrap_or(0)).integer(terms.end_ms.unwrap_or(0)).is(op.is_nowhere);
                 }
-                Action::Init(found) => {
-                    let FoundCoupon { terms, issued, used, last_serial, is_deleted, users } = &**found;
+                Action::Init(found, part) => {
+                    let FoundCoupon { terms, issued, used, last_serial, is_deleted, users, more: _ } = &**found;
                     for number in [terms.total, terms.per_user, terms.start_ms.unwrap_or(0), terms.end_ms.unwrap_or(0)] {
                         batch.integer(number);
                     }
@@ -271,6 +293,7 @@ impl Family for Coupon {
                     for (user, held) in users {
                         batch.text(user.as_str()).text(held);
                     }
+                    batch.integer(part.number());
                 }
                 Action::Alter(terms) => {
                     for number in [terms.total, terms.start_ms, terms.end_ms] {
@@ -356,7 +379,7 @@ fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Resul
             Action::Create(terms) => CouponOutcome::Done { position: positions.take(), remaining: terms.total },
             Action::Alter(_) => CouponOutcome::Done { remaining: words.integer()?, position: positions.take() },
             Action::Delete => CouponOutcome::Done { position: positions.take(), remaining: 0 },
-            Action::Init(_) => CouponOutcome::Loaded,
+            Action::Init(..) => CouponOutcome::Loaded,
             Action::Step { .. } => {
                 CouponOutcome::Stepped { serial: words.integer()?, remaining: words.integer()?, position: positions.take() }
             }
@@ -453,7 +476,7 @@ fn line(line: &mut String, k: usize, op: &CouponOp) {
             }
         }
         Action::Delete => line.push_str(" |"),
-        Action::Init(_) => {}
+        Action::Init(..) => {}
         Action::Step { user, order, .. } => {
             for part in [" user=", user.as_str()] {
                 line.push_str(part);

@@ -75,7 +75,12 @@ pub struct LoadRequest {
 pub enum Wanted {
     Product(Id, oneshot::Sender<Option<Found>>),
     Coupon(Id, oneshot::Sender<Option<FoundCoupon>>),
+    /// The next who have a coupon, behind this user; none where there are no more.
+    Users(Id, Id, oneshot::Sender<Option<Vec<CouponUser>>>),
 }
+
+/// A user who has some of a coupon, with their lines as Redis keeps them.
+pub type CouponUser = (Id, String);
 
 /// A coupon that Postgres has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -88,8 +93,10 @@ pub struct FoundCoupon {
     /// The highest serial ever issued.
     pub last_serial: i64,
     pub is_deleted: bool,
-    /// Who has any, each with their lines as Redis keeps them.
-    pub users: Vec<(Id, String)>,
+    /// Who has any, in the order of Postgres, or the first of them.
+    pub users: Vec<CouponUser>,
+    /// Whether that are not all.
+    pub more: bool,
 }
 
 /// A product that Postgres has.

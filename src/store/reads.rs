@@ -1,6 +1,7 @@
 //! Reads for people and dashboards, over a connection of their own: what they cost never stands in front of a sale.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -51,19 +52,25 @@ pub struct Scanned {
 }
 
 /// The Redis that a read may trust: what was verified last.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Live {
-    epoch: String,
+    partition: Arc<Partition>,
+    epoch: u64,
     run_id: String,
 }
 
 impl Live {
     /// `None` while the partition is not live.
-    pub fn of(partition: &Partition) -> Option<Self> {
+    pub fn of(partition: &Arc<Partition>) -> Option<Self> {
         match &*partition.state.borrow() {
-            State::Live { epoch, run_id } => Some(Self { epoch: epoch.to_string(), run_id: run_id.clone() }),
+            State::Live { epoch, run_id } => Some(Self { partition: Arc::clone(partition), epoch: *epoch, run_id: run_id.clone() }),
             State::Loading(_) | State::Rebuilding(_) => None,
         }
+    }
+
+    /// Something is absent from Redis, where n is the newest change: Postgres has to have that before it can say more.
+    fn missed(&self, n: i64) {
+        self.partition.saw_n(self.epoch, u64::try_from(n).unwrap_or(0));
     }
 }
 
@@ -158,9 +165,13 @@ impl Reads {
     pub async fn coupon_info(&self, live: &Live, coupon: &Id) -> Result<Option<CouponInfo>, Error> {
         let key = keys::coupon_info(coupon);
         self.with(async |connection| {
-            let args = [live.epoch.as_bytes(), live.run_id.as_bytes()];
+            let epoch = live.epoch.to_string();
+            let args = [epoch.as_bytes(), live.run_id.as_bytes()];
             let mut words = trusted(connection.run(&script::COUPON_INFO, &[keys::META, &key], &args).await?)?;
-            let Some(total) = words.maybe_integer()? else { return Ok(None) };
+            let Some(total) = words.maybe_integer()? else {
+                live.missed(words.integer()?);
+                return Ok(None);
+            };
             let (issued, used, per_user) = (words.integer()?, words.integer()?, words.integer()?);
             let time = |ms: Option<i64>| ms.filter(|ms| *ms > 0);
             let (start_ms, end_ms) = (time(words.maybe_integer()?), time(words.maybe_integer()?));
@@ -175,10 +186,14 @@ impl Reads {
     pub async fn coupon_held(&self, live: &Live, coupon: &Id, user: &Id) -> Result<Option<Vec<Held>>, Error> {
         let (info, users) = (keys::coupon_info(coupon), keys::coupon_users(coupon));
         self.with(async |connection| {
-            let args = [live.epoch.as_bytes(), live.run_id.as_bytes(), user.as_bytes()];
+            let epoch = live.epoch.to_string();
+            let args = [epoch.as_bytes(), live.run_id.as_bytes(), user.as_bytes()];
             let mut words = trusted(connection.run(&script::COUPON_HELD, &[keys::META, &info, &users], &args).await?)?;
             let exists = words.integer()? > 0;
             let text = words.maybe_text()?;
+            if !exists {
+                live.missed(words.integer()?);
+            }
             let held = text.iter().flat_map(|text| text.lines()).map(Held::parse).collect::<Result<_, _>>()?;
             Ok(exists.then_some(held))
         })

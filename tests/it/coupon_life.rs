@@ -303,6 +303,95 @@ fn a_coupon_that_only_postgres_has_is_loaded_on_its_first_use() {
 }
 
 #[test]
+fn a_coupon_that_thousands_have_is_loaded_in_pieces_and_a_deleted_one_without_them() {
+    let stack = Stack::start();
+    let (mut client, mut redis) = (stack.connect(), stack.backing());
+    stack.postgres.execute(
+        "INSERT INTO holdfast.coupon (coupon_id, total, issued, used, per_user, last_serial, state) VALUES
+         ('pg', 9000, 7001, 0, 2, 7001, 'active'), ('gone', 9000, 7001, 0, 1, 7001, 'deleted');
+         INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at)
+         SELECT coupon, n, 'u-' || n % 7000, 'issued', now() FROM generate_series(1, 7001) n, unnest(ARRAY['pg', 'gone']) coupon",
+    );
+    assert_eq!(client.ask("COUPON.CREATE pg 9"), "[EXISTS]");
+    assert_eq!(client.until_not("COUPON.INFO gone", "-").split(", ").nth(3), Some("9000"));
+    assert_eq!(client.ask("COUPON.ISSUE gone u-1"), "-NOTFOUND no coupon 'gone'");
+    // What was left of a load that was broken off, by another's count.
+    redis.ask("HSET coupon:users:pg{loading} somebody text");
+    assert_eq!(client.until_not("COUPON.ISSUE pg u-1", "-TRYAGAIN"), "[ALREADY, 7001]");
+    assert_eq!(redis.ask("HLEN coupon:users:pg"), "7000");
+    assert_eq!((redis.ask("PTTL coupon:users:pg").as_str(), redis.ask("EXISTS coupon:users:pg{loading}").as_str()), ("-1", "0"));
+    assert!(client.ask("COUPON.ISSUE pg u-2").starts_with("[ISSUED, 7002, 1998, "));
+    assert!(client.ask("COUPON.USE pg u-6999").starts_with("[USED, 6999, "));
+    assert!(client.ask("COUPON.ISSUE pg new").starts_with("[ISSUED, 7003, 1997, "));
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter"), "0");
+}
+
+#[test]
+fn what_of_a_coupon_only_postgres_could_say_is_not_said_without_it() {
+    let mut stack = Stack::with_own_postgres();
+    let mut client = stack.connect();
+    assert_eq!((client.ask("COUPON.INFO c"), client.ask("COUPON.GET c u")), ("nil".into(), "[]".into()));
+    stack.postgres.own.as_mut().unwrap().kill();
+    for command in ["COUPON.INFO d", "COUPON.GET d u"] {
+        let reply = client.ask(command);
+        assert!(reply.starts_with("-TRYAGAIN Redis does not have this coupon"), "{command}: {reply}");
+    }
+}
+
+#[test]
+fn what_users_had_under_a_key_that_was_left_is_not_taken_over_by_a_creation() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    stack.backing().ask_words(&["HSET", "coupon:users:c", "u", "7 issued 5 -", "v", "8 issued 5 -"]);
+    for command in ["COUPON.CREATE c 5", "COUPON.ISSUE c u"] {
+        client.send(&command.split(' ').collect::<Vec<_>>());
+    }
+    assert!(client.receive().starts_with("[OK, "));
+    assert!(client.receive().starts_with("[ISSUED, 1, 4, "));
+    assert_eq!(client.ask("COUPON.GET c v"), "[]");
+    assert!(client.ask("COUPON.ISSUE c v").starts_with("[ISSUED, 2, 3, "));
+}
+
+/// What Redis is asked from now on.
+struct Monitor(std::net::TcpStream);
+
+impl Monitor {
+    fn of(stack: &Stack) -> Self {
+        use std::io::{Read as _, Write as _};
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", stack.redis.port())).unwrap();
+        stream.write_all(b"MONITOR\r\n").unwrap();
+        assert_eq!(stream.read(&mut [0; 5]).unwrap(), 5);
+        Self(stream)
+    }
+
+    /// How many requests so far contain all of these.
+    fn count(mut self, stack: &Stack, what: &[&str]) -> usize {
+        use std::io::Read as _;
+        stack.backing().ask("ECHO that-is-all");
+        let (mut text, mut some) = (Vec::new(), vec![0; 65536]);
+        while !text.windows(11).any(|window| window == b"that-is-all") {
+            let read = self.0.read(&mut some).unwrap();
+            text.extend_from_slice(&some[..read]);
+        }
+        String::from_utf8_lossy(&text).lines().filter(|line| what.iter().all(|what| line.contains(what))).count()
+    }
+}
+
+#[test]
+fn a_pipeline_that_uses_an_absent_coupon_loads_it_once() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("COUPON.CREATE c 1");
+    stack.postgres.execute("INSERT INTO holdfast.coupon (coupon_id, total, per_user) VALUES ('pg', 25, 1)");
+    let monitor = Monitor::of(&stack);
+    (0..40).for_each(|number| client.send(&["COUPON.ISSUE", "pg", &format!("u-{number}")]));
+    let replies: Vec<String> = (0..40).map(|_| client.receive()).collect();
+    assert_eq!(replies.iter().filter(|reply| reply.starts_with("[ISSUED, ")).count(), 25, "{replies:?}");
+    assert_eq!(monitor.count(&stack, &["EVALSHA", "coupon:info:pg", "init"]), 1);
+}
+
+#[test]
 fn many_clients_that_use_an_absent_coupon_at_once_load_it_once_and_a_pipeline_sees_its_own_creation() {
     let stack = Stack::start();
     stack.postgres.execute("INSERT INTO holdfast.coupon (coupon_id, total, per_user) VALUES ('pg', 25, 1)");

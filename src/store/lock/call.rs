@@ -63,9 +63,7 @@ pub(super) enum Released {
         sent: Instant,
     },
     /// So many clients were told.
-    ForAll {
-        told: u64,
-    },
+    ForAll { told: u64 },
     /// It was not held under that token.
     Lost,
 }
@@ -302,7 +300,8 @@ impl Inner {
 
     /// What a script that gives out tokens is told of the node, and until when it may, sent at this time.
     fn of_node(&self, node: &Node, sent: Instant) -> Vec<Vec<u8>> {
-        let numbers = [node.epoch.number.to_string(), self.link.seen().to_string(), node.time_at(sent + limits::LOCK_CALL_WITHIN).to_string()];
+        let numbers =
+            [node.epoch.number.to_string(), self.link.seen().to_string(), node.time_at(sent + limits::LOCK_CALL_WITHIN).to_string()];
         let [epoch, seen, deadline] = numbers.map(String::into_bytes);
         vec![epoch, node.connection.run_id().as_bytes().to_vec(), seen, deadline]
     }
