@@ -143,6 +143,26 @@ fn all_that_wait_are_issued_under_one_holding_and_its_token_reaches_postgres() {
 }
 
 #[test]
+fn issues_of_coupons_that_do_not_exist_leave_nothing_in_redis() {
+    let stack = Stack::start();
+    let (mut client, mut redis) = (stack.connect(), stack.backing());
+    for number in 0..50 {
+        let reply = client.ask(&format!("COUPON.ISSUE nowhere-{number} u"));
+        assert_eq!(reply, format!("-NOTFOUND no coupon 'nowhere-{number}'"));
+    }
+    assert_eq!(redis.ask("KEYS *nowhere*"), "[]");
+    // It exists by the time the next is asked for.
+    for command in ["COUPON.ISSUE c u", "COUPON.CREATE c 5", "COUPON.ISSUE c u"] {
+        client.send(&command.split(' ').collect::<Vec<_>>());
+    }
+    let replies = [client.receive(), client.receive(), client.receive()];
+    assert_eq!(replies[0], "-NOTFOUND no coupon 'c'");
+    assert!(replies[1].starts_with("[OK, ") && replies[2].starts_with("[ISSUED, 1, 4, "), "{replies:?}");
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.coupon_ledger WHERE kind = 'issue' AND token > 4294967296"), "1");
+}
+
+#[test]
 fn a_java_service_stops_issuing_and_gets_its_turn_in_both_modes() {
     for mode in ["held", "elide"] {
         let stack = Stack::with_settings(&["--coupon-lock", mode, "--reply-within-ms", "20000"]);
@@ -150,7 +170,7 @@ fn a_java_service_stops_issuing_and_gets_its_turn_in_both_modes() {
         let load = Load::start(&stack.sidecar, "c", 10);
         let mut java = Java::new(&stack, "c");
         let mut redis = stack.backing();
-        let mut waits = Vec::new();
+        let (mut waits, mut resumed) = (Vec::new(), Vec::new());
         for round in 0..size(20, 200) {
             let before = load.count();
             let began = Instant::now();
@@ -159,11 +179,20 @@ fn a_java_service_stops_issuing_and_gets_its_turn_in_both_modes() {
             let issued = redis.ask("HGET coupon:info:c issued");
             thread::sleep(Duration::from_millis(3));
             assert_eq!(redis.ask("HGET coupon:info:c issued"), issued, "{mode}, round {round}: issued under another's lock");
+            let count = load.count();
             java.unlock();
-            // It goes on, without the lock being polled for a quarter of a second.
+            let unlocked = Instant::now();
+            while load.count() == count && unlocked.elapsed() < Duration::from_secs(30) {
+                thread::sleep(Duration::from_millis(1));
+            }
+            resumed.push(unlocked.elapsed());
             wait_until("issuing goes on", || load.count() > before + 10);
         }
         waits.sort();
+        resumed.sort();
+        // A turn takes 20 ms; and nobody polls for a quarter of a second.
+        let (waited, resumed) = (waits[waits.len() / 2], resumed[resumed.len() / 2]);
+        assert!(waited < Duration::from_millis(120) && resumed < Duration::from_millis(120), "{mode}: {waited:?} {resumed:?}");
         println!("{mode}: a Java service waits {:?} for its turn, {:?} at most", waits[waits.len() / 2], waits[waits.len() - 1]);
         assert!(load.end().iter().all(|(_, reply)| reply.starts_with("[ISSUED, ")));
     }
