@@ -14,6 +14,11 @@ fn behind(stack: &Stack, marked: &'static [u8], flags: &[&str]) -> (Proxy, Sidec
     let sidecar = Sidecar::with_settings(&proxy.redis_url(), &stack.postgres.url, &flags);
     let mut client = sidecar.connect();
     wait_until("it serves locks", || client.ask("LOCK.INFO nothing") == "nil");
+    // From now on Redis knows the scripts: each goes by its hash, once.
+    let held = acquire(&mut client, "first", "");
+    for command in [format!("LOCK.EXTEND first {held} 60000"), format!("LOCK.RELEASE first {held}")] {
+        assert!(!client.ask(&command).starts_with("[LOST"));
+    }
     (proxy, sidecar)
 }
 
