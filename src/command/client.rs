@@ -1,5 +1,8 @@
 //! CLIENT: what the server knows of its clients, and what they tell it about themselves.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use bytes::Bytes;
 
 use super::spec::{ADMIN, CONNECTION, FAST, LOADING, SHOWS, Spec, text, word};
@@ -36,35 +39,39 @@ static LIST: Spec = sub("CLIENT|LIST", "Describes every connection, one a line."
 fn list(call: &mut Call<'_>) -> Step {
     call.session.publish(call.pipeline().in_flight(), 0, 0);
     let filters: Vec<&Bytes> = call.args.list("filter").collect();
-    let ids: Option<Vec<u64>> = match filters.split_first() {
-        None => None,
-        Some((kind, [which])) if kind.eq_ignore_ascii_case(b"TYPE") => {
-            if !["normal", "master", "replica", "slave", "pubsub"].iter().any(|known| which.eq_ignore_ascii_case(known.as_bytes())) {
-                return Step::Reply(Reply::error(format!("ERR Unknown client type '{}'", super::cut(which, ERROR_ECHO_MAX))));
-            }
-            let subscribed = |client: &Client| {
-                let profile = client.profile();
-                profile.patterns + profile.channels > 0
-            };
-            let wanted = |client: &Client| {
-                (which.eq_ignore_ascii_case(b"normal") && !subscribed(client))
-                    || (which.eq_ignore_ascii_case(b"pubsub") && subscribed(client))
-            };
-            Some(call.cx.registry.clients().iter().filter(|client| wanted(client)).map(|client| client.id).collect())
-        }
-        Some((kind, ids)) if kind.eq_ignore_ascii_case(b"ID") && !ids.is_empty() => {
-            let Some(ids) = ids.iter().map(|id| number(id)).collect() else { return Step::Reply(Reply::error("ERR Invalid client ID")) };
-            Some(ids)
-        }
-        Some(_) => return Step::Reply(Reply::error("ERR syntax error")),
-    };
     let clients = call.cx.registry.clients();
-    let shown = clients.iter().filter(|client| ids.as_ref().is_none_or(|ids| ids.contains(&client.id)));
-    Step::Reply(Reply::Verbatim(shown.map(|client| client.line() + "\n").collect()))
+    let show = |clients: &mut dyn Iterator<Item = &Arc<Client>>| Reply::Verbatim(clients.map(|client| client.line() + "\n").collect());
+    Step::Reply(match filters.split_first() {
+        None => show(&mut clients.iter()),
+        Some((kind, [which])) if kind.eq_ignore_ascii_case(b"TYPE") => match of_type(which) {
+            Ok(wanted) => show(&mut clients.iter().filter(|client| wanted(client))),
+            Err(error) => Reply::error(error),
+        },
+        Some((kind, ids)) if kind.eq_ignore_ascii_case(b"ID") && !ids.is_empty() => {
+            let Some(ids) = ids.iter().map(|id| number(id)).collect::<Option<BTreeSet<u64>>>() else {
+                return Step::Reply(Reply::error("ERR Invalid client ID"));
+            };
+            // Both are in the order of the ids.
+            let found = ids.iter().filter_map(|id| clients.binary_search_by_key(id, |client| client.id).ok());
+            show(&mut found.map(|at| &clients[at]))
+        }
+        Some(_) => Reply::error("ERR syntax error"),
+    })
+}
+
+/// Whether a client is of this type, as Redis names them: replicas and masters are none of ours. Errors with the error reply's text.
+fn of_type(which: &[u8]) -> Result<impl Fn(&Client) -> bool + use<>, String> {
+    let subscribed = match which.to_ascii_lowercase().as_slice() {
+        b"normal" => Some(false),
+        b"pubsub" => Some(true),
+        b"master" | b"replica" | b"slave" => None,
+        _ => return Err(format!("ERR Unknown client type '{}'", super::cut(which, ERROR_ECHO_MAX))),
+    };
+    Ok(move |client: &Client| subscribed == Some(client.profile().subscribes()))
 }
 
 static KILL: Spec =
-    sub("CLIENT|KILL", "Closes connections: `KILL address`, or `KILL ID id`, `ADDR`, `LADDR`, `SKIPME yes|no` in any order.")
+    sub("CLIENT|KILL", "Closes connections: `KILL address`, or `KILL ID id`, `ADDR`, `LADDR`, `USER`, `TYPE`, `SKIPME yes|no` in any order.")
         .args(&[text("filter", CLIENT_NAME_MAX).repeated()])
         .flags(ALWAYS | ADMIN)
         .complexity("O(N) where N is the number of connections")
@@ -102,6 +109,17 @@ fn kill(call: &mut Call<'_>) -> Step {
             tests.push(Box::new(|client| client.address.to_string().as_bytes() == &value[..]));
         } else if is("LADDR") {
             tests.push(Box::new(|client| client.local.to_string().as_bytes() == &value[..]));
+        } else if is("USER") {
+            let name = super::cut(value, ERROR_ECHO_MAX);
+            if call.cx.users.users().find(&name).is_none() {
+                return Step::Reply(Reply::error(format!("ERR No such user '{name}'")));
+            }
+            tests.push(Box::new(move |client| client.profile().login.as_ref().is_some_and(|login| login.user.name == name)));
+        } else if is("TYPE") {
+            match of_type(value) {
+                Ok(wanted) => tests.push(Box::new(wanted)),
+                Err(error) => return Step::Reply(Reply::error(error)),
+            }
         } else if is("SKIPME") && (value.eq_ignore_ascii_case(b"yes") || value.eq_ignore_ascii_case(b"no")) {
             skip_own = value.eq_ignore_ascii_case(b"yes");
         } else {

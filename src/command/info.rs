@@ -116,8 +116,8 @@ fn stats(cx: &Context, text: &mut String) {
     line(text, "expired_keys", 0);
     line(text, "evicted_keys", 0);
     let hub = cx.subscribers.hub();
-    line(text, "pubsub_channels", hub.names(Kind::Channel).len());
-    line(text, "pubsub_patterns", hub.names(Kind::Pattern).len());
+    line(text, "pubsub_channels", hub.len(Kind::Channel));
+    line(text, "pubsub_patterns", hub.len(Kind::Pattern));
     line(text, "total_error_replies", cx.stats.errors().iter().map(|(_, count)| count).sum::<u64>());
 }
 

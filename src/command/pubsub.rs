@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::spec::{ADMIN, LOADING, PUBSUB, SECRET, Spec, text};
 use super::{Call, Context, Step, rights};
 use crate::domain::glob;
-use crate::limits::{CHANNEL_MAX, SUBSCRIPTIONS_MAX};
+use crate::limits::{CHANNEL_MAX, PATTERNS_MAX, PATTERNS_TOGETHER_MAX, SUBSCRIPTIONS_MAX};
 use crate::resp::{Protocol, Reply};
 use crate::session::Session;
 use crate::session::hub::{Kind, Subscriptions};
@@ -82,9 +82,12 @@ fn subscribe(call: &mut Call<'_>, kind: Kind) -> Step {
     if subscriptions.count() + names.len() > SUBSCRIPTIONS_MAX {
         return Step::Reply(Reply::error(format!("ERR too many subscriptions: a connection may have {SUBSCRIPTIONS_MAX}")));
     }
-    confirmed(call, names, move |name| {
-        subscriptions.add(kind, name.clone());
-        (word, Reply::Bulk(name), subscriptions.count())
+    if kind == Kind::Pattern && subscriptions.count_of(kind) + names.len() > PATTERNS_MAX {
+        return Step::Reply(Reply::error(format!("ERR too many patterns: a connection may have {PATTERNS_MAX}")));
+    }
+    confirmed(call, names, move |name| match subscriptions.add(kind, &name) {
+        true => confirmation(word, Reply::Bulk(name), &subscriptions),
+        false => Reply::error(format!("ERR too many patterns: all clients together may have {PATTERNS_TOGETHER_MAX} different ones")),
     })
 }
 
@@ -96,24 +99,26 @@ fn unsubscribe(call: &mut Call<'_>, kind: Kind) -> Step {
         names = subscriptions.names(kind);
     }
     if names.is_empty() {
-        let count = subscriptions.count();
-        return confirmed(call, vec![Bytes::new()], move |_| (word, Reply::Nil, count));
+        return confirmed(call, vec![Bytes::new()], move |_| confirmation(word, Reply::Nil, &subscriptions));
     }
     confirmed(call, names, move |name| {
         subscriptions.remove(kind, &name);
-        (word, Reply::Bulk(name), subscriptions.count())
+        confirmation(word, Reply::Bulk(name), &subscriptions)
     })
 }
 
+fn confirmation(word: &'static str, name: Reply, subscriptions: &Subscriptions) -> Reply {
+    Reply::Push(vec![Reply::word(word), name, Reply::Integer(i64::try_from(subscriptions.count()).unwrap_or(i64::MAX))])
+}
+
 /// Does `one` for each name when every earlier reply is on its way, and says so in the same queue as the messages: so none comes before.
-fn confirmed(call: &Call<'_>, names: Vec<Bytes>, mut one: impl FnMut(Bytes) -> (&'static str, Reply, usize) + 'static) -> Step {
+fn confirmed(call: &Call<'_>, names: Vec<Bytes>, mut one: impl FnMut(Bytes) -> Reply + 'static) -> Step {
     let pipeline = Rc::downgrade(call.pipeline());
     Step::Wait(Box::pin(async move {
         for name in names {
-            let (word, shown, count) = one(name);
-            let count = Reply::Integer(i64::try_from(count).unwrap_or(i64::MAX));
+            let said = one(name);
             if let Some(pipeline) = pipeline.upgrade() {
-                pipeline.push_message(Reply::Push(vec![Reply::word(word), shown, count]));
+                pipeline.push_message(said);
             }
         }
         Reply::Nothing
@@ -145,8 +150,8 @@ static CHANNELS: Spec = Spec::new("PUBSUB|CHANNELS", "Lists the channels subscri
     .run(|call| {
         let pattern = call.args.maybe_text("pattern");
         let shown = |channel: &Bytes| pattern.is_none_or(|pattern| glob::matches(pattern, channel, false));
-        let channels = call.cx.subscribers.hub().names(Kind::Channel);
-        Step::Reply(Reply::Array(channels.into_iter().filter(|(name, _)| shown(name)).map(|(name, _)| Reply::Bulk(name)).collect()))
+        let channels = call.cx.subscribers.hub().names(Kind::Channel, shown);
+        Step::Reply(Reply::Array(channels.into_iter().map(Reply::Bulk).collect()))
     });
 
 static NUMSUB: Spec = Spec::new("PUBSUB|NUMSUB", "Counts the subscribers of channels.")
@@ -154,16 +159,16 @@ static NUMSUB: Spec = Spec::new("PUBSUB|NUMSUB", "Counts the subscribers of chan
     .flags(FLAGS)
     .reply("array of channel and count")
     .run(|call| {
-        let channels = call.cx.subscribers.hub().names(Kind::Channel);
-        let count = |name: &Bytes| channels.iter().find(|(known, _)| known == name).map_or(0, |(_, count)| *count);
-        let pair = |name: &Bytes| [Reply::Bulk(name.clone()), Reply::Integer(i64::try_from(count(name)).unwrap_or(i64::MAX))];
+        let hub = call.cx.subscribers.hub();
+        let count = |name: &Bytes| i64::try_from(hub.count(Kind::Channel, name)).unwrap_or(i64::MAX);
+        let pair = |name: &Bytes| [Reply::Bulk(name.clone()), Reply::Integer(count(name))];
         Step::Reply(Reply::Array(call.args.list("channel").flat_map(pair).collect()))
     });
 
 static NUMPAT: Spec = Spec::new("PUBSUB|NUMPAT", "Counts the patterns subscribed to.")
     .flags(FLAGS)
     .reply("integer")
-    .run(|call| Step::Reply(Reply::Integer(i64::try_from(call.cx.subscribers.hub().names(Kind::Pattern).len()).unwrap_or(i64::MAX))));
+    .run(|call| Step::Reply(Reply::Integer(i64::try_from(call.cx.subscribers.hub().len(Kind::Pattern)).unwrap_or(i64::MAX))));
 
 static HELP: Spec = Spec::new("PUBSUB|HELP", "Lists the subcommands.")
     .flags(FLAGS)
@@ -175,12 +180,13 @@ pub static MONITOR: Spec = Spec::new("MONITOR", "Shows every command that any cl
     .reply("`OK`, then a line a command")
     .run(|call| {
         let subscriptions = subscriptions(call);
+        let Some((number, _)) = call.cx.commands.named(MONITOR.name.as_bytes()) else { return Step::Reply(Reply::Nothing) };
         let pipeline = Rc::downgrade(call.pipeline());
         Step::Wait(Box::pin(async move {
             if let Some(pipeline) = pipeline.upgrade() {
                 pipeline.push_message(Reply::ok());
             }
-            subscriptions.monitor();
+            subscriptions.monitor(number);
             Reply::Nothing
         }))
     });

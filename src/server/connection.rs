@@ -307,7 +307,7 @@ impl Connection {
             return Some((self.clock.opened + self.cx.bounds.auth_within, "auth_time"));
         }
         let idle = self.cx.bounds.idle().filter(|_| self.phase == Phase::Open)?;
-        let waits = self.waiting.is_some() || self.pipeline.in_flight() > 0 || self.session.subscribes();
+        let waits = self.waiting.is_some() || self.pipeline.in_flight() > 0 || self.session.listens();
         Some((if waits { Instant::now() } else { self.clock.active } + idle, "idle"))
     }
 

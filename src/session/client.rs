@@ -1,6 +1,7 @@
 //! What is known of one client while it is connected.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
@@ -8,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::user::User;
@@ -28,13 +30,30 @@ pub struct Profile {
     /// Bytes read but not yet dispatched, and bytes not yet sent.
     pub input_bytes: usize,
     pub output_bytes: usize,
-    /// Channels and patterns subscribed to.
-    pub channels: usize,
-    pub patterns: usize,
-    /// Whether it watches what all clients send.
-    pub monitors: bool,
+    /// What it has subscribed to.
+    pub channels: Names,
+    pub patterns: Names,
+    /// The number of the command by which it watches what all clients send, if it does.
+    pub monitors: Option<usize>,
     /// Who it is, once that is known.
     pub login: Option<Login>,
+}
+
+/// Channels or patterns, with numbers that grow in the order subscribed to.
+pub type Names = HashMap<Bytes, u64, foldhash::fast::RandomState>;
+
+impl Profile {
+    /// Whether it has subscribed to anything.
+    pub fn subscribes(&self) -> bool {
+        !self.channels.is_empty() || !self.patterns.is_empty()
+    }
+
+    /// Whether this user may have what messages come to it for: its subscriptions, and MONITOR.
+    pub fn suits(&self, user: &User) -> bool {
+        self.channels.keys().all(|channel| user.may_watch(channel))
+            && self.patterns.keys().all(|pattern| user.may_watch_pattern(pattern))
+            && self.monitors.is_none_or(|number| user.may_run(number))
+    }
 }
 
 /// One connected client, as every thread may see it.
@@ -65,9 +84,9 @@ impl Client {
             in_flight: 0,
             input_bytes: 0,
             output_bytes: 0,
-            channels: 0,
-            patterns: 0,
-            monitors: false,
+            channels: Names::default(),
+            patterns: Names::default(),
+            monitors: None,
             login: None,
         };
         Self { id, address, local, fd, created: now, stop, killed: AtomicBool::new(false), profile: Mutex::new(profile) }
@@ -93,7 +112,7 @@ impl Client {
     pub fn line(&self) -> String {
         let profile = self.profile();
         let mut line = String::with_capacity(320);
-        let flags = match (profile.monitors, profile.channels + profile.patterns > 0) {
+        let flags = match (profile.monitors.is_some(), profile.subscribes()) {
             (true, _) => "O",
             (false, true) => "P",
             (false, false) => "N",
@@ -109,8 +128,8 @@ impl Client {
             profile.name,
             self.created.elapsed().as_secs(),
             profile.last_seen.elapsed().as_secs(),
-            profile.channels,
-            profile.patterns,
+            profile.channels.len(),
+            profile.patterns.len(),
             profile.input_bytes,
             profile.output_bytes,
             profile.in_flight,
@@ -241,7 +260,7 @@ impl Session {
         Ok(())
     }
 
-    /// Takes over what has become of its user. `false` where it may not go on.
+    /// Takes over what has become of its user. `false` where it may not go on, or may no longer have what it has subscribed to.
     pub fn renew(&mut self) -> bool {
         let generation = self.directory.generation();
         if generation == self.generation {
@@ -250,19 +269,28 @@ impl Session {
         self.generation = generation;
         let users = self.directory.users();
         match users.renew(&self.login) {
-            Some(user) => self.log_in(Login { user, secret: self.login.secret }),
+            Some(user) => {
+                let suits = self.client.profile().suits(&user);
+                self.log_in(Login { user, secret: self.login.secret });
+                return suits;
+            }
             None if self.authenticated => return false,
             None => self.log_in(Login { user: Arc::clone(users.default_user()), secret: None }),
         }
         true
     }
 
-    /// Whether messages may come to it at any time.
+    /// Whether it has subscribed to anything.
     pub fn subscribes(&self) -> bool {
         // A look at the profile takes a lock, and hardly any client ever subscribes.
+        self.has_subscribed && self.client.profile().subscribes()
+    }
+
+    /// Whether messages may come to it at any time.
+    pub fn listens(&self) -> bool {
         self.has_subscribed && {
             let profile = self.client.profile();
-            profile.channels + profile.patterns > 0 || profile.monitors
+            profile.subscribes() || profile.monitors.is_some()
         }
     }
 

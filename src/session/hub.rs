@@ -5,18 +5,19 @@
 //! and counted, as a message to a client that is not connected would be. A client that reads too slowly is cut off.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::client::Client;
+use super::client::{Client, Names, Profile};
 use crate::domain::glob;
-use crate::limits::HUB_QUEUE_MAX;
+use crate::limits::{HUB_QUEUE_MAX, PATTERNS_TOGETHER_MAX};
 use crate::resp::{Pipeline, Reply};
 
 /// What goes from the hub to every thread.
@@ -55,21 +56,39 @@ impl Hub {
         self.subscriptions.load(Ordering::Relaxed) > 0
     }
 
-    /// The channels, or the patterns, that anybody has subscribed to, with how many each.
-    pub fn names(&self, kind: Kind) -> Vec<(Bytes, usize)> {
-        let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        names[kind as usize].iter().map(|(name, count)| (name.clone(), *count)).collect()
+    /// The channels, or the patterns, that anybody has subscribed to and that `wanted` says yes to.
+    pub fn names(&self, kind: Kind, wanted: impl Fn(&Bytes) -> bool) -> Vec<Bytes> {
+        self.known()[kind as usize].keys().filter(|name| wanted(name)).cloned().collect()
     }
 
-    fn added(&self, kind: Kind, name: &Bytes) {
+    /// How many channels, or patterns, that is.
+    pub fn len(&self, kind: Kind) -> usize {
+        self.known()[kind as usize].len()
+    }
+
+    /// How many clients have subscribed to this one.
+    pub fn count(&self, kind: Kind, name: &Bytes) -> usize {
+        self.known()[kind as usize].get(name).copied().unwrap_or(0)
+    }
+
+    fn known(&self) -> MutexGuard<'_, [HashMap<Bytes, usize, foldhash::fast::RandomState>; 2]> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts one more; `false` where it would be one pattern too many.
+    fn added(&self, kind: Kind, name: &Bytes) -> bool {
+        let known = &mut self.known()[kind as usize];
+        if kind == Kind::Pattern && known.len() >= PATTERNS_TOGETHER_MAX && !known.contains_key(name) {
+            return false;
+        }
+        *known.entry(name.clone()).or_default() += 1;
         self.subscriptions.fetch_add(1, Ordering::Relaxed);
-        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-        *names[kind as usize].entry(name.clone()).or_default() += 1;
+        true
     }
 
     fn removed(&self, kind: Kind, name: &Bytes) {
         self.subscriptions.fetch_sub(1, Ordering::Relaxed);
-        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names = self.known();
         if let Some(count) = names[kind as usize].get_mut(name) {
             *count -= 1;
             if *count == 0 {
@@ -97,28 +116,22 @@ impl Hub {
     }
 }
 
-/// A client that messages go to.
-#[derive(Clone)]
-struct Listener {
-    client: u64,
-    pipeline: Weak<Pipeline>,
-}
+/// The clients that messages of one name go to, by number.
+type Listeners = BTreeMap<u64, Weak<Pipeline>>;
 
-impl Listener {
-    fn send(&self, message: Reply) {
-        if let Some(pipeline) = self.pipeline.upgrade() {
-            metrics::counter!("holdfast_sent_messages_total").increment(1);
-            pipeline.push_message(message);
-        }
+fn send(pipeline: &Weak<Pipeline>, message: Reply) {
+    if let Some(pipeline) = pipeline.upgrade() {
+        metrics::counter!("holdfast_sent_messages_total").increment(1);
+        pipeline.push_message(message);
     }
 }
 
 /// The subscribers of one thread.
 #[derive(Default)]
 pub struct Subscribers {
-    channels: RefCell<HashMap<Bytes, Vec<Listener>, foldhash::fast::RandomState>>,
-    patterns: RefCell<HashMap<Bytes, Vec<Listener>, foldhash::fast::RandomState>>,
-    monitors: RefCell<Vec<Listener>>,
+    channels: RefCell<HashMap<Bytes, Listeners, foldhash::fast::RandomState>>,
+    patterns: RefCell<HashMap<Bytes, Listeners, foldhash::fast::RandomState>>,
+    monitors: RefCell<Listeners>,
     hub: Arc<Hub>,
 }
 
@@ -151,29 +164,29 @@ impl Subscribers {
     fn deliver(&self, event: &Event) {
         match event {
             Event::Message { channel, payload } => {
-                for listener in self.channels.borrow().get(channel).into_iter().flatten() {
+                for pipeline in self.channels.borrow().get(channel).into_iter().flat_map(Listeners::values) {
                     let words = [Reply::word("message"), Reply::Bulk(channel.clone()), Reply::Bulk(payload.clone())];
-                    listener.send(Reply::Push(words.into()));
+                    send(pipeline, Reply::Push(words.into()));
                 }
                 for (pattern, listeners) in &*self.patterns.borrow() {
                     if !glob::matches(pattern, channel, false) {
                         continue;
                     }
-                    for listener in listeners {
+                    for pipeline in listeners.values() {
                         let names = [Reply::word("pmessage"), Reply::Bulk(pattern.clone()), Reply::Bulk(channel.clone())];
-                        listener.send(Reply::Push(names.into_iter().chain([Reply::Bulk(payload.clone())]).collect()));
+                        send(pipeline, Reply::Push(names.into_iter().chain([Reply::Bulk(payload.clone())]).collect()));
                     }
                 }
             }
             Event::Line(line) => {
-                for listener in &*self.monitors.borrow() {
-                    listener.send(Reply::Simple(line.to_string().into()));
+                for pipeline in self.monitors.borrow().values() {
+                    send(pipeline, Reply::Simple(line.to_string().into()));
                 }
             }
         }
     }
 
-    fn map(&self, kind: Kind) -> &RefCell<HashMap<Bytes, Vec<Listener>, foldhash::fast::RandomState>> {
+    fn map(&self, kind: Kind) -> &RefCell<HashMap<Bytes, Listeners, foldhash::fast::RandomState>> {
         match kind {
             Kind::Channel => &self.channels,
             Kind::Pattern => &self.patterns,
@@ -181,13 +194,20 @@ impl Subscribers {
     }
 }
 
-/// What one client has subscribed to. Dropped, all of it ends.
+/// What one client has subscribed to; its profile has the names. Dropped, all of it ends.
 pub struct Subscriptions {
     subscribers: Rc<Subscribers>,
     client: Arc<Client>,
     pipeline: Weak<Pipeline>,
-    names: RefCell<[Vec<Bytes>; 2]>,
-    monitors: Cell<bool>,
+    /// How many there have been.
+    begun: Cell<u64>,
+}
+
+fn names(profile: &mut Profile, kind: Kind) -> &mut Names {
+    match kind {
+        Kind::Channel => &mut profile.channels,
+        Kind::Pattern => &mut profile.patterns,
+    }
 }
 
 impl Subscriptions {
@@ -196,66 +216,64 @@ impl Subscriptions {
             subscribers: Rc::clone(subscribers),
             client: Arc::clone(client),
             pipeline: Rc::downgrade(pipeline),
-            names: RefCell::default(),
-            monitors: Cell::new(false),
+            begun: Cell::new(0),
         })
     }
 
     /// How many there are, of both kinds.
     pub fn count(&self) -> usize {
-        self.names.borrow().iter().map(Vec::len).sum()
+        let profile = self.client.profile();
+        profile.channels.len() + profile.patterns.len()
+    }
+
+    /// How many there are of one kind.
+    pub fn count_of(&self, kind: Kind) -> usize {
+        names(&mut self.client.profile(), kind).len()
     }
 
     /// The names of one kind, in the order subscribed to.
     pub fn names(&self, kind: Kind) -> Vec<Bytes> {
-        self.names.borrow()[kind as usize].clone()
+        let mut numbered: Vec<(u64, Bytes)> =
+            names(&mut self.client.profile(), kind).iter().map(|(name, number)| (*number, name.clone())).collect();
+        numbered.sort_unstable_by_key(|(number, _)| *number);
+        numbered.into_iter().map(|(_, name)| name).collect()
     }
 
-    /// Subscribes; does nothing where it has already.
-    pub fn add(&self, kind: Kind, name: Bytes) {
-        if self.names.borrow()[kind as usize].contains(&name) {
-            return;
-        }
+    /// Subscribes; does nothing where it has already. `false` where all clients have too many patterns together.
+    pub fn add(&self, kind: Kind, name: &Bytes) -> bool {
         // What was read stays in memory as a whole while a slice of it does.
-        let name = Bytes::copy_from_slice(&name);
-        self.names.borrow_mut()[kind as usize].push(name.clone());
-        let listener = Listener { client: self.client.id, pipeline: self.pipeline.clone() };
-        self.subscribers.hub.added(kind, &name);
-        self.subscribers.map(kind).borrow_mut().entry(name).or_default().push(listener);
-        self.publish_counts();
+        let name = Bytes::copy_from_slice(name);
+        match names(&mut self.client.profile(), kind).entry(name.clone()) {
+            Entry::Occupied(_) => return true,
+            Entry::Vacant(_) if !self.subscribers.hub.added(kind, &name) => return false,
+            Entry::Vacant(free) => _ = free.insert(self.begun.get()),
+        }
+        self.begun.set(self.begun.get() + 1);
+        self.subscribers.map(kind).borrow_mut().entry(name).or_default().insert(self.client.id, self.pipeline.clone());
+        true
     }
 
     /// Ends one; does nothing where there is none.
     pub fn remove(&self, kind: Kind, name: &Bytes) {
-        let place = self.names.borrow()[kind as usize].iter().position(|known| known == name);
-        let Some(place) = place else { return };
-        self.names.borrow_mut()[kind as usize].remove(place);
+        if names(&mut self.client.profile(), kind).remove(name).is_none() {
+            return;
+        }
         let mut map = self.subscribers.map(kind).borrow_mut();
         if let Some(listeners) = map.get_mut(name) {
-            listeners.retain(|listener| listener.client != self.client.id);
+            listeners.remove(&self.client.id);
             if listeners.is_empty() {
                 map.remove(name);
             }
         }
         self.subscribers.hub.removed(kind, name);
-        drop(map);
-        self.publish_counts();
     }
 
-    /// Watches what all clients send from now on.
-    pub fn monitor(&self) {
-        if !self.monitors.replace(true) {
-            let listener = Listener { client: self.client.id, pipeline: self.pipeline.clone() };
-            self.subscribers.monitors.borrow_mut().push(listener);
+    /// Watches what all clients send from now on, as the command with this number permits.
+    pub fn monitor(&self, number: usize) {
+        if self.client.profile().monitors.replace(number).is_none() {
+            self.subscribers.monitors.borrow_mut().insert(self.client.id, self.pipeline.clone());
             self.subscribers.hub.monitors.fetch_add(1, Ordering::Relaxed);
-            self.client.profile().monitors = true;
         }
-    }
-
-    fn publish_counts(&self) {
-        let names = self.names.borrow();
-        let mut profile = self.client.profile();
-        (profile.channels, profile.patterns) = (names[0].len(), names[1].len());
     }
 }
 
@@ -266,10 +284,9 @@ impl Drop for Subscriptions {
                 self.remove(kind, &name);
             }
         }
-        if self.monitors.get() {
-            self.subscribers.monitors.borrow_mut().retain(|listener| listener.client != self.client.id);
+        if self.client.profile().monitors.take().is_some() {
+            self.subscribers.monitors.borrow_mut().remove(&self.client.id);
             self.subscribers.hub.monitors.fetch_sub(1, Ordering::Relaxed);
-            self.client.profile().monitors = false;
         }
     }
 }

@@ -56,11 +56,16 @@ impl Registry {
         clients
     }
 
-    /// Closes the connections whose user may not go on, after the users have changed; returns how many.
+    /// Closes the connections whose user may not go on, or may no longer have what it has subscribed to, after the users have changed; returns
+    /// how many.
     pub fn expel(&self, users: &Users) -> usize {
+        let may_stay = |client: &Client| {
+            let profile = client.profile();
+            let Some(login) = &profile.login else { return true };
+            users.renew(login).is_some_and(|user| profile.suits(&user))
+        };
         let clients = self.clients();
-        let gone = clients.iter().filter(|client| client.profile().login.as_ref().is_some_and(|login| users.renew(login).is_none()));
-        gone.map(|client| client.kill()).count()
+        clients.iter().filter(|client| !may_stay(client)).map(|client| client.kill()).count()
     }
 
     /// How many are connected.

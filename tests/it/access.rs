@@ -193,6 +193,54 @@ fn a_sighup_takes_over_the_users_and_drops_nobody_who_may_stay() {
 }
 
 #[test]
+fn a_sighup_ends_what_is_no_longer_permitted_also_of_those_who_say_nothing() {
+    let hash = hash();
+    let file = TempFile::new("rights", &format!("user watcher on #{hash} allkeys &stock:events:* &shop:* +@all\n"));
+    let mut stack = Stack::with_settings(&["--auth-users-file", file.path()]);
+    let open = |command: &str, confirmed: &str| {
+        let mut raw = stack.sidecar.raw();
+        raw.write_all(format!("AUTH watcher {PASSWORD}\r\n{command}\r\n").as_bytes()).unwrap();
+        let mut answer = Vec::new();
+        while !String::from_utf8_lossy(&answer).ends_with(confirmed) {
+            let mut chunk = [0; 512];
+            let read = raw.read(&mut chunk).unwrap();
+            assert!(read > 0, "{command}: {}", String::from_utf8_lossy(&answer));
+            answer.extend_from_slice(&chunk[..read]);
+        }
+        raw
+    };
+    let lost = [
+        open("SUBSCRIBE stock:events:mug", "\r\n:1\r\n"),
+        open("SUBSCRIBE shop:1 stock:events:mug", "\r\n:2\r\n"),
+        open("PSUBSCRIBE stock:events:*", "\r\n:1\r\n"),
+        open("MONITOR", "+OK\r\n+OK\r\n"),
+    ];
+    let kept =
+        [open("SUBSCRIBE shop:1", "\r\n:1\r\n"), open("PSUBSCRIBE shop:*", "\r\n:1\r\n"), open("ACL WHOAMI", "\r\nwatcher\r\n")];
+    file.write(&format!("user watcher on #{hash} allkeys &shop:* +@all -monitor\n"));
+    assert!(Command::new("kill").args(["-HUP", &stack.sidecar.pid().to_string()]).status().unwrap().success());
+    stack.sidecar.wait_for_log("users reloaded");
+    for mut raw in lost {
+        let mut rest = Vec::new();
+        raw.read_to_end(&mut rest).unwrap();
+    }
+    for mut raw in kept {
+        raw.write_all(b"PING\r\nQUIT\r\n").unwrap();
+        let mut rest = String::new();
+        raw.read_to_string(&mut rest).unwrap();
+        assert!(rest.to_lowercase().contains("pong"), "{rest}");
+    }
+    let log = stack.sidecar.log();
+    assert!(log.contains("closed=4"), "{log}");
+    // Whose user is off is closed whatever it does.
+    let gone = stack.sidecar.connect_as("watcher", PASSWORD);
+    file.write(&format!("user watcher off #{hash} +@all\n"));
+    assert!(Command::new("kill").args(["-HUP", &stack.sidecar.pid().to_string()]).status().unwrap().success());
+    let mut gone = gone;
+    wait_until("it is closed", || gone.is_closed());
+}
+
+#[test]
 fn a_public_address_needs_users_with_passwords() {
     let run = |arguments: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_holdfast")).args(arguments).output().unwrap();
