@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::spec::{ADMIN, LOADING, SHOWS, Spec, text};
+use super::server::{NO_INTEGER, integer};
 use super::{Args, Call, Step, describe, rights};
 use crate::limits::{CLIENT_NAME_MAX, ERROR_ECHO_MAX, REQUEST_BULK_MAX, USER_NAME_MAX};
 use crate::resp::Reply;
@@ -55,7 +56,7 @@ static GETUSER: Spec = sub("ACL|GETUSER", "Describes a user, without its passwor
     .run(|call| {
         let users = call.cx.users.users();
         let name = String::from_utf8_lossy(call.args.text("username"));
-        let Some(user) = users.find(&name) else { return Step::Reply(Reply::NilArray) };
+        let Some(user) = users.find(&name) else { return Step::Reply(Reply::Nil) };
         Step::Reply(Reply::map([
             ("flags", Reply::Set(user.flags().map(Reply::simple).collect())),
             ("passwords", Reply::Array(vec![Reply::word("(redacted)"); user.secrets()])),
@@ -114,8 +115,14 @@ static DELUSER: Spec = sub("ACL|DELUSER", "Refused: users are changed in the use
 static LOG: Spec = sub("ACL|LOG", "Answers no entries: what was denied is in the log and in the metrics.")
     .args(&[text("count", 32).optional()])
     .flags(SHOW)
-    .reply("an empty array")
-    .run(|_| Step::Reply(Reply::Array(vec![])));
+    .reply("an empty array, or `OK` for RESET")
+    .run(|call| {
+        Step::Reply(match call.args.maybe_text("count") {
+            Some(reset) if reset.eq_ignore_ascii_case(b"RESET") => Reply::ok(),
+            Some(count) if integer(count).is_none() => Reply::error(NO_INTEGER),
+            _ => Reply::Array(vec![]),
+        })
+    });
 
 static HELP: Spec = sub("ACL|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&ACL)));
 
@@ -142,7 +149,7 @@ mod tests {
         assert!(list.contains("user shop on #(redacted) ~shop-* +@stock\r\n") && !list.contains("2bb8"), "{list}");
         let user = wire.send("ACL GETUSER shop");
         assert!(user.starts_with("*12\r\n$5\r\nflags\r\n*1\r\n+on\r\n$9\r\npasswords\r\n*1\r\n$10\r\n(redacted)\r\n"), "{user}");
-        assert_eq!(wire.send("ACL GETUSER nobody"), "*-1\r\n");
+        assert_eq!(wire.send("ACL GETUSER nobody"), "$-1\r\n");
         assert_eq!(wire.send("ACL DRYRUN shop STOCK.GET shop-mug"), "+OK\r\n");
         assert!(wire.send("ACL DRYRUN shop STOCK.GET mug").contains("no permissions to access a key"));
         assert!(wire.send("ACL DRYRUN shop INFO").contains("no permissions to run the 'info' command"));
@@ -158,6 +165,10 @@ mod tests {
             ("ACL LIST", "*1\r\n$34\r\nuser default on nopass ~* &* +@all\r\n"),
             ("ACL SETUSER a on >secret", "-ERR users are changed in the file that auth.users_file names, and taken over with a SIGHUP\r\n"),
             ("ACL LOG", "*0\r\n"),
+            ("ACL LOG 10", "*0\r\n"),
+            ("ACL LOG reset", "+OK\r\n"),
+            ("ACL LOG x", "-ERR value is not an integer or out of range\r\n"),
+            ("ACL GETUSER nobody", "$-1\r\n"),
         ]);
     }
 }

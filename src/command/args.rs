@@ -163,7 +163,12 @@ impl Args {
             }
             Kind::Word(words) => {
                 let place = words.iter().position(|known| word.eq_ignore_ascii_case(known.as_bytes()));
-                let place = place.ok_or_else(|| format!("ERR invalid {}: one of {}", arg.name, words.join(", ")))?;
+                let wrong = || match self.spec.name.contains('.') {
+                    true => format!("ERR invalid {}: one of {}", arg.name, words.join(", ")),
+                    // Redis's own commands say no more.
+                    false => "ERR syntax error".to_owned(),
+                };
+                let place = place.ok_or_else(wrong)?;
                 integer = i64::try_from(place).unwrap_or_default();
             }
             Kind::Pattern => {

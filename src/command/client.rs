@@ -202,9 +202,18 @@ static GETREDIR: Spec =
 
 static TRACKING: Spec = sub("CLIENT|TRACKING", "Refused: what a client caches of stock is wrong at once.")
     .args(&[text("option", CLIENT_NAME_MAX).repeated()])
-    .reply("an error")
+    .reply("`OK` for OFF, else an error")
     .example("CLIENT TRACKING ON")
-    .run(|_| Step::Reply(Reply::error("ERR client-side caching is not supported: connect without CLIENT TRACKING")));
+    .run(|call| {
+        let options: Vec<&Bytes> = call.args.list("option").collect();
+        Step::Reply(match options[..] {
+            [off] if off.eq_ignore_ascii_case(b"OFF") => Reply::ok(),
+            [on, ..] if on.eq_ignore_ascii_case(b"ON") => {
+                Reply::error("ERR client-side caching is not supported: connect without CLIENT TRACKING")
+            }
+            _ => Reply::error("ERR syntax error"),
+        })
+    });
 
 static HELP: Spec = sub("CLIENT|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&CLIENT)));
 
@@ -246,6 +255,24 @@ mod tests {
             ("CLIENT NO-EVICT ON", "+OK\r\n"),
             ("CLIENT KILL 1.2.3.4:5", "-ERR No such client\r\n"),
             ("CLIENT KILL ID 99", ":0\r\n"),
+            ("CLIENT KILL ID 0", "-ERR client-id should be greater than 0\r\n"),
+            ("CLIENT KILL USER nobody", "-ERR No such user 'nobody'\r\n"),
+            ("CLIENT KILL USER default", ":0\r\n"),
+            ("CLIENT KILL TYPE foo", "-ERR Unknown client type 'foo'\r\n"),
+            ("CLIENT KILL TYPE pubsub SKIPME no", ":0\r\n"),
+            ("CLIENT KILL TYPE master", ":0\r\n"),
+            ("CLIENT KILL SKIPME foo", "-ERR syntax error\r\n"),
+            ("CLIENT KILL FOO bar", "-ERR syntax error\r\n"),
+            ("CLIENT LIST TYPE foo", "-ERR Unknown client type 'foo'\r\n"),
+            ("CLIENT LIST TYPE master", "$0\r\n\r\n"),
+            ("CLIENT LIST ID", "-ERR syntax error\r\n"),
+            ("CLIENT LIST ID x", "-ERR Invalid client ID\r\n"),
+            ("CLIENT LIST ID 99999", "$0\r\n\r\n"),
+            ("CLIENT TRACKING OFF", "+OK\r\n"),
+            ("CLIENT TRACKING off foo", "-ERR syntax error\r\n"),
+            ("CLIENT TRACKING foo", "-ERR syntax error\r\n"),
+            ("CLIENT REPLY foo", "-ERR syntax error\r\n"),
+            ("CLIENT NO-EVICT foo", "-ERR syntax error\r\n"),
             ("CLIENT LIST FOO", "-ERR syntax error\r\n"),
         ]);
     }

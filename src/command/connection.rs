@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use super::server::{NO_INTEGER, integer};
 use super::spec::{CONNECTION, FAST, LOADING, NOAUTH, SECRET, Spec, text};
 use super::{Call, Step, closed};
 use crate::domain::quantity;
@@ -165,11 +166,11 @@ pub static SELECT: Spec = Spec::new("SELECT", "Accepts database 0, the only one.
     .run(select);
 
 fn select(call: &mut Call<'_>) -> Step {
-    let index = std::str::from_utf8(call.args.text("index")).ok().and_then(|index| index.parse::<i32>().ok());
-    Step::Reply(match index {
+    Step::Reply(match integer(call.args.text("index")) {
         Some(0) => Reply::ok(),
-        Some(_) => Reply::error("ERR DB index is out of range"),
-        None => Reply::error("ERR value is not an integer or out of range"),
+        Some(index) if i32::try_from(index).is_ok() => Reply::error("ERR DB index is out of range"),
+        Some(_) => Reply::error("ERR value is out of range, value must between -2147483648 and 2147483647"),
+        None => Reply::error(NO_INTEGER),
     })
 }
 
@@ -225,6 +226,11 @@ mod tests {
             ("SELECT 0", "+OK\r\n"),
             ("SELECT 1", "-ERR DB index is out of range\r\n"),
             ("SELECT x", "-ERR value is not an integer or out of range\r\n"),
+            ("SELECT +0", "-ERR value is not an integer or out of range\r\n"),
+            ("SELECT 00", "-ERR value is not an integer or out of range\r\n"),
+            ("SELECT -0", "-ERR value is not an integer or out of range\r\n"),
+            ("SELECT -1", "-ERR DB index is out of range\r\n"),
+            ("SELECT 99999999999", "-ERR value is out of range, value must between -2147483648 and 2147483647\r\n"),
             ("RESET", "+RESET\r\n"),
         ]);
     }

@@ -198,7 +198,8 @@ pub fn show(cx: &Context, session: &Session, spec: &Spec, words: &[Bytes]) {
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let (seconds, micros, client) = (now.as_secs(), now.subsec_micros(), session.client.address);
-    let mut line = format!("{seconds}.{micros:06} [0 {client}] \"{}\"", words[0].escape_ascii());
+    let mut line = format!("{seconds}.{micros:06} [0 {client}] ");
+    rights::quote(&mut line, &words[0]);
     if spec.is(SECRET) {
         line.push_str(" \"(redacted)\"");
     } else if words.len() > 1 {

@@ -108,10 +108,28 @@ pub fn shown(spec: &Spec, words: Option<&[bytes::Bytes]>) -> String {
         if spec.is(SECRET) {
             text.push_str("\"(redacted)\"");
         } else {
-            _ = write!(text, "\"{}\"", word[..word.len().min(AUDIT_ARGUMENT_MAX)].escape_ascii());
+            quote(&mut text, &word[..word.len().min(AUDIT_ARGUMENT_MAX)]);
         }
     }
     text
+}
+
+/// Appends bytes in quotes, escaped as Redis's MONITOR does it, which tools read back.
+pub fn quote(text: &mut String, bytes: &[u8]) {
+    text.push('"');
+    for byte in bytes {
+        match byte {
+            b'"' | b'\\' => text.extend(['\\', char::from(*byte)]),
+            b'\n' => text.push_str("\\n"),
+            b'\r' => text.push_str("\\r"),
+            b'\t' => text.push_str("\\t"),
+            0x07 => text.push_str("\\a"),
+            0x08 => text.push_str("\\b"),
+            b' '..=b'~' => text.push(char::from(*byte)),
+            other => _ = write!(text, "\\x{other:02x}"),
+        }
+    }
+    text.push('"');
 }
 
 #[cfg(test)]
@@ -172,6 +190,13 @@ mod tests {
         assert_eq!(named("@ALL"), Some(commands.len()));
         assert_eq!((named("client|list"), named("stock.get"), named("nothing")), (Some(1), Some(1), None));
         assert!(named("client").unwrap() > 10);
+    }
+
+    #[test]
+    fn words_are_quoted_as_redis_quotes_them() {
+        let mut text = String::new();
+        quote(&mut text, b"it's \"a\\\r\n\t\x07\x08\x00\xc3~");
+        assert_eq!(text, r#""it's \"a\\\r\n\t\a\b\x00\xc3~""#);
     }
 
     #[test]

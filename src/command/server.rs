@@ -16,6 +16,17 @@ use crate::resp::Reply;
 /// An operator's command that only shows something.
 const SHOW: u32 = ADMIN | LOADING | SHOWS;
 
+/// What Redis says to what is no integer.
+pub const NO_INTEGER: &str = "ERR value is not an integer or out of range";
+
+/// An integer as strict as Redis: no `+`, no leading zeros, no spaces.
+pub fn integer(text: &[u8]) -> Option<i64> {
+    match text.strip_prefix(b"-") {
+        Some(digits) => quantity::parse(digits, 1, i64::MAX).map(|number| -number),
+        None => quantity::parse(text, 0, i64::MAX),
+    }
+}
+
 const NO_CLUSTER: &str = "ERR This instance has cluster support disabled";
 
 /// What CONFIG GET shows where nothing else says so: what clients and tools ask a Redis for.
@@ -60,25 +71,40 @@ impl Change {
     fn parse(cx: &Context, name: &[u8], value: &[u8]) -> Result<Self, String> {
         let shown = || super::cut(name, ERROR_ECHO_MAX);
         let is = |known: &str| name.eq_ignore_ascii_case(known.as_bytes());
+        let failed = |why: &str| format!("ERR CONFIG SET failed (possibly related to argument '{}') - {why}", shown());
+        let within = |min: u64, max: u64| match integer(value).map(u64::try_from) {
+            Some(Ok(number)) if (min..=max).contains(&number) => Ok(Some(number)),
+            Some(_) => Err(failed(&format!("argument must be between {min} and {max} inclusive"))),
+            None => Ok(None),
+        };
         let change = if is("maxclients") {
-            quantity::parse(value, 1, i64::try_from(MAX_CLIENTS_MAX).unwrap_or(i64::MAX))
-                .and_then(|n| usize::try_from(n).ok())
-                .map(Self::MaxClients)
+            within(1, MAX_CLIENTS_MAX)?.and_then(|most| usize::try_from(most).ok()).map(Self::MaxClients)
         } else if is("timeout") {
-            let seconds = quantity::parse(value, 0, i64::try_from(SETTABLE_TIME_MS.1 / 1_000).unwrap_or(i64::MAX));
-            seconds.and_then(|seconds| u64::try_from(seconds).ok()).map(|seconds| Self::Timeout(Duration::from_secs(seconds)))
+            within(0, SETTABLE_TIME_MS.1 / 1_000)?.map(|seconds| Self::Timeout(Duration::from_secs(seconds)))
         } else if is("slowlog-log-slower-than") {
             SlowLog::slower_than(value).map(Self::SlowerThan)
         } else if is("slowlog-max-len") {
             SlowLog::len_max(value).map(Self::SlowLogLen)
         } else if is("requirepass") || current(cx).iter().any(|(known, _)| is(known)) {
-            return Err(format!("ERR CONFIG SET failed (possibly related to argument '{}') - can't set immutable config", shown()));
+            return Err(failed("can't set immutable config"));
         } else {
             return Err(format!("ERR Unknown option or number of arguments for CONFIG SET - '{}'", shown()));
         };
-        change.ok_or_else(|| {
-            format!("ERR CONFIG SET failed (possibly related to argument '{}') - argument couldn't be parsed into an integer", shown())
-        })
+        change.ok_or_else(|| failed("argument couldn't be parsed into an integer"))
+    }
+
+    /// Reads all of them. Errors with the error reply's text.
+    fn parse_all(cx: &Context, pairs: &[(&Bytes, &Bytes)]) -> Result<Vec<Self>, String> {
+        let mut changes = Vec::new();
+        for (at, (name, value)) in pairs.iter().enumerate() {
+            let change = Self::parse(cx, name, value)?;
+            if pairs[..at].iter().any(|(earlier, _)| earlier.eq_ignore_ascii_case(name)) {
+                let shown = super::cut(name, ERROR_ECHO_MAX);
+                return Err(format!("ERR CONFIG SET failed (possibly related to argument '{shown}') - duplicate parameter"));
+            }
+            changes.push(change);
+        }
+        Ok(changes)
     }
 
     fn apply(self, cx: &Context) {
@@ -146,9 +172,8 @@ static CONFIG_SET: Spec = sub(
 .flags(ADMIN | LOADING | SECRET)
 .example("CONFIG SET timeout 0")
 .run(|call| {
-    let pairs = call.args.list("setting").zip(call.args.list("value"));
-    let changes: Result<Vec<Change>, String> = pairs.map(|(name, value)| Change::parse(call.cx, name, value)).collect();
-    Step::Reply(match changes {
+    let pairs: Vec<_> = call.args.list("setting").zip(call.args.list("value")).collect();
+    Step::Reply(match Change::parse_all(call.cx, &pairs) {
         Ok(changes) => {
             changes.into_iter().for_each(|change| change.apply(call.cx));
             Reply::ok()
@@ -199,7 +224,15 @@ pub static DBSIZE: Spec = Spec::new("DBSIZE", "Answers 0: the data is in the bac
 pub static LATENCY: Spec = Spec::new("LATENCY", "Answers as an empty latency monitor: latencies are in the metrics.")
     .flags(SHOW)
     .example("LATENCY LATEST")
-    .subcommands(&[&LATENCY_LATEST, &LATENCY_HISTORY, &LATENCY_HISTOGRAM, &LATENCY_RESET, &LATENCY_HELP]);
+    .subcommands(&[
+        &LATENCY_LATEST,
+        &LATENCY_HISTORY,
+        &LATENCY_HISTOGRAM,
+        &LATENCY_RESET,
+        &LATENCY_GRAPH,
+        &LATENCY_DOCTOR,
+        &LATENCY_HELP,
+    ]);
 
 static LATENCY_LATEST: Spec =
     sub("LATENCY|LATEST", "Answers no events.").flags(SHOW).reply("an empty array").run(|_| Step::Reply(Reply::Array(vec![])));
@@ -222,6 +255,20 @@ static LATENCY_RESET: Spec = sub("LATENCY|RESET", "Answers 0.")
     .flags(SHOW)
     .reply("integer")
     .run(|_| Step::Reply(Reply::Integer(0)));
+
+static LATENCY_GRAPH: Spec = sub("LATENCY|GRAPH", "Refused: there are no events to draw.")
+    .args(&[text("event", CLIENT_NAME_MAX)])
+    .flags(SHOW)
+    .reply("an error")
+    .example("LATENCY GRAPH command")
+    .run(|call| {
+        let event = super::cut(call.args.text("event"), ERROR_ECHO_MAX);
+        Step::Reply(Reply::error(format!("ERR No samples available for event '{event}'")))
+    });
+
+static LATENCY_DOCTOR: Spec = sub("LATENCY|DOCTOR", "Tells where latencies are shown.").flags(SHOW).reply("text").run(|_| {
+    Step::Reply(Reply::Verbatim("Latencies are not monitored here: the metrics have them, under holdfast_command_seconds.\n".to_owned()))
+});
 
 static LATENCY_HELP: Spec =
     sub("LATENCY|HELP", "Lists the subcommands.").reply("array of text").run(|_| Step::Reply(describe::help(&LATENCY)));
@@ -258,6 +305,16 @@ mod tests {
                 "CONFIG SET maxclients x",
                 "-ERR CONFIG SET failed (possibly related to argument 'maxclients') - argument couldn't be parsed into an integer\r\n",
             ),
+            (
+                "CONFIG SET timeout 0 TIMEOUT 1",
+                "-ERR CONFIG SET failed (possibly related to argument 'TIMEOUT') - duplicate parameter\r\n",
+            ),
+            ("CONFIG SET foo 1 foo 2", "-ERR Unknown option or number of arguments for CONFIG SET - 'foo'\r\n"),
+            (
+                "CONFIG SET timeout -1",
+                "-ERR CONFIG SET failed (possibly related to argument 'timeout') - argument must be between 0 and 86400 inclusive\r\n",
+            ),
+            ("LATENCY GRAPH x", "-ERR No samples available for event 'x'\r\n"),
             ("CONFIG SET foo 1", "-ERR Unknown option or number of arguments for CONFIG SET - 'foo'\r\n"),
             ("CONFIG SET foo", "-ERR wrong number of arguments for 'config|set' command\r\n"),
             ("CONFIG RESETSTAT", "+OK\r\n"),
