@@ -407,10 +407,13 @@ pub const GUESSES_FREE: u32 = 3;
 /// How often `auth.delay_ms` an answer waits at most: a second by default, which leaves time for three before `auth.within_ms` ends.
 pub const GUESS_DELAYS_MAX: u32 = 20;
 
+/// Of `auth.within_ms`, the part that a name and a password may wait for their turn: what is left is for the rest of a handshake.
+pub const GUESS_TURN_PART: u32 = 2;
+
 /// After how long without a wrong password an address is forgotten.
 pub const GUESSES_WITHIN: Duration = Duration::from_secs(60);
 
-/// Addresses that are remembered, some 50 bytes each: as many as clients may be connected by default.
+/// Addresses that are remembered, some 150 bytes each: as many as clients may be connected by default.
 pub const GUESS_ADDRESSES_MAX: usize = 10_000;
 
 /// What `auth.delay_ms` may be set to: twenty times that has to be less than anybody waits.

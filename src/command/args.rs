@@ -198,6 +198,11 @@ impl Args {
         &self.words
     }
 
+    /// The same, to be sent once more.
+    pub fn into_words(self) -> Vec<Bytes> {
+        self.words
+    }
+
     /// The word behind the command's name and subcommand at `index`, as the client sent it.
     pub fn raw(&self, index: usize) -> Option<&Bytes> {
         self.words.get(self.spec.name_words + index)

@@ -1,14 +1,17 @@
 //! The commands a client greets and leaves with: HELLO AUTH PING ECHO SELECT QUIT RESET.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 
 use super::server::{NO_INTEGER, integer};
 use super::spec::{CONNECTION, FAST, LOADING, NOAUTH, SECRET, Spec, text};
-use super::{Call, Step, closed};
+use super::{Args, Call, Step, closed};
 use crate::domain::quantity;
-use crate::limits::REQUEST_BULK_MAX;
+use crate::limits::{GUESS_TURN_PART, REQUEST_BULK_MAX};
 use crate::resp::{Protocol, Reply};
 use crate::session::client::Rejected;
+use crate::session::guesses::Turn;
 
 /// The version of Redis whose behaviour clients are promised. 7.2 has CLIENT SETINFO and COMMAND DOCS, and not the caching and
 /// maintenance features that newer clients would otherwise turn on.
@@ -30,7 +33,7 @@ pub static HELLO: Spec = Spec::new("HELLO", "Greets the server, chooses RESP2 or
 
 fn hello(call: &mut Call<'_>) -> Step {
     match greet(call) {
-        Ok(None) => Step::Reply(Reply::map([
+        Ok(()) => Step::Reply(Reply::map([
             ("server", Reply::word("redis")),
             ("version", Reply::word(REDIS_VERSION)),
             ("proto", Reply::Integer(call.session.protocol.number())),
@@ -39,65 +42,101 @@ fn hello(call: &mut Call<'_>) -> Step {
             ("role", Reply::word("master")),
             ("modules", Reply::Array(vec![super::server::module()])),
         ])),
-        Ok(Some(rejected)) => rejection(call, rejected),
-        Err(error) => Step::Reply(Reply::error(error)),
+        Err(step) => step,
     }
 }
 
 /// Does what HELLO's arguments ask for: all of it or nothing.
-fn greet(call: &mut Call<'_>) -> Result<Option<Rejected>, String> {
-    let Some(version) = call.args.maybe_text("protover") else {
-        return if call.session.authenticated { Ok(None) } else { Err(hello_without_auth()) };
-    };
-    let version = quantity::parse(version, 0, i64::MAX).ok_or("ERR Protocol version is not an integer or out of range")?;
-    let protocol = match version {
-        2 => Protocol::Resp2,
-        3 => Protocol::Resp3,
-        _ => return Err("NOPROTO unsupported protocol version".to_owned()),
-    };
-    let mut name = None;
-    let mut user = None;
-    let mut options = call.args.list("option");
-    while let Some(option) = options.next() {
-        let syntax = || format!("ERR Syntax error in HELLO option '{}'", super::cut(option, crate::limits::ERROR_ECHO_MAX));
-        if option.eq_ignore_ascii_case(b"AUTH") {
-            user = Some((options.next().ok_or_else(syntax)?, options.next().ok_or_else(syntax)?));
-        } else if option.eq_ignore_ascii_case(b"SETNAME") {
-            name = Some(super::client::valid_name(options.next().ok_or_else(syntax)?, "Client names")?);
-        } else {
-            return Err(syntax());
-        }
-    }
-    if let Some((user, password)) = user
-        && let Err(rejected) = call.session.authenticate(user, password, call.cx.bounds.auth_failures)
-    {
-        return Ok(Some(rejected));
+fn greet(call: &mut Call<'_>) -> Result<(), Step> {
+    let Wanted { protocol, name, user } = wanted(&call.args).map_err(|error| Step::Reply(Reply::error(error)))?;
+    if let Some((user, password)) = user {
+        log_in(call, &user, &password)?;
     }
     if !call.session.authenticated {
-        return Err(hello_without_auth());
+        return Err(Step::Reply(Reply::error(HELLO_WITHOUT_AUTH)));
     }
     if let Some(name) = name {
         call.session.client.profile().name = name;
     }
-    call.session.protocol = protocol;
-    Ok(None)
+    if let Some(protocol) = protocol {
+        call.session.protocol = protocol;
+    }
+    Ok(())
 }
 
-fn hello_without_auth() -> String {
+/// What HELLO's arguments ask for.
+#[derive(Default)]
+struct Wanted {
+    protocol: Option<Protocol>,
+    name: Option<String>,
+    /// A name and a password.
+    user: Option<(Bytes, Bytes)>,
+}
+
+fn wanted(args: &Args) -> Result<Wanted, String> {
+    let mut wanted = Wanted::default();
+    let Some(version) = args.maybe_text("protover") else { return Ok(wanted) };
+    let version = quantity::parse(version, 0, i64::MAX).ok_or("ERR Protocol version is not an integer or out of range")?;
+    wanted.protocol = match version {
+        2 => Some(Protocol::Resp2),
+        3 => Some(Protocol::Resp3),
+        _ => return Err("NOPROTO unsupported protocol version".to_owned()),
+    };
+    let mut options = args.list("option");
+    while let Some(option) = options.next() {
+        let syntax = || format!("ERR Syntax error in HELLO option '{}'", super::cut(option, crate::limits::ERROR_ECHO_MAX));
+        if option.eq_ignore_ascii_case(b"AUTH") {
+            wanted.user = Some((options.next().ok_or_else(syntax)?.clone(), options.next().ok_or_else(syntax)?.clone()));
+        } else if option.eq_ignore_ascii_case(b"SETNAME") {
+            wanted.name = Some(super::client::valid_name(options.next().ok_or_else(syntax)?, "Client names")?);
+        } else {
+            return Err(syntax());
+        }
+    }
+    Ok(wanted)
+}
+
+const HELLO_WITHOUT_AUTH: &str =
     "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH <user> <pass> option can be used to \
-     authenticate the client and select the RESP protocol version at the same time"
-        .to_owned()
+     authenticate the client and select the RESP protocol version at the same time";
+
+/// Looks whether the name and the password belong together, when it is their turn. Errors with what is done where it is not, or they do not.
+fn log_in(call: &mut Call<'_>, user: &[u8], password: &[u8]) -> Result<(), Step> {
+    let (address, bounds) = (call.session.client.address.ip(), &call.cx.bounds);
+    let waited = call.session.turn.take();
+    if waited.is_none() {
+        match call.cx.guesses.turn(address, call.arrived, bounds.auth_delay, bounds.auth_within / GUESS_TURN_PART) {
+            Turn::Now => {}
+            Turn::At(at, delay) => {
+                call.session.turn = Some(delay);
+                return Err(Step::Again(at));
+            }
+            Turn::Never => {
+                metrics::counter!("holdfast_auth_refused_total").increment(1);
+                return Err(Step::Reply(Reply::error("TRYAGAIN too many wrong passwords come from this address: try again later")));
+            }
+        }
+    }
+    match call.session.authenticate(user, password, bounds.auth_failures) {
+        Ok(()) if waited.is_some() => call.cx.guesses.right(address),
+        Ok(()) => {}
+        Err(rejected) => {
+            let wait = waited.unwrap_or_else(|| call.cx.guesses.wrong(address, call.arrived, bounds.auth_delay));
+            return Err(rejection(call, rejected, wait));
+        }
+    }
+    Ok(())
 }
 
-/// Says no, in the same words whether the name or the password is wrong. The name is not logged: it may be a password in the wrong place.
-fn rejection(call: &Call<'_>, rejected: Rejected) -> Step {
+/// Says no after so long, in the same words whether the name or the password is wrong. The name is not logged: it may be a password in the wrong
+/// place.
+fn rejection(call: &Call<'_>, rejected: Rejected, wait: Duration) -> Step {
     metrics::counter!("holdfast_auth_failures_total").increment(1);
     tracing::info!(target: "holdfast::audit", client = %call.session.client.address, "wrong user or password");
     if rejected == Rejected::TooOften {
         closed("auth_failures");
     }
     let error = Reply::error(WRONG_PASSWORD);
-    let wait = call.cx.guesses.wrong(call.session.client.address.ip(), call.arrived, call.cx.bounds.auth_delay);
     if wait.is_zero() {
         return if rejected == Rejected::TooOften { Step::Close(error) } else { Step::Reply(error) };
     }
@@ -126,9 +165,9 @@ fn auth(call: &mut Call<'_>) -> Step {
         }
         (password, None) => (Bytes::from_static(b"default"), password),
     };
-    match call.session.authenticate(&user, &password, call.cx.bounds.auth_failures) {
+    match log_in(call, &user, &password) {
         Ok(()) => Step::Reply(Reply::ok()),
-        Err(rejected) => rejection(call, rejected),
+        Err(step) => step,
     }
 }
 

@@ -88,6 +88,8 @@ pub enum Step {
     Close(Reply),
     /// The same, of a command that runs alone.
     CloseAfter(LocalBoxFuture<'static, Reply>),
+    /// It is not its turn yet: the same request runs again then, and the commands behind wait for it.
+    Again(Instant),
 }
 
 /// One command under way, as its handler sees it.
@@ -199,10 +201,13 @@ pub enum After {
     Close,
     /// Closes at once, without a word.
     Drop,
+    /// Dispatches the request once more at that time, and nothing before.
+    Again(Request, Instant),
 }
 
 /// Runs one request, in Redis's order: look up, arity, rights, arguments, handler.
 pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>, request: Request, arrived: Instant) -> After {
+    let asked = session.replies;
     let silent = session.mute_next();
     let replies = session.replies;
     let stamp = Stamp { tag: cx.commands.len(), arrived, due: None, protocol: session.protocol, silent };
@@ -223,9 +228,15 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     let stamp = Stamp { tag: index, due, ..stamp };
     pipeline.stamp(stamp);
     session.last_command = spec.name;
+    let mut words = Vec::new();
     let step = match check(cx, session, index, spec, request) {
         Err(error) => Step::Reply(Reply::error(error)),
-        Ok((run, args)) => run(&mut Call { cx, session, args, arrived, pipeline }),
+        Ok((run, args)) => {
+            let mut call = Call { cx, session: &mut *session, args, arrived, pipeline };
+            let step = run(&mut call);
+            words = call.args.into_words();
+            step
+        }
     };
     // HELLO and CLIENT REPLY decide about their own reply.
     let silent = if session.replies == replies { silent } else { session.replies != Replies::On };
@@ -244,6 +255,10 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
         Step::Close(reply) => {
             pipeline.push_ready(reply);
             return After::Close;
+        }
+        Step::Again(at) => {
+            session.replies = asked;
+            return After::Again(Request { args: words }, at);
         }
     }
     After::Next

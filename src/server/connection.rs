@@ -18,6 +18,7 @@ use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
+use tokio::time::{Sleep, sleep_until};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use self::clock::Clock;
@@ -40,6 +41,7 @@ pub async fn run(stream: Stream, session: Session, cx: Rc<Context>) {
         output: Output::new(Rc::clone(&cx)),
         cx,
         waiting: None,
+        again: None,
         phase: Phase::Open,
         stopped,
         clock: Clock::new(),
@@ -85,21 +87,33 @@ struct Connection {
     output: Output,
     /// The command that runs alone.
     waiting: Option<Waiting>,
+    /// The request whose turn is later.
+    again: Option<Box<Again>>,
     phase: Phase,
     /// `None` once it has been noticed.
     stopped: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
     clock: Clock,
 }
 
+/// A request that is dispatched once more, and the timer until then.
+struct Again {
+    request: Request,
+    timer: Pin<Box<Sleep>>,
+}
+
 impl Connection {
     /// Whether one more request may be dispatched. Replies that wait in line count as unread, too: they are what takes the memory.
     fn has_room(&self) -> bool {
         self.phase == Phase::Open
-            && self.waiting.is_none()
-            && !self.session.is_held_back()
+            && !self.waits_for_one()
             && !self.input.is_held()
             && self.pipeline.in_flight() < self.cx.bounds.in_flight
             && self.output.len() + self.pipeline.bytes() <= self.output_max()
+    }
+
+    /// Whether what is behind one command has to wait for it.
+    fn waits_for_one(&self) -> bool {
+        self.waiting.is_some() || self.again.is_some() || self.session.is_held_back()
     }
 
     /// Unread bytes beyond which nothing more is read, dispatched or encoded.
@@ -117,6 +131,12 @@ impl Connection {
         if !self.session.renew() {
             self.close("user_changed");
             return;
+        }
+        if self.phase == Phase::Open
+            && let Some(again) = self.again.take_if(|again| again.timer.is_elapsed())
+        {
+            self.dispatch(again.request, arrived);
+            dispatched += 1;
         }
         while self.has_room() && dispatched < TURN_COMMANDS_MAX {
             let limits = if self.session.authenticated { self.cx.bounds.known } else { self.cx.bounds.stranger };
@@ -161,6 +181,9 @@ impl Connection {
             After::Wait(waiting) => self.waiting = Some(waiting),
             After::Close => self.phase = Phase::Ending,
             After::Drop => self.phase = Phase::Gone,
+            // Nobody is left to be told.
+            After::Again(..) if self.input.ended => self.phase = Phase::Gone,
+            After::Again(request, at) => self.again = Some(Box::new(Again { request, timer: Box::pin(sleep_until(at.into())) })),
         }
     }
 
@@ -204,7 +227,8 @@ impl Connection {
 
     /// Counts that requests wait which it has no room for.
     fn count_pause(&self) {
-        if self.input.backlog && self.phase == Phase::Open && self.waiting.is_none() && !self.session.is_held_back() && !self.has_room() {
+        let is_full = self.phase == Phase::Open && !self.waits_for_one() && !self.has_room();
+        if self.input.backlog && is_full {
             let why = match self.pipeline.in_flight() >= self.cx.bounds.in_flight {
                 _ if self.input.is_held() => "crowded",
                 true => "in_flight",
@@ -222,6 +246,7 @@ impl Connection {
         event |= self.input.backlog && self.has_room();
         event |= self.poll_read(cx);
         event |= self.poll_waiting(cx);
+        event |= self.again.as_mut().is_some_and(|again| again.timer.as_mut().poll(cx).is_ready());
         // Past the bound nothing is encoded until the client has taken some: then the socket wakes this task, not the replies.
         event |= match self.output.len() <= self.output_max() {
             true => self.pipeline.poll_ready(cx).is_ready(),
@@ -246,7 +271,8 @@ impl Connection {
 
     /// Reads once, if there is room for what may come.
     fn poll_read(&mut self, cx: &mut TaskContext<'_>) -> bool {
-        let ahead = self.waiting.is_some() && self.phase != Phase::Gone && self.input.len() < READ_AHEAD_MAX;
+        let waits = self.waiting.is_some() || self.again.is_some();
+        let ahead = waits && self.phase != Phase::Gone && self.input.len() < READ_AHEAD_MAX;
         if self.input.ended || !(ahead || (self.has_room() && !self.input.backlog)) {
             return false;
         }
@@ -254,13 +280,13 @@ impl Connection {
             Poll::Pending => false,
             Poll::Ready(Received::End) => {
                 // Nobody is left to wait for it: a lock won now would be held for nobody.
-                if self.waiting.as_ref().is_some_and(|waiting| waiting.gives_up) {
+                if self.waiting.as_ref().is_some_and(|waiting| waiting.gives_up) || self.again.is_some() {
                     self.phase = Phase::Gone;
                 }
                 true
             }
             // What was read ahead of a waiting command gives the next turn nothing to do, and must not make it spin.
-            Poll::Ready(Received::Bytes) if self.waiting.is_some() => {
+            Poll::Ready(Received::Bytes) if waits => {
                 cx.waker().wake_by_ref();
                 false
             }
@@ -307,7 +333,7 @@ impl Connection {
             return Some((self.clock.opened + self.cx.bounds.auth_within, "auth_time"));
         }
         let idle = self.cx.bounds.idle().filter(|_| self.phase == Phase::Open)?;
-        let waits = self.waiting.is_some() || self.pipeline.in_flight() > 0 || self.session.listens();
+        let waits = self.waiting.is_some() || self.again.is_some() || self.pipeline.in_flight() > 0 || self.session.listens();
         Some((if waits { Instant::now() } else { self.clock.active } + idle, "idle"))
     }
 

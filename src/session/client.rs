@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
@@ -170,6 +170,8 @@ pub struct Session {
     generation: u64,
     /// Wrong passwords since the last right one.
     failures: u32,
+    /// Of a name and a password that wait for their turn: how long their answer waits after it if they are wrong.
+    pub turn: Option<Duration>,
     /// Whether it has ever subscribed to anything.
     pub has_subscribed: bool,
     kept: Vec<Box<dyn Any>>,
@@ -225,6 +227,7 @@ impl Session {
             directory: Arc::clone(directory),
             generation,
             failures: 0,
+            turn: None,
             has_subscribed: false,
             held_back: None,
             kept: Vec::new(),

@@ -96,6 +96,13 @@ pub const METRICS: &[Metric] = &[
         doc: "Of these, those whose answer had to wait, because their address had been wrong before.",
     },
     Metric {
+        name: "holdfast_auth_refused_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "Names and passwords that were not looked at, because too many of their address waited for their turn.",
+    },
+    Metric {
         name: "holdfast_denied_total",
         kind: Kind::Counter,
         unit: Unit::Count,

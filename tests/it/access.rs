@@ -4,6 +4,7 @@ use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use crate::harness::{Database, PATIENCE, Sidecar, Stack, wait_until};
 use crate::servers::RedisServer;
@@ -166,6 +167,61 @@ fn whoever_guesses_on_waits_longer_whatever_is_wrong_and_nobody_else_does() {
         assert!(!guessing.is_finished());
         assert!(guessing.join().unwrap() >= 600 + 700);
     });
+}
+
+#[test]
+fn whoever_guesses_without_waiting_for_answers_gains_nothing() {
+    let file = TempFile::new("hasty", &users());
+    let settings = ["--auth-users-file", file.path(), "--auth-delay-ms", "100", "--auth-within-ms", "20000", "--auth-failures", "1000"];
+    let stack = Stack::with_settings(&settings);
+    let count = |name: &str| {
+        let metrics = stack.sidecar.get("/metrics").1;
+        let line = metrics.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        line.map_or(0, |number| number.parse::<u64>().unwrap())
+    };
+    // What the right password waits for that comes behind these guesses: 100, 200, 300, 400 ms.
+    let due = Duration::from_millis(1_000);
+    let in_time = |began: Instant| {
+        let answer = until_closed(stack.sidecar.raw(), &format!("AUTH shop {PASSWORD}\r\nQUIT\r\n"));
+        assert_eq!(answer, "+OK\r\n+OK\r\n");
+        began.elapsed()
+    };
+    let began = Instant::now();
+    let guessers: Vec<_> = (0..7)
+        .map(|n| {
+            let mut raw = stack.sidecar.raw();
+            raw.write_all(format!("AUTH shop {n}\r\n").as_bytes()).unwrap();
+            raw
+        })
+        .collect();
+    wait_until("all of them have come", || count("holdfast_connected_clients") == 7);
+    // Connected is not read yet: three are wrong at once, and the fourth is looked at.
+    wait_until("those are looked at that need not wait", || count("holdfast_auth_failures_total") >= 4);
+    std::thread::sleep(Duration::from_millis(20));
+    let took = in_time(began);
+    assert!(took >= due, "over many connections: {took:?}");
+    drop(guessers);
+    assert_eq!(count("holdfast_auth_failures_total"), 7);
+
+    // The same in one go, over one connection: the answers come one by one, so each guess waits for the one before.
+    let began = Instant::now();
+    let guesses: String = (0..3).map(|n| format!("AUTH shop {n}\r\n")).collect();
+    let answer = until_closed(stack.sidecar.raw(), &format!("{guesses}AUTH shop {PASSWORD}\r\nQUIT\r\n"));
+    assert!(answer.ends_with("+OK\r\n+OK\r\n") && answer.matches("-WRONGPASS").count() == 3, "{answer}");
+    assert!(began.elapsed() >= Duration::from_millis(500 + 600 + 700), "pipelined: {:?}", began.elapsed());
+
+    // Where too many wait, one more is not looked at, and nobody is told whether it was right.
+    let crowd: Vec<_> = (0..40)
+        .map(|n| {
+            let mut raw = stack.sidecar.raw();
+            raw.write_all(format!("AUTH shop {n}\r\n").as_bytes()).unwrap();
+            raw
+        })
+        .collect();
+    wait_until("too many wait", || count("holdfast_auth_refused_total") > 0);
+    let answer = until_closed(stack.sidecar.raw(), &format!("AUTH shop {PASSWORD}\r\nQUIT\r\n"));
+    assert!(answer.starts_with("-TRYAGAIN too many wrong passwords come from this address"), "{answer}");
+    drop(crowd);
 }
 
 #[test]
