@@ -110,7 +110,10 @@ impl Change {
     fn apply(self, cx: &Context) {
         match self {
             Self::MaxClients(most) => cx.registry.set_clients_max(most),
-            Self::Timeout(idle) => cx.bounds.set_idle(idle),
+            Self::Timeout(idle) => {
+                cx.bounds.set_idle(idle);
+                cx.registry.wake();
+            }
             Self::SlowerThan(us) => cx.slow.set_slower_than(us),
             Self::SlowLogLen(len) => cx.slow.set_len_max(len),
         }

@@ -240,6 +240,7 @@ impl Connection {
 
     /// Waits for anything that gives the next turn something to do.
     fn poll_event(&mut self, cx: &mut TaskContext<'_>) -> Poll<()> {
+        self.session.client.waits(cx.waker());
         let mut event = self.poll_stop(cx);
         event |= self.input.is_held() && self.input.poll_rest(cx).is_ready();
         // What was held back, and is not any more.
@@ -347,6 +348,9 @@ impl Connection {
 
     /// What has happened since the clock was wound may have moved the deadline: then the next turn winds it again.
     fn poll_clock(&mut self, cx: &mut TaskContext<'_>) -> bool {
+        if self.clock.allow(self.cx.bounds.idle()) {
+            return true;
+        }
         if self.clock.poll(cx).is_pending() {
             return false;
         }

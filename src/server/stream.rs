@@ -25,7 +25,7 @@ impl Stream {
     pub fn new(tcp: TcpStream, tls: Option<Arc<ServerConfig>>) -> Result<Self, rustls::Error> {
         Ok(match tls {
             None => Self::Plain(tcp),
-            Some(config) => Self::Tls(Box::new(Tls { tcp, session: ServerConnection::new(config)?, readable: 0, ended: false })),
+            Some(config) => Self::Tls(Box::new(Tls { tcp, session: ServerConnection::new(config)?, readable: 0, moved: false, ended: false })),
         })
     }
 
@@ -37,6 +37,11 @@ impl Stream {
     /// Whether bytes that were taken have not left yet.
     pub fn has_unsent(&self) -> bool {
         matches!(self, Self::Tls(tls) if tls.session.wants_write())
+    }
+
+    /// Whether any bytes that were taken before have left since this was asked last. What is sent at once is told by [`Stream::try_write`].
+    pub fn has_moved(&mut self) -> bool {
+        matches!(self, Self::Tls(tls) if std::mem::take(&mut tls.moved))
     }
 
     /// Waits until there is something to read, an end, or an error.
@@ -93,6 +98,8 @@ pub struct Tls {
     session: ServerConnection,
     /// Decrypted bytes that nobody has taken yet.
     readable: usize,
+    /// Whether the socket has taken anything.
+    moved: bool,
     /// Whether nothing more comes, be it well or badly.
     ended: bool,
 }
@@ -152,6 +159,7 @@ impl Tls {
             if self.session.write_tls(&mut Direct(&self.tcp))? == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
+            self.moved = true;
         }
         Ok(())
     }

@@ -6,7 +6,8 @@ use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::Waker;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -68,6 +69,8 @@ pub struct Client {
     /// Ends the connection after what is in flight: by a shutdown or a kill.
     pub stop: CancellationToken,
     killed: AtomicBool,
+    /// Lets its connection look again at what it waits for.
+    waker: OnceLock<Waker>,
     profile: Mutex<Profile>,
 }
 
@@ -89,7 +92,17 @@ impl Client {
             monitors: None,
             login: None,
         };
-        Self { id, address, local, fd, created: now, stop, killed: AtomicBool::new(false), profile: Mutex::new(profile) }
+        Self { id, address, local, fd, created: now, stop, killed: AtomicBool::new(false), waker: OnceLock::new(), profile: Mutex::new(profile) }
+    }
+
+    /// Notes how the task of its connection is woken; a task stays the same.
+    pub fn waits(&self, waker: &Waker) {
+        self.waker.get_or_init(|| waker.clone());
+    }
+
+    /// Lets the connection look again at what it waits for.
+    pub fn wake(&self) {
+        self.waker.get().into_iter().for_each(Waker::wake_by_ref);
     }
 
     /// What it said and did; held only for a moment, never across an await.

@@ -68,6 +68,11 @@ impl Registry {
         clients.iter().filter(|client| !may_stay(client)).map(|client| client.kill()).count()
     }
 
+    /// Lets every connection look again at how long it may be silent.
+    pub fn wake(&self) {
+        self.clients.iter().for_each(|entry| entry.value().wake());
+    }
+
     /// How many are connected.
     pub fn connected(&self) -> usize {
         self.connected.load(Ordering::Relaxed)

@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::time::Sleep;
 
@@ -11,13 +11,15 @@ pub struct Clock {
     /// Since when it is connected, or a stranger again, and when it has last sent something.
     pub opened: Instant,
     pub active: Instant,
+    /// How long it could be silent when this was looked at last.
+    pub idle: Option<Duration>,
     timer: Option<Pin<Box<Sleep>>>,
 }
 
 impl Clock {
     /// Of a client that connects now.
     pub fn new() -> Self {
-        Self { opened: Instant::now(), active: Instant::now(), timer: None }
+        Self { opened: Instant::now(), active: Instant::now(), idle: None, timer: None }
     }
 
     /// It has sent something.
@@ -29,6 +31,15 @@ impl Clock {
     pub fn begin(&mut self, at: Instant) {
         self.opened = at;
         self.timer = None;
+    }
+
+    /// It may be silent for so long from now on; `false` where that is nothing new.
+    pub fn allow(&mut self, idle: Option<Duration>) -> bool {
+        let is_new = self.idle != idle;
+        if is_new {
+            (self.idle, self.timer) = (idle, None);
+        }
+        is_new
     }
 
     /// Whether the timer runs.

@@ -145,7 +145,7 @@ impl Output {
                     self.stall = None;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if self.stall.is_none() {
+                    if stream.has_moved() || self.stall.is_none() {
                         self.stall = Some(Box::pin(tokio::time::sleep(self.cx.bounds.stall)));
                     }
                     return true;

@@ -80,6 +80,7 @@ static TABLE: &[&Spec] = &[
     &pubsub::PUNSUBSCRIBE,
     &pubsub::PUBSUB_COMMAND,
     &pubsub::MONITOR,
+    &crate::command::server::CONFIG,
 ];
 
 struct Server {
@@ -523,6 +524,27 @@ async fn a_silent_client_is_closed_after_the_time_it_has() {
         talk(&mut subscriber, b"PING\r\n", "*2\r\n$4\r\npong\r\n$0\r\n\r\n").await;
         assert_eq!(rest(idle).await, "");
         tokio::time::sleep(Duration::from_millis(100)).await;
+        talk(&mut subscriber, b"PING\r\n", "*2\r\n$4\r\npong\r\n$0\r\n\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn how_long_clients_may_be_silent_is_changed_for_those_who_are() {
+    served(10, async |server| {
+        let mut silent = TcpStream::connect(server.address).await.unwrap();
+        let mut subscriber = TcpStream::connect(server.address).await.unwrap();
+        let mut operator = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut silent, b"PING\r\n", "+PONG\r\n").await;
+        talk(&mut subscriber, b"SUBSCRIBE a\r\n", "*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n").await;
+        // An hour's timer runs when it becomes a second.
+        talk(&mut operator, b"CONFIG SET timeout 3600\r\n", "+OK\r\n").await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let began = Instant::now();
+        talk(&mut operator, b"CONFIG SET timeout 1\r\n", "+OK\r\n").await;
+        assert_eq!(rest(silent).await, "");
+        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        assert_eq!(rest(operator).await, "");
         talk(&mut subscriber, b"PING\r\n", "*2\r\n$4\r\npong\r\n$0\r\n\r\n").await;
     })
     .await;
