@@ -356,6 +356,8 @@ impl Sessions {
         bounds.known = bounds.known.with(limits.args, limits.bulk, limits.request);
         (bounds.auth_within, bounds.auth_failures, bounds.auth_delay) = (config.auth.within, config.auth.failures, config.auth.delay);
         (bounds.in_flight, bounds.output) = (limits.in_flight, limits.output);
+        // One alone is always taken whole.
+        bounds.input = limits.input.max(limits.request);
         (bounds.stall, bounds.keepalive) = (limits.stall, limits.keepalive);
         bounds.set_idle(limits.idle);
         Ok(Self {

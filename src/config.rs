@@ -99,6 +99,8 @@ pub struct Limits {
     pub in_flight: usize,
     #[serde(rename = "output_kib", deserialize_with = "kibibytes")]
     pub output: usize,
+    #[serde(rename = "input_mib", deserialize_with = "mebibytes")]
+    pub input: usize,
     #[serde(rename = "stall_ms", deserialize_with = "milliseconds")]
     pub stall: Duration,
     /// Zero: never.

@@ -476,6 +476,14 @@ pub const OUTPUT_STRANGER_MAX: usize = 8 << 10;
 /// not take a thousand times what one may.
 pub const OUTPUT_TOGETHER_MAX: usize = 32 << 20;
 
+/// The default of `limits.input_mib`: bytes that all clients of one thread may have sent of requests that are not complete. A thousand that send all
+/// but the last byte of the largest request would take a GiB. And how much of that each may have whatever the others have: nearly every request.
+pub const INPUT_TOGETHER_MAX: usize = 32 << 20;
+pub const INPUT_ALWAYS_MAX: usize = 16 << 10;
+
+/// What `limits.input_mib` may be.
+pub const SETTABLE_INPUT_MIB: (u64, u64) = (1, 1 << 20);
+
 /// How long a client may take no bytes while replies wait for it. It is stuck or gone: its memory goes to others.
 pub const OUTPUT_STALL_MAX: Duration = Duration::from_secs(60);
 
@@ -669,6 +677,9 @@ pub const USERS_FILE_MAX: u64 = 1 << 20;
 pub const USER_NAME_MAX: usize = 64;
 pub const USER_SECRETS_MAX: usize = 8;
 pub const USER_PATTERNS_MAX: usize = 64;
+
+/// Log lines of one kind that clients may provoke in a second: enough to see what happens, too few to fill a disk.
+pub const PROVOKED_LINES_A_SECOND: u32 = 10;
 
 /// Bytes that the audit log and MONITOR repeat of one argument.
 pub const AUDIT_ARGUMENT_MAX: usize = 128;

@@ -10,6 +10,7 @@ use super::{Args, Call, Step, closed};
 use crate::domain::quantity;
 use crate::limits::{GUESS_TURN_PART, REQUEST_BULK_MAX};
 use crate::resp::{Protocol, Reply};
+use crate::session::chatter::{self, Line};
 use crate::session::client::Rejected;
 use crate::session::guesses::Turn;
 
@@ -132,7 +133,9 @@ fn log_in(call: &mut Call<'_>, user: &[u8], password: &[u8]) -> Result<(), Step>
 /// place.
 fn rejection(call: &Call<'_>, rejected: Rejected, wait: Duration) -> Step {
     metrics::counter!("holdfast_auth_failures_total").increment(1);
-    tracing::info!(target: "holdfast::audit", client = %call.session.client.address, "wrong user or password");
+    if let Some(left_out) = chatter::allows(Line::WrongPassword) {
+        tracing::info!(target: "holdfast::audit", client = %call.session.client.address, left_out, "wrong user or password");
+    }
     if rejected == Rejected::TooOften {
         closed("auth_failures");
     }

@@ -61,6 +61,7 @@ pub use table::Commands;
 use crate::limits::ERROR_ECHO_MAX;
 use crate::resp::{Pipeline, Reply, Request, Stamp, Ticket};
 use crate::session::bounds::Bounds;
+use crate::session::chatter::{self, Line};
 use crate::session::client::{Replies, Session};
 use crate::session::guesses::Guesses;
 use crate::session::hub::Subscribers;
@@ -131,6 +132,8 @@ pub struct Context {
     pub subscribers: Rc<Subscribers>,
     /// Bytes that the clients of this thread leave unread, all together.
     pub unread: Cell<usize>,
+    /// Bytes that they have sent and that are no request yet, or none that could be taken.
+    pub half_sent: Cell<usize>,
     pub stats: Arc<Stats>,
     pub slow: Arc<SlowLog>,
     pub heartbeat: Rc<Heartbeat>,
@@ -158,6 +161,7 @@ impl Context {
             guesses: Arc::default(),
             subscribers: Subscribers::new(Arc::default()),
             unread: Cell::new(0),
+            half_sent: Cell::new(0),
             stats,
             slow: Arc::default(),
             heartbeat: Heartbeat::new(),
@@ -214,7 +218,9 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     let (index, spec) = match cx.commands.find(&request.args) {
         Ok(found) => found,
         Err(_) if is_http(&request.args[0]) => {
-            tracing::warn!(client = %session.client.address, "an HTTP request on the RESP port: closed, for it may come from a browser");
+            if let Some(left_out) = chatter::allows(Line::Http) {
+                tracing::warn!(client = %session.client.address, left_out, "an HTTP request on the RESP port: closed, for it may come from a browser");
+            }
             closed("http");
             return After::Drop;
         }

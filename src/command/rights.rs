@@ -6,6 +6,7 @@ use super::args::Args;
 use super::spec::{ADMIN, Arg, Kind, SECRET, SHOWS, Spec};
 use super::{Commands, describe};
 use crate::limits::AUDIT_ARGUMENT_MAX;
+use crate::session::chatter::{self, Line};
 use crate::session::user::Catalogue;
 use crate::session::{Session, User};
 
@@ -82,8 +83,11 @@ pub fn touches_only_its_own(user: &User, spec: &Spec, args: &Args) -> bool {
 /// Counts what a user was refused.
 pub fn denied(session: &Session, spec: &Spec, what: &'static str) {
     metrics::counter!("holdfast_denied_total", "what" => what).increment(1);
-    if spec.is(ADMIN) {
-        tracing::warn!(target: "holdfast::audit", user = %session.user().name, client = %session.client.address, command = spec.name, "denied");
+    if spec.is(ADMIN)
+        && let Some(left_out) = chatter::allows(Line::Denied)
+    {
+        let (user, client, command) = (&session.user().name, session.client.address, spec.name);
+        tracing::warn!(target: "holdfast::audit", %user, %client, command, left_out, "denied");
     }
 }
 

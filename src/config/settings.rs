@@ -145,6 +145,12 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How much a client may leave unread; beyond, its requests are not read, and a subscriber is closed.",
     },
     Setting {
+        key: "limits.input_mib",
+        kind: Kind::Integer(limits::SETTABLE_INPUT_MIB.0, limits::SETTABLE_INPUT_MIB.1),
+        default: "32",
+        doc: "How much the clients of one thread together may have sent of requests that are not complete; beyond, who has sent more than 16 KiB of one is closed.",
+    },
+    Setting {
         key: "limits.stall_ms",
         kind: Kind::Milliseconds(limits::SETTABLE_TIME_MS.0, limits::SETTABLE_TIME_MS.1),
         default: "60000",

@@ -28,6 +28,7 @@ use super::stream::Stream;
 use crate::command::{After, Context, Waiting, closed, dispatch};
 use crate::limits::{READ_AHEAD_MAX, REFUSED_REST_PART, TURN_COMMANDS_MAX};
 use crate::resp::{Pipeline, ProtocolError, Reply, Request, Stamp};
+use crate::session::chatter::{self, Line};
 use crate::session::client::Session;
 
 /// Serves one client until it leaves, is told to, or breaks the protocol.
@@ -37,7 +38,7 @@ pub async fn run(stream: Stream, session: Session, cx: Rc<Context>) {
         stream,
         session,
         pipeline: Pipeline::new(),
-        input: Input::new(),
+        input: Input::new(Rc::clone(&cx)),
         output: Output::new(Rc::clone(&cx)),
         cx,
         waiting: None,
@@ -159,6 +160,10 @@ impl Connection {
         if self.cx.refused_early.count() != refused {
             self.input.rest(Instant::now() + self.rest());
         }
+        self.input.settle();
+        if self.input.is_too_much() {
+            self.cut_off("input", "all clients together have sent too much of requests that are not complete");
+        }
         if was_known && !self.session.authenticated {
             // RESET: it has as long to show who it is as one that connects.
             self.clock.begin(arrived);
@@ -189,7 +194,9 @@ impl Connection {
 
     /// Says what is wrong with the bytes, and ends: where the next request starts is not known.
     fn refuse(&mut self, error: &ProtocolError, arrived: Instant) {
-        tracing::info!(client = %self.session.client.address, error = error.text(), "protocol error: connection closed");
+        if let Some(left_out) = chatter::allows(Line::ProtocolError) {
+            tracing::info!(client = %self.session.client.address, error = error.text(), left_out, "protocol error: connection closed");
+        }
         closed("protocol_error");
         let protocol = self.session.protocol;
         self.pipeline.stamp(Stamp { tag: self.cx.commands.len(), arrived, due: None, protocol, silent: false });
@@ -201,8 +208,7 @@ impl Connection {
     fn collect(&mut self) {
         self.output.collect(&self.pipeline, &self.session);
         if self.pipeline.is_overrun() {
-            tracing::warn!(client = %self.session.client.address, "a subscriber that reads too slowly: connection closed");
-            self.close("slow_subscriber");
+            self.cut_off("slow_subscriber", "a subscriber that reads too slowly");
         }
     }
 
@@ -273,7 +279,7 @@ impl Connection {
     /// Reads once, if there is room for what may come.
     fn poll_read(&mut self, cx: &mut TaskContext<'_>) -> bool {
         let waits = self.waiting.is_some() || self.again.is_some();
-        let ahead = waits && self.phase != Phase::Gone && self.input.len() < READ_AHEAD_MAX;
+        let ahead = waits && self.phase != Phase::Gone && self.input.len() < READ_AHEAD_MAX && !self.input.is_crowded();
         if self.input.ended || !(ahead || (self.has_room() && !self.input.backlog)) {
             return false;
         }
@@ -288,6 +294,7 @@ impl Connection {
             }
             // What was read ahead of a waiting command gives the next turn nothing to do, and must not make it spin.
             Poll::Ready(Received::Bytes) if waits => {
+                self.input.settle();
                 cx.waker().wake_by_ref();
                 false
             }
@@ -323,8 +330,7 @@ impl Connection {
         if self.output.poll_stall(cx).is_pending() {
             return false;
         }
-        tracing::warn!(client = %self.session.client.address, "a client took no bytes for too long: connection closed");
-        self.close("stalled");
+        self.cut_off("stalled", "a client took no bytes for too long");
         true
     }
 
@@ -360,6 +366,14 @@ impl Connection {
             self.close(why);
         }
         true
+    }
+
+    /// Ends the connection without another word, and says why.
+    fn cut_off(&mut self, why: &'static str, in_words: &'static str) {
+        if let Some(left_out) = chatter::allows(Line::Closed) {
+            tracing::warn!(client = %self.session.client.address, left_out, "{in_words}: connection closed");
+        }
+        self.close(why);
     }
 
     /// Ends the connection without another word.

@@ -41,7 +41,10 @@ impl Stream {
 
     /// Whether any bytes that were taken before have left since this was asked last. What is sent at once is told by [`Stream::try_write`].
     pub fn has_moved(&mut self) -> bool {
-        matches!(self, Self::Tls(tls) if std::mem::take(&mut tls.moved))
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(tls) => std::mem::take(&mut tls.moved),
+        }
     }
 
     /// Waits until there is something to read, an end, or an error.

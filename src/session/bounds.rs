@@ -21,6 +21,8 @@ pub struct Bounds {
     pub in_flight: usize,
     /// Unsent bytes of one connection: beyond, it is not read, and no message comes.
     pub output: usize,
+    /// Bytes that all clients of a thread may have sent of requests that are not complete: beyond, who has sent much is closed.
+    pub input: usize,
     /// How long a client may take none of the bytes that wait for it.
     pub stall: Duration,
     /// After how long a silence of a client the kernel asks whether it is there.
@@ -38,6 +40,7 @@ impl Default for Bounds {
             auth_delay: limits::AUTH_DELAY,
             in_flight: limits::IN_FLIGHT_MAX,
             output: limits::OUTPUT_SOFT_MAX,
+            input: limits::INPUT_TOGETHER_MAX,
             stall: limits::OUTPUT_STALL_MAX,
             keepalive: limits::KEEPALIVE,
             idle_ms: AtomicU64::new(0),

@@ -4,9 +4,10 @@
 //! - [`client`]: one client's session; [`registry`]: all of them, for CLIENT LIST; [`bounds`]: what one may take.
 //! - [`hub`]: channels, and who has subscribed to them.
 //! - [`user`]: who a client may be, and what that user may do; [`users`]: all of them, for AUTH;
-//!   [`guesses`]: wrong passwords, by address.
+//!   [`guesses`]: wrong passwords, by address; [`chatter`]: log lines that clients can provoke.
 
 pub mod bounds;
+pub mod chatter;
 pub mod client;
 pub mod guesses;
 pub mod hub;

@@ -117,6 +117,13 @@ pub const METRICS: &[Metric] = &[
         doc: "Connections that the server closed: `why` is the limit that the client passed.",
     },
     Metric {
+        name: "holdfast_suppressed_log_lines_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &["what"],
+        doc: "Log lines that clients provoked and that were left out, because more than 10 of them came in a second.",
+    },
+    Metric {
         name: "holdfast_sent_messages_total",
         kind: Kind::Counter,
         unit: Unit::Count,

@@ -1,12 +1,18 @@
 //! What a client sent and nobody has looked at yet.
+//!
+//! A request that is not complete takes memory. Once all clients of a thread together have sent more than `limits.input_mib` of such, who has
+//! sent more than [`INPUT_ALWAYS_MAX`] of one is closed as it sends more, and nothing is read ahead: to wait for others would be to wait for
+//! what they may never send.
 
 use std::pin::Pin;
+use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use tokio::time::Sleep;
 
-use crate::limits::{READ_MAX, READ_MIN};
+use crate::command::Context as Shared;
+use crate::limits::{INPUT_ALWAYS_MAX, READ_MAX, READ_MIN};
 use crate::resp::{Limits, ProtocolError, Reader, Request};
 use crate::server::stream::Stream;
 
@@ -20,7 +26,10 @@ pub enum Received {
 
 /// See the module.
 pub struct Input {
+    shared: Rc<Shared>,
     reader: Reader,
+    /// What it takes of the memory that all clients share.
+    counted: usize,
     /// Bytes to ask for in the next read.
     read_size: usize,
     /// Whether there may be a complete request that could not be dispatched yet.
@@ -37,8 +46,18 @@ pub struct Input {
 
 impl Input {
     /// Nothing yet.
-    pub fn new() -> Self {
-        Self { reader: Reader::default(), read_size: READ_MIN, backlog: false, ended: false, rest: None, held: false, held_since: None }
+    pub fn new(shared: Rc<Shared>) -> Self {
+        Self {
+            shared,
+            reader: Reader::default(),
+            counted: 0,
+            read_size: READ_MIN,
+            backlog: false,
+            ended: false,
+            rest: None,
+            held: false,
+            held_since: None,
+        }
     }
 
     /// Bytes that are no request yet.
@@ -115,8 +134,33 @@ impl Input {
         }
     }
 
+    /// Brings its part of what all have sent and nobody could take yet up to date.
+    pub fn settle(&mut self) {
+        let held = self.reader.buffer.len();
+        if held != self.counted {
+            self.shared.half_sent.set(self.shared.half_sent.get() - self.counted + held);
+            self.counted = held;
+        }
+    }
+
+    /// Whether all clients together have sent too much that nobody could take yet.
+    pub fn is_crowded(&self) -> bool {
+        self.shared.half_sent.get() > self.shared.bounds.input
+    }
+
+    /// Whether this one has to go for that.
+    pub fn is_too_much(&self) -> bool {
+        !self.backlog && self.len() > INPUT_ALWAYS_MAX && self.is_crowded()
+    }
+
     /// Gives memory back that is not in use.
     pub fn release(&mut self) {
         self.reader.release();
+    }
+}
+
+impl Drop for Input {
+    fn drop(&mut self) {
+        self.shared.half_sent.set(self.shared.half_sent.get() - self.counted);
     }
 }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::command::spec::{BLOCKING, Spec, integer, text};
 use crate::command::{Backend, Commands, Handler, Stats, Step, client, connection, pubsub};
-use crate::limits::{IN_FLIGHT_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX};
+use crate::limits::{IN_FLIGHT_MAX, INPUT_TOGETHER_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX};
 use crate::resp::Ticket;
 use crate::session::client::HeldBack;
 use crate::session::registry::Registry;
@@ -427,6 +427,42 @@ async fn what_all_leave_unread_is_bounded_together_and_given_back() {
         until(|| server.cx.unread.get() > others).await;
         drop(stream);
         until(|| server.cx.unread.get() == others).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_all_have_half_sent_is_bounded_together() {
+    served(10, async |server| {
+        let request = format!("*2\r\n$4\r\nECHO\r\n$40000\r\n{}\r\n", "x".repeat(40_000));
+        let (half, other_half) = request.as_bytes().split_at(30_000);
+        let half_sent = || server.cx.half_sent.get();
+        let mut first = TcpStream::connect(server.address).await.unwrap();
+        first.write_all(half).await.unwrap();
+        until(|| half_sent() == half.len()).await;
+        talk(&mut first, other_half, "$40000\r\n").await;
+        first.read_exact(&mut vec![0; 40_002]).await.unwrap();
+        until(|| half_sent() == 0).await;
+        // Now others have half-sent so much that there is no room for this: what is small goes on, what is not is closed.
+        let others = INPUT_TOGETHER_MAX - 20_000;
+        server.cx.half_sent.set(others);
+        let mut little = TcpStream::connect(server.address).await.unwrap();
+        little.write_all(&half[..16_000]).await.unwrap();
+        until(|| half_sent() == others + 16_000).await;
+        first.write_all(half).await.unwrap();
+        // Not all of it was read, so the close may arrive as a reset.
+        let _ = first.read_to_end(&mut Vec::new()).await;
+        until(|| server.cx.registry.connected() == 1).await;
+        until(|| half_sent() == others + 16_000).await;
+        server.cx.half_sent.set(2 * INPUT_TOGETHER_MAX);
+        talk(&mut little, b"x", "").await;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        assert_eq!(server.cx.registry.connected(), 1, "as little as that each may have");
+        drop(little);
+        until(|| half_sent() == 2 * INPUT_TOGETHER_MAX - 16_000).await;
+        // What is complete is taken, however much the others have.
+        let mut whole = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut whole, &b"PING\r\n".repeat(10_000), &"+PONG\r\n".repeat(10_000)).await;
     })
     .await;
 }
