@@ -500,7 +500,7 @@ pub const SLOWLOG_SLOWER_THAN: Duration = Duration::from_millis(100);
 pub const SLOWLOG_LEN: usize = 128;
 pub const SLOWLOG_LEN_MAX: i64 = 10_000;
 
-/// Reading through to Redis: how long it may take, and the bytes of a reply.
+/// Reading through to Redis: how long it may take, and the bytes of a reply, as it comes and as it is kept. More are not read.
 pub const PASSED_WITHIN: Duration = Duration::from_secs(5);
 pub const PASSED_REPLY_MAX: usize = 1 << 20;
 

@@ -3,6 +3,7 @@
 //! A connection never reconnects by itself: the run id that a script is guarded with is that of the process this very
 //! connection reaches. Whoever owns one replaces it when it breaks and shakes hands again.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -12,6 +13,7 @@ use redis::{
 };
 use url::Url;
 
+use super::metered::{Budget, Metered};
 use crate::limits::REDIS_SILENCE_MAX;
 
 /// How long a TCP connection and its handshake may take. Below it a slow network would be cut off, above it a dead address holds
@@ -120,6 +122,23 @@ impl Connection {
         Self::open_with(info.set_redis_settings(settings), certificates, AsyncConnectionConfig::new().set_push_sender(pushed)).await
     }
 
+    /// The same for one of which only as much is read as `budget` grants: then it ends.
+    pub async fn open_metered(url: &str, budget: &Arc<Budget>) -> Result<Self, Error> {
+        let (url, certificates) = with_certificates(url)?;
+        let info = url.into_connection_info()?;
+        let opening = async {
+            let stream = Metered::connect(info.addr(), certificates, Arc::clone(budget)).await?;
+            let config = AsyncConnectionConfig::new().set_response_timeout(None);
+            let (inner, driver) = MultiplexedConnection::new_with_config(info.redis_settings(), stream, config).await?;
+            // Ends with the last of its handles.
+            tokio::spawn(driver);
+            let mut connection = Self { inner, run_id: String::new() };
+            connection.shake_hands().await?;
+            Ok(connection)
+        };
+        within_connect_timeout(opening).await
+    }
+
     async fn open_with(info: ConnectionInfo, certificates: Option<TlsCertificates>, config: AsyncConnectionConfig) -> Result<Self, Error> {
         let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(REDIS_SILENCE_MAX);
         let info = info.set_tcp_settings(tcp);
@@ -137,10 +156,7 @@ impl Connection {
             connection.shake_hands().await?;
             Ok(connection)
         };
-        match tokio::time::timeout(CONNECT_TIMEOUT, opening).await {
-            Ok(opened) => opened,
-            Err(_) => Err(Error::Connection(std::io::Error::from(std::io::ErrorKind::TimedOut).into())),
-        }
+        within_connect_timeout(opening).await
     }
 
     /// The run id of the process at the other end.
@@ -210,6 +226,13 @@ impl Connection {
             }
         }
         Ok(())
+    }
+}
+
+async fn within_connect_timeout<T>(opening: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    match tokio::time::timeout(CONNECT_TIMEOUT, opening).await {
+        Ok(opened) => opened,
+        Err(_) => Err(Error::Connection(std::io::Error::from(std::io::ErrorKind::TimedOut).into())),
     }
 }
 

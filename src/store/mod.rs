@@ -13,6 +13,7 @@ pub mod lane;
 pub mod lock;
 pub mod low;
 pub mod meta;
+mod metered;
 mod pack;
 pub mod partition;
 pub mod reads;

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::Mutex;
 
 use super::coupon::Held;
+use super::metered::Budget;
 use super::partition::State;
 use super::script;
 use super::words::Words;
@@ -89,9 +91,27 @@ fn reply(value: redis::Value) -> Reply {
         Value::Array(values) => Reply::Array(all(values)),
         Value::Set(values) => Reply::Set(all(values)),
         Value::Map(pairs) => Reply::Map(pairs.into_iter().map(|(name, value)| (reply(name), reply(value))).collect()),
-        Value::ServerError(error) => Reply::error(format!("{} {}", error.code(), error.details().unwrap_or_default())),
+        Value::ServerError(error) => foreign(error.code(), error.details().unwrap_or_default()),
         other => Reply::error(format!("ERR an answer of Redis that is not passed on: {other:?}")),
     }
+}
+
+/// An error of the backing Redis as it is passed on. Clients act on error words, and what Redis says of itself is not said of this server: so
+/// only those of a command's arguments stay as they are.
+fn foreign(word: &str, text: &str) -> Reply {
+    Reply::error(match word {
+        "ERR" | "WRONGTYPE" => format!("{word} {text}"),
+        "LOADING" | "BUSY" | "MASTERDOWN" | "CLUSTERDOWN" | "TRYAGAIN" => format!("TRYAGAIN Redis says: {word} {text}"),
+        _ => format!("ERR Redis says: {word} {text}"),
+    })
+}
+
+/// What bounds the answers of commands that are passed on.
+struct Meter {
+    budget: Arc<Budget>,
+    bytes_max: usize,
+    /// One at a time, so that it is known whose bytes come.
+    turn: Mutex<()>,
 }
 
 /// See the module.
@@ -99,12 +119,25 @@ pub struct Reads {
     redis_url: String,
     within: Duration,
     connection: RefCell<Option<Connection>>,
+    meter: Option<Meter>,
 }
 
 impl Reads {
     /// Each read ends after `within`.
     pub fn new(redis_url: &str, within: Duration) -> Self {
-        Self { redis_url: redis_url.to_owned(), within, connection: RefCell::default() }
+        Self { redis_url: redis_url.to_owned(), within, connection: RefCell::default(), meter: None }
+    }
+
+    /// One for [`Reads::pass`], of whose answers at most `bytes_max` are read.
+    pub fn passing(redis_url: &str, within: Duration, bytes_max: usize) -> Self {
+        let meter = Meter { budget: Budget::new(bytes_max), bytes_max, turn: Mutex::default() };
+        Self { meter: Some(meter), ..Self::new(redis_url, within) }
+    }
+
+    async fn open(&self) -> Result<Connection, Error> {
+        let Some(Meter { budget, bytes_max, .. }) = &self.meter else { return Connection::open(&self.redis_url).await };
+        budget.grant(*bytes_max);
+        Connection::open_metered(&self.redis_url, budget).await
     }
 
     pub(super) async fn with<T>(&self, read: impl AsyncFn(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
@@ -117,7 +150,7 @@ impl Reads {
                     result => return result,
                 };
             }
-            let mut connection = Connection::open(&self.redis_url).await?;
+            let mut connection = self.open().await?;
             let result = read(&mut connection).await;
             *self.connection.borrow_mut() = Some(connection);
             result
@@ -131,15 +164,20 @@ impl Reads {
         }
     }
 
-    /// Sends a command that changes nothing, as a client sent it, and returns Redis's answer, be it an error.
+    /// Sends a command that changes nothing, as a client sent it, and returns Redis's answer, be it an error. What is too long is given up as it
+    /// comes, and the connection with it.
     pub async fn pass(&self, words: &[Bytes]) -> Result<Reply, Error> {
+        let Some(Meter { budget, bytes_max, turn }) = &self.meter else { return Err(Error::Unfit("this does not pass commands on".into())) };
+        let _turn = turn.lock().await;
         self.with(async |connection| {
             let mut command = redis::Cmd::new();
             words.iter().for_each(|word| _ = command.arg(&word[..]));
+            budget.grant(*bytes_max);
             match connection.send(&command).await {
                 Ok(value) => Ok(reply(value)),
-                Err(Error::Refused(error)) => {
-                    Ok(Reply::error(format!("{} {}", error.code().unwrap_or("ERR"), error.detail().unwrap_or_default())))
+                Err(Error::Refused(error)) => Ok(foreign(error.code().unwrap_or("ERR"), error.detail().unwrap_or_default())),
+                Err(_) if budget.is_spent() => {
+                    Ok(Reply::error(format!("ERR the reply has more than {bytes_max} bytes: ask for less, or ask Redis itself")))
                 }
                 Err(error) => Err(error),
             }

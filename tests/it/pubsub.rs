@@ -5,6 +5,7 @@ use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::crowd::memory;
 use crate::harness::Stack;
 
 #[test]
@@ -90,6 +91,32 @@ fn the_backing_redis_is_read_through_only_where_that_is_on_and_never_written() {
         assert!(client.ask(never).starts_with("-ERR "), "{never}");
     }
     assert_eq!(client.ask("STOCK.GET a"), "10");
+}
+
+#[test]
+fn what_is_read_through_is_bounded_as_it_comes_and_tells_clients_nothing_to_act_on() {
+    let stack = Stack::with_settings(&["--passthrough", "read-only", "--reply-within-ms", "20000"]);
+    let (mut client, mut backing) = (stack.connect(), stack.backing());
+    let long = "x".repeat(64 << 20);
+    backing.ask(&format!("SET long {long}"));
+    for n in 0..200 {
+        backing.ask(&format!("HSET wide {n} {}", &long[..10_000]));
+    }
+    backing.ask(&format!("SET short {}", &long[..1_000_000]));
+    assert_eq!(client.ask("GET short").len(), 1_000_000);
+    let before = memory(&stack.sidecar);
+    let refused = "-ERR the reply has more than 1048576 bytes: ask for less, or ask Redis itself";
+    for _ in 0..3 {
+        for request in ["GET long", "MGET short short", "HGETALL wide"] {
+            assert_eq!(client.ask(request), refused, "{request}");
+        }
+        assert_eq!(client.ask("STRLEN long"), (64 << 20).to_string());
+    }
+    let after = memory(&stack.sidecar);
+    assert!(after < before + (16 << 20), "{before} bytes before, {after} after");
+    assert_eq!(backing.ask("ACL SETUSER default -hlen"), "OK");
+    let denied = client.ask("HLEN wide");
+    assert!(denied.starts_with("-ERR Redis says: NOPERM "), "{denied}");
 }
 
 #[test]
