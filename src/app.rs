@@ -462,7 +462,8 @@ impl FrontThread {
         let subscribers = Subscribers::new(hub);
         spawn_local(Rc::clone(&subscribers).run(lanes.clone()));
         let context = Context::new(Rc::new(commands(&config)), registry, stats, backend);
-        let passing = (config.passthrough == Passthrough::ReadOnly).then(|| Rc::new(Reads::passing(redis_url, limits::PASSED_WITHIN, limits::PASSED_REPLY_MAX)));
+        let passing = (config.passthrough == Passthrough::ReadOnly)
+            .then(|| Rc::new(Reads::passing(redis_url, limits::PASSED_WITHIN, limits::PASSED_REPLY_MAX)));
         let cx = Rc::new(Context { users, bounds, guesses, subscribers, slow, passing, ..context });
         spawn_local(Rc::clone(&cx.heartbeat).beat());
         cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use super::spec::{ADMIN, LOADING, SHOWS, Spec, text};
 use super::server::{NO_INTEGER, integer};
+use super::spec::{ADMIN, LOADING, SHOWS, Spec, text};
 use super::{Args, Call, Step, describe, rights};
 use crate::limits::{CLIENT_NAME_MAX, ERROR_ECHO_MAX, REQUEST_BULK_MAX, USER_NAME_MAX};
 use crate::resp::Reply;

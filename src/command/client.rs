@@ -70,14 +70,16 @@ fn of_type(which: &[u8]) -> Result<impl Fn(&Client) -> bool + use<>, String> {
     Ok(move |client: &Client| subscribed == Some(client.profile().subscribes()))
 }
 
-static KILL: Spec =
-    sub("CLIENT|KILL", "Closes connections: `KILL address`, or `KILL ID id`, `ADDR`, `LADDR`, `USER`, `TYPE`, `SKIPME yes|no` in any order.")
-        .args(&[text("filter", CLIENT_NAME_MAX).repeated()])
-        .flags(ALWAYS | ADMIN)
-        .complexity("O(N) where N is the number of connections")
-        .reply("`OK`, or how many were closed")
-        .example("CLIENT KILL ID 7")
-        .run(kill);
+static KILL: Spec = sub(
+    "CLIENT|KILL",
+    "Closes connections: `KILL address`, or `KILL ID id`, `ADDR`, `LADDR`, `USER`, `TYPE`, `SKIPME yes|no` in any order.",
+)
+.args(&[text("filter", CLIENT_NAME_MAX).repeated()])
+.flags(ALWAYS | ADMIN)
+.complexity("O(N) where N is the number of connections")
+.reply("`OK`, or how many were closed")
+.example("CLIENT KILL ID 7")
+.run(kill);
 
 fn kill(call: &mut Call<'_>) -> Step {
     let filters: Vec<&Bytes> = call.args.list("filter").collect();

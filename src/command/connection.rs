@@ -97,8 +97,7 @@ fn wanted(args: &Args) -> Result<Wanted, String> {
     Ok(wanted)
 }
 
-const HELLO_WITHOUT_AUTH: &str =
-    "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH <user> <pass> option can be used to \
+const HELLO_WITHOUT_AUTH: &str = "NOAUTH HELLO must be called with the client already authenticated, otherwise the HELLO <proto> AUTH <user> <pass> option can be used to \
      authenticate the client and select the RESP protocol version at the same time";
 
 /// Looks whether the name and the password belong together, when it is their turn. Errors with what is done where it is not, or they do not.

@@ -227,15 +227,7 @@ pub static DBSIZE: Spec = Spec::new("DBSIZE", "Answers 0: the data is in the bac
 pub static LATENCY: Spec = Spec::new("LATENCY", "Answers as an empty latency monitor: latencies are in the metrics.")
     .flags(SHOW)
     .example("LATENCY LATEST")
-    .subcommands(&[
-        &LATENCY_LATEST,
-        &LATENCY_HISTORY,
-        &LATENCY_HISTOGRAM,
-        &LATENCY_RESET,
-        &LATENCY_GRAPH,
-        &LATENCY_DOCTOR,
-        &LATENCY_HELP,
-    ]);
+    .subcommands(&[&LATENCY_LATEST, &LATENCY_HISTORY, &LATENCY_HISTOGRAM, &LATENCY_RESET, &LATENCY_GRAPH, &LATENCY_DOCTOR, &LATENCY_HELP]);
 
 static LATENCY_LATEST: Spec =
     sub("LATENCY|LATEST", "Answers no events.").flags(SHOW).reply("an empty array").run(|_| Step::Reply(Reply::Array(vec![])));
@@ -308,10 +300,7 @@ mod tests {
                 "CONFIG SET maxclients x",
                 "-ERR CONFIG SET failed (possibly related to argument 'maxclients') - argument couldn't be parsed into an integer\r\n",
             ),
-            (
-                "CONFIG SET timeout 0 TIMEOUT 1",
-                "-ERR CONFIG SET failed (possibly related to argument 'TIMEOUT') - duplicate parameter\r\n",
-            ),
+            ("CONFIG SET timeout 0 TIMEOUT 1", "-ERR CONFIG SET failed (possibly related to argument 'TIMEOUT') - duplicate parameter\r\n"),
             ("CONFIG SET foo 1 foo 2", "-ERR Unknown option or number of arguments for CONFIG SET - 'foo'\r\n"),
             (
                 "CONFIG SET timeout -1",

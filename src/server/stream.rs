@@ -25,7 +25,9 @@ impl Stream {
     pub fn new(tcp: TcpStream, tls: Option<Arc<ServerConfig>>) -> Result<Self, rustls::Error> {
         Ok(match tls {
             None => Self::Plain(tcp),
-            Some(config) => Self::Tls(Box::new(Tls { tcp, session: ServerConnection::new(config)?, readable: 0, moved: false, ended: false })),
+            Some(config) => {
+                Self::Tls(Box::new(Tls { tcp, session: ServerConnection::new(config)?, readable: 0, moved: false, ended: false }))
+            }
         })
     }
 

@@ -92,7 +92,17 @@ impl Client {
             monitors: None,
             login: None,
         };
-        Self { id, address, local, fd, created: now, stop, killed: AtomicBool::new(false), waker: OnceLock::new(), profile: Mutex::new(profile) }
+        Self {
+            id,
+            address,
+            local,
+            fd,
+            created: now,
+            stop,
+            killed: AtomicBool::new(false),
+            waker: OnceLock::new(),
+            profile: Mutex::new(profile),
+        }
     }
 
     /// Notes how the task of its connection is woken; a task stays the same.

@@ -159,7 +159,8 @@ mod tests {
         let one_more = address("192.168.0.1");
         assert_eq!(guesses.wrong(one_more, begin, STEP), STEP * GUESS_DELAYS_MAX);
         assert_eq!(guesses.wrong(one_more, begin + GUESSES_WITHIN + STEP, STEP), Duration::ZERO);
-        assert_eq!((guesses.table().wrong.len(), guesses.table().looked_at.len()), (1, 1));
+        let table = guesses.table();
+        assert_eq!((table.wrong.len(), table.looked_at.len()), (1, 1));
     }
 
     #[test]

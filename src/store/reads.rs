@@ -167,7 +167,9 @@ impl Reads {
     /// Sends a command that changes nothing, as a client sent it, and returns Redis's answer, be it an error. What is too long is given up as it
     /// comes, and the connection with it.
     pub async fn pass(&self, words: &[Bytes]) -> Result<Reply, Error> {
-        let Some(Meter { budget, bytes_max, turn }) = &self.meter else { return Err(Error::Unfit("this does not pass commands on".into())) };
+        let Some(Meter { budget, bytes_max, turn }) = &self.meter else {
+            return Err(Error::Unfit("this does not pass commands on".into()));
+        };
         let _turn = turn.lock().await;
         self.with(async |connection| {
             let mut command = redis::Cmd::new();

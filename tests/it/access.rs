@@ -271,8 +271,7 @@ fn a_sighup_ends_what_is_no_longer_permitted_also_of_those_who_say_nothing() {
         open("PSUBSCRIBE stock:events:*", "\r\n:1\r\n"),
         open("MONITOR", "+OK\r\n+OK\r\n"),
     ];
-    let kept =
-        [open("SUBSCRIBE shop:1", "\r\n:1\r\n"), open("PSUBSCRIBE shop:*", "\r\n:1\r\n"), open("ACL WHOAMI", "\r\nwatcher\r\n")];
+    let kept = [open("SUBSCRIBE shop:1", "\r\n:1\r\n"), open("PSUBSCRIBE shop:*", "\r\n:1\r\n"), open("ACL WHOAMI", "\r\nwatcher\r\n")];
     file.write(&format!("user watcher on #{hash} allkeys &shop:* +@all -monitor\n"));
     assert!(Command::new("kill").args(["-HUP", &stack.sidecar.pid().to_string()]).status().unwrap().success());
     stack.sidecar.wait_for_log("users reloaded");

@@ -14,7 +14,9 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::command::spec::{BLOCKING, Spec, integer, text};
 use crate::command::{Backend, Commands, Handler, Stats, Step, client, connection, pubsub};
-use crate::limits::{IN_FLIGHT_MAX, INPUT_TOGETHER_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX};
+use crate::limits::{
+    IN_FLIGHT_MAX, INPUT_TOGETHER_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX, PATTERNS_MAX, PATTERNS_TOGETHER_MAX,
+};
 use crate::resp::Ticket;
 use crate::session::client::HeldBack;
 use crate::session::registry::Registry;
@@ -381,6 +383,76 @@ async fn a_slow_reader_is_not_read_from() {
     .await;
 }
 
+/// A directory with a certificate of its own for this machine; it goes away with the test.
+struct Certificate(std::path::PathBuf);
+
+impl Certificate {
+    fn new() -> Self {
+        let directory = std::env::temp_dir().join(format!("holdfast-{}", uuid::Uuid::new_v4()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let made = Self(directory);
+        let options = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost"];
+        let openssl =
+            std::process::Command::new("openssl").args(options).args(["-keyout", "key", "-out", "cert"]).current_dir(&made.0).output();
+        assert!(openssl.unwrap().status.success());
+        made
+    }
+
+    fn files(&self) -> crate::tls::Files {
+        crate::tls::Files { cert: self.0.join("cert"), key: self.0.join("key"), client_ca: None }
+    }
+}
+
+impl Drop for Certificate {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[tokio::test]
+async fn who_reads_slowly_through_tls_is_not_closed_as_one_that_does_not_read() {
+    let certificate = Certificate::new();
+    let stall = Duration::from_millis(600);
+    let listening = tokio::net::TcpSocket::new_v4().unwrap();
+    listening.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    // As little as the kernel permits, so that it shows soon what the client takes.
+    listening.set_send_buffer_size(1).unwrap();
+    let listener = listening.listen(10).unwrap();
+    let address = listener.local_addr().unwrap();
+    let commands = Rc::new(Commands::new(TABLE));
+    let stats = Arc::new(Stats::new(&commands));
+    let mut cx = Context::new(commands, Arc::new(Registry::new(10)), stats, crate::command::Backend::unconnected());
+    let mut bounds = crate::session::Bounds::default();
+    bounds.stall = stall;
+    cx.bounds = Arc::new(bounds);
+    let certificates = Arc::new(crate::tls::Certificates::load(certificate.files()).unwrap());
+    let local = LocalSet::new();
+    local.spawn_local(crate::server::serve(listener, Some(certificates), Rc::new(cx), CancellationToken::new()));
+    let config = crate::tls::own_client(&certificate.files()).unwrap();
+    let test = async {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.set_recv_buffer_size(1).unwrap();
+        let tcp = socket.connect(address).await.unwrap();
+        let mut client = tokio_rustls::TlsConnector::from(config).connect("localhost".try_into().unwrap(), tcp).await.unwrap();
+        client.write_all(b"T.BIG 1000000\r\n").await.unwrap();
+        client.flush().await.unwrap();
+        // Less than the 64 KiB that wait in the session in each stretch of that length, for several of them.
+        let (mut tcp, _) = client.into_inner();
+        let (began, mut taken) = (Instant::now(), 0);
+        while began.elapsed() < stall * 4 {
+            taken += tcp.read(&mut [0; 1_000]).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(taken < 4 * 65_536, "{taken}: that was not slow");
+        // And one that takes nothing is.
+        tokio::time::sleep(stall * 2).await;
+        let mut rest = Vec::new();
+        let _ = tcp.read_to_end(&mut rest).await;
+        assert!(rest.len() < 100_000, "{}", rest.len());
+    };
+    tokio::time::timeout(Duration::from_secs(30), local.run_until(test)).await.unwrap();
+}
+
 #[tokio::test]
 async fn replies_that_wait_behind_another_count_as_unread() {
     served(10, async |server| {
@@ -504,6 +576,47 @@ async fn messages_reach_those_who_have_subscribed_in_their_dialect_and_behind_th
         assert!(!server.cx.subscribers.hub().has_subscribers());
         publish(&server, "stock:events:mug", "to nobody");
         talk(&mut two, b"PUBSUB NUMPAT\r\n", ":0\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn patterns_are_bounded_a_client_and_together_and_given_back() {
+    served(100, async |server| {
+        let hub = server.cx.subscribers.hub();
+        let patterns = |client: usize, count: usize| -> String { (0..count).map(|n| format!(" p-{client}-{n}-*")).collect() };
+        let mut clients = Vec::new();
+        for client in 0..PATTERNS_TOGETHER_MAX / PATTERNS_MAX {
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            stream.write_all(format!("PSUBSCRIBE{}\r\n", patterns(client, PATTERNS_MAX)).as_bytes()).await.unwrap();
+            clients.push(stream);
+        }
+        until(|| hub.len(crate::session::hub::Kind::Pattern) == PATTERNS_TOGETHER_MAX).await;
+        let mut one_more = TcpStream::connect(server.address).await.unwrap();
+        let refused = "-ERR too many patterns: a connection may have 64\r\n";
+        talk(&mut one_more, format!("PSUBSCRIBE{}\r\n", patterns(0, PATTERNS_MAX + 1)).as_bytes(), refused).await;
+        let refused = "-ERR too many patterns: all clients together may have 1024 different ones\r\n";
+        talk(&mut one_more, b"PSUBSCRIBE new-*\r\n", refused).await;
+        // What others have subscribed to costs no more.
+        talk(&mut one_more, b"PSUBSCRIBE p-0-0-*\r\n", "*3\r\n$10\r\npsubscribe\r\n$7\r\np-0-0-*\r\n:1\r\n").await;
+        drop(clients);
+        until(|| hub.len(crate::session::hub::Kind::Pattern) == 1).await;
+        talk(&mut one_more, b"PSUBSCRIBE new-*\r\n", "*3\r\n$10\r\npsubscribe\r\n$5\r\nnew-*\r\n:2\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_monitors_may_still_ask() {
+    served(10, async |server| {
+        for protocol in ["2", "3"] {
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            stream.write_all(format!("HELLO {protocol}\r\nMONITOR\r\nPING\r\nECHO it's\r\nQUIT\r\n").as_bytes()).await.unwrap();
+            let said = rest(stream).await;
+            let lines: Vec<&str> = said.lines().filter(|line| !line.contains("[0 127.0.0.1:")).collect();
+            assert!(lines.ends_with(&["+OK", "+PONG", "$4", "it's", "+OK"]), "{said}");
+            assert!(said.contains(r#" "ECHO" "it's""#), "{said}");
+        }
     })
     .await;
 }
