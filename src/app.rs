@@ -25,7 +25,7 @@ use uuid::Uuid;
 use crate::bulk::{self, Imported};
 use crate::command::info::Section;
 use crate::command::table::TABLE;
-use crate::command::{Backend, Commands, Context, SlowLog, Stats, passthrough};
+use crate::command::{Backend, Commands, Context, Drain, SlowLog, Stats, passthrough};
 use crate::config::{Config, CouponLock, LedgerDetail, Passthrough, Prefer};
 use crate::domain::event::Event;
 use crate::domain::{Grain, Side};
@@ -110,12 +110,20 @@ pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<ones
     let pulses: Pulses = Arc::new((0..threads(&config)).map(|_| Mutex::new(Instant::now())).collect());
     let instance = Uuid::new_v4().simple().to_string();
     let http_certificates = sessions.certificates.clone().filter(|_| config.http.tls);
-    let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&pulses));
+    let drain = Arc::new(Drain::new(shutdown.clone(), config.shutdown_timeout));
+    let readiness = readiness(Arc::clone(&partition), shutdown.clone(), Arc::clone(&drain), Arc::clone(&pulses));
     let web = tokio::spawn(http::serve(http_listener, http_certificates, metrics, readiness, back.clone()));
     let (locks, epochs) = Locks::new(locking(&config, &instance));
     tokio::spawn(access::reload(config.clone(), sessions.clone(), shutdown.clone()));
-    let shared =
-        Shared { partition: Arc::clone(&partition), locks, instance: instance.clone(), sessions, shutdown: shutdown.clone(), pulses };
+    let shared = Shared {
+        partition: Arc::clone(&partition),
+        locks,
+        instance: instance.clone(),
+        sessions,
+        drain,
+        shutdown: shutdown.clone(),
+        pulses,
+    };
     let front = Front::start(&config, listener, shared, changes)?;
 
     let postgres_url = config.postgres.url.expose().to_owned();
@@ -425,6 +433,7 @@ struct Shared {
     locks: Locks,
     instance: String,
     sessions: Sessions,
+    drain: Arc<Drain>,
     shutdown: CancellationToken,
     pulses: Pulses,
 }
@@ -443,7 +452,7 @@ struct FrontThread {
 impl FrontThread {
     async fn serve(self) {
         let config = self.config;
-        let Shared { partition, locks, instance, sessions, shutdown, pulses } = self.shared;
+        let Shared { partition, locks, instance, sessions, drain, shutdown, pulses } = self.shared;
         let Ok(listener) = TcpListener::from_std(self.listener) else { return };
         let lanes = CancellationToken::new();
         let (redis_url, window) = (config.redis.url.expose(), config.idempotency.window);
@@ -464,7 +473,7 @@ impl FrontThread {
         let context = Context::new(Rc::new(commands(&config)), registry, stats, backend);
         let passing = (config.passthrough == Passthrough::ReadOnly)
             .then(|| Rc::new(Reads::passing(redis_url, limits::PASSED_WITHIN, limits::PASSED_REPLY_MAX)));
-        let cx = Rc::new(Context { users, bounds, guesses, subscribers, slow, passing, ..context });
+        let cx = Rc::new(Context { users, bounds, guesses, subscribers, slow, drain, passing, ..context });
         spawn_local(Rc::clone(&cx.heartbeat).beat());
         cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
         let (partition, locks) = (Arc::clone(&cx.backend.partition), cx.backend.locks.clone());
@@ -515,7 +524,7 @@ fn show_partition(partition: &Partition, text: &mut String) {
     }
 }
 
-fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulses: Pulses) -> http::ReadinessSource {
+fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, drain: Arc<Drain>, pulses: Pulses) -> http::ReadinessSource {
     Arc::new(move || {
         let (live, state) = match &*partition.state.borrow() {
             State::Live { epoch, run_id } => (true, format!("live under epoch {epoch} on redis {run_id}")),
@@ -527,10 +536,10 @@ fn readiness(partition: Arc<Partition>, shutdown: CancellationToken, pulses: Pul
             true => format!("{} changes behind", partition.lag()),
             false => trouble.clone(),
         };
-        let draining = shutdown.is_cancelled();
+        let draining = shutdown.is_cancelled() || drain.has_begun();
         let beats = |pulse: &Mutex<Instant>| pulse.lock().unwrap_or_else(PoisonError::into_inner).elapsed() < limits::PULSE_MAX;
         Readiness {
-            alive: pulses.iter().all(beats) || draining,
+            alive: pulses.iter().all(beats) || shutdown.is_cancelled(),
             checks: vec![
                 Check { name: "server", ok: !draining, optional: false, detail: if draining { "draining" } else { "serving" }.into() },
                 Check { name: "partition", ok: live, optional: false, detail: state },

@@ -7,7 +7,7 @@
 //! - [`connection`], [`client`], [`server`], [`slowlog`]: the session's and the server's own commands.
 //! - [`pubsub`]: channels, and MONITOR; [`passthrough`]: reading the backing Redis.
 //! - [`acl`]: the users; `rights`: what each may run, and the log of what operators did.
-//! - [`stock`], [`coupon`], [`lock`], [`holdfast`], [`dead_letter`]: what Holdfast is for; [`backend`]: what they work with; [`ack`], [`replicas`]: replies that wait for Postgres, or for a replica.
+//! - [`stock`], [`coupon`], [`lock`], [`holdfast`], [`drain`], [`dead_letter`]: what Holdfast is for; [`backend`]: what they work with; [`ack`], [`replicas`]: replies that wait for Postgres, or for a replica.
 
 pub mod ack;
 pub mod acl;
@@ -20,6 +20,7 @@ pub mod coupon;
 pub mod dead_letter;
 pub mod describe;
 mod doubt;
+pub mod drain;
 pub mod first_use;
 mod heartbeat;
 pub mod holdfast;
@@ -48,9 +49,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
 
 pub use args::{Ack, Args};
 pub use backend::Backend;
+pub use drain::Drain;
 pub use heartbeat::Heartbeat;
 pub use refusals::Refusals;
 pub use slowlog::SlowLog;
@@ -137,6 +140,7 @@ pub struct Context {
     pub stats: Arc<Stats>,
     pub slow: Arc<SlowLog>,
     pub heartbeat: Rc<Heartbeat>,
+    pub drain: Arc<Drain>,
     /// While set, the error that every command without the LOADING flag gets: `LOADING ...`.
     pub refusal: Cell<Option<&'static str>>,
     /// The commands that are refused as they come, since too much waits.
@@ -165,6 +169,7 @@ impl Context {
             stats,
             slow: Arc::default(),
             heartbeat: Heartbeat::new(),
+            drain: Arc::new(Drain::new(CancellationToken::new(), Duration::ZERO)),
             refusal: Cell::new(None),
             refused_early: Refusals::new(),
             settings: RefCell::new(server::settings()),
@@ -289,7 +294,7 @@ fn check(
     if restricted && session.authenticated {
         rights::may_run(session, number, spec)?;
     }
-    if let Some(refusal) = cx.refusal.get().filter(|_| !spec.is(spec::LOADING)) {
+    if let Some(refusal) = cx.refusal.get().or_else(|| cx.drain.refusal()).filter(|_| !spec.is(spec::LOADING)) {
         return Err(refusal.into());
     }
     if let Some(refusal) = spec.early.and_then(|early| early(cx)) {
@@ -396,6 +401,8 @@ pub(crate) mod tests {
         let mut wire = Wire::new();
         wire.cx.refusal.set(Some("LOADING Holdfast is starting"));
         assert_eq!(wire.send("PING"), "+PONG\r\n");
+        wire.cx.refusal.set(None);
+        assert!(wire.cx.drain.refusal().is_none() && !wire.send("STOCK.GET a").starts_with("-LOADING "));
         let users = Users::read(None, Some("x"), &Commands::new(table::TABLE)).unwrap();
         let mut wire = Wire::with_users(users);
         assert_eq!(wire.send("PING"), "-NOAUTH Authentication required.\r\n");

@@ -7,7 +7,8 @@ use bytes::Bytes;
 
 use super::spec::Spec;
 use super::{
-    acl, client, connection, coupon, cut, dead_letter, describe, holdfast, lock, order, pubsub, server, slowlog, stock, unknown_command,
+    acl, client, connection, coupon, cut, dead_letter, describe, drain, holdfast, lock, order, pubsub, server, slowlog, stock,
+    unknown_command,
 };
 use crate::limits::{ERROR_ECHO_MAX, NAME_MAX};
 
@@ -46,6 +47,7 @@ pub static TABLE: &[&Spec] = &[
     &lock::INFO,
     &holdfast::STATUS,
     &holdfast::AWAIT,
+    &drain::DRAIN,
     &dead_letter::DEADLETTER,
     &connection::HELLO,
     &connection::AUTH,

@@ -125,6 +125,16 @@ impl Sidecar {
         self.child.wait().unwrap().code()
     }
 
+    /// Its exit code, once it has ended by itself.
+    pub fn ended(&mut self) -> Option<i32> {
+        let began = Instant::now();
+        while self.child.try_wait().unwrap().is_none() {
+            assert!(began.elapsed() < PATIENCE, "it goes on:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        self.child.wait().unwrap().code()
+    }
+
     /// What an HTTP path answers: the status and the body.
     pub fn get(&self, path: &str) -> (u16, String) {
         let mut stream = TcpStream::connect(("127.0.0.1", self.http)).unwrap();

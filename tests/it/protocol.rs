@@ -2,7 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 
-use crate::harness::Stack;
+use crate::harness::{Stack, wait_until};
 
 fn exchange(stack: &Stack, request: &str, bytes: usize) -> String {
     let mut raw = stack.sidecar.raw();
@@ -51,6 +51,27 @@ fn a_deep_pipeline_is_answered_whole() {
     let in_doubt = replies.iter().filter(|reply| reply.starts_with("-INDOUBT")).count();
     let left: usize = stack.connect().ask("STOCK.GET a").parse().unwrap();
     assert!((sold..=sold + in_doubt).contains(&(100_000 - left)), "{left} left, {sold} sold, {in_doubt} in doubt");
+}
+
+#[test]
+fn a_drain_refuses_what_is_new_and_ends_the_server_once_postgres_has_the_rest() {
+    let mut stack = Stack::with_settings(&["--reply-within-ms", "1000"]);
+    let (mut client, mut operator) = (stack.connect(), stack.connect());
+    client.ok("STOCK.SET a 10");
+    // While this is held, Postgres takes nothing.
+    let position = stack.postgres.holding("BEGIN; LOCK TABLE holdfast.stock", || {
+        client.ok("STOCK.DECR a 1");
+        operator.send(&["HOLDFAST.DRAIN"]);
+        let refused = "-LOADING Holdfast is draining: go on with another sidecar";
+        wait_until("nothing new is begun", || client.ask("STOCK.DECR a 1 ACK redis") == refused);
+        assert_eq!((client.ask("STOCK.GET a"), client.ask("PING")), (refused.into(), "PONG".into()));
+        assert_eq!(stack.sidecar.get("/readyz").0, 503);
+        assert_ne!(client.field("HOLDFAST.STATUS", "lag"), "0");
+        client.field("HOLDFAST.STATUS", "position")
+    });
+    assert_eq!(operator.receive(), format!("[OK, {position}]"));
+    assert_eq!(stack.sidecar.ended(), Some(0));
+    assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock"), stack.backing().ask("GET stock:product:a"));
 }
 
 #[test]
