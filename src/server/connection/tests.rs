@@ -611,7 +611,7 @@ async fn who_monitors_may_still_ask() {
     served(10, async |server| {
         for protocol in ["2", "3"] {
             let mut stream = TcpStream::connect(server.address).await.unwrap();
-            stream.write_all(format!("HELLO {protocol}\r\nMONITOR\r\nPING\r\nECHO it's\r\nQUIT\r\n").as_bytes()).await.unwrap();
+            stream.write_all(format!("HELLO {protocol}\r\nMONITOR\r\nPING\r\nECHO \"it's\"\r\nQUIT\r\n").as_bytes()).await.unwrap();
             let said = rest(stream).await;
             let lines: Vec<&str> = said.lines().filter(|line| !line.contains("[0 127.0.0.1:")).collect();
             assert!(lines.ends_with(&["+OK", "+PONG", "$4", "it's", "+OK"]), "{said}");
