@@ -29,6 +29,11 @@ impl Drain {
         Self { begun: AtomicBool::new(false), shutdown, within }
     }
 
+    /// Nothing new from now on.
+    pub fn begin(&self) {
+        self.begun.store(true, Ordering::Relaxed);
+    }
+
     /// Whether it has begun.
     pub fn has_begun(&self) -> bool {
         self.begun.load(Ordering::Relaxed)
@@ -47,7 +52,7 @@ pub static DRAIN: Spec = Spec::new("HOLDFAST.DRAIN", "Ends this server as a SIGT
     .run(drain);
 
 fn drain(call: &mut Call<'_>) -> Step {
-    call.cx.drain.begun.store(true, Ordering::Relaxed);
+    call.cx.drain.begin();
     tracing::info!(client = %call.session.client.address, "draining: nothing new is begun");
     // Goes on although its client may leave.
     let draining = spawn_local(finish(Rc::clone(call.cx)));

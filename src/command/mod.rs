@@ -401,8 +401,11 @@ pub(crate) mod tests {
         let mut wire = Wire::new();
         wire.cx.refusal.set(Some("LOADING Holdfast is starting"));
         assert_eq!(wire.send("PING"), "+PONG\r\n");
+        assert_eq!(wire.send("STOCK.GET a"), "-LOADING Holdfast is starting\r\n");
         wire.cx.refusal.set(None);
-        assert!(wire.cx.drain.refusal().is_none() && !wire.send("STOCK.GET a").starts_with("-LOADING "));
+        wire.cx.drain.begin();
+        assert_eq!(wire.send("STOCK.GET a"), "-LOADING Holdfast is draining: go on with another sidecar\r\n");
+        assert_eq!(wire.send("PING"), "+PONG\r\n");
         let users = Users::read(None, Some("x"), &Commands::new(table::TABLE)).unwrap();
         let mut wire = Wire::with_users(users);
         assert_eq!(wire.send("PING"), "-NOAUTH Authentication required.\r\n");

@@ -611,11 +611,17 @@ async fn who_monitors_may_still_ask() {
     served(10, async |server| {
         for protocol in ["2", "3"] {
             let mut stream = TcpStream::connect(server.address).await.unwrap();
-            stream.write_all(format!("HELLO {protocol}\r\nMONITOR\r\nPING\r\nECHO \"it's\"\r\nQUIT\r\n").as_bytes()).await.unwrap();
-            let said = rest(stream).await;
+            stream.write_all(format!("HELLO {protocol}\r\nMONITOR\r\nPING\r\nECHO \"it's\"\r\n").as_bytes()).await.unwrap();
+            let mut read = BytesMut::new();
+            let said = loop {
+                stream.read_buf(&mut read).await.unwrap();
+                let said = String::from_utf8_lossy(&read).into_owned();
+                if said.contains(" \"ECHO\" \"it's\"\r\n") && said.contains("$4\r\nit's\r\n") {
+                    break said;
+                }
+            };
             let lines: Vec<&str> = said.lines().filter(|line| !line.contains("[0 127.0.0.1:")).collect();
-            assert!(lines.ends_with(&["+OK", "+PONG", "$4", "it's", "+OK"]), "{said}");
-            assert!(said.contains(r#" "ECHO" "it's""#), "{said}");
+            assert!(lines.ends_with(&["+OK", "+PONG", "$4", "it's"]), "{said}");
         }
     })
     .await;
