@@ -8,16 +8,18 @@
 -- {holder of each coupon, users of each coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total,
 -- peruser, start, end (0: none), whether Postgres is known not to have it either, alter with total, start, end (false: as it is), delete with nothing, init with total, peruser,
 -- start, end, issued, used, serial, whether it is deleted, {user, lines, ...}, and 0 where that is all of it, -1 where it is a piece, which is
--- kept aside for a minute, else how many users were given so before; the others with the serial (0: the
--- one that fits) and the order (=<order>, - for none). An issue without a request, of which there are most, is only its coupon and its text,
+-- kept aside for a minute, else how many users were given so before; correct and adopt with n, round, and by how
+-- much total, issued, used and serial move, freeze with the reason, thaw with nothing, the others with the serial (0: the one that fits), the
+-- order (=<order>, - for none) and false, or of what was answered before Redis lost its data up to which serial Postgres knows who has it: then it
+-- is decided as if it were then, and an issue has its serial of then. An issue without a request, of which there are most, is only its coupon and its text,
 -- without a table around them. The users of a coupon are those of its operations, in their order. A user's field holds one line a coupon of theirs, by serial: serial,
 -- state, issued at, order. What was revoked is nobody's any more.
 -- The holder is the field in the coupon's lock that its issues go by, which has to be there; '': the lock is elided, and they go ahead only
 -- while nobody holds it.
 -- Words: 'ok', to alter with remaining, to the others with serial, remaining; create 'exists'; alter 'few' issued · 'order';
 -- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms · 'fenced', as is what comes behind that; use 'already' serial · 'none' · 'ended';
--- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; all of them 'absent' · 'deleted' · 'corrupt' · 'known' text · 'stale' · 'ahead' ·
--- 'full'.
+-- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; correct, adopt and what is done again 'moved'; all of them 'absent' · 'deleted' ·
+-- 'corrupt' · 'frozen' reason · 'known' text · 'stale' · 'ahead' · 'full'.
 local FIXED = 2
 window, generation = tonumber(window), tonumber(generation)
 
@@ -45,13 +47,13 @@ for c = 1, #holders do
     end
     coupon.exists = info_type == 'hash'
     if coupon.exists then
-      local info = redis.call('HMGET', info_key, 'total', 'issued', 'serial', 'peruser', 'start', 'end', 'used', 'state')
+      local info = redis.call('HMGET', info_key, 'total', 'issued', 'serial', 'peruser', 'start', 'end', 'used', 'state', 'frozen')
       for i = 1, 7 do
         info[i] = string.find(info[i] or '', '^%d+$') and tonumber(info[i])
         if not info[i] then coupon.corrupt = true end
       end
       coupon.total, coupon.issued, coupon.serial, coupon.per_user, coupon.start, coupon.stop, coupon.used = unpack(info, 1, 7)
-      coupon.deleted = info[8] == 'deleted'
+      coupon.deleted, coupon.frozen = info[8] == 'deleted', info[9]
     end
     if #users[c] > 0 then coupon.lines = redis.call('HMGET', users_key, unpack(users[c])) end
     for i, text in ipairs(coupon.lines or {}) do
@@ -186,6 +188,43 @@ function kinds.alter(c, coupon, operation)
   accept(c, operation[2] .. ' remaining=' .. whole(remaining_of(coupon)) .. ' by=' .. whole(by) .. ' |', operation[4], 'OK')
 end
 
+-- The reconciler's newest correction: n and round.
+local corrected
+
+local function mend(c, coupon, operation, moves)
+  local n, round, total, issued, used, serial = unpack(operation, 5, 10)
+  if not corrected then
+    local at, by = string.match(redis.call('HGET', meta, 'corrected') or '', '^(%d+):(.*)$')
+    corrected = {n = tonumber(at) or 0, round = by}
+  end
+  -- What was compared at n is no longer so where another round has corrected since.
+  if corrected.n > n and corrected.round ~= round then return say('moved') end
+  if moves then
+    local after = {coupon.total + total, coupon.issued + issued, coupon.used + used, coupon.serial + serial}
+    if math.min(unpack(after)) < 0 then return say('moved') end
+    coupon.total, coupon.issued, coupon.used, coupon.serial = unpack(after)
+    coupon.altered = true
+  end
+  corrected = {n = head.n + accepted + 1, round = round, dirty = true}
+  say('ok', remaining_of(coupon))
+  accept(c, operation[2] .. ' remaining=' .. whole(remaining_of(coupon)) .. ' |')
+end
+
+function kinds.correct(c, coupon, operation) return mend(c, coupon, operation, true) end
+
+function kinds.adopt(c, coupon, operation) return mend(c, coupon, operation, false) end
+
+-- Nothing moves by these two, so the outbox is not told.
+function kinds.freeze(c, coupon, operation)
+  coupon.frozen, coupon.noted, dirty[c] = operation[5], true, true
+  say('ok')
+end
+
+function kinds.thaw(c, coupon)
+  coupon.frozen, coupon.noted, dirty[c] = false, true, true
+  say('ok')
+end
+
 function kinds.delete(c, coupon, operation)
   coupon.deleted, coupon.held, coupon.gone, coupon.singles, coupon.fields = true, {}, true, 0, {}
   say('ok')
@@ -204,19 +243,27 @@ function kinds.issue(c, coupon, operation, held)
     return say('fenced')
   end
   if coupon.holder then return say('locked', coupon.holder, coupon.holder_ms) end
-  if head.now < coupon.start then return say('early', coupon.start) end
-  if coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
+  local again = operation[7] and operation[5]
+  if again and again > operation[7] and again <= coupon.serial then return say('moved') end
+  if not again and head.now < coupon.start then return say('early', coupon.start) end
+  if not again and coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
   if held.count >= coupon.per_user then return say('already', held.last) end
   if coupon.issued >= coupon.total then return say('soldout') end
-  coupon.issued, coupon.serial = coupon.issued + 1, coupon.serial + 1
-  local serial = whole(coupon.serial)
+  if again and not rows_of(held) then return say('corrupt') end
+  local number = again or coupon.serial + 1
+  coupon.issued, coupon.serial = coupon.issued + 1, math.max(coupon.serial, number)
+  local serial = whole(number)
   add_line(held, serial)
+  if again then
+    table.sort(held.rows, function(a, b) return tonumber(a.serial) < tonumber(b.serial) end)
+    held.last = tonumber(held.rows[#held.rows].serial)
+  end
   stepped(c, coupon, operation, serial, operation[4] and 'ISSUED :' .. serial .. ' :' .. whole(remaining_of(coupon)))
 end
 
 -- Whether nothing but the number left decides about an issue to a user who has none.
 local function is_open(coupon)
-  return not coupon.corrupt and coupon.exists and not coupon.deleted and not coupon.fenced and not coupon.holder
+  return not coupon.corrupt and coupon.exists and not coupon.deleted and not coupon.frozen and not coupon.fenced and not coupon.holder
     and head.now >= coupon.start and (coupon.stop == 0 or head.now < coupon.stop)
 end
 
@@ -262,7 +309,7 @@ function kinds.use(c, coupon, operation, held)
     if used then return say('already', tonumber(used.serial)) end
     return say('none')
   end
-  if coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
+  if not operation[7] and coupon.stop > 0 and head.now >= coupon.stop then return say('ended', coupon.stop) end
   local row = held.rows[found]
   row.state, row.order, held.changed, coupon.used = 'used', operation[6], true, coupon.used + 1
   stepped(c, coupon, operation, row.serial, 'USED :' .. row.serial)
@@ -301,6 +348,7 @@ local function decide(operation, user, at)
   if kind ~= 'create' and kind ~= 'init' then
     if not coupon.exists then return say('absent') end
     if coupon.deleted then return say('deleted') end
+    if coupon.frozen and kind ~= 'freeze' and kind ~= 'thaw' then return say('frozen', coupon.frozen) end
   end
   if not user then
     coupon.open = nil
@@ -330,6 +378,7 @@ end
 
 append(head, lines)
 keep_requests(window)
+if corrected and corrected.dirty then redis.call('HSET', meta, 'corrected', whole(corrected.n) .. ':' .. corrected.round) end
 for _, aside in ipairs(dropped) do redis.call('UNLINK', aside) end
 for _, piece in ipairs(pieces) do
   redis.call('HSET', piece[1], unpack(piece[2]))
@@ -351,6 +400,12 @@ for c in pairs(dirty) do
     redis.call('UNLINK', coupon.users_key)
   end
   if coupon.emptied then redis.call('UNLINK', coupon.users_key) end
+  if coupon.noted and coupon.frozen then
+    info[#info + 1] = 'frozen'
+    info[#info + 1] = coupon.frozen
+  elseif coupon.noted then
+    redis.call('HDEL', coupon.info_key, 'frozen')
+  end
   if coupon.aside then
     redis.call('RENAME', coupon.aside, coupon.users_key)
     redis.call('PERSIST', coupon.users_key)

@@ -281,6 +281,15 @@ pub const SIDECAR_KEEP: Duration = Duration::from_secs(600);
 /// How often what nobody asks for any more is removed from Redis.
 pub const SWEEP_EVERY: Duration = Duration::from_secs(60);
 
+/// How long Redis remembers that a product was deleted, once Postgres has it too: for as long a backup of Postgres that is older may be told of
+/// it by `holdfast rebuild --from redis`.
+pub const DELETED_KEPT: Duration = Duration::from_secs(86_400);
+
+/// Deleted products that a sweep looks at in one go, and how many goes it has: what an hour of deletions at full speed leaves is looked at in
+/// an hour.
+pub const SWEEP_DELETED: usize = 1_000;
+pub const SWEEP_DELETED_GOES: usize = 50;
+
 /// How many stretches of time back a sweep looks for buckets of REQUEST ids: what a stop of a quarter of an hour left. Older ones go by their
 /// EXPIRE.
 pub const SWEEP_STRETCHES: i64 = 15;
@@ -626,6 +635,9 @@ pub const RECONCILE_EVERY_MAX_MS: u64 = 86_400_000;
 /// Products in one comparison: the script that reads them keeps Redis busy for about half a millisecond, and every sale waits that long.
 pub const RECONCILE_PRODUCTS: usize = 500;
 
+/// Coupons in one comparison, which takes several commands of each.
+pub const RECONCILE_COUPONS: usize = 200;
+
 /// The pause between two comparisons of a round: so at most a tenth of Redis's time goes into them.
 pub const RECONCILE_PAUSE: Duration = Duration::from_millis(5);
 
@@ -635,6 +647,9 @@ pub const RECONCILE_CHANGES_MAX: i64 = 120_000;
 
 /// Products of the pass over everything that one round compares: a million products in 20 rounds, and a round within seconds.
 pub const RECONCILE_ROUND_PRODUCTS: usize = 50_000;
+
+/// Coupons of the pass over everything that one round compares or initialises: more than most shops ever have.
+pub const RECONCILE_ROUND_COUPONS: usize = 20_000;
 
 /// Products that one round of initialising looks at: a million are looked at within half a minute.
 pub const INITIALISE_ROUND_PRODUCTS: usize = 1_000_000;

@@ -103,7 +103,7 @@ impl Backend {
     /// future ends when they have.
     pub fn drive(&self, changes: Option<mpsc::Receiver<ServerChange>>, cancel: &CancellationToken) -> impl Future<Output = ()> + use<> {
         if let Some(changes) = changes {
-            spawn_local(cancel.clone().run_until_cancelled_owned(take_in(changes, Rc::clone(&self.stock))));
+            spawn_local(cancel.clone().run_until_cancelled_owned(take_in(changes, Rc::clone(&self.stock), Rc::clone(&self.coupon))));
         }
         let tasks: Vec<JoinHandle<()>> = vec![
             spawn_local(Rc::clone(&self.acks).drive(cancel.clone())),
@@ -124,8 +124,11 @@ impl Backend {
 }
 
 /// Submits what the server itself asks for.
-async fn take_in(mut changes: mpsc::Receiver<ServerChange>, lane: Rc<Lane<Stock, StockWaiter>>) {
-    while let Some(ServerChange { op, answer }) = changes.recv().await {
-        lane.submit(op, Instant::now(), StockWaiter::Server(answer));
+async fn take_in(mut changes: mpsc::Receiver<ServerChange>, stock: Rc<Lane<Stock, StockWaiter>>, coupon: Rc<Lane<Coupon, CouponWaiter>>) {
+    while let Some(change) = changes.recv().await {
+        match change {
+            ServerChange::Stock { op, answer } => stock.submit(op, Instant::now(), StockWaiter::Server(answer)),
+            ServerChange::Coupon { op, answer } => coupon.submit(op, Instant::now(), CouponWaiter::Server(answer)),
+        }
     }
 }

@@ -283,6 +283,8 @@ impl ClientWaiter {
                 Action::Delete => outcome("NOTFOUND", []),
                 _ => Reply::error(format!("NOTFOUND no coupon '{}'", op.coupon)),
             }),
+            Ok(CouponOutcome::Frozen { reason }) => Err(Reply::error(format!("FROZEN {reason}"))),
+            Ok(CouponOutcome::Moved) => Err(Reply::error("TRYAGAIN it was being corrected; nothing was changed")),
             Ok(CouponOutcome::Corrupt) => Err(Reply::error(format!(
                 "FROZEN a key of coupon '{}' holds something that does not belong there: repair it in Redis",
                 op.coupon

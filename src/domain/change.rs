@@ -10,7 +10,7 @@
 //! 1 set low=5 new=1 | sku-9 100 100
 //! 2 delete | sku-7 -12 0
 //! 3 coupon.issue coupon=c-1 user=u-7 serial=12 remaining=988 |      (coupons: see [`coupon`](super::coupon))
-//! 4 inbox inbox=771:12 | sku-1 5 102
+//! 4 inbox inbox=771:12 | sku-1 5 102           (gone=1 where it was deleted)
 //! 5 freeze reason=differs%20by%2012 | sku-1 0 102
 //! 6 reserve order=o-1 expires=1700000060000 | sku-1 -3 99 sku-2 -1 3
 //! 7 confirm order=o-1 from=held units=3,1 | sku-1 0 99 sku-2 0 3
@@ -174,6 +174,8 @@ pub struct Detail {
     pub created: bool,
     /// `inbox`: up to where Redis has what other programs changed in Postgres.
     pub mark: Option<InboxMark>,
+    /// `gone`: another program deleted the product.
+    pub gone: bool,
     /// `pg`: by how much Postgres moves, where that is not what Redis moved by.
     pub pg: Option<i64>,
     /// `held`: by how much Redis moved what orders hold, to what Postgres says.
@@ -383,6 +385,7 @@ impl Operation {
                 let detail = Detail {
                     low: named.number("low"),
                     created: named.number("new").is_some(),
+                    gone: named.number("gone").is_some(),
                     mark: named.find("inbox").map_or(Some(None), |mark| InboxMark::parse(mark).map(Some))?,
                     pg: named.number("pg"),
                     held: named.number("held"),
@@ -449,6 +452,9 @@ impl std::fmt::Display for Detail {
         }
         self.runs.as_ref().map_or(Ok(()), |runs| write!(f, " runs={runs}"))?;
         self.mark.map_or(Ok(()), |mark| write!(f, " inbox={mark}"))?;
+        if self.gone {
+            f.write_str(" gone=1")?;
+        }
         self.reason.as_ref().map_or(Ok(()), |reason| write!(f, " reason={}", text::escape(reason.as_bytes())))
     }
 }

@@ -8,9 +8,46 @@
 //! 4 coupon.unuse coupon=c user=u-7 serial=12 remaining=7 |
 //! 5 coupon.revoke coupon=c user=u-7 serial=12 remaining=8 |
 //! 6 coupon.delete coupon=c |
+//! 7 coupon.correct coupon=c total=0 issued=-1 used=0 serial=0 remaining=9 |
+//! 8 coupon.adopt coupon=c total=5 issued=0 used=0 serial=0 remaining=14 |
 //! ```
 
+use super::Side;
 use super::change::Named;
+
+/// The numbers of a coupon, or by how much they move.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub total: i64,
+    /// How many are out.
+    pub issued: i64,
+    /// How many of them were redeemed.
+    pub used: i64,
+    /// The highest serial ever issued.
+    pub serial: i64,
+}
+
+impl Counts {
+    /// Each with its name in the outbox.
+    pub const fn named(&self) -> [(&'static str, i64); 4] {
+        [("total", self.total), ("issued", self.issued), ("used", self.used), ("serial", self.serial)]
+    }
+
+    /// Each number by what `of` makes of it and of that of `other`.
+    pub fn with(self, other: Self, of: fn(i64, i64) -> i64) -> Self {
+        Self {
+            total: of(self.total, other.total),
+            issued: of(self.issued, other.issued),
+            used: of(self.used, other.used),
+            serial: of(self.serial, other.serial),
+        }
+    }
+
+    /// Whether a coupon may have these numbers.
+    pub const fn are_possible(&self) -> bool {
+        0 <= self.used && self.used <= self.issued && self.issued <= self.total && self.issued <= self.serial
+    }
+}
 
 /// The terms of a coupon as COUPON.CREATE set them. Times in Unix ms.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -146,6 +183,14 @@ pub enum CouponChange {
     /// Nothing is issued any more, and its id stays taken.
     Delete,
     Step(Stepped),
+    /// The reconciler moved one side to what the other says.
+    Mend {
+        /// The side that moved.
+        moved: Side,
+        by: Counts,
+        /// How many can still be issued afterwards.
+        remaining: i64,
+    },
 }
 
 impl CouponChange {
@@ -156,7 +201,14 @@ impl CouponChange {
             Self::Alter { .. } => "alter",
             Self::Delete => "delete",
             Self::Step(stepped) => stepped.step.as_str(),
+            Self::Mend { moved: Side::Redis, .. } => "correct",
+            Self::Mend { moved: Side::Postgres, .. } => "adopt",
         }
+    }
+
+    /// Whether Postgres moves as Redis does: what a client asked for. Everything else brings the two together.
+    pub const fn moves_both(&self) -> bool {
+        !matches!(self, Self::Mend { .. })
     }
 
     /// The serial that it is about.
@@ -164,22 +216,31 @@ impl CouponChange {
         if let Self::Step(stepped) = self { Some(stepped.serial) } else { None }
     }
 
+    /// What its row in the ledger says of serials: which it is about, or by how much the highest moves in Postgres.
+    pub fn told_serial(&self) -> Option<i64> {
+        match self {
+            Self::Mend { moved: Side::Postgres, by, .. } => Some(by.serial),
+            _ => self.serial(),
+        }
+    }
+
     /// How many can still be issued afterwards.
     pub const fn remaining(&self) -> i64 {
         match self {
             Self::Create(terms) => terms.total,
-            Self::Alter { remaining, .. } => *remaining,
+            Self::Alter { remaining, .. } | Self::Mend { remaining, .. } => *remaining,
             Self::Delete => 0,
             Self::Step(stepped) => stepped.remaining,
         }
     }
 
-    /// By how much it moves the total, what is issued and what is used.
+    /// By how much it moves the total, what is issued and what is used in Postgres.
     pub fn moves(&self) -> [i64; 3] {
         match self {
             Self::Create(terms) => [terms.total, 0, 0],
             Self::Alter { by, .. } => [by.unwrap_or(0), 0, 0],
-            Self::Delete => [0; 3],
+            Self::Delete | Self::Mend { moved: Side::Redis, .. } => [0; 3],
+            Self::Mend { moved: Side::Postgres, by, .. } => [by.total, by.issued, by.used],
             Self::Step(stepped) => [0, stepped.step.issued(), stepped.step.used()],
         }
     }
@@ -199,6 +260,16 @@ impl CouponChange {
                 by: named.number("by"),
             },
             "delete" => Self::Delete,
+            "correct" | "adopt" => Self::Mend {
+                moved: if kind == "correct" { Side::Redis } else { Side::Postgres },
+                by: Counts {
+                    total: named.number("total")?,
+                    issued: named.number("issued")?,
+                    used: named.number("used")?,
+                    serial: named.number("serial")?,
+                },
+                remaining: named.number("remaining")?,
+            },
             _ => Self::Step(Stepped {
                 step: CouponStep::parse(kind)?,
                 user: named.text("user")?,
@@ -226,6 +297,10 @@ impl std::fmt::Display for CouponChange {
                 by.map_or(Ok(()), |by| write!(f, " by={by}"))
             }
             Self::Delete => Ok(()),
+            Self::Mend { by, remaining, .. } => {
+                by.named().into_iter().try_for_each(|(name, value)| write!(f, " {name}={value}"))?;
+                write!(f, " remaining={remaining}")
+            }
             Self::Step(Stepped { user, serial, order, token, remaining, .. }) => {
                 write!(f, " user={user}")?;
                 order.as_ref().map_or(Ok(()), |order| write!(f, " order={order}"))?;
@@ -254,6 +329,8 @@ mod tests {
             "4 coupon.alter coupon=c total=20 start=5 end=0 remaining=11 by=10 |",
             "5 coupon.alter coupon=c end=9 remaining=1 |",
             "6 coupon.delete request=r digest=d coupon=c |",
+            "7 coupon.correct coupon=c total=0 issued=-1 used=0 serial=2 remaining=9 |",
+            "8 coupon.adopt coupon=c total=5 issued=0 used=0 serial=0 remaining=14 |",
         ] {
             assert_eq!(Operation::decode(line).unwrap().to_string(), line);
         }

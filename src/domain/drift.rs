@@ -7,9 +7,9 @@ pub enum Remedy {
     None,
     /// The side that is wrong was moved by the difference.
     Corrected,
-    /// The product takes no changes until a person has looked.
+    /// It takes no changes until a person has looked.
     Frozen,
-    /// Redis did not have the product and was given it.
+    /// Redis did not have it and was given it.
     Initialised,
 }
 
@@ -24,11 +24,22 @@ impl Remedy {
     }
 }
 
-/// Which of a product's numbers differs.
+/// Which number of a product or of a coupon differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
+    /// A product's units.
     Available,
     Held,
+    /// How many of a coupon there are.
+    Total,
+    /// How many of them are out.
+    Issued,
+    /// How many were redeemed.
+    Used,
+    /// The highest serial ever issued.
+    Serial,
+    /// How many users have any.
+    Users,
 }
 
 impl Measure {
@@ -36,26 +47,32 @@ impl Measure {
         match self {
             Self::Available => "available",
             Self::Held => "held",
+            Self::Total => "total",
+            Self::Issued => "issued",
+            Self::Used => "used",
+            Self::Serial => "serial",
+            Self::Users => "users",
         }
     }
 }
 
-/// One product that differs, as both sides were at one position.
+/// One product or coupon that differs, as both sides were at one position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drift {
+    /// The product's id, or the coupon's: the measure says which.
     pub product: String,
     pub measure: Measure,
-    /// What Redis had; `None` where it had no such product, or something that is no number of units.
+    /// What Redis had; `None` where it had no such thing, or something that is no number.
     pub redis: Option<i64>,
-    /// What Redis should have had, by Postgres; `None` where Postgres has no such product.
+    /// What Redis should have had, by Postgres; `None` where Postgres has no such thing.
     pub postgres: Option<i64>,
-    /// The part of `postgres` that `holdfast.stock` itself did not show: what came after the position, and what is owed.
+    /// The part of `postgres` that its own row did not show: what came after the position, and what is owed.
     pub in_flight: i64,
     pub remedy: Remedy,
 }
 
 impl Drift {
-    /// By how many units Redis has more than it should.
+    /// By how much Redis has more than it should.
     pub fn units(&self) -> i64 {
         self.redis.unwrap_or(0).saturating_sub(self.postgres.unwrap_or(0))
     }

@@ -2,9 +2,9 @@
 
 use std::fmt::Write as _;
 
-use super::Position;
 use super::change::{Effect, Item, Operation, StockKind};
 use super::coupon::CouponChange;
+use super::{Position, Side};
 
 /// What happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,8 @@ pub fn of_operation(operation: &Operation, position: Position, low: impl Fn(&str
         let by = match change {
             CouponChange::Step(stepped) => -stepped.step.issued(),
             CouponChange::Alter { by, .. } => by.unwrap_or(0),
-            CouponChange::Create(_) | CouponChange::Delete => 0,
+            CouponChange::Mend { moved: Side::Redis, by, .. } => by.total.saturating_sub(by.issued),
+            CouponChange::Create(_) | CouponChange::Delete | CouponChange::Mend { .. } => 0,
         };
         let happening = Happening::of(change.remaining().saturating_sub(by), change.remaining(), None);
         return happening
@@ -77,7 +78,7 @@ pub fn of_operation(operation: &Operation, position: Position, low: impl Fn(&str
 fn products(operation: &Operation) -> impl Iterator<Item = &Item> {
     let items: &[Item] = match &operation.effect {
         Effect::Stock { kind: StockKind::Delete | StockKind::Init, .. } => &[],
-        Effect::Stock { detail, .. } if detail.created => &[],
+        Effect::Stock { detail, .. } if detail.created || detail.gone => &[],
         Effect::Stock { items, .. } => items,
         _ => &[],
     };
@@ -126,6 +127,8 @@ mod tests {
         assert_eq!(told("0 confirm order=o from=held units=3 | a 0 0", None), [""; 0]);
         assert_eq!(told("0 set new=1 | a 3 3", None), [""; 0], "it is new, not back");
         assert_eq!(told("0 delete | a -3 0", None), [""; 0]);
+        assert_eq!(told("0 inbox inbox=7:7 gone=1 | a -3 0", None), [""; 0], "another program has deleted it");
+        assert_eq!(told("0 inbox inbox=7:7 | a -3 0", None), [sold_out]);
         let coupon = told("0 coupon.issue coupon=c user=u serial=3 remaining=0 |", None);
         assert_eq!(coupon, [r#"coupon:events:c {"event":"soldout","coupon":"c","remaining":0,"position":"1-7"}"#]);
         let back = told("0 coupon.revoke coupon=c user=u serial=3 remaining=1 |", None);

@@ -1,11 +1,11 @@
 //! Gives Postgres what Redis holds, after Postgres was restored from a backup: a person has said that Redis is right.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use sqlx::{Connection, PgConnection, Postgres, Transaction};
 
 use super::changes::{Changes, Created};
-use super::{Error, apply, from_bigint, order, partition, to_bigint, write};
+use super::{Error, apply, dead_letter, from_bigint, order, partition, to_bigint, write};
 use crate::domain::change::Entry;
 use crate::domain::{Order, OrderState, Position};
 
@@ -54,6 +54,8 @@ pub struct Adoption<'c> {
     n: u64,
     /// The orders that Redis holds units for.
     held: Vec<String>,
+    /// What is owed to coupons: total, issued, used.
+    owed: HashMap<String, [i64; 3]>,
 }
 
 impl<'c> Adoption<'c> {
@@ -71,7 +73,8 @@ impl<'c> Adoption<'c> {
         )
         .execute(&mut *transaction)
         .await?;
-        Ok(Self { transaction, partition, epoch, applied: row.applied, n: n.max(row.applied.n), held: Vec::new() })
+        let owed = dead_letter::owed_by_coupons(&mut transaction).await?;
+        Ok(Self { transaction, partition, epoch, applied: row.applied, n: n.max(row.applied.n), held: Vec::new(), owed })
     }
 
     /// Adds to the ledger what it lacks of these entries, at their own places; the stock comes from Redis as it is.
@@ -163,10 +166,11 @@ impl<'c> Adoption<'c> {
         if !coupon.deleted {
             self.issued(&coupon.coupon, issued).await?;
         }
+        let [total, issued_owed, used] = self.owed.get(&coupon.coupon).copied().unwrap_or_default();
         let explained: i64 = sqlx::query_scalar(
-            "WITH gap AS (SELECT c.total, c.issued, c.total - coalesce(l.total, 0) - coalesce(o.total, 0) AS total_gap, \
-               c.issued - coalesce(l.issued, 0) - coalesce(o.issued, 0) AS issued_gap, \
-               c.used - coalesce(l.used, 0) - coalesce(o.used, 0) AS used_gap FROM holdfast.coupon c \
+            "WITH gap AS (SELECT c.total, c.issued, c.total - coalesce(l.total, 0) - coalesce(o.total, 0) + $5 AS total_gap, \
+               c.issued - coalesce(l.issued, 0) - coalesce(o.issued, 0) + $6 AS issued_gap, \
+               c.used - coalesce(l.used, 0) - coalesce(o.used, 0) + $7 AS used_gap FROM holdfast.coupon c \
                LEFT JOIN (SELECT sum(total_delta) AS total, sum(issued_delta) AS issued, sum(used_delta) AS used \
                FROM holdfast.coupon_ledger WHERE coupon_id = $2) l ON true \
                LEFT JOIN holdfast.outside o ON o.kind = 'coupon' AND o.id = c.coupon_id WHERE c.coupon_id = $2), \
@@ -179,6 +183,9 @@ impl<'c> Adoption<'c> {
         .bind(&coupon.coupon)
         .bind(to_bigint(self.epoch))
         .bind(to_bigint(self.n + 1))
+        .bind(total)
+        .bind(issued_owed)
+        .bind(used)
         .fetch_one(&mut *self.transaction)
         .await?;
         self.n += from_bigint(explained);

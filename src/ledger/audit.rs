@@ -8,8 +8,7 @@ use std::collections::HashMap;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Connection, FromRow, PgConnection, Postgres, Row as _, Transaction};
 
-use super::Error;
-use crate::domain::change::{Effect, Operation};
+use super::{Error, dead_letter};
 use crate::limits::REFILL_PAGE;
 
 /// One number of a product or a coupon: what there is, and what the ledger makes of it.
@@ -70,19 +69,7 @@ impl<'c> Audit<'c> {
         sqlx::raw_sql("SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = '10min'")
             .execute(&mut *transaction)
             .await?;
-        let mut owed: HashMap<String, [i64; 3]> = HashMap::new();
-        let letters: Vec<String> = sqlx::query_scalar(
-            "SELECT d.line FROM holdfast.dead_letter d WHERE d.kind LIKE 'coupon.%' \
-             AND EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = d.op AND l.k = d.k)",
-        )
-        .fetch_all(&mut *transaction)
-        .await?;
-        for line in letters {
-            let operation = Operation::decode(&line).map_err(|error| Error::Unfit(format!("holdfast.dead_letter: {error}")))?;
-            let Effect::Coupon { coupon, change } = operation.effect else { continue };
-            let sums = owed.entry(coupon).or_default();
-            sums.iter_mut().zip(change.moves()).for_each(|(sum, by)| *sum += by);
-        }
+        let owed = dead_letter::owed_by_coupons(&mut transaction).await?;
         Ok(Self { transaction, owed })
     }
 
@@ -170,7 +157,11 @@ impl<'c> Audit<'c> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::testing::{database, execute};
+    use crate::domain::Position;
+    use crate::domain::change::Operation;
+    use crate::ledger::adopt::{Adoption, Coupon, Issued};
+    use crate::ledger::salvage::{self, Answered};
+    use crate::ledger::testing::{database, execute, number_of};
 
     async fn differing(connection: &mut PgConnection) -> Vec<String> {
         let mut audit = Audit::take(connection).await.unwrap();
@@ -213,5 +204,56 @@ mod tests {
                 "coupon x: total 4 issued 1, but 0 by the ledger used 0 issued to users 0, but 1 by the ledger used by users 0",
             ]
         );
+    }
+    #[tokio::test]
+    async fn what_is_owed_to_a_coupon_is_no_gap_when_redis_is_taken_over() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let answered = |n, line: &str| Answered {
+            op: "i:coupon:1".into(),
+            origin: Position::new(1, n),
+            at_ms: 7,
+            operation: Operation::decode(line).unwrap(),
+        };
+        let lines = [
+            answered(1, "0 coupon.create coupon=c total=1 peruser=1 |"),
+            answered(2, "1 coupon.issue coupon=c user=u serial=1 remaining=0 |"),
+            answered(3, "2 coupon.issue coupon=c user=v serial=2 remaining=0 |"),
+        ];
+        assert_eq!(salvage::save(connection, 0, 1, &lines).await.unwrap().owed, 1);
+        assert!(differing(connection).await.is_empty());
+        let mut adoption = Adoption::begin(connection, 0, 1, 9).await.unwrap();
+        let coupon =
+            Coupon { coupon: "c".into(), total: 5, issued: 1, used: 0, serial: 1, per_user: 1, start_ms: 0, end_ms: 0, deleted: false };
+        let issued = Issued { user: "u".into(), serial: 1, state: "issued".into(), issued_at_ms: 7, order: None };
+        adoption.coupon(&coupon, &[issued]).await.unwrap();
+        adoption.end().await.unwrap();
+        assert_eq!(differing(connection).await, [""; 0]);
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.dead_letter").await, 1, "it is still owed");
+        assert_eq!(number_of(connection, "SELECT sum(issued_delta)::bigint FROM holdfast.coupon_ledger WHERE kind = 'adopt'").await, 0);
+    }
+    #[tokio::test]
+    async fn the_migration_adds_up_what_moved_coupons_before_anybody_did() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        execute(
+            connection,
+            "SET holdfast.writer = 'holdfast'; \
+             INSERT INTO holdfast.coupon (coupon_id, total, issued, used, per_user, last_serial) VALUES ('c', 9, 1, 0, 1, 1); \
+             INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at) VALUES ('c', 1, 'u', 'issued', now()); \
+             INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, serial, remaining_after, issued_delta, at) \
+             VALUES (0, 1, 1, 'i', 0, 'c', 'issue', 1, 0, 1, now()), (0, 1, 2, 'i', 1, 'c', 'issue', 2, 0, 1, now()); \
+             INSERT INTO holdfast.dead_letter (partition, epoch, n, i, op, k, kind, delta, in_redis, reason, line) \
+             VALUES (0, 1, 2, 0, 'i', 1, 'coupon.issue', 0, true, '', '1 coupon.issue coupon=c user=v serial=2 remaining=0 |'); \
+             RESET holdfast.writer",
+        )
+        .await;
+        assert_eq!(differing(connection).await.len(), 1, "its total was given to it by nobody");
+        let (_, sum) = include_str!("../../migrations/0009_coupon_reconciliation.sql").split_once("LOCK TABLE").unwrap();
+        for _ in 0..2 {
+            sqlx::raw_sql(AssertSqlSafe(format!("BEGIN; LOCK TABLE{sum}; COMMIT"))).execute(&mut *connection).await.unwrap();
+            assert_eq!(differing(connection).await, [""; 0]);
+        }
+        assert_eq!(number_of(connection, "SELECT total FROM holdfast.outside WHERE kind = 'coupon' AND issued = 0").await, 9);
     }
 }

@@ -6,7 +6,7 @@ use super::Error;
 use super::order::Orders;
 use crate::domain::change::{Effect, Entry, Item, Operation, StockKind};
 use crate::domain::coupon::{CouponChange, CouponStep, CouponTerms, NewTerms, Stepped};
-use crate::domain::{InboxMark, OrderChange, Position, Runs};
+use crate::domain::{InboxMark, OrderChange, Position, Runs, Side};
 
 /// What an operation's ledger rows have in common.
 #[derive(Clone, Copy)]
@@ -94,6 +94,9 @@ pub(super) struct CouponMove {
     pub tokens: Option<(i64, i64)>,
     /// Whether one of them was lower than one before it.
     pub is_overtaken: bool,
+    /// By how much the total and the highest serial move beside the terms and the issues.
+    pub total_by: i64,
+    pub serial_by: i64,
     /// The terms that it is given.
     pub terms: NewTerms,
     pub deleted: bool,
@@ -107,6 +110,9 @@ impl CouponMove {
     }
 
     fn alter(&mut self, terms: NewTerms) {
+        if terms.total.is_some() {
+            self.total_by = 0;
+        }
         self.terms = NewTerms {
             total: terms.total.or(self.terms.total),
             start_ms: terms.start_ms.or(self.terms.start_ms),
@@ -262,6 +268,13 @@ impl<'a> Changes<'a> {
             CouponChange::Create(_) => {}
             CouponChange::Alter { terms, .. } => moved.alter(*terms),
             CouponChange::Delete => moved.deleted = true,
+            CouponChange::Mend { moved: Side::Redis, .. } => {}
+            CouponChange::Mend { moved: Side::Postgres, by, .. } => {
+                moved.issued += by.issued;
+                moved.used += by.used;
+                moved.total_by += by.total;
+                moved.serial_by += by.serial;
+            }
             CouponChange::Step(Stepped { step, user, serial, order, token, .. }) => {
                 token.iter().for_each(|token| moved.issue_under(*token));
                 moved.issued += step.issued();

@@ -61,7 +61,8 @@ impl CouponShelf {
             return Err(format!("there is no coupon '{coupon}'"));
         };
         match change {
-            CouponChange::Create(_) => {}
+            // What brings the two sides together is done anew.
+            CouponChange::Create(_) | CouponChange::Mend { .. } => {}
             CouponChange::Delete => found.deleted = true,
             CouponChange::Alter { terms, .. } => {
                 let total = terms.total.unwrap_or(found.total);

@@ -5,19 +5,19 @@ use sqlx::PgConnection;
 use super::changes::{Changes, CouponLine, Issue};
 use super::write::Places;
 use super::{Error, partition};
-use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
+use crate::domain::coupon::{CouponChange, Stepped};
 
 /// Writes the rows of the ledger, and moves nothing.
 pub(super) async fn ledger(connection: &mut PgConnection, partition: u32, lines: &[CouponLine<'_>]) -> Result<(), Error> {
     let places = Places::of(lines.iter().map(|line| line.place));
     let stepped = lines.iter().map(|line| if let CouponChange::Step(stepped) = line.change { Some(stepped) } else { None });
-    let step = |number: fn(CouponStep) -> i64| stepped.clone().map(|one| one.map_or(0, |one| number(one.step))).collect::<Vec<_>>();
+    let moved = |at: usize| lines.iter().map(|line| line.change.moves()[at]).collect::<Vec<_>>();
     let terms: Vec<[Option<i64>; 4]> = lines
         .iter()
         .map(|line| match line.change {
             CouponChange::Create(terms) => [Some(terms.total), Some(terms.per_user), terms.start_ms, terms.end_ms],
             CouponChange::Alter { terms, .. } => [terms.total, None, terms.start_ms, terms.end_ms],
-            CouponChange::Delete | CouponChange::Step(_) => [None; 4],
+            CouponChange::Delete | CouponChange::Step(_) | CouponChange::Mend { .. } => [None; 4],
         })
         .collect();
     let term = |i: usize| terms.iter().map(|terms| terms.get(i).copied().flatten()).collect::<Vec<_>>();
@@ -41,15 +41,15 @@ pub(super) async fn ledger(connection: &mut PgConnection, partition: u32, lines:
     .bind(lines.iter().map(|line| line.coupon).collect::<Vec<_>>())
     .bind(lines.iter().map(|line| line.change.kind()).collect::<Vec<_>>())
     .bind(stepped.clone().map(|one| one.map(|one| one.user.as_str())).collect::<Vec<_>>())
-    .bind(stepped.clone().map(|one| one.map(|one| one.serial)).collect::<Vec<_>>())
+    .bind(lines.iter().map(|line| line.change.told_serial()).collect::<Vec<_>>())
     .bind(lines.iter().map(|line| line.change.remaining()).collect::<Vec<_>>())
     .bind(places.request)
     .bind(places.digest)
     .bind(places.at_ms)
     .bind(places.origin_epoch)
     .bind(places.origin_n)
-    .bind(step(CouponStep::issued))
-    .bind(step(CouponStep::used))
+    .bind(moved(1))
+    .bind(moved(2))
     .bind(lines.iter().map(|line| line.total_delta).collect::<Vec<_>>())
     .bind(stepped.clone().map(|one: Option<&Stepped>| one.and_then(|one| one.order.as_deref())).collect::<Vec<_>>())
     .bind(term(0))
@@ -101,12 +101,12 @@ async fn move_coupons(connection: &mut PgConnection, changes: &Changes<'_>) -> R
     let token = |which: fn((i64, i64)) -> i64| moved().map(|moved| moved.tokens.map(which)).collect::<Vec<_>>();
     let rows = sqlx::query(
         "UPDATE holdfast.coupon AS c SET issued = c.issued + m.issued, used = c.used + m.used, \
-         last_serial = greatest(c.last_serial, m.last_serial), total = coalesce(m.total, c.total), \
+         last_serial = greatest(c.last_serial + m.serial_by, m.last_serial), total = coalesce(m.total, c.total) + m.total_by, \
          start_ms = nullif(coalesce(m.start_ms, c.start_ms), 0), end_ms = nullif(coalesce(m.end_ms, c.end_ms), 0), \
          state = CASE WHEN m.deleted THEN 'deleted' ELSE c.state END, last_token = greatest(c.last_token, m.highest) \
          FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bool[], \
-         $9::bigint[], $10::bigint[]) \
-         AS m (coupon, issued, used, last_serial, total, start_ms, end_ms, deleted, lowest, highest) \
+         $9::bigint[], $10::bigint[], $11::bigint[], $12::bigint[]) \
+         AS m (coupon, issued, used, last_serial, total, start_ms, end_ms, deleted, lowest, highest, total_by, serial_by) \
          WHERE c.coupon_id = m.coupon AND (m.lowest IS NULL OR m.lowest >= c.last_token)",
     )
     .bind(&coupons)
@@ -119,6 +119,8 @@ async fn move_coupons(connection: &mut PgConnection, changes: &Changes<'_>) -> R
     .bind(moved().map(|moved| moved.deleted).collect::<Vec<_>>())
     .bind(token(|(lowest, _)| lowest))
     .bind(token(|(_, highest)| highest))
+    .bind(moved().map(|moved| moved.total_by).collect::<Vec<_>>())
+    .bind(moved().map(|moved| moved.serial_by).collect::<Vec<_>>())
     .execute(&mut *connection)
     .await?
     .rows_affected();

@@ -3,14 +3,14 @@
 //! What Redis holds is, at every moment, what Postgres has and what is owed to it. So a change that is parked, retried or dropped moves
 //! both in one transaction, and nothing that compares the two sees a difference.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use sqlx::{Connection, PgConnection};
 
 use super::apply::{Applied, advance, check_epochs, continuation, what_is_created};
 use super::changes::{Changes, Created};
 use super::partition::{self, id};
-use super::{Error, from_bigint, inbox, outside, to_bigint, write};
+use super::{Error, from_bigint, inbox, outside, salvage, to_bigint, write};
 use crate::domain::change::{Effect, Entry, Item, Operation};
 use crate::domain::coupon::CouponChange;
 use crate::domain::{DeadLetter, InboxMark, Position, Settled};
@@ -237,6 +237,33 @@ pub async fn list(connection: &mut PgConnection, partition: u32, count: usize) -
     Ok(rows.into_iter().map(letter).collect())
 }
 
+/// By how much those of each coupon would still move what its rows in the ledger say has moved: total, issued, used.
+pub(super) async fn owed_by_coupons(connection: &mut PgConnection) -> Result<HashMap<String, [i64; 3]>, Error> {
+    let mut owed: HashMap<String, [i64; 3]> = HashMap::new();
+    let letters: Vec<String> = sqlx::query_scalar(
+        "SELECT d.line FROM holdfast.dead_letter d WHERE d.kind LIKE 'coupon.%' \
+         AND EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = d.op AND l.k = d.k)",
+    )
+    .fetch_all(connection)
+    .await?;
+    for line in letters {
+        let operation = Operation::decode(&line).map_err(|error| Error::Unfit(format!("holdfast.dead_letter: {error}")))?;
+        let Effect::Coupon { coupon, change } = operation.effect else { continue };
+        let sums = owed.entry(coupon).or_default();
+        sums.iter_mut().zip(change.moves()).for_each(|(sum, by)| *sum += by);
+    }
+    Ok(owed)
+}
+
+/// Redis is filled anew, without what those of coupons say: they have no units that it could be given.
+pub(super) async fn coupons_left_redis(connection: &mut PgConnection, partition: u32) -> Result<(), Error> {
+    sqlx::query("UPDATE holdfast.dead_letter SET in_redis = false WHERE partition = $1 AND in_redis AND kind LIKE 'coupon.%'")
+        .bind(id(partition))
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
 /// How many there are.
 pub async fn count(connection: &mut PgConnection, partition: u32) -> Result<u64, Error> {
     let count = sqlx::query_scalar("SELECT count(*) FROM holdfast.dead_letter WHERE partition = $1").bind(id(partition));
@@ -292,6 +319,13 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
         }
         outside::product_given_up(connection, product, delta, false, (&op, k, i)).await?;
         return Ok(Settled::Done);
+    }
+    if !in_redis && line.contains(" coupon.") {
+        // It has to be done in Redis, and comes here from there.
+        return match salvage::hand_over_again(connection, &op, k).await? {
+            true => Ok(Settled::Done),
+            false => Ok(Settled::Failed("Redis no longer has it: drop it, and do it anew".into())),
+        };
     }
     sqlx::query("SELECT set_config('holdfast.writer', 'holdfast', true)").execute(&mut *connection).await?;
     let mut operation = Operation::decode(&line).map_err(|malformed| Error::Data(malformed.to_string()))?;

@@ -6,7 +6,7 @@ use sqlx::{Connection, PgConnection};
 
 use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
 use super::coupon_shelf::CouponShelf;
-use super::{Error, apply, from_bigint, partition, to_bigint, write};
+use super::{Error, apply, dead_letter, from_bigint, partition, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
 use crate::domain::quantity::TOTAL_MAX;
@@ -45,14 +45,17 @@ pub async fn save(connection: &mut PgConnection, partition: u32, epoch: u64, ans
     let mut parts = vec![answered];
     let mut all = Saved::default();
     while let Some(part) = parts.pop() {
-        let saved = match save_part(connection, partition, epoch, part, false).await {
+        let saved = match save_part(connection, partition, epoch, part, Refused::Nothing).await {
             // What Postgres refuses for its data is owed, once it stands alone.
             Err(Error::Data(_)) if part.len() > 1 => {
                 let (first, second) = part.split_at(part.len() / 2);
                 parts.extend([second, first]);
                 continue;
             }
-            Err(Error::Data(_)) => save_part(connection, partition, epoch, part, true).await?,
+            Err(Error::Data(_)) => match save_part(connection, partition, epoch, part, Refused::Units).await {
+                Err(Error::Data(_)) => save_part(connection, partition, epoch, part, Refused::All).await?,
+                saved => saved?,
+            },
             saved => saved?,
         };
         all.saved += saved.saved;
@@ -62,9 +65,25 @@ pub async fn save(connection: &mut PgConnection, partition: u32, epoch: u64, ans
     Ok(all)
 }
 
-async fn save_part(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered], owe: bool) -> Result<Saved, Error> {
+/// What Postgres is known to refuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refused {
+    Nothing,
+    /// What it takes or gives.
+    Units,
+    /// Also what it holds.
+    All,
+}
+
+async fn save_part(
+    connection: &mut PgConnection,
+    partition: u32,
+    epoch: u64,
+    answered: &[Answered],
+    refused: Refused,
+) -> Result<Saved, Error> {
     let mut transaction = connection.begin().await?;
-    match save_in(&mut transaction, partition, epoch, answered, owe).await {
+    match save_in(&mut transaction, partition, epoch, answered, refused).await {
         Ok(saved) => {
             transaction.commit().await?;
             Ok(saved)
@@ -76,7 +95,13 @@ async fn save_part(connection: &mut PgConnection, partition: u32, epoch: u64, an
     }
 }
 
-async fn save_in(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered], owe: bool) -> Result<Saved, Error> {
+async fn save_in(
+    connection: &mut PgConnection,
+    partition: u32,
+    epoch: u64,
+    answered: &[Answered],
+    refused: Refused,
+) -> Result<Saved, Error> {
     let Some(row) = partition::lock(connection, partition).await?.filter(|row| row.epoch == epoch) else {
         return Err(taken_over(partition, epoch));
     };
@@ -103,18 +128,16 @@ async fn save_in(connection: &mut PgConnection, partition: u32, epoch: u64, answ
             at_ms: one.at_ms,
             origin: Some(one.origin),
         };
-        let taken = match owe {
-            true => shelf.owe(place, operation, &mut changes),
-            false => shelf.take(place, operation, *fits, &mut changes),
+        let taken = match refused {
+            Refused::Nothing => shelf.take(place, operation, *fits, &mut changes),
+            Refused::Units | Refused::All => shelf.owe(place, operation, refused == Refused::Units, &mut changes),
         };
         if let Err(why) = taken {
             owed.push((place, operation, why));
         }
     }
     let owing: BTreeSet<&str> = owed.iter().flat_map(|(_, operation, _)| operation.products()).collect();
-    for product in owing {
-        changes.frozen.insert(product, Some(OWED));
-    }
+    changes.frozen.extend(owing.into_iter().map(|product| (product, Some(OWED))));
     write::changes(connection, partition, &changes).await?;
     park(connection, partition, &owed).await?;
     settled(connection, answered).await?;
@@ -140,6 +163,7 @@ pub async fn seal(connection: &mut PgConnection, partition: u32, epoch: u64, giv
     if give_up_inbox {
         partition::give_up_inbox(&mut transaction, partition).await?;
     }
+    dead_letter::coupons_left_redis(&mut transaction, partition).await?;
     transaction.commit().await?;
     Ok(())
 }
@@ -228,8 +252,9 @@ impl Shelf {
         (told, fits)
     }
 
-    /// Adds only the ledger rows of an operation that Postgres refuses, and its order, which is what it is. Always errors with why it is owed.
-    fn owe<'a>(&self, place: Place<'a>, operation: &'a Operation, changes: &mut Changes<'a>) -> Result<(), String> {
+    /// Adds only the ledger rows of an operation that Postgres refuses, its order, which is what it is, and what that holds, if it `moves_held`.
+    /// Always errors with why it is owed.
+    fn owe<'a>(&self, place: Place<'a>, operation: &'a Operation, moves_held: bool, changes: &mut Changes<'a>) -> Result<(), String> {
         match &operation.effect {
             Effect::Stock { kind, items, detail } => {
                 let order = detail.order.as_deref();
@@ -237,13 +262,23 @@ impl Shelf {
                     changes.orders.add(place, *kind, items, order);
                 }
                 let items = if items.is_empty() { std::slice::from_ref(&NO_ITEM) } else { items.as_slice() };
-                let line =
-                    |(i, item): (usize, &'a Item)| StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order, runs: None };
-                changes.stock_lines.extend(items.iter().enumerate().map(line));
+                for (i, item) in items.iter().enumerate() {
+                    let line = StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order, runs: None };
+                    self.hold(&line, moves_held, changes);
+                    changes.stock_lines.push(line);
+                }
             }
             Effect::Coupon { coupon, change } => changes.coupon_lines.push(CouponLine::new(place, coupon, change)),
         }
         Err("Postgres refuses it for its data".to_owned())
+    }
+
+    /// Moves what is held, also where the units are owed.
+    fn hold<'a>(&self, line: &StockLine<'a>, moves: bool, changes: &mut Changes<'a>) {
+        let held = line.held_delta();
+        if moves && held != 0 && self.rows.contains(&line.item.product) {
+            changes.stock.entry(&line.item.product).or_default().held += held;
+        }
     }
 
     /// Adds what the operation changes. Errors with why it is owed instead; then only its ledger rows are added.
@@ -259,12 +294,8 @@ impl Shelf {
                 }
                 for (i, item) in items.iter().enumerate() {
                     let line = StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order, runs: None };
-                    let held = line.held_delta();
+                    self.hold(&line, true, changes);
                     changes.stock_lines.push(line);
-                    // What is held moves also where the units are owed.
-                    if held != 0 && self.rows.contains(&item.product) {
-                        changes.stock.entry(&item.product).or_default().held += held;
-                    }
                     // What was deleted and never came here has nothing to move.
                     let is_here = *kind != StockKind::Delete || self.rows.contains(&item.product);
                     if *kind == StockKind::Set {
@@ -398,6 +429,15 @@ pub async fn hand_over(connection: &mut PgConnection, partition: u32, answered: 
 /// Whether anything was handed over that nobody has taken up.
 pub async fn is_anything_handed_over(connection: &mut PgConnection) -> Result<bool, Error> {
     Ok(sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM holdfast.salvage WHERE NOT done)").fetch_one(connection).await?)
+}
+
+/// Hands a change over once more that could not be taken up. `false` where it was not handed over, or is in the ledger.
+pub(super) async fn hand_over_again(connection: &mut PgConnection, op: &str, k: i32) -> Result<bool, Error> {
+    let again = sqlx::query(
+        "UPDATE holdfast.salvage SET done = false WHERE op = $1 AND k = $2 \
+         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = $1 AND l.k = $2)",
+    );
+    Ok(again.bind(op).bind(k).execute(connection).await?.rows_affected() > 0)
 }
 
 /// The key of the advisory lock on what was handed over; the partition is its other half.
@@ -560,6 +600,29 @@ mod tests {
         assert_eq!((row.applied, row.last_op.as_str()), (Position::new(1, 11), "salvage:1"));
         assert_eq!(origins(connection, 0).await.unwrap().saved[&1], [1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15]);
         assert!(matches!(save(connection, 0, 7, &more).await, Err(Error::Broken(_))), "another sidecar took the partition");
+    }
+
+    #[tokio::test]
+    async fn what_an_order_holds_moves_also_where_its_units_are_owed() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        save(connection, 0, 1, &[answered("i:stock:1", 1, "0 set | a 10 10"), answered("i:stock:1", 2, "1 set | b 10 10")]).await.unwrap();
+        crate::ledger::testing::execute(
+            connection,
+            "ALTER TABLE holdfast.stock ADD CHECK (available > 8), ADD CHECK (product_id = 'a' OR held = 0)",
+        )
+        .await;
+        let orders = [
+            answered("i:stock:2", 3, "0 reserve order=o expires=9 | a -3 7"),
+            answered("i:stock:2", 4, "1 reserve order=p expires=9 | b -1 9"),
+        ];
+        assert_eq!(save(connection, 0, 1, &orders).await.unwrap(), Saved { saved: 0, owed: 2, known: 0 });
+        let stock: Vec<(i64, i64, bool)> =
+            rows(connection, "SELECT available, held, frozen IS NOT NULL FROM holdfast.stock ORDER BY product_id").await;
+        assert_eq!(stock, [(10, 3, true), (10, 0, true)], "of the second not even that is taken");
+        let owed: Vec<(String, i64)> = rows(connection, "SELECT product_id, delta FROM holdfast.dead_letter ORDER BY n").await;
+        assert_eq!(owed, [("a".into(), -3), ("b".into(), -1)]);
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.stock_order WHERE state = 'held'").await, 2);
     }
 
     #[tokio::test]

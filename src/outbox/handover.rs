@@ -8,14 +8,16 @@ use metrics::counter;
 use tracing::{info, warn};
 
 use crate::domain::change::{Effect, Operation, StockKind};
+use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 use crate::domain::{Id, OrderState, Position, RequestId};
 use crate::ledger::salvage::{self, Answered};
 use crate::ledger::{self, PgConnection};
 use crate::limits::{HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
 use crate::store::Partition;
+use crate::store::coupon::{Action, CouponOp, CouponOutcome};
 use crate::store::partition::EndedEpoch;
 use crate::store::requests::{HANDED_OVER, Remembered, Request};
-use crate::store::stock::{Action, Items, StockOp, StockOutcome};
+use crate::store::stock::{self, Items, StockOp, StockOutcome};
 
 /// Hands over the copies of these ended epochs that the ledger does not have. Those of an epoch that has not ended are still on their way.
 /// Returns whether there were any.
@@ -78,15 +80,20 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
             salvage::taken_up(postgres, partition.id, &answered, None).await?;
             continue;
         }
-        let owed = match again(&answered.operation, &id, answered.at_ms) {
-            None => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
-            Some(op) => match partition.change(op).await {
-                Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(Remembered::Known(_))) => None,
-                Ok(outcome) if is_as_answered(&answered.operation, &outcome) => None,
-                Ok(refused) => Some(format!("it was answered before Redis lost its data, and cannot be repeated: {refused:?}")),
-                // Perhaps it ran: under its name it runs once.
-                Err(_) => return Ok(()),
+        let done = match again(&answered.operation, &id, answered.at_ms) {
+            None => Done::Refused(String::new()),
+            Some(Again::Stock(op)) => match partition.change(op).await {
+                Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(Remembered::Known(_))) => Done::AsAnswered,
+                Ok(outcome) if is_as_answered(&answered.operation, &outcome) => Done::AsAnswered,
+                Ok(refused) => Done::Refused(format!(": {refused:?}")),
+                Err(_) => Done::Unknown,
             },
+            Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, &answered.operation).await?,
+        };
+        let owed = match done {
+            Done::AsAnswered => None,
+            Done::Refused(why) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
+            Done::Unknown => return Ok(()),
         };
         info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
         salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
@@ -95,6 +102,37 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
         }
     }
     Ok(())
+}
+
+/// What became of something that was done again.
+enum Done {
+    AsAnswered,
+    /// Why not.
+    Refused(String),
+    /// Perhaps it ran: under its name it runs once.
+    Unknown,
+}
+
+/// Does something to a coupon again. A serial is given only if Postgres says that nobody has it.
+async fn coupon_done_again(
+    partition: &Partition,
+    postgres: &mut PgConnection,
+    op: CouponOp,
+    operation: &Operation,
+) -> Result<Done, ledger::Error> {
+    let row = ledger::coupon::load(postgres, op.coupon.as_str()).await?;
+    if let Action::Step { step: CouponStep::Issue, serial: Some(serial), .. } = &op.action
+        && ledger::coupon::is_issued(postgres, op.coupon.as_str(), *serial).await?
+    {
+        return Ok(Done::Refused(format!(": serial {serial} has been given out again")));
+    }
+    let op = CouponOp { is_nowhere: row.is_none(), again: Some(row.map_or(0, |row| row.last_serial)), ..op };
+    Ok(match partition.change_coupon(op).await {
+        Ok(CouponOutcome::Done { .. } | CouponOutcome::Remembered(Remembered::Known(_))) => Done::AsAnswered,
+        Ok(outcome) if is_coupon_as_answered(operation, &outcome) => Done::AsAnswered,
+        Ok(CouponOutcome::Moved) | Err(_) => Done::Unknown,
+        Ok(refused) => Done::Refused(format!(": {refused:?}")),
+    })
 }
 
 /// Whether what was done again to an order left it as was answered then. An order that was paid and has expired since is not.
@@ -118,26 +156,64 @@ fn is_as_answered(operation: &Operation, outcome: &StockOutcome) -> bool {
     }
 }
 
-/// The operation, to be done again under its client's REQUEST, else under the server's own name; `None` for what would overwrite, or give
-/// another serial than was answered. What is done already to an order, it stays. `at_ms`: when it was done, which what is held is counted
-/// from.
-fn again(operation: &Operation, id: &str, at_ms: i64) -> Option<StockOp> {
-    let Effect::Stock { kind, items, detail } = &operation.effect else { return None };
-    let items: Items = items.iter().map(|item| (Id::from(item.product.as_str()), item.delta.abs())).collect();
-    let op = match (kind, detail.order.as_deref()) {
-        (StockKind::Decr | StockKind::Incr, None) => StockOp::new(Action::Change(*kind), items),
-        (_, Some(of)) => {
-            let items = if matches!(kind, StockKind::Reserve | StockKind::Sell) { items } else { Items::new() };
-            let ttl_ms = of.expires_ms.map_or(0, |expires| (expires - at_ms).max(1));
-            StockOp::of_order(Action::Change(*kind), Id::from(of.order.as_str()), ttl_ms, items)
-        }
-        _ => return None,
-    };
+/// The same of a coupon. What was redeemed may have been so again since, and what was revoked may not be there to be revoked.
+fn is_coupon_as_answered(operation: &Operation, outcome: &CouponOutcome) -> bool {
+    let Effect::Coupon { change, .. } = &operation.effect else { return false };
+    match (change, outcome) {
+        (CouponChange::Delete, outcome) => matches!(outcome, CouponOutcome::Deleted | CouponOutcome::Absent),
+        (CouponChange::Step(answered), outcome) => match (answered.step, outcome) {
+            (_, CouponOutcome::Stepped { serial, .. }) | (CouponStep::Use, CouponOutcome::Already { serial }) => *serial == answered.serial,
+            (CouponStep::Unuse, CouponOutcome::NotUsed) | (CouponStep::Revoke, CouponOutcome::NotIssued) => true,
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+/// What is to be done again.
+enum Again {
+    Stock(StockOp),
+    Coupon(CouponOp),
+}
+
+/// The operation, to be done again under its client's REQUEST, else under the server's own name; `None` for what would overwrite. What is
+/// done already to an order, it stays, and a coupon is issued under the serial that was answered. `at_ms`: when it was done, which what is
+/// held is counted from.
+fn again(operation: &Operation, id: &str, at_ms: i64) -> Option<Again> {
     let request = match &operation.remembered {
         Some(of_client) => Request::new(RequestId::of_escaped(&of_client.request), of_client.digest.clone()),
         None => Request::new(RequestId::of_escaped(id), HANDED_OVER.to_owned()),
     };
-    Some(StockOp { request: Some(Box::new(request)), ..op })
+    let (kind, items, detail) = match &operation.effect {
+        Effect::Stock { kind, items, detail } => (kind, items, detail),
+        Effect::Coupon { coupon, change } => {
+            let action = coupon_again(change)?;
+            return Some(Again::Coupon(CouponOp::new(Id::from(coupon.as_str()), action, Some(request))));
+        }
+    };
+    let items: Items = items.iter().map(|item| (Id::from(item.product.as_str()), item.delta.abs())).collect();
+    let op = match (kind, detail.order.as_deref()) {
+        (StockKind::Decr | StockKind::Incr, None) => StockOp::new(stock::Action::Change(*kind), items),
+        (_, Some(of)) => {
+            let items = if matches!(kind, StockKind::Reserve | StockKind::Sell) { items } else { Items::new() };
+            let ttl_ms = of.expires_ms.map_or(0, |expires| (expires - at_ms).max(1));
+            StockOp::of_order(stock::Action::Change(*kind), Id::from(of.order.as_str()), ttl_ms, items)
+        }
+        _ => return None,
+    };
+    Some(Again::Stock(StockOp { request: Some(Box::new(request)), ..op }))
+}
+
+/// What is done again to a coupon. New terms would overwrite those that came after them.
+fn coupon_again(change: &CouponChange) -> Option<Action> {
+    match change {
+        CouponChange::Create(terms) => Some(Action::Create(terms.clone())),
+        CouponChange::Delete => Some(Action::Delete),
+        CouponChange::Step(Stepped { step, user, serial, order, .. }) => {
+            Some(Action::Step { step: *step, user: Id::from(user.as_str()), serial: Some(*serial), order: order.as_deref().map(Id::from) })
+        }
+        CouponChange::Alter { .. } | CouponChange::Mend { .. } => None,
+    }
 }
 
 #[cfg(test)]
@@ -165,6 +241,20 @@ mod tests {
         }
         let reserved = Operation::decode("0 reserve order=o expires=9 | a -1 3").unwrap();
         assert!([Held, Confirmed, Cancelled, Expired].into_iter().all(|state| is_as_answered(&reserved, &stands(state))));
+        let stepped = |serial| CouponOutcome::Stepped { serial, remaining: 0, position: Position::default() };
+        for (line, outcome, is_so) in [
+            ("issue", stepped(3), true),
+            ("issue", CouponOutcome::Already { serial: 3 }, false),
+            ("issue", CouponOutcome::SoldOut, false),
+            ("use", CouponOutcome::Already { serial: 3 }, true),
+            ("use", CouponOutcome::NotIssued, false),
+            ("unuse", CouponOutcome::NotUsed, true),
+            ("revoke", CouponOutcome::NotIssued, true),
+            ("revoke", CouponOutcome::Used { serial: 3 }, false),
+        ] {
+            let answered = Operation::decode(&format!("0 coupon.{line} coupon=c user=u serial=3 remaining=1 |")).unwrap();
+            assert_eq!(is_coupon_as_answered(&answered, &outcome), is_so, "{line}, and {outcome:?}");
+        }
         let expired = StockOutcome::Told { line: Box::new(answered("expire")), position: Position::default() };
         assert!(!is_as_answered(&answered("confirm"), &expired), "it was due by then");
         assert!(is_as_answered(&answered("cancel"), &expired));

@@ -365,7 +365,10 @@ impl Rebuild<'_> {
 
 /// The changes of an entry that clients asked for. What the server did by itself brought Redis and Postgres together, and is done anew.
 fn answered(entry: &Entry) -> impl Iterator<Item = Answered> {
-    let of_a_client = |effect: &Effect| !matches!(effect, Effect::Stock { kind, .. } if !kind.moves_both());
+    let of_a_client = |effect: &Effect| match effect {
+        Effect::Stock { kind, .. } => kind.moves_both(),
+        Effect::Coupon { change, .. } => change.moves_both(),
+    };
     entry.each().filter(move |(_, operation)| of_a_client(&operation.effect)).map(|(n, operation)| Answered {
         op: entry.op.clone(),
         origin: Position::new(entry.last.epoch, n),

@@ -43,6 +43,13 @@ pub enum Mode {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Skipped(pub String);
 
+impl Skipped {
+    /// `word`: what the script that reads found.
+    pub(super) fn not_as_verified(word: &str) -> Self {
+        Self(format!("Redis is not as it was verified ({word})"))
+    }
+}
+
 impl From<crate::store::Error> for Skipped {
     fn from(error: crate::store::Error) -> Self {
         Self(error.to_string())
@@ -60,7 +67,7 @@ pub struct Examiner {
     pub(super) partition: Arc<Partition>,
     redis_url: String,
     postgres_url: String,
-    settings: Settings,
+    pub(super) settings: Settings,
     redis: Option<Connection>,
     postgres: Option<PgConnection>,
     /// Whether `postgres` has the lock of the one who reconciles on a schedule.
@@ -147,16 +154,20 @@ impl Examiner {
             }
             waiting = later;
         }
-        if let Err(Skipped(error)) = within(Box::pin(self.record(at, &drifts))).await {
-            warn!(error, "cannot write down what was found in holdfast.drift; the ledger has what was done");
-            self.disconnect();
-        }
+        self.record(at, &drifts).await;
         done.append(&mut drifts);
     }
 
-    async fn record(&mut self, at: At, drifts: &[Drift]) -> Result<(), Skipped> {
-        let partition = self.partition.id;
-        Ok(ledger::drift::record(self.postgres().await?, partition, at, drifts).await?)
+    /// Writes down what was found.
+    pub(super) async fn record(&mut self, at: At, drifts: &[Drift]) {
+        let recording = within(Box::pin(async {
+            let partition = self.partition.id;
+            Ok(ledger::drift::record(self.postgres().await?, partition, at, drifts).await?)
+        }));
+        if let Err(Skipped(error)) = recording.await {
+            warn!(error, "cannot write down what was found in holdfast.drift; the ledger has what was done");
+            self.disconnect();
+        }
     }
 
     async fn compare(&mut self, products: &[String], scope: Scope, deadline: Instant) -> Result<(At, Vec<Finding>), Skipped> {
@@ -170,17 +181,11 @@ impl Examiner {
     }
 
     async fn compare_now(&mut self, products: &[String], scope: Scope) -> Result<(At, Vec<Finding>), Skipped> {
-        let State::Live { epoch, run_id } = self.partition.state.borrow().clone() else {
-            return Err(Skipped("the partition is not live".into()));
-        };
-        let redis = self.redis().await?;
-        if redis.run_id() != run_id {
-            return Err(Skipped("Redis was restarted and is being compared with Postgres".into()));
-        }
+        let (epoch, redis) = self.live_redis().await?;
         let ids: Vec<Id> = products.iter().map(|product| Id::from(product.as_str())).collect();
         let snapshot = match snapshot::take(redis, epoch, &ids).await? {
             Taken::Snapshot(snapshot) => snapshot,
-            Taken::Refused(word) => return Err(Skipped(format!("Redis is not as it was verified ({word})"))),
+            Taken::Refused(word) => return Err(Skipped::not_as_verified(&word)),
         };
         let at = At { epoch, n: snapshot.n, mark: snapshot.mark };
         let counts = |units: &Units| scope == Scope::All || (*units == Units::Absent) == (scope == Scope::Absent);
@@ -199,6 +204,18 @@ impl Examiner {
         let findings: Vec<_> = seen.into_iter().zip(expected).filter_map(|((_, seen), expected)| judge(seen, expected)).collect();
         debug!(n = at.n, products = names.len(), differ = findings.len(), "compared");
         Ok((at, findings))
+    }
+
+    /// The epoch that the partition is live under, and the connection to that Redis.
+    pub(super) async fn live_redis(&mut self) -> Result<(u64, &mut Connection), Skipped> {
+        let State::Live { epoch, run_id } = self.partition.state.borrow().clone() else {
+            return Err(Skipped("the partition is not live".into()));
+        };
+        let redis = self.redis().await?;
+        if redis.run_id() != run_id {
+            return Err(Skipped("Redis was restarted and is being compared with Postgres".into()));
+        }
+        Ok((epoch, redis))
     }
 
     /// The connection to Redis.
@@ -232,12 +249,12 @@ impl Examiner {
     }
 }
 
-fn tell(drift: &Drift, at: At, position: &impl std::fmt::Display) {
+pub(super) fn tell(drift: &Drift, at: At, position: &impl std::fmt::Display) {
     let Drift { product, measure, redis, postgres, in_flight, remedy } = drift;
     let (action, measure) = (remedy.as_str(), measure.as_str());
     metrics::counter!("holdfast_reconcile_drift_total", "action" => action).increment(1);
     if *remedy == Remedy::Initialised {
-        return debug!(product, ?postgres, n = at.n, %position, "redis did not have a product and was given it");
+        return debug!(id = product, measure, ?postgres, n = at.n, %position, "redis did not have something and was given it");
     }
     warn!(product, measure, ?redis, ?postgres, in_flight, drift = drift.units(), n = at.n, %position, action, "redis and postgres differed");
 }

@@ -1,10 +1,11 @@
 //! Compares Redis with Postgres while both are in use, and brings together what differs.
 //!
 //! [`examine`] compares some products at one position and repairs what differs; [`judge`] says what a difference is and what to do about
-//! it; [`walk`] goes over all of them. [`schedule`] does that on a schedule, [`request`] when a client asks (STOCK.SYNC).
+//! it; [`coupons`] does both for coupons; [`walk`] goes over all of them. [`schedule`] does that on a schedule, [`request`] when a client asks (STOCK.SYNC).
 
 #![cfg_attr(feature = "sabotage-naive-sync", allow(dead_code, reason = "that build compares nothing"))]
 
+mod coupons;
 pub mod examine;
 mod judge;
 pub mod request;
@@ -23,6 +24,6 @@ pub struct Settings {
     /// How often Redis is given what only Postgres has.
     pub initialise_every: Duration,
     pub prefer: Side,
-    /// Units: what differs by more is frozen.
+    /// Units, or coupons: what differs by more is frozen.
     pub auto_limit: i64,
 }

@@ -1,4 +1,4 @@
-//! Reconciles on a schedule: products that changed, a stretch of all products, and those that only one side has.
+//! Reconciles on a schedule: products that changed, a stretch of all products, and those that only one side has; then the coupons likewise.
 //!
 //! One of several sidecars does it. Two at once would do no harm, since a correction is refused where another one came between; they
 //! would only work twice.
@@ -19,13 +19,25 @@ use crate::limits;
 pub struct Scheduler {
     examiner: Examiner,
     settings: Settings,
-    /// Where the passes over Postgres's products go on.
-    synced_to: String,
-    initialised_to: String,
-    /// Where the scan over Redis's keys goes on.
-    scanned_to: String,
+    products: Reached,
+    coupons: Reached,
     /// Up to where changes have been looked at.
     seen: Position,
+}
+
+/// Where the passes over everything go on.
+struct Reached {
+    /// Over what Postgres has.
+    synced_to: String,
+    initialised_to: String,
+    /// Over Redis's keys.
+    scanned_to: String,
+}
+
+impl Default for Reached {
+    fn default() -> Self {
+        Self { synced_to: String::new(), initialised_to: String::new(), scanned_to: "0".to_owned() }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,8 +59,7 @@ impl Round {
 
 impl Scheduler {
     pub fn new(examiner: Examiner, settings: Settings) -> Self {
-        let (synced_to, initialised_to, scanned_to) = (String::new(), String::new(), "0".to_owned());
-        Self { examiner, settings, synced_to, initialised_to, scanned_to, seen: Position::default() }
+        Self { examiner, settings, products: Reached::default(), coupons: Reached::default(), seen: Position::default() }
     }
 
     /// Reconciles until `cancel`.
@@ -84,13 +95,13 @@ impl Scheduler {
         metrics::counter!("holdfast_reconcile_rounds_total", "round" => name, "result" => result).increment(1);
         match done {
             Ok(None) => {}
-            Ok(Some(Tally { products, repaired, frozen, .. })) => {
+            Ok(Some(Tally { products, coupons, repaired, frozen, .. })) => {
                 let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
                 metrics::gauge!("holdfast_reconcile_last_round_timestamp_seconds", "round" => name).set(now.as_secs_f64());
                 metrics::histogram!("holdfast_reconcile_round_seconds", "round" => name).record(began.elapsed());
                 match repaired + frozen {
-                    0 => debug!(round = name, products, "reconciled: nothing differs"),
-                    _ => info!(round = name, products, repaired, frozen, "reconciled"),
+                    0 => debug!(round = name, products, coupons, "reconciled: nothing differs"),
+                    _ => info!(round = name, products, coupons, repaired, frozen, "reconciled"),
                 }
                 skipped.clear();
             }
@@ -113,11 +124,17 @@ impl Scheduler {
         let mut walk = Walk { mode: Mode::Repair, until: None, tally: Tally::default() };
         let examiner = &mut self.examiner;
         if round == Round::Initialise {
-            walk.over_postgres(examiner, &mut self.initialised_to, limits::INITIALISE_ROUND_PRODUCTS, Scope::Absent).await?;
+            walk.over_postgres(examiner, &mut self.products.initialised_to, limits::INITIALISE_ROUND_PRODUCTS, Scope::Absent).await?;
+            walk.over_postgres_coupons(examiner, &mut self.coupons.initialised_to, Scope::Absent).await?;
         } else {
-            self.seen = walk.over_changed(examiner, self.seen).await?;
-            walk.over_postgres(examiner, &mut self.synced_to, limits::RECONCILE_ROUND_PRODUCTS, Scope::Present).await?;
-            walk.over_strays(examiner, &mut self.scanned_to).await?;
+            let since = self.seen;
+            let seen = walk.over_changed(examiner, since).await?;
+            walk.over_postgres(examiner, &mut self.products.synced_to, limits::RECONCILE_ROUND_PRODUCTS, Scope::Present).await?;
+            walk.over_strays(examiner, &mut self.products.scanned_to).await?;
+            walk.over_changed_coupons(examiner, since).await?;
+            walk.over_postgres_coupons(examiner, &mut self.coupons.synced_to, Scope::Present).await?;
+            walk.over_stray_coupons(examiner, &mut self.coupons.scanned_to).await?;
+            self.seen = seen;
         }
         Ok(Some(walk.tally))
     }

@@ -7,12 +7,15 @@ use crate::domain::{Drift, Position, Remedy};
 use crate::ledger;
 use crate::limits;
 use crate::store::snapshot;
+use crate::store::snapshot::coupons;
 
 /// What a walk has come to so far.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     /// How many products were compared.
     pub products: usize,
+    /// How many coupons.
+    pub coupons: usize,
     /// How many differences were repaired.
     pub repaired: usize,
     /// How many wait for a person.
@@ -22,9 +25,8 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    fn add(&mut self, products: usize, mut found: Vec<Drift>) {
+    fn add(&mut self, mut found: Vec<Drift>) {
         let count = |remedies: &[Remedy]| found.iter().filter(|drift| remedies.contains(&drift.remedy)).count();
-        self.products += products;
         self.repaired += count(&[Remedy::Corrected, Remedy::Initialised]);
         self.frozen += count(&[Remedy::None, Remedy::Frozen]);
         if let Some(drifts) = &mut self.drifts {
@@ -53,7 +55,8 @@ impl Walk {
             let deadline = Instant::now() + limits::RECONCILE_WITHIN;
             let deadline = self.until.map_or(deadline, |until| until.min(deadline));
             let found = examiner.examine(products, scope, self.mode, deadline).await?;
-            self.tally.add(products.len(), found);
+            self.tally.products += products.len();
+            self.tally.add(found);
             tokio::time::sleep(limits::RECONCILE_PAUSE).await;
         }
         Ok(())
@@ -105,6 +108,58 @@ impl Walk {
             if !found.is_empty() {
                 let unknown = within(Box::pin(async { Ok(ledger::stock::unknown(examiner.postgres().await?, &found).await?) })).await?;
                 self.over(examiner, &unknown, Scope::Present).await?;
+            }
+            *cursor = next;
+            if cursor == "0" {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The same of coupons.
+impl Walk {
+    async fn over_coupons(&mut self, examiner: &mut Examiner, coupons: &[String], scope: Scope) -> Result<(), Skipped> {
+        for coupons in coupons.chunks(limits::RECONCILE_COUPONS) {
+            let found = examiner.examine_coupons(coupons, scope, Instant::now() + limits::RECONCILE_WITHIN).await?;
+            self.tally.coupons += coupons.len();
+            self.tally.add(found);
+            tokio::time::sleep(limits::RECONCILE_PAUSE).await;
+        }
+        Ok(())
+    }
+
+    /// Compares what changed after `since`.
+    pub async fn over_changed_coupons(&mut self, examiner: &mut Examiner, since: Position) -> Result<(), Skipped> {
+        let partition = examiner.partition.id;
+        let changed = within(Box::pin(async {
+            Ok(ledger::coupon::changed(examiner.postgres().await?, partition, since, limits::RECONCILE_CHANGES_MAX).await?)
+        }));
+        let changed = changed.await?;
+        self.over_coupons(examiner, &changed, Scope::Present).await
+    }
+
+    /// Compares the next of all coupons of Postgres, and moves `after` along: to nothing at the end of all.
+    pub async fn over_postgres_coupons(&mut self, examiner: &mut Examiner, after: &mut String, scope: Scope) -> Result<(), Skipped> {
+        let limit = limits::RECONCILE_ROUND_COUPONS;
+        let page = within(Box::pin(async { Ok(ledger::coupon::page(examiner.postgres().await?, after, limit).await?) })).await?;
+        self.over_coupons(examiner, &page, scope).await?;
+        match page.last() {
+            Some(last) if page.len() == limit => after.clone_from(last),
+            _ => after.clear(),
+        }
+        Ok(())
+    }
+
+    /// Compares the coupons that Redis has and Postgres does not, from `cursor` on, and moves it along: to `0` at the end of all.
+    pub async fn over_stray_coupons(&mut self, examiner: &mut Examiner, cursor: &mut String) -> Result<(), Skipped> {
+        for _ in 0..limits::RECONCILE_SCANS {
+            let scanning = async { Ok(coupons::scan(examiner.redis().await?, cursor, limits::RECONCILE_SCAN_COUNT).await?) };
+            let (next, found) = within(Box::pin(scanning)).await?;
+            if !found.is_empty() {
+                let unknown = within(Box::pin(async { Ok(ledger::coupon::unknown(examiner.postgres().await?, &found).await?) })).await?;
+                self.over_coupons(examiner, &unknown, Scope::Present).await?;
             }
             *cursor = next;
             if cursor == "0" {

@@ -18,8 +18,8 @@ use super::script::{self, Script};
 use super::words::Words;
 use super::{Error, keys};
 use crate::domain::change::{Effect, Operation};
-use crate::domain::coupon::{CouponChange, CouponStep, CouponTerms, NewTerms, Stepped};
-use crate::domain::{Grain, Id, Position};
+use crate::domain::coupon::{Counts, CouponChange, CouponStep, CouponTerms, NewTerms, Stepped};
+use crate::domain::{Grain, Id, Position, Side};
 
 /// The keys of lua/coupon_write.lua before the coupons: meta, outbox.
 const FIXED_KEYS: usize = 2;
@@ -32,6 +32,8 @@ pub enum Action {
     Delete,
     /// The server itself: gives Redis what Postgres has.
     Init(Box<FoundCoupon>, Part),
+    /// The server itself: brings Redis and Postgres together.
+    Upkeep(Upkeep),
     Step {
         step: CouponStep,
         user: Id,
@@ -40,6 +42,17 @@ pub enum Action {
         /// What it is redeemed for.
         order: Option<Id>,
     },
+}
+
+/// What only the reconciler asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Upkeep {
+    /// Moves one side to what the other says; compared at `n`, by this `round`. Refused where another round has corrected anything since.
+    Mend { moved: Side, by: Counts, n: u64, round: String },
+    /// Nothing changes any more until both sides agree.
+    Freeze { reason: String },
+    /// They do.
+    Thaw,
 }
 
 /// Which part of a coupon Redis is given.
@@ -76,6 +89,10 @@ impl Action {
             Self::Alter(_) => "alter",
             Self::Delete => "delete",
             Self::Init(..) => "init",
+            Self::Upkeep(Upkeep::Mend { moved: Side::Redis, .. }) => "correct",
+            Self::Upkeep(Upkeep::Mend { moved: Side::Postgres, .. }) => "adopt",
+            Self::Upkeep(Upkeep::Freeze { .. }) => "freeze",
+            Self::Upkeep(Upkeep::Thaw) => "thaw",
             Self::Step { step, .. } => step.as_str(),
         }
     }
@@ -107,7 +124,8 @@ impl Action {
             // It is no change, and nothing is noted of it.
             Self::Init(found, _) => CouponChange::Create(found.terms.clone()),
             Self::Alter(terms) => CouponChange::Alter { terms: *terms, remaining: note.remaining, by: None },
-            Self::Delete => CouponChange::Delete,
+            Self::Upkeep(Upkeep::Mend { moved, by, .. }) => CouponChange::Mend { moved: *moved, by: *by, remaining: note.remaining },
+            Self::Delete | Self::Upkeep(_) => CouponChange::Delete,
             Self::Step { step, user, order, .. } => CouponChange::Step(Stepped {
                 step: *step,
                 user: user.to_string(),
@@ -130,6 +148,9 @@ pub struct CouponOp {
     pub fence: Option<Arc<Fence>>,
     /// Of a creation: Postgres does not have the coupon either.
     pub is_nowhere: bool,
+    /// It was answered before Redis lost its data, and is done again as it was then: an issue with its serial, which is free if it is above
+    /// those of Redis, or not above this one, up to which Postgres knows them.
+    pub again: Option<i64>,
     /// The client that sent it; 0 where that was none. What it sends behind an issue that waits for the lock waits, too.
     pub client: u64,
 }
@@ -137,7 +158,7 @@ pub struct CouponOp {
 impl CouponOp {
     /// One that no lock is held for yet.
     pub const fn new(coupon: Id, action: Action, request: Option<Request>) -> Self {
-        Self { coupon, action, request, fence: None, is_nowhere: false, client: 0 }
+        Self { coupon, action, request, fence: None, is_nowhere: false, again: None, client: 0 }
     }
 
     /// Whether it is an issue that nothing is remembered of.
@@ -166,7 +187,7 @@ pub enum CouponOutcome {
         remaining: i64,
         position: Position,
     },
-    /// Redis has been given it.
+    /// Redis has been given it, or told that it is frozen or no longer.
     Loaded,
     /// The id is taken.
     Exists,
@@ -200,6 +221,12 @@ pub enum CouponOutcome {
     Deleted,
     /// A key of this coupon holds something that does not belong there.
     Corrupt,
+    /// Nothing changes until Redis and Postgres agree.
+    Frozen {
+        reason: String,
+    },
+    /// Only of what the server itself asks for: what it was made from is no longer so.
+    Moved,
     Remembered(Remembered),
 }
 
@@ -219,7 +246,7 @@ impl Family for Coupon {
     }
 
     fn is_of_a_client(op: &CouponOp) -> bool {
-        !matches!(op.action, Action::Init(..))
+        !matches!(op.action, Action::Init(..) | Action::Upkeep(_))
     }
 
     fn request(op: &CouponOp) -> Option<&Request> {
@@ -229,6 +256,9 @@ impl Family for Coupon {
     fn weight(op: &CouponOp) -> (usize, usize) {
         let ids: usize = op.action.ids().map(|id| id.as_bytes().len()).sum();
         let (keys, mut bytes) = op.request.as_ref().map_or((0, 0), Request::weight);
+        if let Action::Upkeep(Upkeep::Freeze { reason }) = &op.action {
+            bytes += reason.len();
+        }
         if let Action::Init(found, _) = &op.action {
             bytes += found.users.iter().map(|(user, held)| user.as_bytes().len() + held.len() + 8).sum::<usize>();
         }
@@ -273,9 +303,10 @@ impl Family for Coupon {
             let more = match op.action {
                 Action::Create(_) => 5,
                 Action::Init(..) => 10,
-                Action::Alter(_) => 3,
-                Action::Step { .. } => 2,
-                Action::Delete => 0,
+                Action::Alter(_) | Action::Step { .. } => 3,
+                Action::Upkeep(Upkeep::Mend { .. }) => 6,
+                Action::Upkeep(Upkeep::Freeze { .. }) => 1,
+                Action::Delete | Action::Upkeep(Upkeep::Thaw) => 0,
             };
             batch.array(4 + more).text(op.action.kind()).text(&text).count(place);
             requests.write(&mut batch, op.request.as_ref(), generation);
@@ -303,9 +334,18 @@ impl Family for Coupon {
                         };
                     }
                 }
-                Action::Delete => {}
+                Action::Upkeep(Upkeep::Mend { by, n, round, .. }) => {
+                    batch.integer(i64::try_from(*n).unwrap_or(i64::MAX)).text(round);
+                    by.named().iter().for_each(|(_, number)| _ = batch.integer(*number));
+                }
+                Action::Upkeep(Upkeep::Freeze { reason }) => _ = batch.text(reason),
+                Action::Delete | Action::Upkeep(Upkeep::Thaw) => {}
                 Action::Step { serial, order, .. } => {
                     batch.integer(serial.unwrap_or(0)).text(&order_text(order.as_ref().map(Id::as_str)));
+                    match op.again {
+                        Some(known) => batch.integer(known),
+                        None => batch.no(),
+                    };
                 }
             }
         }
@@ -326,7 +366,11 @@ impl Family for Coupon {
         ops.map(|op| decided(op, words, positions)).collect()
     }
 
-    fn note(_: &CouponOp, outcome: &CouponOutcome) -> Option<Note> {
+    fn note(op: &CouponOp, outcome: &CouponOutcome) -> Option<Note> {
+        // What brings the two sides together is done anew.
+        if matches!(op.action, Action::Upkeep(_)) {
+            return None;
+        }
         let (position, serial, remaining) = match outcome {
             CouponOutcome::Done { position, remaining } => (*position, 0, *remaining),
             CouponOutcome::Stepped { serial, remaining, position } => (*position, *serial, *remaining),
@@ -377,9 +421,11 @@ fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Resul
     let outcome = match word.as_str() {
         "ok" => match &op.action {
             Action::Create(terms) => CouponOutcome::Done { position: positions.take(), remaining: terms.total },
-            Action::Alter(_) => CouponOutcome::Done { remaining: words.integer()?, position: positions.take() },
+            Action::Alter(_) | Action::Upkeep(Upkeep::Mend { .. }) => {
+                CouponOutcome::Done { remaining: words.integer()?, position: positions.take() }
+            }
             Action::Delete => CouponOutcome::Done { position: positions.take(), remaining: 0 },
-            Action::Init(..) => CouponOutcome::Loaded,
+            Action::Init(..) | Action::Upkeep(_) => CouponOutcome::Loaded,
             Action::Step { .. } => {
                 CouponOutcome::Stepped { serial: words.integer()?, remaining: words.integer()?, position: positions.take() }
             }
@@ -397,6 +443,8 @@ fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Resul
         "absent" => CouponOutcome::Absent,
         "deleted" => CouponOutcome::Deleted,
         "corrupt" => CouponOutcome::Corrupt,
+        "frozen" => CouponOutcome::Frozen { reason: words.text()? },
+        "moved" => CouponOutcome::Moved,
         "locked" => {
             let (holder, remaining_ms) = (words.text()?, words.integer()?);
             let lock = keys::coupon_lock(&op.coupon);
@@ -476,7 +524,12 @@ fn line(line: &mut String, k: usize, op: &CouponOp) {
             }
         }
         Action::Delete => line.push_str(" |"),
-        Action::Init(..) => {}
+        Action::Upkeep(Upkeep::Mend { by, .. }) => {
+            for (name, value) in by.named() {
+                let _ = write!(line, " {name}={value}");
+            }
+        }
+        Action::Init(..) | Action::Upkeep(_) => {}
         Action::Step { user, order, .. } => {
             for part in [" user=", user.as_str()] {
                 line.push_str(part);
@@ -505,10 +558,13 @@ mod tests {
         let terms = CouponTerms { total: 10, per_user: 1, start_ms: None, end_ms: Some(7) };
         let new = NewTerms { total: Some(4), start_ms: None, end_ms: Some(0) };
         let step = |step, serial| Action::Step { step, user: Id::from("u"), serial, order: Some(Id::from("o")) };
+        let by = Counts { total: 1, issued: -2, used: 0, serial: 3 };
+        let mend = Upkeep::Mend { moved: Side::Redis, by, n: 5, round: "r".into() };
         for (action, completed) in [
             (Action::Create(terms), ""),
             (Action::Alter(new), " remaining=7 by=-6 |"),
             (Action::Delete, ""),
+            (Action::Upkeep(mend), " remaining=7 |"),
             (Action::step(CouponStep::Issue, Id::from("u")), " serial=3 remaining=7 |"),
             (step(CouponStep::Use, Some(3)), " serial=3 remaining=7 |"),
             (step(CouponStep::Use, None), " serial=3 remaining=7 |"),
@@ -517,7 +573,7 @@ mod tests {
             let mut text = String::new();
             line(&mut text, 2, &op);
             let read = Operation::decode(&(text + completed)).unwrap();
-            assert!(Coupon::is_same(&op, &read), "{op:?} {read:?}");
+            assert_eq!(Coupon::is_same(&op, &read), Coupon::is_of_a_client(&op), "{op:?} {read:?}");
             let remaining = if let Action::Create(terms) = &op.action { terms.total } else { 7 };
             let note = Note { position: Position::new(1, 1), serial: 3, remaining, available: Vec::new(), line: None };
             let copied =

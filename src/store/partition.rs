@@ -8,6 +8,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::bound::Bound;
 use super::copies::Copies;
+use super::coupon::{CouponOp, CouponOutcome};
 use super::lane::Failure;
 use super::sold_out::SoldOut;
 use super::stock::{StockOp, StockOutcome};
@@ -150,9 +151,9 @@ pub struct SyncRequest {
 }
 
 /// A change that the server itself asks for, and where to say what became of it.
-pub struct ServerChange {
-    pub op: StockOp,
-    pub answer: oneshot::Sender<Result<StockOutcome, Failure>>,
+pub enum ServerChange {
+    Stock { op: StockOp, answer: oneshot::Sender<Result<StockOutcome, Failure>> },
+    Coupon { op: CouponOp, answer: oneshot::Sender<Result<CouponOutcome, Failure>> },
 }
 
 /// What a person asks about dead letters. Dropped unanswered where Postgres cannot be asked.
@@ -210,7 +211,7 @@ pub struct Partition {
     /// Tells the clerk that there is a new dead letter.
     pub parked: Notify,
     dead_letters: AtomicU64,
-    /// Reaches the lane that writes, see [`Partition::change`].
+    /// Reaches the lanes that write, see [`Partition::change`].
     changes: mpsc::Sender<ServerChange>,
     /// How much the outbox may hold.
     pub bound: Bound,
@@ -289,8 +290,15 @@ impl Partition {
     /// The same without waiting for what becomes of it. Changes are decided in the order in which they are submitted.
     pub async fn submit(&self, op: StockOp) -> Result<oneshot::Receiver<Result<StockOutcome, Failure>>, Failure> {
         let (answer, answered) = oneshot::channel();
-        self.changes.send(ServerChange { op, answer }).await.map_err(|_| gone())?;
+        self.changes.send(ServerChange::Stock { op, answer }).await.map_err(|_| gone())?;
         Ok(answered)
+    }
+
+    /// [`Partition::change`] of a coupon.
+    pub async fn change_coupon(&self, op: CouponOp) -> Result<CouponOutcome, Failure> {
+        let (answer, answered) = oneshot::channel();
+        self.changes.send(ServerChange::Coupon { op, answer }).await.map_err(|_| gone())?;
+        answered.await.unwrap_or_else(|_| Err(gone()))
     }
 
     /// Makes several of them at once, so that they share a batch. Returns their outcomes in their order.

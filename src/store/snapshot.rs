@@ -1,4 +1,6 @@
-//! What the reconciler reads of Redis: some products at one moment, and which products there are.
+//! What the reconciler reads of Redis: some products at one moment, and which products there are; [`coupons`] likewise.
+
+pub mod coupons;
 
 use super::pack::Pack;
 use super::words::Words;
@@ -36,16 +38,16 @@ pub enum Units {
     Corrupt(String),
 }
 
-/// What became of [`take`].
+/// What became of [`take`] and [`coupons::take`].
 #[derive(Debug, PartialEq, Eq)]
-pub enum Taken {
-    Snapshot(Snapshot),
+pub enum Taken<S> {
+    Snapshot(S),
     /// This Redis is not live under that epoch and run id; the script's word for it.
     Refused(String),
 }
 
 /// Reads the products if Redis is live under `epoch` and the run id of this connection's process.
-pub async fn take(connection: &mut Connection, epoch: u64, products: &[Id]) -> Result<Taken, Error> {
+pub async fn take(connection: &mut Connection, epoch: u64, products: &[Id]) -> Result<Taken<Snapshot>, Error> {
     let mut names = Pack::default();
     names.array(products.len());
     let mut all_keys = vec![keys::META.to_owned(), keys::FROZEN.to_owned(), keys::HELD.to_owned()];
@@ -85,16 +87,21 @@ fn units(value: Option<String>) -> Units {
 /// Goes on with a scan over the products of Redis, `count` keys further. Returns where the next call goes on, `0` at the end, and the
 /// products; keys that no client could name are left out.
 pub async fn scan(connection: &mut Connection, cursor: &str, count: usize) -> Result<(String, Vec<String>), Error> {
+    scan_behind(connection, keys::PRODUCT_PREFIX, cursor, count).await
+}
+
+/// The same for what stands behind `prefix`.
+async fn scan_behind(connection: &mut Connection, prefix: &str, cursor: &str, count: usize) -> Result<(String, Vec<String>), Error> {
     let mut scan = redis::cmd("SCAN");
-    scan.arg(cursor).arg("MATCH").arg(format!("{}*", keys::PRODUCT_PREFIX)).arg("COUNT").arg(count);
+    scan.arg(cursor).arg("MATCH").arg(format!("{prefix}*")).arg("COUNT").arg(count);
     let mut words = Words::new(connection.send(&scan).await?)?;
     let cursor = words.text()?;
     let found: Vec<Vec<u8>> = redis::from_redis_value(words.raw()?).map_err(redis::RedisError::from)?;
-    let product = |key: Vec<u8>| {
-        let id = key.strip_prefix(keys::PRODUCT_PREFIX.as_bytes()).filter(|id| Id::is_valid(id))?;
+    let named = |key: Vec<u8>| {
+        let id = key.strip_prefix(prefix.as_bytes()).filter(|id| Id::is_valid(id))?;
         std::str::from_utf8(id).ok().map(str::to_owned)
     };
-    Ok((cursor, found.into_iter().filter_map(product).collect()))
+    Ok((cursor, found.into_iter().filter_map(named).collect()))
 }
 
 /// Writes a value over whatever Redis has: what no reconciler may do. The tests must find out that this build does.

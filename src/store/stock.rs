@@ -209,7 +209,10 @@ impl Upkeep {
     /// What it adds to its line in the outbox.
     fn write_to(&self, line: &mut String) {
         let _ = match self {
-            Self::Inbox { mark, reason, .. } => write!(line, " inbox={mark} reason={}", text::escape(reason.as_bytes())),
+            Self::Inbox { mark, row, reason, .. } => {
+                let gone = if *row == InboxRow::Delete { " gone=1" } else { "" };
+                write!(line, " inbox={mark}{gone} reason={}", text::escape(reason.as_bytes()))
+            }
             Self::Adopt { pg, .. } => write!(line, " pg={pg}"),
             Self::Hold { units, .. } => write!(line, " held={units}"),
             Self::Correct { reason, .. } | Self::Freeze { reason } => write!(line, " reason={}", text::escape(reason.as_bytes())),

@@ -291,12 +291,13 @@ pub const METRICS: &[Metric] = &[
         labels: &[],
         doc: "Products compared, in rounds and by STOCK.SYNC.",
     },
+    Metric { name: "holdfast_reconcile_coupons_total", kind: Kind::Counter, unit: Unit::Count, labels: &[], doc: "Coupons compared." },
     Metric {
         name: "holdfast_reconcile_drift_total",
         kind: Kind::Counter,
         unit: Unit::Count,
         labels: &["action"],
-        doc: "Differences that were `corrected`, `frozen` or `initialised`.",
+        doc: "Differences of products and coupons that were `corrected`, `frozen` or `initialised`.",
     },
     Metric {
         name: "holdfast_dead_letters",

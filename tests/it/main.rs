@@ -12,6 +12,7 @@ mod bulk;
 mod coupon_life;
 mod coupon_locks;
 mod coupon_model;
+mod coupon_reconcile;
 mod coupons;
 mod crowd;
 mod dead_letters;
