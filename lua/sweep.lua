@@ -1,13 +1,11 @@
--- Removes the lanes of ended sidecars from meta.
--- keys: meta
+-- Removes fields of a hash that still are as they were: the lanes of ended sidecars from meta, deletions that are long over.
+-- keys: hash
 -- args: fields
 -- returns: how many there were
 --
--- fields is msgpack: the names of lanes, each with what it held at the sweep before. One that has moved since is alive.
+-- fields is msgpack: their names, each with what it held when it was looked at. One that has moved since is alive.
 local removed = 0
-for _, lane in ipairs(cmsgpack.unpack(fields)) do
-  if string.find(lane[1], ':', 1, true) and redis.call('HGET', meta, lane[1]) == lane[2] then
-    removed = removed + redis.call('HDEL', meta, lane[1])
-  end
+for _, field in ipairs(cmsgpack.unpack(fields)) do
+  if redis.call('HGET', hash, field[1]) == field[2] then removed = removed + redis.call('HDEL', hash, field[1]) end
 end
 return removed

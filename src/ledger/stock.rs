@@ -1,5 +1,7 @@
 //! Reads products.
 
+use std::time::Duration;
+
 use sqlx::PgConnection;
 
 use super::{Error, from_bigint, partition, to_bigint};
@@ -136,6 +138,15 @@ pub async fn changed(connection: &mut PgConnection, partition: u32, after: Posit
     );
     let products = products.bind(partition::id(partition)).bind(to_bigint(after.epoch)).bind(to_bigint(after.n)).bind(limit);
     Ok(products.fetch_all(connection).await?)
+}
+
+/// Those of the products that have not been here for so long, or have no row at all.
+pub async fn gone_for(connection: &mut PgConnection, products: &[String], long: Duration) -> Result<Vec<String>, Error> {
+    let gone = sqlx::query_scalar(
+        "SELECT p FROM unnest($1::text[]) AS p LEFT JOIN holdfast.stock s ON s.product_id = p \
+         WHERE s.product_id IS NULL OR s.deleted_at < now() - $2 * interval '1 second'",
+    );
+    Ok(gone.bind(products).bind(long.as_secs_f64()).fetch_all(connection).await?)
 }
 
 /// Those of the products that do not exist here.

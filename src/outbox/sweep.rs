@@ -1,14 +1,14 @@
-//! Removes what nobody asks for any more: from Redis the lanes of sidecars that have ended and past windows of REQUEST ids, from Postgres
-//! what is old and settled.
+//! Removes what nobody asks for any more: from Redis the lanes of sidecars that have ended, past windows of REQUEST ids and deletions of long ago,
+//! from Postgres what is old and settled.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::ledger;
-use crate::limits::SWEEP_EVERY;
+use crate::limits::{DELETED_KEPT, SWEEP_DELETED_GOES, SWEEP_EVERY};
 use crate::store::partition::State;
 use crate::store::{Connection, Partition, sweep};
 
@@ -24,17 +24,47 @@ pub struct Sweeper {
 impl Sweeper {
     /// Sweeps now and then until `cancel`.
     pub async fn run(self, cancel: CancellationToken) {
-        let mut before = BTreeMap::new();
+        let (mut before, mut applied) = (BTreeMap::new(), 0);
         while cancel.run_until_cancelled(tokio::time::sleep(SWEEP_EVERY)).await.is_some() {
             if !matches!(*self.partition.state.borrow(), State::Live { .. }) {
                 continue;
             }
-            match tokio::time::timeout(SWEEP_EVERY, self.sweep(&mut before)).await {
-                Ok(Ok((lanes, buckets))) => debug!(partition = self.partition.id, lanes, buckets, "swept"),
+            let sweeping = async {
+                let swept = self.sweep(&mut before).await?;
+                // What Postgres had at the sweep before is known to whoever asks it now.
+                let known = std::mem::replace(&mut applied, self.partition.applied.borrow().n);
+                let deletions = self.forget_deleted(known).await?;
+                Ok::<_, String>((swept, deletions))
+            };
+            match tokio::time::timeout(SWEEP_EVERY, sweeping).await {
+                Ok(Ok(((lanes, buckets), deletions))) => debug!(partition = self.partition.id, lanes, buckets, deletions, "swept"),
                 Ok(Err(error)) => warn!(partition = self.partition.id, error, "could not sweep, trying again in a minute"),
                 Err(_) => warn!(partition = self.partition.id, "sweeping took too long, trying again"),
             }
         }
+    }
+
+    /// Has Redis forget the deletions up to n that are as long ago in Postgres as they need to be known.
+    async fn forget_deleted(&self, n: u64) -> Result<u64, String> {
+        let mut redis = Connection::open(&self.redis_url).await.map_err(|error| error.to_string())?;
+        let mut postgres = ledger::connect(&self.postgres_url).await.map_err(|error| error.to_string())?;
+        let (mut cursor, mut forgotten) = ("0".to_owned(), 0);
+        for _ in 0..SWEEP_DELETED_GOES {
+            let (next, mut deleted) = sweep::deleted(&mut redis, &cursor).await.map_err(|error| error.to_string())?;
+            deleted.retain(|_, at| at.parse().is_ok_and(|at: u64| at <= n));
+            let products: Vec<String> = deleted.keys().cloned().collect();
+            let gone = ledger::stock::gone_for(&mut postgres, &products, DELETED_KEPT).await.map_err(|error| error.to_string())?;
+            let gone: BTreeSet<String> = gone.into_iter().collect();
+            deleted.retain(|product, _| gone.contains(product));
+            if !deleted.is_empty() {
+                forgotten += sweep::forget_deleted(&mut redis, &deleted).await.map_err(|error| error.to_string())?;
+            }
+            cursor = next;
+            if cursor == "0" {
+                break;
+            }
+        }
+        Ok(forgotten)
     }
 
     /// `before`: the lanes as the sweep before saw them. One that has moved since is alive, although Postgres has not heard of it.
@@ -84,5 +114,23 @@ mod tests {
         assert_eq!(sweeper.sweep(&mut before).await.unwrap(), (0, 0), "it moves");
         assert_eq!(sweeper.sweep(&mut before).await.unwrap(), (1, 0));
         assert_eq!(sweep::lanes(&mut redis).await.unwrap().into_keys().collect::<Vec<_>>(), ["alive:stock"]);
+    }
+    #[tokio::test]
+    async fn a_deletion_is_forgotten_once_it_is_long_ago_in_postgres_too() {
+        let (server, mut database) = (RedisServer::start(), database().await);
+        let mut redis = Connection::open(&server.url()).await.unwrap();
+        send(&mut redis, &["HSET", "stock:deleted", "old", "4", "lately", "5", "never", "6", "again", "9", "new", "12"]).await;
+        execute(
+            &mut database.connection,
+            "INSERT INTO holdfast.stock (product_id, available, deleted_at) VALUES ('old', 0, now() - interval '25 hours'), \
+             ('lately', 0, now() - interval '23 hours'), ('again', 7, NULL), ('new', 0, now() - interval '25 hours')",
+        )
+        .await;
+        let partition = Arc::new(Partition::new(0, 1 << 20).0);
+        let sweeper = Sweeper { partition, redis_url: server.url(), postgres_url: database.url.clone(), window_ms: 600_000 };
+        assert_eq!(sweeper.forget_deleted(0).await.unwrap(), 0, "Postgres may not have them yet");
+        assert_eq!(sweeper.forget_deleted(9).await.unwrap(), 2);
+        let (_, left) = sweep::deleted(&mut redis, "0").await.unwrap();
+        assert_eq!(left.into_keys().collect::<Vec<_>>(), ["again", "lately", "new"]);
     }
 }

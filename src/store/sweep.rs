@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::pack::Pack;
 use super::requests;
 use super::{Connection, Error, keys, script};
-use crate::limits::{REFILL_KEYS, SWEEP_STRETCHES};
+use crate::limits::{REFILL_KEYS, SWEEP_DELETED, SWEEP_STRETCHES};
 
 /// The lanes that meta knows, as `<instance>:<lane>`, each with what it says of its last batch.
 pub async fn lanes(connection: &mut Connection) -> Result<BTreeMap<String, String>, Error> {
@@ -16,13 +16,28 @@ pub async fn lanes(connection: &mut Connection) -> Result<BTreeMap<String, Strin
 
 /// Removes lanes that still are as they were. Returns how many there were.
 pub async fn remove_lanes(connection: &mut Connection, lanes: &BTreeMap<String, String>) -> Result<u64, Error> {
+    remove(connection, keys::META, lanes).await
+}
+
+async fn remove(connection: &mut Connection, key: &str, as_they_were: &BTreeMap<String, String>) -> Result<u64, Error> {
     let mut fields = Pack::default();
-    fields.array(lanes.len());
-    for (lane, value) in lanes {
-        fields.array(2).text(lane).text(value);
+    fields.array(as_they_were.len());
+    for (field, value) in as_they_were {
+        fields.array(2).text(field).text(value);
     }
-    let answer = connection.run(&script::SWEEP, &[keys::META], &[&fields.into_bytes()]).await?;
+    let answer = connection.run(&script::SWEEP, &[key], &[&fields.into_bytes()]).await?;
     Ok(redis::from_redis_value(answer).map_err(redis::RedisError::from)?)
+}
+
+/// Some of the products that are noted as deleted, from `cursor` on, each with n of that change. Returns where to go on, `0` at the end.
+pub async fn deleted(connection: &mut Connection, cursor: &str) -> Result<(String, BTreeMap<String, String>), Error> {
+    let answer = connection.send(redis::cmd("HSCAN").arg(keys::DELETED).arg(cursor).arg("COUNT").arg(SWEEP_DELETED)).await?;
+    Ok(redis::from_redis_value(answer).map_err(redis::RedisError::from)?)
+}
+
+/// Forgets deletions that still are noted so. Returns how many there were.
+pub async fn forget_deleted(connection: &mut Connection, products: &BTreeMap<String, String>) -> Result<u64, Error> {
+    remove(connection, keys::DELETED, products).await
 }
 
 /// Removes the buckets of REQUEST ids that nobody can ask for any more. Returns how many there were.
