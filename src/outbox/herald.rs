@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::domain::Position;
+use crate::domain::change::Operation;
 use crate::domain::event::{self, Event};
 use crate::limits::{EVENTS_BLOCK, EVENTS_LOOK_EVERY, EVENTS_READ_ENTRIES, OUTBOX_ANSWER_TIMEOUT};
 use crate::store::partition::State;
@@ -45,13 +46,12 @@ impl<L: Fn() -> bool, P: Fn(Event)> Herald<L, P> {
             let entries = reader.read_after(at, EVENTS_READ_ENTRIES, EVENTS_BLOCK).await?.entries;
             let Some(last) = entries.last() else { continue };
             at = last.last;
-            let numbered = || {
-                entries.iter().flat_map(move |entry| {
-                    let epoch = entry.last.epoch;
-                    entry.lines().map(move |(n, operation)| (Position::new(epoch, n), operation))
-                })
-            };
-            let mut products: Vec<&str> = numbered().flat_map(|(_, operation)| event::may_be_low(operation)).collect();
+            // One by one: what a line sums up may have sold a product out and brought it back.
+            let numbered: Vec<(Position, Operation)> = entries
+                .iter()
+                .flat_map(|entry| entry.each().map(|(n, operation)| (Position::new(entry.last.epoch, n), operation)))
+                .collect();
+            let mut products: Vec<&str> = numbered.iter().flat_map(|(_, operation)| event::may_be_low(operation)).collect();
             products.sort_unstable();
             products.dedup();
             let asking = tokio::time::timeout(OUTBOX_ANSWER_TIMEOUT, low::thresholds(&mut redis, &products)).await;
@@ -59,8 +59,8 @@ impl<L: Fn() -> bool, P: Fn(Event)> Herald<L, P> {
                 Ok(thresholds) => products.iter().copied().zip(thresholds?).filter_map(|(product, low)| Some((product, low?))).collect(),
                 Err(_) => return Ok(()),
             };
-            for (position, operation) in numbered() {
-                event::of_operation(operation, position, |product| thresholds.get(product).copied()).into_iter().for_each(&self.publish);
+            for (position, operation) in &numbered {
+                event::of_operation(operation, *position, |product| thresholds.get(product).copied()).into_iter().for_each(&self.publish);
             }
         }
         Ok(())

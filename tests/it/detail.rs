@@ -137,6 +137,55 @@ fn a_row_stands_for_all_that_a_batch_did_to_a_product() {
 }
 
 #[test]
+fn events_are_told_of_what_a_batch_did_in_between() {
+    let stack = Stack::with_settings(BATCH);
+    let mut client = stack.connect();
+    for product in ["sure", "mug", "cup"] {
+        client.ok(&format!("STOCK.SET {product} 1"));
+    }
+    client.ok("STOCK.SET mug 4 LOW 2");
+    let mut events = Pipeline::new(&stack);
+    events.send(&["PSUBSCRIBE stock:events:*"]);
+    let mut heard = || loop {
+        let line = events.line();
+        if line.starts_with('{') {
+            return line;
+        }
+    };
+    // Who has just subscribed is not told what came before it was noticed.
+    let heard_one = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut client = stack.connect();
+            while !heard_one.load(std::sync::atomic::Ordering::Relaxed) {
+                client.ask("STOCK.DECR sure 1");
+                client.ask("STOCK.INCR sure 1");
+            }
+        });
+        heard();
+        heard_one.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let commands = ["STOCK.DECR mug 1", "STOCK.DECR mug 2", "STOCK.DECR mug 1", "STOCK.INCR mug 3", "STOCK.INCR mug 1"];
+    let replies = in_one_batch(&stack, "STOCK.INCR cup 1", &commands);
+    let told = |event: &str, available: i64, reply: &Reply| {
+        format!(r#"{{"event":"{event}","product":"mug","available":{available},"position":"1-{}"}}"#, reply.n)
+    };
+    let expected = [told("low", 1, &replies[1]), told("soldout", 0, &replies[2]), told("back", 3, &replies[3])];
+    let mut next = || loop {
+        let event = heard();
+        if !event.contains("sure") {
+            return event;
+        }
+    };
+    expected.iter().for_each(|event| assert_eq!(next(), *event));
+    // A deletion by another program is none of them.
+    stack.postgres.execute("DELETE FROM holdfast.stock WHERE product_id = 'mug'");
+    client.until("STOCK.GET mug", "nil");
+    client.ok("STOCK.DECR cup 2");
+    assert!(next().starts_with(r#"{"event":"soldout","product":"cup""#));
+}
+
+#[test]
 fn a_batch_whose_answer_was_lost_is_answered_from_its_lines() {
     let mut stack = Stack::with_settings(BATCH);
     let proxy = Proxy::start(stack.redis.port(), b"EVALSHA");
