@@ -20,7 +20,7 @@ use crate::limits;
 use crate::store::meta::{self, Look, Meta};
 use crate::store::partition::{EndedEpoch, State, Trouble};
 use crate::store::stream::OutboxReader;
-use crate::store::{self, Connection, Partition};
+use crate::store::{self, Connection, Partition, trial};
 
 /// See the module.
 pub struct Verifier {
@@ -31,6 +31,8 @@ pub struct Verifier {
     instance: String,
     /// How long a REQUEST id is remembered.
     window_ms: i64,
+    /// The Redis process on which the scripts were tried.
+    tried: Option<String>,
     /// The epoch and run id that both sides agreed on last.
     verified: Option<(u64, String)>,
     /// The epoch under which it was found that Redis lost what another sidecar answered.
@@ -76,6 +78,7 @@ impl Verifier {
             postgres_url: postgres_url.to_owned(),
             instance: instance.to_owned(),
             window_ms: i64::try_from(window.as_millis()).unwrap_or(i64::MAX),
+            tried: None,
             verified: None,
             missed: None,
             epochs: None,
@@ -149,6 +152,10 @@ impl Verifier {
             Ok(postgres) => postgres,
             Err(error) => return self.without_postgres(&mut redis, &error.to_string()).await,
         };
+        if self.tried.as_deref() != Some(redis.run_id()) {
+            trial::run(&mut redis, &self.instance).await.map_err(|error| self.starting(&error))?;
+            self.tried = Some(redis.run_id().to_owned());
+        }
         let mut found_before = false;
         loop {
             let sight = self.look(&mut redis, &mut postgres).await?;

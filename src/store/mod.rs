@@ -28,6 +28,7 @@ pub mod stock;
 pub mod stream;
 pub mod survey;
 pub mod sweep;
+pub mod trial;
 mod words;
 
 pub use connection::{Connection, Error};
