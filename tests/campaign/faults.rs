@@ -21,6 +21,7 @@ mod times {
     pub const CUT: usize = 200;
     pub const MIXED: usize = 40;
     pub const REDIS_AND_SIDECAR_LOST: usize = 30;
+    pub const OF_TWO_SIDECARS: usize = 20;
     pub const BY_BATCH: usize = 15;
     pub const BY_BATCH_REPLIES_LOST: usize = 100;
 }
@@ -141,6 +142,21 @@ fn all_kinds_of_faults_in_any_order_lose_and_repeat_nothing() {
 }
 
 #[test]
+fn two_sidecars_of_which_either_dies_lose_and_repeat_nothing() {
+    let kinds: [fn(&mut World); 5] = [kill_sidecar, kill_the_second, kill_the_second, kill_redis, empty_redis];
+    // As many clients whatever is in a row: two sidecars, Redis and Postgres share the machine with them.
+    let mut world = World::start_two(Plan { clients: 8, ..Plan::default() });
+    for _ in 0..times::OF_TWO_SIDECARS {
+        let kind = world.random.below(kinds.len() as u64);
+        kinds[usize::try_from(kind).unwrap()](&mut world);
+        // One failure at a time.
+        world.wait_until_it_sells();
+        world.wait_until_carried();
+    }
+    world.check("two sidecars");
+}
+
+#[test]
 fn with_a_row_a_batch_nothing_is_lost_or_repeated() {
     let kinds: [fn(&mut World); 4] = [kill_sidecar, empty_redis, age_redis, kill_postgres];
     let mut world = World::start(Plan::default().by_batch());
@@ -220,6 +236,12 @@ fn kill_sidecar(world: &mut World) {
     world.go_on(BETWEEN);
     world.kill_sidecar();
     world.restart_sidecar();
+    world.wait_until_it_sells();
+}
+
+fn kill_the_second(world: &mut World) {
+    world.go_on(BETWEEN);
+    world.restart_second();
     world.wait_until_it_sells();
 }
 

@@ -68,7 +68,7 @@ pub struct Load {
 }
 
 struct Shared {
-    port: u16,
+    ports: Vec<u16>,
     plan: Plan,
     began: Instant,
     stop: AtomicBool,
@@ -76,10 +76,15 @@ struct Shared {
 }
 
 impl Load {
-    /// Starts the clients on a port.
-    pub fn start(port: u16, plan: Plan, random: &mut Random) -> Self {
-        let shared =
-            Arc::new(Shared { port, plan: plan.clone(), began: Instant::now(), stop: AtomicBool::new(false), accepted: AtomicU64::new(0) });
+    /// Starts the clients, on these ports in turns.
+    pub fn start(ports: Vec<u16>, plan: Plan, random: &mut Random) -> Self {
+        let shared = Arc::new(Shared {
+            ports,
+            plan: plan.clone(),
+            began: Instant::now(),
+            stop: AtomicBool::new(false),
+            accepted: AtomicU64::new(0),
+        });
         let client = |number| {
             let client = Client { number, shared: Arc::clone(&shared), random: random.fork(), connection: None, records: Vec::new() };
             thread::spawn(move || client.run())
@@ -242,7 +247,8 @@ impl Client {
     }
 
     fn connect(&self) -> redis::RedisResult<Connection> {
-        let client = redis::Client::open(format!("redis://127.0.0.1:{}/", self.shared.port))?;
+        let port = self.shared.ports[self.number % self.shared.ports.len()];
+        let client = redis::Client::open(format!("redis://127.0.0.1:{port}/"))?;
         let connection = client.get_connection_with_timeout(REPLY_WITHIN)?;
         let asked = if self.shared.plan.ack_postgres { Duration::from_millis(ACK_TIMEOUT_MS) } else { Duration::ZERO };
         connection.set_read_timeout(Some(REPLY_WITHIN + asked))?;

@@ -57,6 +57,8 @@ pub struct World {
     pub to_postgres: Proxy,
     pub random: Random,
     seed: u64,
+    /// Another sidecar on the same Redis and Postgres, and what stands between it and its clients.
+    second: Option<(Sidecar, Proxy)>,
     load: Option<Load>,
     began: Instant,
     late: u64,
@@ -67,6 +69,15 @@ pub struct World {
 impl World {
     /// Starts everything, fills it, and lets the clients begin.
     pub fn start(plan: Plan) -> Self {
+        Self::with(plan, false)
+    }
+
+    /// The same with two sidecars, each with half of the clients.
+    pub fn start_two(plan: Plan) -> Self {
+        Self::with(plan, true)
+    }
+
+    fn with(plan: Plan, two: bool) -> Self {
         let turn = Turn::take();
         let seed = seed();
         let mut random = Random::new(seed);
@@ -76,7 +87,13 @@ impl World {
         let to_postgres = Proxy::start(database.own.as_ref().unwrap().port(), b"COMMIT");
         let sidecar = Self::sidecar(&to_redis, &to_postgres, &database, &plan.detail);
         let to_sidecar = Proxy::start(sidecar.port, b"");
-        let load = Load::start(to_sidecar.port(), Plan { clients: 0, ..plan.clone() }, &mut random);
+        let second = two.then(|| {
+            let sidecar = Self::sidecar(&to_redis, &to_postgres, &database, &plan.detail);
+            let to_it = Proxy::start(sidecar.port, b"");
+            (sidecar, to_it)
+        });
+        let ports: Vec<u16> = [Some(to_sidecar.port()), second.as_ref().map(|(_, to_it)| to_it.port())].into_iter().flatten().collect();
+        let load = Load::start(ports.clone(), Plan { clients: 0, ..plan.clone() }, &mut random);
         let mut world = Self {
             sidecar,
             redis,
@@ -86,6 +103,7 @@ impl World {
             to_postgres,
             random,
             seed,
+            second,
             load: Some(load),
             began: Instant::now(),
             late: 0,
@@ -100,7 +118,7 @@ impl World {
         for (coupon, total, per_user) in COUPONS {
             client.until_not(&format!("COUPON.CREATE {coupon} {total} PERUSER {per_user} REQUEST create-{coupon}"), "-");
         }
-        world.load = Some(Load::start(world.to_sidecar.port(), plan, &mut world.random));
+        world.load = Some(Load::start(ports, plan, &mut world.random));
         world.wait_until_it_sells();
         world
     }
@@ -132,7 +150,23 @@ impl World {
     }
 
     fn wait_until_ready(&self) {
-        wait_until("the sidecar is ready", || self.sidecar.get("/readyz").0 == 200);
+        for sidecar in self.sidecars() {
+            wait_until("the sidecar is ready", || sidecar.get("/readyz").0 == 200);
+        }
+    }
+
+    fn sidecars(&self) -> impl Iterator<Item = &Sidecar> {
+        std::iter::once(&self.sidecar).chain(self.second.as_ref().map(|(sidecar, _)| sidecar))
+    }
+
+    /// Kills the second sidecar, and starts it again.
+    pub fn restart_second(&mut self) {
+        let (mut sidecar, to_it) = self.second.take().unwrap();
+        self.late += late_replies(&sidecar);
+        sidecar.kill();
+        let sidecar = Self::sidecar(&self.to_redis, &self.to_postgres, &self.database, &self.detail);
+        to_it.lead_to(sidecar.port);
+        self.second = Some((sidecar, to_it));
     }
 
     pub fn wait_until_it_sells(&self) {
@@ -217,9 +251,7 @@ impl World {
     }
 
     fn count_late_replies(&mut self) {
-        let metrics = self.sidecar.get("/metrics").1;
-        let late = metrics.lines().find_map(|line| line.strip_prefix("holdfast_late_replies_total "));
-        self.late += late.expect("a metric of late replies").parse::<u64>().unwrap();
+        self.late += late_replies(&self.sidecar);
     }
 
     /// Ends the load, waits until everything is at rest, and returns what happened and what is there.
@@ -233,6 +265,10 @@ impl World {
             client.field("HOLDFAST.STATUS", "applied").split('-').nth(1) == Some(&newest)
         });
         self.count_late_replies();
+        self.late += self.second.as_ref().map_or(0, |(sidecar, _)| late_replies(sidecar));
+        let applied = |sidecar: &Sidecar| sidecar.connect().field("HOLDFAST.STATUS", "applied");
+        let newest = applied(&self.sidecar);
+        self.sidecars().for_each(|sidecar| wait_until("every sidecar is as far", || applied(sidecar) == newest));
         let books = self.books(&mut client);
         (history, books)
     }
@@ -376,6 +412,13 @@ impl World {
         }
         side
     }
+}
+
+/// How many replies of a sidecar were late though the machine did not stall.
+fn late_replies(sidecar: &Sidecar) -> u64 {
+    let metrics = sidecar.get("/metrics").1;
+    let late = metrics.lines().find_map(|line| line.strip_prefix("holdfast_late_replies_total "));
+    late.expect("a metric of late replies").parse().unwrap()
 }
 
 /// The changes that filled the installation are in no history.
