@@ -238,6 +238,30 @@ fn an_issue_under_a_token_of_before_is_refused_and_issued_under_a_new_one() {
     assert!(load.end().iter().all(|(_, reply)| reply.starts_with("[ISSUED, ")));
 }
 
+#[test]
+fn what_stands_behind_an_issue_that_is_sent_back_comes_behind_it_again() {
+    use std::io::{Read as _, Write as _};
+    let stack = Stack::start();
+    let (mut client, mut redis, mut pipeline) = (stack.connect(), stack.backing(), stack.sidecar.raw());
+    client.ok("COUPON.CREATE c 1000000");
+    for round in 0..size(100, 1_000) {
+        assert!(client.ask(&format!("COUPON.ISSUE c a-{round}")).starts_with("[ISSUED, "));
+        // As if its lease had ended, before the next batch.
+        redis.ask("DEL coupon:issue:c");
+        pipeline.write_all(format!("COUPON.ISSUE c b-{round}\r\nCOUPON.USE c b-{round}\r\n").as_bytes()).unwrap();
+        let mut text = String::new();
+        while text.matches('*').count() < 2 || !text.ends_with("\r\n") || !(text.contains("\r\nUSED") || text.contains("NOTISSUED")) {
+            let mut some = [0; 256];
+            let read = pipeline.read(&mut some).unwrap();
+            assert_ne!(read, 0, "{text}");
+            text.push_str(std::str::from_utf8(&some[..read]).unwrap());
+        }
+        assert!(text.contains("\r\nUSED\r\n"), "round {round}: {text}");
+    }
+    let fenced = metric(&stack.sidecar, "holdfast_lock_fenced_total");
+    assert!(fenced >= size(5, 50) as f64, "{fenced}");
+}
+
 /// One sidecar holds the coupon's lock, its next batch is on its way, and it is stopped for twice the lease, while another issues, to some
 /// of the same users. What then arrives late is refused by its token: by Redis; where that is switched off, by Postgres.
 #[test]

@@ -515,6 +515,8 @@ fn everybody_gets_it_though_every_message_is_lost() {
     let p99 = waits[(waits.len() * 99).div_ceil(100) - 1];
     println!("waits after a release whose message was lost: median {:?}, p99 {p99:?}", waits[waits.len() / 2]);
     assert_eq!((acquired_by(&sidecar, "message"), acquired_by(&sidecar, "timer")), (0.0, waits.len() as f64));
+    // All of them lie between none and 250 ms, and the time of a machine that is busy.
+    assert!(waits[waits.len() / 2] <= Duration::from_millis(260), "{waits:?}");
 }
 
 #[test]
