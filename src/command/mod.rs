@@ -171,7 +171,7 @@ impl Context {
             heartbeat: Heartbeat::new(),
             drain: Arc::new(Drain::new(CancellationToken::new(), Duration::ZERO)),
             refusal: Cell::new(None),
-            refused_early: Refusals::new(),
+            refused_early: Refusals::default(),
             settings: RefCell::new(server::settings()),
             sections: RefCell::new(Vec::new()),
             backend,

@@ -15,12 +15,14 @@ pub struct Refusals {
     moved: Cell<Instant>,
 }
 
-impl Refusals {
+impl Default for Refusals {
     /// None yet.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self { count: Cell::new(0), left: Cell::new(0), served: Cell::new(0), moved: Cell::new(Instant::now()) }
     }
+}
 
+impl Refusals {
     /// How many there were.
     pub fn count(&self) -> u64 {
         self.count.get()
@@ -51,7 +53,7 @@ mod tests {
 
     #[test]
     fn there_are_so_many_for_each_that_is_served() {
-        let (refusals, now) = (Refusals::new(), Instant::now());
+        let (refusals, now) = (Refusals::default(), Instant::now());
         refusals.add(0, now);
         assert!(refusals.are_spent(now, STILL), "nothing is served");
         refusals.add(10, now);
@@ -66,14 +68,14 @@ mod tests {
 
     #[test]
     fn a_quiet_time_earns_no_more_than_a_burst() {
-        let refusals = Refusals::new();
+        let refusals = Refusals::default();
         refusals.add(1 << 40, Instant::now());
         assert_eq!(refusals.left.get(), REFUSED_AT_ONCE_MAX - 1);
     }
 
     #[test]
     fn where_nothing_is_served_all_are_refused() {
-        let (refusals, now) = (Refusals::new(), Instant::now());
+        let (refusals, now) = (Refusals::default(), Instant::now());
         refusals.add(1, now);
         assert!(refusals.are_spent(now, STILL));
         refusals.add(1, now + STILL);
