@@ -296,6 +296,30 @@ fn a_sighup_ends_what_is_no_longer_permitted_also_of_those_who_say_nothing() {
 }
 
 #[test]
+fn who_resets_is_a_stranger_again_and_who_has_no_password_is_let_in_with_any() {
+    let hash = hash();
+    let file = TempFile::new("reset", &format!("user shop on #{hash} ~shop-* +@stock\nuser guest on nopass ~* +stock.get\n"));
+    let stack = Stack::with_settings(&["--auth-users-file", file.path(), "--reply-within-ms", "20000"]);
+    let said = |request: &str| until_closed(stack.sidecar.raw(), &format!("{request}\r\nQUIT\r\n"));
+    let (none, no_right) =
+        ("-NOAUTH Authentication required.\r\n", "-NOPERM User guest has no permissions to run the 'stock.set' command\r\n");
+    let wrong = "-WRONGPASS invalid username-password pair or user is disabled.\r\n";
+    // What was AUTHed before a RESET counts no more, and one may be somebody else after it.
+    let request =
+        format!("AUTH shop {PASSWORD}\r\nSTOCK.GET shop-a\r\nRESET\r\nSTOCK.GET shop-a\r\nAUTH guest x\r\nSTOCK.GET a\r\nSTOCK.SET a 1");
+    assert_eq!(said(&request), format!("+OK\r\n$-1\r\n+RESET\r\n{none}+OK\r\n$-1\r\n{no_right}+OK\r\n"));
+    let request = format!("HELLO 3 AUTH shop {PASSWORD}\r\nRESET\r\nHELLO 3\r\nAUTH shop {PASSWORD}\r\nSTOCK.GET shop-a");
+    let answer = said(&request);
+    assert!(answer.contains("+RESET\r\n-NOAUTH HELLO must be called") && answer.ends_with("+OK\r\n$-1\r\n+OK\r\n"), "{answer}");
+    // Any password will do for one that needs none, but no other name is served by it.
+    for password in ["\"\"", "x", PASSWORD] {
+        assert_eq!(said(&format!("AUTH guest {password}\r\nSTOCK.SET a 1")), format!("+OK\r\n{no_right}+OK\r\n"), "{password}");
+    }
+    assert_eq!(said("AUTH x"), format!("{wrong}+OK\r\n"), "default is off");
+    assert_eq!(said("STOCK.GET a"), format!("{none}+OK\r\n"), "nobody is guest unasked");
+}
+
+#[test]
 fn a_public_address_needs_users_with_passwords() {
     let run = |arguments: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_holdfast")).args(arguments).output().unwrap();
@@ -319,8 +343,18 @@ fn a_public_address_needs_users_with_passwords() {
 fn a_planted_secret_is_shown_nowhere() {
     let config = TempFile::new("config", &format!("[auth]\nrequirepass = \"{PASSWORD}\"\n[log]\nlevel = \"trace\"\n"));
     let (redis, postgres) = (RedisServer::start(), Database::new(false));
-    let sidecar = Sidecar::with_settings(&redis.url(), &postgres.url, &["--config", config.path()]);
-    let stack = Stack { sidecar, redis, postgres };
+    let mut backing = redis::Client::open(redis.url()).unwrap().get_connection().unwrap();
+    redis::cmd("ACL").arg(&["SETUSER", "app", "on", &format!(">{PASSWORD}"), "+@all", "~*", "&*"]).exec(&mut backing).unwrap();
+    // Every file and address that may have one.
+    let redis_url = redis.url().replace("redis://", &format!("redis://app:{PASSWORD}@"));
+    let postgres_url = postgres.url.replace("postgres@", &format!("postgres:{PASSWORD}@"));
+    assert!(postgres_url.contains(PASSWORD), "{postgres_url}");
+    let users = TempFile::new("planted", &format!("user shop on #{} +@stock ~*\n", hash()));
+    let urls = TempFile::new("urls", &format!("[redis]\nurl = \"{redis_url}\"\n[postgres]\nurl = \"{postgres_url}\"\n"));
+    let text = std::fs::read_to_string(urls.path()).unwrap() + &std::fs::read_to_string(config.path()).unwrap();
+    config.write(&text);
+    let sidecar = Sidecar::with_config(config.path(), &["--auth-users-file", users.path()]);
+    let mut stack = Stack { sidecar, redis, postgres };
     stack.wait_until_ready();
     let mut watching = stack.sidecar.raw();
     watching.write_all(format!("AUTH {PASSWORD}\r\nMONITOR\r\n").as_bytes()).unwrap();
@@ -375,4 +409,16 @@ fn a_planted_secret_is_shown_nowhere() {
     }
     let arguments = std::fs::read(format!("/proc/{}/cmdline", stack.sidecar.pid())).unwrap();
     assert!(!String::from_utf8_lossy(&arguments).contains(PASSWORD));
+
+    // What is wrong in the users file is named without it, and so are backends that refuse it.
+    users.write(&format!("user shop on >{PASSWORD}\n"));
+    assert!(Command::new("kill").args(["-HUP", &stack.sidecar.pid().to_string()]).status().unwrap().success());
+    let log = stack.sidecar.wait_for_log("users are not reloaded");
+    assert!(!log.contains(PASSWORD), "{log}");
+    redis::cmd("ACL").arg(&["SETUSER", "app", "resetpass", ">another"]).exec(&mut backing).unwrap();
+    redis::cmd("CLIENT").arg(&["KILL", "USER", "app"]).exec(&mut backing).unwrap();
+    let log = stack.sidecar.wait_for_log("WRONGPASS");
+    assert!(!log.contains(PASSWORD), "{log}");
+    let answer = client.ask("HOLDFAST.STATUS") + &client.ask("STOCK.DECR a 1") + &stack.sidecar.get("/readyz?verbose").1;
+    assert!(!answer.contains(PASSWORD), "{answer}");
 }

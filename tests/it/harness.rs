@@ -42,6 +42,15 @@ impl Sidecar {
 
     /// The same, with these flags.
     pub fn with_settings(redis_url: &str, postgres_url: &str, flags: &[&str]) -> Self {
+        Self::with_flags(&[&["--redis-url", redis_url, "--postgres-url", postgres_url], flags].concat())
+    }
+
+    /// One whose backends this file names.
+    pub fn with_config(file: &str, flags: &[&str]) -> Self {
+        Self::with_flags(&[&["--config", file], flags].concat())
+    }
+
+    fn with_flags(flags: &[&str]) -> Self {
         let log = std::env::temp_dir().join(format!(
             "holdfast-it-{}-{:?}-{:?}.log",
             std::process::id(),
@@ -49,17 +58,7 @@ impl Sidecar {
             Instant::now()
         ));
         let child = Command::new(env!("CARGO_BIN_EXE_holdfast"))
-            .args([
-                "serve",
-                "--listen",
-                "127.0.0.1:0",
-                "--http-listen",
-                "127.0.0.1:0",
-                "--redis-url",
-                redis_url,
-                "--postgres-url",
-                postgres_url,
-            ])
+            .args(["serve", "--listen", "127.0.0.1:0", "--http-listen", "127.0.0.1:0"])
             .args(flags)
             .stdout(Stdio::null())
             .stderr(File::create(&log).unwrap())

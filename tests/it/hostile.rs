@@ -2,10 +2,14 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
+use std::sync::Arc;
 use std::time::Duration;
 
+use holdfast::tls::{Files, own_client};
+
 use crate::crowd::memory;
-use crate::harness::Stack;
+use crate::harness::{Sidecar, Stack};
+use crate::tls::Authority;
 
 /// Frames in a test run; CI's nightly mode sends a million.
 fn frames() -> u64 {
@@ -142,32 +146,23 @@ fn frame(random: &mut Random) -> Vec<u8> {
     bytes
 }
 
-#[test]
-fn hostile_frames_crash_nothing_and_take_no_memory() {
-    let stack = Stack::start();
-    let mut client = stack.connect();
-    client.ok("STOCK.SET a 1000000");
+/// Sends so many frames over connections that `exchange` makes: it is given what to send, and reads what is said to it.
+fn bombard(stack: &Stack, total: u64, exchange: impl Fn(&[u8], &mut Random) + Sync) {
     let before = memory(&stack.sidecar);
-    let (threads, total) = (4, frames());
+    let threads = 4;
     std::thread::scope(|scope| {
         for thread in 1..=threads {
-            let sidecar = &stack.sidecar;
+            let exchange = &exchange;
             scope.spawn(move || {
                 let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (thread << 32));
                 let mut sent = 0;
                 while sent < total / threads {
-                    let mut stream = sidecar.raw();
-                    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
                     let mut bytes = Vec::new();
                     for _ in 0..=random.below(20) {
                         bytes.extend(frame(&mut random));
                         sent += 1;
                     }
-                    // It may close in the middle, and is not to be waited for.
-                    let _ = stream.write_all(&bytes);
-                    let _ = stream.shutdown(Shutdown::Write);
-                    let mut answer = Vec::new();
-                    let _ = stream.take(1 << 20).read_to_end(&mut answer);
+                    exchange(&bytes, &mut random);
                 }
             });
         }
@@ -175,6 +170,71 @@ fn hostile_frames_crash_nothing_and_take_no_memory() {
     let after = memory(&stack.sidecar);
     eprintln!("{} MiB before, {} MiB after {total} frames", before >> 20, after >> 20);
     assert!(after < before + (64 << 20), "{before} bytes before, {after} bytes after");
-    assert_eq!(client.ask("PING"), "PONG");
     assert!(!stack.sidecar.log().contains("panicked"));
+}
+
+/// Sends it all, closes that side, and reads what comes. The server may close in the middle, and is not to be waited for.
+fn over_tcp(sidecar: &Sidecar, bytes: &[u8]) {
+    let mut stream = sidecar.raw();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let _ = stream.write_all(bytes);
+    let _ = stream.shutdown(Shutdown::Write);
+    let mut answer = Vec::new();
+    let _ = stream.take(1 << 20).read_to_end(&mut answer);
+}
+
+#[test]
+fn hostile_frames_crash_nothing_and_take_no_memory() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 1000000");
+    bombard(&stack, frames(), |bytes, _| over_tcp(&stack.sidecar, bytes));
+    assert_eq!(client.ask("PING"), "PONG");
+}
+
+#[test]
+fn hostile_frames_of_strangers_and_of_users_with_few_rights_change_nothing() {
+    // The SHA-256 of "secret".
+    let hash = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b";
+    let users = std::env::temp_dir().join(format!("holdfast-hostile-{}", std::process::id()));
+    std::fs::write(&users, format!("user ops on #{hash} allkeys +@all\nuser few on #{hash} ~nothing +@read +@connection\n")).unwrap();
+    let stack = Stack::with_settings(&["--auth-users-file", users.to_str().unwrap(), "--auth-delay-ms", "0", "--reply-within-ms", "20000"]);
+    let mut client = stack.sidecar.connect_as("ops", "secret");
+    client.ok("STOCK.SET a 1000000");
+    bombard(&stack, frames() / 4, |bytes, random| {
+        let known = if random.below(2) == 0 { "AUTH few secret\r\n" } else { "" };
+        over_tcp(&stack.sidecar, &[known.as_bytes(), bytes].concat());
+    });
+    assert_eq!(client.ask("STOCK.GET a"), "1000000");
+    assert_eq!(stack.backing().ask("HGET holdfast:meta n"), "1");
+    let _ = std::fs::remove_file(users);
+}
+
+#[test]
+fn hostile_frames_within_tls_and_in_its_place_crash_nothing() {
+    let authority = Authority::new("hostile");
+    let (cert, key) = (authority.file("server.crt"), authority.file("server.key"));
+    let stack = Stack::with_settings(&["--tls-cert-file", &cert, "--tls-key-file", &key, "--reply-within-ms", "20000"]);
+    let files = Files { cert: cert.into(), key: key.into(), client_ca: None };
+    let config = own_client(&files).unwrap();
+    bombard(&stack, frames() / 8, |bytes, random| {
+        if random.below(4) == 0 {
+            return over_tcp(&stack.sidecar, bytes);
+        }
+        let stream = stack.sidecar.raw();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let session = rustls::ClientConnection::new(Arc::clone(&config), "localhost".try_into().unwrap()).unwrap();
+        let mut tls = rustls::StreamOwned::new(session, stream);
+        let _ = tls.write_all(bytes);
+        // Now and then what is no record comes in the middle of them.
+        if random.below(4) == 0 {
+            let _ = tls.sock.write_all(bytes);
+        }
+        tls.conn.send_close_notify();
+        let _ = tls.flush();
+        let mut answer = Vec::new();
+        let _ = tls.take(1 << 20).read_to_end(&mut answer);
+    });
+    let options = ["--tls", "--cacert", &authority.file("ca.crt"), "PING"];
+    assert_eq!(stack.sidecar.cli(&options).0, "PONG\n");
 }

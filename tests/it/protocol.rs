@@ -75,6 +75,29 @@ fn a_drain_refuses_what_is_new_and_ends_the_server_once_postgres_has_the_rest() 
 }
 
 #[test]
+fn requests_that_come_a_byte_at_a_time_are_the_same() {
+    let stack = Stack::start();
+    let request = "*3\r\n$9\r\nSTOCK.SET\r\n$3\r\nmug\r\n$2\r\n10\r\n*3\r\n$10\r\nSTOCK.DECR\r\n$3\r\nmug\r\n$1\r\n4\r\nSTOCK.GET mug\r\n\
+        *2\r\n$4\r\nECHO\r\n$6\r\na\r\n\r\nb\r\n*0\r\n\r\nSTOCK.GET \"mug\"\r\n*1\r\n$x\r\n";
+    let said = |size: usize| {
+        let mut raw = stack.sidecar.raw();
+        for part in request.as_bytes().chunks(size) {
+            raw.write_all(part).unwrap();
+            // So that each is a segment of its own, and most are read by themselves.
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let mut answer = String::new();
+        raw.read_to_string(&mut answer).unwrap();
+        // Positions go on.
+        answer.lines().filter(|line| !line.starts_with("1-")).map(|line| format!("{line}\n")).collect::<String>()
+    };
+    let whole = said(request.len());
+    assert!(whole.contains(":6\n$6\na\n\nb\n:6\n-ERR Protocol error: invalid bulk length"), "{whole}");
+    assert_eq!(said(1), whole);
+    assert_eq!(said(3), whole);
+}
+
+#[test]
 fn hello_3_turns_maps_into_maps() {
     let stack = Stack::start();
     stack.connect().ok("STOCK.SET a 10");
