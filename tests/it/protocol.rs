@@ -66,6 +66,8 @@ fn a_drain_refuses_what_is_new_and_ends_the_server_once_postgres_has_the_rest() 
         wait_until("nothing new is begun", || client.ask("STOCK.DECR a 1 ACK redis") == refused);
         assert_eq!((client.ask("STOCK.GET a"), client.ask("PING")), (refused.into(), "PONG".into()));
         assert_eq!(stack.sidecar.get("/readyz").0, 503);
+        // For longer than commands may take.
+        std::thread::sleep(std::time::Duration::from_millis(2_000));
         assert_ne!(client.field("HOLDFAST.STATUS", "lag"), "0");
         client.field("HOLDFAST.STATUS", "position")
     });
