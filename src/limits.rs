@@ -416,13 +416,17 @@ pub const GUESSES_FREE: u32 = 3;
 /// How often `auth.delay_ms` an answer waits at most: a second by default, which leaves time for three before `auth.within_ms` ends.
 pub const GUESS_DELAYS_MAX: u32 = 20;
 
+/// In how many parts the names of an address queue for their turn: a service whose password is wrong holds up one of sixteen others, and whoever tries
+/// one password with many names tries sixteen in the time of one.
+pub const GUESS_QUEUES: u64 = 16;
+
 /// Of `auth.within_ms`, the part that a name and a password may wait for their turn: what is left is for the rest of a handshake.
 pub const GUESS_TURN_PART: u32 = 2;
 
 /// After how long without a wrong password an address is forgotten.
 pub const GUESSES_WITHIN: Duration = Duration::from_secs(60);
 
-/// Addresses that are remembered, some 150 bytes each: as many as clients may be connected by default.
+/// Addresses that are remembered, some 100 bytes each, and as many again for each of their queues: as many as clients may be connected by default.
 pub const GUESS_ADDRESSES_MAX: usize = 10_000;
 
 /// What `auth.delay_ms` may be set to: twenty times that has to be less than anybody waits.
@@ -490,6 +494,10 @@ pub const OUTPUT_TOGETHER_MAX: usize = 32 << 20;
 pub const INPUT_TOGETHER_MAX: usize = 32 << 20;
 pub const INPUT_ALWAYS_MAX: usize = 16 << 10;
 
+/// The same before AUTH, where all others may have half as much: nearly every AUTH. Ten thousand strangers do not fill the other half, so that
+/// known clients lose nothing by them.
+pub const INPUT_STRANGER_MAX: usize = 1 << 10;
+
 /// What `limits.input_mib` may be.
 pub const SETTABLE_INPUT_MIB: (u64, u64) = (1, 1 << 20);
 
@@ -521,6 +529,9 @@ pub const CHANNEL_MAX: usize = 256;
 /// 0.1 ms for so many that begin as channels do.
 pub const PATTERNS_MAX: usize = 64;
 pub const PATTERNS_TOGETHER_MAX: usize = 1_024;
+
+/// Different channels that all clients may have subscribed to together: with names of 256 bytes some 100 MB.
+pub const CHANNELS_TOGETHER_MAX: usize = 1 << 18;
 
 /// Bytes of a reply buffer that an idle connection may keep; a goal of 12 KiB an idle connection leaves little more.
 pub const OUTPUT_KEEP_MAX: usize = 1 << 10;

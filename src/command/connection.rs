@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::task::spawn_local;
 
 use super::server::{NO_INTEGER, integer};
 use super::spec::{CONNECTION, FAST, LOADING, NOAUTH, SECRET, Spec, text};
@@ -12,7 +13,7 @@ use crate::limits::{GUESS_TURN_PART, REQUEST_BULK_MAX};
 use crate::resp::{Protocol, Reply};
 use crate::session::chatter::{self, Line};
 use crate::session::client::Rejected;
-use crate::session::guesses::Turn;
+use crate::session::guesses::{Turn, Waited};
 
 /// The version of Redis whose behaviour clients are promised. 7.2 has CLIENT SETINFO and COMMAND DOCS, and not the caching and
 /// maintenance features that newer clients would otherwise turn on.
@@ -102,30 +103,47 @@ const HELLO_WITHOUT_AUTH: &str = "NOAUTH HELLO must be called with the client al
 
 /// Looks whether the name and the password belong together, when it is their turn. Errors with what is done where it is not, or they do not.
 fn log_in(call: &mut Call<'_>, user: &[u8], password: &[u8]) -> Result<(), Step> {
-    let (address, bounds) = (call.session.client.address.ip(), &call.cx.bounds);
-    let waited = call.session.turn.take();
-    if waited.is_none() {
-        match call.cx.guesses.turn(address, call.arrived, bounds.auth_delay, bounds.auth_within / GUESS_TURN_PART) {
-            Turn::Now => {}
-            Turn::At(at, delay) => {
-                call.session.turn = Some(delay);
-                return Err(Step::Again(at));
-            }
-            Turn::Never => {
-                metrics::counter!("holdfast_auth_refused_total").increment(1);
-                return Err(Step::Reply(Reply::error("TRYAGAIN too many wrong passwords come from this address: try again later")));
-            }
-        }
-    }
+    let bounds = &call.cx.bounds;
+    let turn = turn(call, user)?;
     match call.session.authenticate(user, password, bounds.auth_failures) {
-        Ok(()) if waited.is_some() => call.cx.guesses.right(address),
-        Ok(()) => {}
+        Ok(()) if call.session.has_subscribed && !call.session.client.profile().suits(call.session.user()) => {
+            closed("user_changed");
+            Err(Step::Close(Reply::error("NOPERM this user may not have what the connection has subscribed to")))
+        }
+        Ok(()) => Ok(()),
         Err(rejected) => {
-            let wait = waited.unwrap_or_else(|| call.cx.guesses.wrong(address, call.arrived, bounds.auth_delay));
-            return Err(rejection(call, rejected, wait));
+            let wait = call.cx.guesses.wrong(call.session.client.address.ip(), call.arrived, bounds.auth_delay);
+            if let Some(turn) = turn.filter(|_| !wait.is_zero()) {
+                // It goes on although its client may leave.
+                spawn_local(async move {
+                    tokio::time::sleep(wait).await;
+                    drop(turn);
+                });
+            }
+            Err(rejection(call, rejected, wait))
         }
     }
-    Ok(())
+}
+
+/// The turn of a name and a password; `None` where they need none. Errors with what is done until it begins, or where it does not.
+fn turn(call: &mut Call<'_>, user: &[u8]) -> Result<Option<Turn>, Step> {
+    let bounds = &call.cx.bounds;
+    match call.session.turn.take() {
+        Some(Waited::For(turn)) => return Ok(Some(turn)),
+        Some(Waited::InVain) => {
+            metrics::counter!("holdfast_auth_refused_total").increment(1);
+            return Err(Step::Reply(Reply::error("TRYAGAIN too many wrong passwords come from this address: try again later")));
+        }
+        None => {}
+    }
+    let Some(queue) = call.cx.guesses.queue(call.session.client.address.ip(), user, call.arrived, bounds.auth_delay) else {
+        return Ok(None);
+    };
+    if let Some(turn) = queue.begin() {
+        return Ok(Some(turn));
+    }
+    metrics::counter!("holdfast_auth_queued_total").increment(1);
+    Err(Step::Again(Box::pin(queue.wait(bounds.auth_within / GUESS_TURN_PART))))
 }
 
 /// Says no after so long, in the same words whether the name or the password is wrong. The name is not logged: it may be a password in the wrong

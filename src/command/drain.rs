@@ -1,6 +1,7 @@
 //! HOLDFAST.DRAIN: ends this server as a SIGTERM does, but only when Postgres has what it has answered, and says so.
 //!
-//! From then on nothing new is begun: commands about data get LOADING, `/readyz` says so, and clients go elsewhere while what they hold here goes on.
+//! From then on nothing new is begun: commands about data get LOADING, `/readyz` says so, and clients go elsewhere. What they hold here goes on until
+//! the server ends: locks are renewed, checked, extended and released, and positions awaited.
 
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +11,7 @@ use tokio::task::spawn_local;
 use tokio_util::sync::CancellationToken;
 
 use super::spec::{ADMIN, LOADING, Spec};
-use super::{Call, Context, Step, change};
+use super::{Call, Context, Step, change, holdfast, lock};
 use crate::resp::Reply;
 
 /// Whether the server is being drained, and how it is ended. Shared by every thread.
@@ -39,16 +40,20 @@ impl Drain {
         self.begun.load(Ordering::Relaxed)
     }
 
-    /// Why nothing new is begun, once it has.
-    pub fn refusal(&self) -> Option<&'static str> {
-        self.has_begun().then_some("LOADING Holdfast is draining: go on with another sidecar")
+    /// Why this command is not begun, once it has.
+    pub fn refusal(&self, spec: &'static Spec) -> Option<&'static str> {
+        let refuses = self.has_begun() && !GOES_ON.iter().any(|on| std::ptr::eq(*on, spec));
+        refuses.then_some("LOADING Holdfast is draining: go on with another sidecar")
     }
 }
+
+/// What is about something begun before.
+static GOES_ON: [&Spec; 4] = [&lock::RELEASE, &lock::EXTEND, &lock::CHECK, &holdfast::AWAIT];
 
 pub static DRAIN: Spec = Spec::new("HOLDFAST.DRAIN", "Ends this server as a SIGTERM does, once Postgres has what was answered.")
     .family("holdfast")
     .flags(ADMIN | LOADING)
-    .reply("`OK, position`, or `PENDING, applied` where Postgres took longer than `shutdown_timeout_ms`; then the server ends")
+    .reply("`OK, position`, or `PENDING, applied` where Postgres did not have it within `shutdown_timeout_ms`; then the server ends, within as long again")
     .run(drain);
 
 fn drain(call: &mut Call<'_>) -> Step {
@@ -66,8 +71,8 @@ async fn finish(cx: Rc<Context>) -> Reply {
         // By then all that was dispatched before has been decided, on every thread.
         tokio::time::sleep(cx.backend.reply_within).await;
         let newest = partition.head();
-        partition.applied.subscribe().wait_for(|applied| *applied >= newest).await.ok()?;
-        Some(newest)
+        // An epoch that ended meanwhile may have ended without it.
+        (holdfast::fate(partition, newest).await? == holdfast::APPLIED).then_some(newest)
     };
     let reply = match tokio::time::timeout(cx.drain.within, level).await {
         Ok(Some(newest)) => change::outcome("OK", [Reply::text(newest.to_string())]),
@@ -75,4 +80,37 @@ async fn finish(cx: Rc<Context>) -> Reply {
     };
     cx.drain.shutdown.cancel();
     reply
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::{Backend, Commands, Stats, table};
+    use super::*;
+    use crate::domain::Position;
+    use crate::session::registry::Registry;
+    use crate::store::partition::EndedEpoch;
+
+    #[tokio::test]
+    async fn a_later_epoch_in_postgres_does_not_say_that_it_has_what_was_answered() {
+        for (last_n, expected) in [(5, "OK"), (4, "PENDING")] {
+            let commands = Rc::new(Commands::new(table::TABLE));
+            let stats = Arc::new(Stats::new(&commands));
+            let backend = Backend { reply_within: Duration::ZERO, ..Backend::unconnected() };
+            let mut cx = Context::new(commands, Arc::new(Registry::new(10)), stats, backend);
+            cx.drain = Arc::new(Drain::new(CancellationToken::new(), Duration::from_secs(30)));
+            let cx = Rc::new(cx);
+            cx.backend.partition.saw(Position::new(1, 5));
+            let (reply, ()) = tokio::join!(finish(Rc::clone(&cx)), async {
+                while cx.backend.partition.applied.receiver_count() == 0 {
+                    tokio::task::yield_now().await;
+                }
+                cx.backend.partition.set_applied(Position::new(2, 0));
+                cx.backend.partition.set_ended(vec![EndedEpoch { epoch: 1, last_n, saved: Vec::new(), waiting: Vec::new() }]);
+            });
+            assert!(format!("{reply:?}").contains(expected), "{reply:?}");
+            assert!(cx.drain.shutdown.is_cancelled());
+        }
+    }
 }

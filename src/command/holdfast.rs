@@ -8,7 +8,7 @@ use super::{Context, Step, change};
 use crate::domain::Position;
 use crate::limits;
 use crate::resp::Reply;
-use crate::store::partition::{EndedEpoch, State};
+use crate::store::partition::{EndedEpoch, Partition, State};
 
 pub static AWAIT: Spec = Spec::new("HOLDFAST.AWAIT", "Waits until Postgres has a position.")
     .family("holdfast")
@@ -31,23 +31,28 @@ pub static STATUS: Spec = Spec::new("HOLDFAST.STATUS", "Returns how this server 
     .reply("map `version ready redis postgres partitions`; of each partition a map `partition epoch position applied lag relay state dead_letters`")
     .run(|call| Step::Reply(status(call.cx)));
 
+/// Postgres has the position.
+pub const APPLIED: &str = "APPLIED";
+
+/// What becomes of a position: [`APPLIED`], or `LOST` where its epoch ended without it. Waits until that is known; `None` where it never will be.
+pub async fn fate(partition: &Partition, position: Position) -> Option<&'static str> {
+    let reached = *partition.applied.subscribe().wait_for(|applied| *applied >= position).await.ok()?;
+    if reached.epoch == position.epoch || cfg!(feature = "sabotage-await-epochs") {
+        return Some(APPLIED);
+    }
+    // Postgres is beyond that epoch: where it ended says whether it ever had this position.
+    let mut ended = partition.ended.subscribe();
+    let settled = |ended: &EndedEpoch| ended.epoch == position.epoch && (ended.has(position.n) || ended.has_lost(position.n));
+    let of_it = |ended: &Vec<EndedEpoch>| ended.iter().any(settled);
+    partition.verify.notify_one();
+    let ended = ended.wait_for(of_it).await.ok()?;
+    let ended = ended.iter().find(|ended| ended.epoch == position.epoch)?;
+    Some(if ended.has(position.n) { APPLIED } else { "LOST" })
+}
+
 async fn wait(cx: Rc<Context>, position: Position, timeout: Duration) -> Reply {
     let partition = &cx.backend.partition;
-    let whether = async {
-        let reached = *partition.applied.subscribe().wait_for(|applied| *applied >= position).await.ok()?;
-        if reached.epoch == position.epoch || cfg!(feature = "sabotage-await-epochs") {
-            return Some("APPLIED");
-        }
-        // Postgres is beyond that epoch: where it ended says whether it ever had this position.
-        let mut ended = partition.ended.subscribe();
-        let settled = |ended: &EndedEpoch| ended.epoch == position.epoch && (ended.has(position.n) || ended.has_lost(position.n));
-        let of_it = |ended: &Vec<EndedEpoch>| ended.iter().any(settled);
-        partition.verify.notify_one();
-        let ended = ended.wait_for(of_it).await.ok()?;
-        let ended = ended.iter().find(|ended| ended.epoch == position.epoch)?;
-        Some(if ended.has(position.n) { "APPLIED" } else { "LOST" })
-    };
-    match tokio::time::timeout(timeout, whether).await {
+    match tokio::time::timeout(timeout, fate(partition, position)).await {
         Ok(Some(word)) => change::outcome(word, [Reply::text(position.to_string())]),
         _ => change::outcome("PENDING", [Reply::text(partition.applied.borrow().to_string())]),
     }

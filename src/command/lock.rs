@@ -94,7 +94,8 @@ type Slot = Rc<RefCell<Option<Grant>>>;
 
 fn acquire(call: &mut Call<'_>) -> Step {
     let name = match name(call) {
-        Ok(name) => name,
+        // It is kept for as long as is waited, or as the session lasts.
+        Ok(name) => name.detached(),
         Err(reply) => return Step::Reply(reply),
     };
     let args = &call.args;
@@ -103,7 +104,7 @@ fn acquire(call: &mut Call<'_>) -> Step {
     let ask = Ask {
         name: name.clone(),
         lease: duration(args.maybe_integer("lease").unwrap_or(limits::LOCK_LEASE_DEFAULT_MS)),
-        owner: args.maybe_id("owner"),
+        owner: args.maybe_id("owner").map(|owner| owner.detached()),
         session,
         patient: wait.is_some(),
         of_the_server: false,
@@ -216,7 +217,22 @@ fn refused(name: &LockName, refusal: Refusal) -> Reply {
 
 #[cfg(test)]
 mod tests {
-    use crate::command::tests::answers;
+    use bytes::Bytes;
+
+    use crate::command::After;
+    use crate::command::tests::{Wire, answers};
+
+    #[test]
+    fn who_waits_for_a_lock_does_not_keep_what_was_read_with_its_request() {
+        for words in [vec!["LOCK.ACQUIRE", "a-lock", "WAIT", "1000", "OWNER", "somebody"], vec!["LOCK.ACQUIRE", "a-lock", "SESSION"]] {
+            let read = Bytes::from(words.concat());
+            let mut at = 0;
+            let args = words.iter().map(|word| (read.slice(at..at + word.len()), at += word.len()).0).collect();
+            let after = Wire::new().begin(args);
+            assert!(matches!(after, After::Wait(_)));
+            assert!(read.is_unique());
+        }
+    }
 
     #[test]
     fn what_is_no_lock_is_refused_by_name() {

@@ -66,7 +66,7 @@ use crate::resp::{Pipeline, Reply, Request, Stamp, Ticket};
 use crate::session::bounds::Bounds;
 use crate::session::chatter::{self, Line};
 use crate::session::client::{Replies, Session};
-use crate::session::guesses::Guesses;
+use crate::session::guesses::{Guesses, Waited};
 use crate::session::hub::Subscribers;
 use crate::session::registry::Registry;
 use crate::session::users::{Directory, Users};
@@ -92,8 +92,8 @@ pub enum Step {
     Close(Reply),
     /// The same, of a command that runs alone.
     CloseAfter(LocalBoxFuture<'static, Reply>),
-    /// It is not its turn yet: the same request runs again then, and the commands behind wait for it.
-    Again(Instant),
+    /// It is not its turn yet: the same request runs again when that is known, and the commands behind wait for it.
+    Again(LocalBoxFuture<'static, Waited>),
 }
 
 /// One command under way, as its handler sees it.
@@ -210,8 +210,8 @@ pub enum After {
     Close,
     /// Closes at once, without a word.
     Drop,
-    /// Dispatches the request once more at that time, and nothing before.
-    Again(Request, Instant),
+    /// Dispatches the request once more with what comes of that, and nothing before.
+    Again(Request, LocalBoxFuture<'static, Waited>),
 }
 
 /// Runs one request, in Redis's order: look up, arity, rights, arguments, handler.
@@ -267,9 +267,11 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
             pipeline.push_ready(reply);
             return After::Close;
         }
-        Step::Again(at) => {
+        Step::Again(waiting) => {
             session.replies = asked;
-            return After::Again(Request { args: words }, at);
+            // What was read with it is not to stay in memory as long as it waits.
+            let args = words.iter().map(|word| Bytes::copy_from_slice(word)).collect();
+            return After::Again(Request { args }, waiting);
         }
     }
     After::Next
@@ -294,7 +296,7 @@ fn check(
     if restricted && session.authenticated {
         rights::may_run(session, number, spec)?;
     }
-    if let Some(refusal) = cx.refusal.get().or_else(|| cx.drain.refusal()).filter(|_| !spec.is(spec::LOADING)) {
+    if let Some(refusal) = cx.refusal.get().or_else(|| cx.drain.refusal(spec)).filter(|_| !spec.is(spec::LOADING)) {
         return Err(refusal.into());
     }
     if let Some(refusal) = spec.early.and_then(|early| early(cx)) {
@@ -313,7 +315,8 @@ fn check(
     if spec.is(spec::ADMIN) {
         rights::audit(session, spec, &args);
     }
-    if cx.subscribers.hub().has_monitors() {
+    // One that has waited for its turn was shown as it came.
+    if cx.subscribers.hub().has_monitors() && session.turn.is_none() {
         pubsub::show(cx, session, spec, args.words());
     }
     Ok((run, args))
@@ -374,10 +377,14 @@ pub(crate) mod tests {
             &self.session.client
         }
 
+        /// Begins a command, as the connection does.
+        pub(crate) fn begin(&mut self, args: Vec<Bytes>) -> After {
+            dispatch(&self.cx, &mut self.session, &self.pipeline, Request { args }, Instant::now())
+        }
+
         /// Sends words separated by single spaces; returns what was answered at once.
         pub(crate) fn send(&mut self, request: &str) -> String {
-            let args = request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
-            dispatch(&self.cx, &mut self.session, &self.pipeline, Request { args }, Instant::now());
+            self.begin(request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect());
             let mut out = BytesMut::new();
             while let Some(ready) = self.pipeline.pop_ready() {
                 self.cx.stats.replied(ready.stamp.tag, &ready.reply, ready.stamp.arrived.elapsed());
@@ -404,7 +411,16 @@ pub(crate) mod tests {
         assert_eq!(wire.send("STOCK.GET a"), "-LOADING Holdfast is starting\r\n");
         wire.cx.refusal.set(None);
         wire.cx.drain.begin();
-        assert_eq!(wire.send("STOCK.GET a"), "-LOADING Holdfast is draining: go on with another sidecar\r\n");
+        let refused = "-LOADING Holdfast is draining: go on with another sidecar\r\n";
+        assert_eq!(wire.send("STOCK.GET a"), refused);
+        assert_eq!(wire.send("LOCK.ACQUIRE a"), refused);
+        // What ends what was begun goes on.
+        for request in ["LOCK.RELEASE a 1", "LOCK.EXTEND a 1 1000", "LOCK.CHECK a 1", "HOLDFAST.AWAIT 1-1"] {
+            let after = wire.begin(request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect());
+            assert!(matches!(after, After::Wait(_)), "{request}");
+        }
+        let mut wire = Wire::new();
+        wire.cx.drain.begin();
         assert_eq!(wire.send("PING"), "+PONG\r\n");
         let users = Users::read(None, Some("x"), &Commands::new(table::TABLE)).unwrap();
         let mut wire = Wire::with_users(users);

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use super::spec::{ADMIN, LOADING, PUBSUB, SECRET, Spec, text};
 use super::{Call, Context, Step, rights};
 use crate::domain::glob;
-use crate::limits::{CHANNEL_MAX, PATTERNS_MAX, PATTERNS_TOGETHER_MAX, SUBSCRIPTIONS_MAX};
+use crate::limits::{CHANNEL_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX};
 use crate::resp::{Protocol, Reply};
 use crate::session::Session;
 use crate::session::hub::{Kind, Subscriptions};
@@ -87,7 +87,7 @@ fn subscribe(call: &mut Call<'_>, kind: Kind) -> Step {
     }
     confirmed(call, names, move |name| match subscriptions.add(kind, &name) {
         true => confirmation(word, Reply::Bulk(name), &subscriptions),
-        false => Reply::error(format!("ERR too many patterns: all clients together may have {PATTERNS_TOGETHER_MAX} different ones")),
+        false => Reply::error(format!("ERR too many {argument}s: all clients together may have {} different ones", kind.together_max())),
     })
 }
 

@@ -38,6 +38,11 @@ impl LockName {
         Self(Id::from(format!("{OF_A_COUPON}{coupon}").as_str()))
     }
 
+    /// The name in memory of its own, where it is to be kept: see [`Id::detached`].
+    pub fn detached(&self) -> Self {
+        Self(self.0.detached())
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         self.0.as_str()

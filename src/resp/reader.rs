@@ -11,7 +11,8 @@ use bytes::{Buf as _, BytesMut};
 
 use super::{Request, inline};
 use crate::limits::{
-    HEADER_MAX, INLINE_MAX, REQUEST_ARGS_MAX, REQUEST_BULK_MAX, REQUEST_BYTES_MAX, STRANGER_ARGS_MAX, STRANGER_BULK_MAX, STRANGER_BYTES_MAX,
+    HEADER_MAX, INLINE_MAX, READ_MIN, REQUEST_ARGS_MAX, REQUEST_BULK_MAX, REQUEST_BYTES_MAX, STRANGER_ARGS_MAX, STRANGER_BULK_MAX,
+    STRANGER_BYTES_MAX,
 };
 
 /// How much one request may hold.
@@ -74,11 +75,13 @@ pub struct Reader {
     walk: Walk,
     /// Where the arguments of the current request lie.
     found: Vec<Range<usize>>,
+    /// Whether the buffer's memory reaches further than it shows: requests, or what was skipped, lie before it.
+    is_cut: bool,
 }
 
 impl Default for Reader {
     fn default() -> Self {
-        Self { buffer: BytesMut::new(), walk: Walk::Start, found: Vec::new() }
+        Self { buffer: BytesMut::new(), walk: Walk::Start, found: Vec::new(), is_cut: false }
     }
 }
 
@@ -93,6 +96,7 @@ impl Reader {
                         let Some((n, after)) = self.header(0, "mbulk")? else { return Ok(None) };
                         let n = n.ok_or_else(|| ProtocolError::new("invalid multibulk length"))?;
                         if n <= 0 {
+                            self.is_cut = true;
                             self.buffer.advance(after);
                             continue;
                         }
@@ -113,6 +117,7 @@ impl Reader {
                         return Err(ProtocolError::new("too big inline request"));
                     }
                     self.walk = Walk::Start;
+                    self.is_cut = true;
                     let line = self.buffer.split_to(at + newline + 1);
                     let args = inline::split(&line).ok_or_else(|| ProtocolError::new("unbalanced quotes in request"))?;
                     if !args.is_empty() {
@@ -148,6 +153,7 @@ impl Reader {
                     if !self.found.iter().all(is_ended) {
                         return Err(ProtocolError::new("invalid multibulk length"));
                     }
+                    self.is_cut = true;
                     let whole = self.buffer.split_to(end).freeze();
                     let args = self.found.drain(..).map(|argument| whole.slice(argument)).collect();
                     return Ok(Some(Request { args }));
@@ -156,11 +162,16 @@ impl Reader {
         }
     }
 
-    /// Gives the buffer's memory back if there is nothing in it.
+    /// Gives memory back that the beginning of a request does not need: all of it where there is none. Of a read that brought many requests and one
+    /// byte more, that byte would keep the whole.
     pub fn release(&mut self) {
-        if self.buffer.is_empty() && self.buffer.capacity() > 0 {
-            self.buffer = BytesMut::new();
-            self.found = Vec::new();
+        if self.buffer.is_empty() {
+            if self.buffer.capacity() > 0 || self.is_cut {
+                *self = Self { walk: self.walk, ..Self::default() };
+            }
+        } else if self.is_cut || self.buffer.capacity() > 2 * self.buffer.len() + READ_MIN {
+            self.buffer = BytesMut::from(&self.buffer[..]);
+            self.is_cut = false;
         }
     }
 
@@ -222,6 +233,7 @@ fn printable(byte: u8) -> char {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::Bytes;
     use proptest::prelude::*;
     use redis_protocol::resp2::decode::decode_bytes_mut;
     use redis_protocol::resp2::types::BytesFrame;
@@ -312,6 +324,33 @@ mod tests {
         }
         bytes.extend_from_slice(b"$65536\r\n");
         assert_eq!(error(&bytes), "invalid bulk length");
+    }
+
+    #[test]
+    fn the_beginning_of_a_request_does_not_keep_what_was_read_before_it() {
+        let big = encoded(&[vec![vec![b'x'; 60_000]]]);
+        let skipped = b"*0\r\n".repeat(10_000);
+        for before in [&big[..], &skipped, &b" \r\n".repeat(10_000)] {
+            let mut reader = Reader::default();
+            reader.buffer.extend_from_slice(before);
+            reader.buffer.extend_from_slice(b"*1\r\n$4\r\nPI");
+            let read = reader.buffer.as_ptr_range();
+            let mut taken = Vec::new();
+            while let Some(request) = reader.next(Limits::KNOWN).unwrap() {
+                taken.push(request);
+            }
+            reader.release();
+            assert!(!read.contains(&reader.buffer.as_ptr()) && reader.buffer.capacity() < 100, "{}", reader.buffer.capacity());
+            assert!(taken.iter().flat_map(|request| &request.args).all(Bytes::is_unique));
+            // And what begins is gone on with, also where it has memory of its own and too much of it.
+            reader.buffer.reserve(100_000);
+            reader.release();
+            assert!(reader.buffer.capacity() < 100, "{}", reader.buffer.capacity());
+            reader.buffer.extend_from_slice(b"NG\r\n");
+            assert_eq!(reader.next(Limits::KNOWN).unwrap().unwrap().args, ["PING"]);
+            reader.release();
+            assert_eq!(reader.buffer.capacity(), 0);
+        }
     }
 
     #[test]

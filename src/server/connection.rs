@@ -18,18 +18,18 @@ use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
-use tokio::time::{Sleep, sleep_until};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use self::clock::Clock;
 use self::input::{Input, Received};
 use self::output::Output;
 use super::stream::Stream;
-use crate::command::{After, Context, Waiting, closed, dispatch};
-use crate::limits::{READ_AHEAD_MAX, REFUSED_REST_PART, TURN_COMMANDS_MAX};
+use crate::command::{After, Context, LocalBoxFuture, Waiting, closed, dispatch};
+use crate::limits::{REFUSED_REST_PART, TURN_COMMANDS_MAX};
 use crate::resp::{Pipeline, ProtocolError, Reply, Request, Stamp};
 use crate::session::chatter::{self, Line};
 use crate::session::client::Session;
+use crate::session::guesses::Waited;
 
 /// Serves one client until it leaves, is told to, or breaks the protocol.
 pub async fn run(stream: Stream, session: Session, cx: Rc<Context>) {
@@ -96,10 +96,11 @@ struct Connection {
     clock: Clock,
 }
 
-/// A request that is dispatched once more, and the timer until then.
+/// A request that is dispatched once more, with what came of waiting for its turn.
 struct Again {
     request: Request,
-    timer: Pin<Box<Sleep>>,
+    waiting: LocalBoxFuture<'static, Waited>,
+    waited: Option<Waited>,
 }
 
 impl Connection {
@@ -133,10 +134,12 @@ impl Connection {
             self.close("user_changed");
             return;
         }
-        if self.phase == Phase::Open
-            && let Some(again) = self.again.take_if(|again| again.timer.is_elapsed())
+        if let Some(again) = self.again.take_if(|again| again.waited.is_some())
+            && self.phase == Phase::Open
         {
+            self.session.turn = again.waited;
             self.dispatch(again.request, arrived);
+            self.session.turn = None;
             dispatched += 1;
         }
         while self.has_room() && dispatched < TURN_COMMANDS_MAX {
@@ -161,7 +164,7 @@ impl Connection {
             self.input.rest(Instant::now() + self.rest());
         }
         self.input.settle();
-        if self.input.is_too_much() {
+        if self.input.is_too_much(self.session.authenticated) {
             self.cut_off("input", "all clients together have sent too much of requests that are not complete");
         }
         if was_known && !self.session.authenticated {
@@ -188,7 +191,7 @@ impl Connection {
             After::Drop => self.phase = Phase::Gone,
             // Nobody is left to be told.
             After::Again(..) if self.input.ended => self.phase = Phase::Gone,
-            After::Again(request, at) => self.again = Some(Box::new(Again { request, timer: Box::pin(sleep_until(at.into())) })),
+            After::Again(request, waiting) => self.again = Some(Box::new(Again { request, waiting, waited: None })),
         }
     }
 
@@ -253,7 +256,7 @@ impl Connection {
         event |= self.input.backlog && self.has_room();
         event |= self.poll_read(cx);
         event |= self.poll_waiting(cx);
-        event |= self.again.as_mut().is_some_and(|again| again.timer.as_mut().poll(cx).is_ready());
+        event |= self.poll_again(cx);
         // Past the bound nothing is encoded until the client has taken some: then the socket wakes this task, not the replies.
         event |= match self.output.len() <= self.output_max() {
             true => self.pipeline.poll_ready(cx).is_ready(),
@@ -279,7 +282,7 @@ impl Connection {
     /// Reads once, if there is room for what may come.
     fn poll_read(&mut self, cx: &mut TaskContext<'_>) -> bool {
         let waits = self.waiting.is_some() || self.again.is_some();
-        let ahead = waits && self.phase != Phase::Gone && self.input.len() < READ_AHEAD_MAX && !self.input.is_crowded();
+        let ahead = waits && self.phase != Phase::Gone && self.input.reads_ahead(self.session.authenticated);
         if self.input.ended || !(ahead || (self.has_room() && !self.input.backlog)) {
             return false;
         }
@@ -322,7 +325,19 @@ impl Connection {
             if waiting.closes {
                 self.phase = Phase::Ending;
             }
+            // What it has begun to listen to now was permitted when it was asked for.
+            if self.session.has_subscribed && !self.session.client.profile().suits(self.session.user()) {
+                self.close("user_changed");
+            }
         }
+        true
+    }
+
+    /// Waits for the turn of what is dispatched once more.
+    fn poll_again(&mut self, cx: &mut TaskContext<'_>) -> bool {
+        let Some(again) = self.again.as_mut().filter(|again| again.waited.is_none()) else { return false };
+        let Poll::Ready(waited) = again.waiting.as_mut().poll(cx) else { return false };
+        again.waited = Some(waited);
         true
     }
 

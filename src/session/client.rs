@@ -8,11 +8,12 @@ use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
+use super::guesses::Waited;
 use super::user::User;
 use super::users::{Directory, Login};
 use crate::resp::{Pipeline, Protocol};
@@ -193,8 +194,8 @@ pub struct Session {
     generation: u64,
     /// Wrong passwords since the last right one.
     failures: u32,
-    /// Of a name and a password that wait for their turn: how long their answer waits after it if they are wrong.
-    pub turn: Option<Duration>,
+    /// What came of waiting, while the request runs again whose name and password had to wait for their turn.
+    pub turn: Option<Waited>,
     /// Whether it has ever subscribed to anything.
     pub has_subscribed: bool,
     kept: Vec<Box<dyn Any>>,

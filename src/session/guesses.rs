@@ -1,20 +1,27 @@
 //! Wrong passwords by the address that they come from: whoever guesses on is answered later and later, over however many connections.
 //!
-//! A wrong password's answer waits, and while it does, no other name and password of that address are looked at: each has a turn, as long as its
-//! answer would wait if it is wrong. So it gains nothing to guess on without waiting for answers, or over many connections at once. A right one
-//! is answered as its turn comes. Where nobody guesses, everybody's turn is at once.
+//! Once an address has been wrong too often, its names and passwords are looked at one after the other, in the order in which they come. The next
+//! one's turn begins when the one before is decided: at once if that was right, and if it was wrong, when its answer goes out. So it gains nothing to
+//! guess on without waiting for answers, or over many connections at once, and those who are right hold up nobody. Who leaves while it waits has not
+//! been looked at, and does not count. Names queue in [`GUESS_QUEUES`] parts, so that one service's wrong password mostly does not hold up another
+//! service that has the same address.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher as _, RandomState};
 use std::net::IpAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::limits::{GUESS_ADDRESSES_MAX, GUESS_DELAYS_MAX, GUESSES_FREE, GUESSES_WITHIN};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::limits::{GUESS_ADDRESSES_MAX, GUESS_DELAYS_MAX, GUESS_QUEUES, GUESSES_FREE, GUESSES_WITHIN};
 
 /// See the module. Shared by every thread.
 #[derive(Debug, Default)]
 pub struct Guesses {
     table: Mutex<Table>,
+    /// Which names share a queue: nobody can choose one that shares another's.
+    salt: RandomState,
 }
 
 #[derive(Debug, Default)]
@@ -26,46 +33,69 @@ struct Table {
 
 #[derive(Debug)]
 struct Wrong {
-    /// How many there have been, no two of them further apart than [`GUESSES_WITHIN`]; those whose turn is yet to come count.
+    /// How many there have been, no two of them further apart than [`GUESSES_WITHIN`].
     count: u32,
     last: Instant,
-    /// Until when all turns last that have been given out.
-    busy: Instant,
+    /// Those in which anybody has waited, with the numbers of their parts.
+    queues: Vec<(u64, Arc<Semaphore>)>,
 }
 
-/// When a name and a password are looked at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
-    /// At once.
-    Now,
-    /// Then. Where they are wrong, they count already, and their answer waits so long after that.
-    At(Instant, Duration),
-    /// Not at all: too many of this address wait.
-    Never,
+/// Where a name and a password wait for their turn.
+#[derive(Debug)]
+pub struct Queue(Arc<Semaphore>);
+
+/// The turn of a name and a password: until it is dropped, nobody else's in its queue begins.
+#[derive(Debug)]
+pub struct Turn {
+    _held: OwnedSemaphorePermit,
+}
+
+/// What came of waiting for a turn.
+#[derive(Debug)]
+pub enum Waited {
+    For(Turn),
+    /// It did not begin in time.
+    InVain,
+}
+
+impl Queue {
+    /// Begins at once, where nobody has a turn or waits for one.
+    pub fn begin(&self) -> Option<Turn> {
+        Arc::clone(&self.0).try_acquire_owned().ok().map(|held| Turn { _held: held })
+    }
+
+    /// Waits behind those who came before, and no longer than `within`. Dropped, it leaves the queue.
+    pub async fn wait(self, within: Duration) -> Waited {
+        match tokio::time::timeout(within, self.0.acquire_owned()).await {
+            Ok(Ok(held)) => Waited::For(Turn { _held: held }),
+            _ => Waited::InVain,
+        }
+    }
 }
 
 impl Guesses {
-    /// The turn of one more name and password from this address; `step` is what each further wrong one adds, `within` how long it may wait.
-    pub fn turn(&self, address: IpAddr, now: Instant, step: Duration, within: Duration) -> Turn {
+    /// Where one more password for this name has to wait for its turn; `None` where it may be looked at without: the next wrong one of this address
+    /// is answered at once. `step` is what each further wrong one adds.
+    pub fn queue(&self, address: IpAddr, name: &[u8], now: Instant, step: Duration) -> Option<Queue> {
         let mut table = self.table();
-        let Some(wrong) = table.wrong.get_mut(&network(address)).filter(|wrong| wrong.busy > now) else { return Turn::Now };
-        if wrong.busy - now > within {
-            return Turn::Never;
+        let wrong = table.wrong.get_mut(&network(address))?;
+        if step.is_zero() || wrong.count < GUESSES_FREE || is_over(wrong.last, now) {
+            return None;
         }
-        let at = wrong.busy;
-        let delay = wrong.one_more(now, step);
-        wrong.busy = at + delay;
-        Turn::At(at, delay)
+        let part = self.part(name);
+        if let Some((_, queue)) = wrong.queues.iter().find(|(known, _)| *known == part) {
+            return Some(Queue(Arc::clone(queue)));
+        }
+        let queue = Arc::new(Semaphore::new(1));
+        wrong.queues.push((part, Arc::clone(&queue)));
+        Some(Queue(queue))
     }
 
-    /// What had to wait for its turn was right: it counts no more.
-    pub fn right(&self, address: IpAddr) {
-        if let Some(wrong) = self.table().wrong.get_mut(&network(address)) {
-            wrong.count = wrong.count.saturating_sub(1);
-        }
+    fn part(&self, name: &[u8]) -> u64 {
+        self.salt.hash_one(name) % GUESS_QUEUES
     }
 
-    /// Counts one more wrong password that was looked at at once; returns how long its answer waits.
+    /// Counts one more wrong password; returns how long its answer waits.
     pub fn wrong(&self, address: IpAddr, now: Instant, step: Duration) -> Duration {
         let address = network(address);
         let mut table = self.table();
@@ -75,11 +105,9 @@ impl Guesses {
             return step * GUESS_DELAYS_MAX;
         }
         if let Some(wrong) = table.wrong.get_mut(&address) {
-            let delay = wrong.one_more(now, step);
-            wrong.busy = wrong.busy.max(now + delay);
-            return delay;
+            return wrong.one_more(now, step);
         }
-        table.wrong.insert(address, Wrong { count: 1, last: now, busy: now });
+        table.wrong.insert(address, Wrong { count: 1, last: now, queues: Vec::new() });
         table.looked_at.push_back((address, now));
         Duration::ZERO
     }
@@ -163,27 +191,66 @@ mod tests {
         assert_eq!((table.wrong.len(), table.looked_at.len()), (1, 1));
     }
 
-    #[test]
-    fn whoever_does_not_wait_for_the_answer_waits_for_its_turn() {
-        let guesses = Guesses::default();
-        let (begin, from) = (Instant::now(), address("10.0.0.1"));
-        let within = Duration::from_millis(400);
-        let turn = |at: Duration| guesses.turn(from, begin + at, STEP, within);
+    /// A queue as it is once an address has been wrong so often that the next wrong answer waits.
+    fn suspect(guesses: &Guesses, from: &str, name: &[u8], now: Instant) -> Queue {
         for _ in 0..GUESSES_FREE {
-            assert_eq!(turn(Duration::ZERO), Turn::Now);
-            assert_eq!(guesses.wrong(from, begin, STEP), Duration::ZERO);
+            assert!(guesses.queue(address(from), name, now, STEP).is_none());
+            assert_eq!(guesses.wrong(address(from), now, STEP), Duration::ZERO);
         }
-        assert_eq!((turn(Duration::ZERO), guesses.wrong(from, begin, STEP)), (Turn::Now, STEP));
-        // All of these come before any of them is answered.
-        assert_eq!(turn(Duration::ZERO), Turn::At(begin + STEP, STEP * 2));
-        assert_eq!(turn(Duration::ZERO), Turn::At(begin + STEP * 3, STEP * 3));
-        assert_eq!(turn(Duration::ZERO), Turn::At(begin + STEP * 6, STEP * 4));
-        assert_eq!(turn(Duration::ZERO), Turn::Never, "it would wait for 500 ms");
-        assert_eq!(guesses.turn(address("10.0.0.2"), begin, STEP, within), Turn::Now, "another address");
-        // One was right: the next is as long as the one before.
-        guesses.right(from);
-        assert_eq!(turn(STEP * 5), Turn::At(begin + STEP * 10, STEP * 4));
-        assert_eq!(turn(STEP * 14), Turn::Now);
+        guesses.queue(address(from), name, now, STEP).unwrap()
+    }
+
+    #[tokio::test]
+    async fn turns_begin_in_their_order_each_when_the_one_before_is_decided() {
+        let guesses = Guesses::default();
+        let now = Instant::now();
+        let queue = || guesses.queue(address("10.0.0.1"), b"shop", now, STEP).unwrap();
+        let turn = suspect(&guesses, "10.0.0.1", b"shop", now).begin().unwrap();
+        assert!(queue().begin().is_none(), "one at a time");
+        let long = Duration::from_secs(60);
+        let (mut second, mut leaves, mut third) =
+            (Box::pin(queue().wait(long)), Box::pin(queue().wait(long)), Box::pin(queue().wait(long)));
+        for waiting in [&mut second, &mut leaves, &mut third] {
+            assert!(by_now(waiting).is_none());
+        }
+        assert!(matches!(queue().wait(Duration::from_millis(1)).await, Waited::InVain));
+        // However long ago it came: what is decided ends its turn, and nothing else does.
+        drop(turn);
+        let Some(Waited::For(turn)) = by_now(&mut second) else { panic!("its turn has come") };
+        assert!(queue().begin().is_none() && by_now(&mut third).is_none());
+        drop(leaves);
+        drop(turn);
+        let Some(Waited::For(turn)) = by_now(&mut third) else { panic!("who has left has no turn") };
+        drop(turn);
+        // As many as are right follow each other at once, and none of them counts as wrong.
+        for _ in 0..1_000 {
+            assert!(queue().begin().is_some());
+        }
+        assert_eq!(guesses.wrong(address("10.0.0.1"), now, STEP), STEP);
+    }
+
+    /// What a future has come to by now.
+    fn by_now<T>(future: &mut std::pin::Pin<Box<impl Future<Output = T>>>) -> Option<T> {
+        match future.as_mut().poll(&mut std::task::Context::from_waker(std::task::Waker::noop())) {
+            std::task::Poll::Ready(value) => Some(value),
+            std::task::Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn other_names_addresses_and_times_do_not_wait() {
+        let guesses = Guesses::default();
+        let now = Instant::now();
+        let turn = suspect(&guesses, "10.0.0.1", b"shop", now).begin();
+        assert!(turn.is_some());
+        let other = (0..).map(|n| format!("other-{n}")).find(|name| guesses.part(name.as_bytes()) != guesses.part(b"shop")).unwrap();
+        assert!(guesses.queue(address("10.0.0.1"), other.as_bytes(), now, STEP).unwrap().begin().is_some());
+        assert!(guesses.queue(address("10.0.0.2"), b"shop", now, STEP).is_none());
+        assert!(guesses.queue(address("10.0.0.1"), b"shop", now, Duration::ZERO).is_none());
+        assert!(guesses.queue(address("10.0.0.1"), b"shop", now + GUESSES_WITHIN + STEP, STEP).is_none());
+        // However many names there are, their queues are bounded.
+        (0..1_000).for_each(|n| _ = guesses.queue(address("10.0.0.1"), format!("name-{n}").as_bytes(), now, STEP));
+        assert!(guesses.table().wrong[&address("10.0.0.1")].queues.len() <= usize::try_from(GUESS_QUEUES).unwrap());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, Names, Profile};
 use crate::domain::glob;
-use crate::limits::{HUB_QUEUE_MAX, PATTERNS_TOGETHER_MAX};
+use crate::limits::{CHANNELS_TOGETHER_MAX, HUB_QUEUE_MAX, PATTERNS_TOGETHER_MAX};
 use crate::resp::{Pipeline, Reply};
 
 /// What goes from the hub to every thread.
@@ -75,10 +75,11 @@ impl Hub {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts one more; `false` where it would be one pattern too many.
+    /// Counts one more; `false` where all clients have subscribed to too many different ones.
     fn added(&self, kind: Kind, name: &Bytes) -> bool {
         let known = &mut self.known()[kind as usize];
-        if kind == Kind::Pattern && known.len() >= PATTERNS_TOGETHER_MAX && !known.contains_key(name) {
+        if known.len() >= kind.together_max() && !known.contains_key(name) {
+            metrics::counter!("holdfast_refused_subscriptions_total").increment(1);
             return false;
         }
         *known.entry(name.clone()).or_default() += 1;
@@ -140,6 +141,16 @@ pub struct Subscribers {
 pub enum Kind {
     Channel,
     Pattern,
+}
+
+impl Kind {
+    /// How many different ones all clients may have subscribed to together.
+    pub const fn together_max(self) -> usize {
+        match self {
+            Self::Channel => CHANNELS_TOGETHER_MAX,
+            Self::Pattern => PATTERNS_TOGETHER_MAX,
+        }
+    }
 }
 
 impl Subscribers {
@@ -239,7 +250,7 @@ impl Subscriptions {
         numbered.into_iter().map(|(_, name)| name).collect()
     }
 
-    /// Subscribes; does nothing where it has already. `false` where all clients have too many patterns together.
+    /// Subscribes; does nothing where it has already. `false` where all clients have too many different ones together.
     pub fn add(&self, kind: Kind, name: &Bytes) -> bool {
         // What was read stays in memory as a whole while a slice of it does.
         let name = Bytes::copy_from_slice(name);

@@ -125,15 +125,16 @@ impl User {
             return Err(format!("a user's name is 1 to {USER_NAME_MAX} printable ASCII characters"));
         }
         let mut user = Self::new(name, catalogue);
-        for rule in words {
-            user.apply(rule, catalogue)?;
+        for (number, rule) in (1..).zip(words) {
+            user.apply(number, rule, catalogue)?;
         }
         let everything = catalogue.named("@all").unwrap_or_default();
         user.unrestricted = user.ids == Reach::All && everything.into_iter().all(|number| user.may_run(number));
         Ok(user)
     }
 
-    fn apply(&mut self, rule: &str, catalogue: &dyn Catalogue) -> Result<(), String> {
+    /// Applies the rule with this number.
+    fn apply(&mut self, number: usize, rule: &str, catalogue: &dyn Catalogue) -> Result<(), String> {
         match rule {
             "on" => self.enabled = true,
             "off" => self.enabled = false,
@@ -149,8 +150,8 @@ impl User {
             "resetkeys" => self.ids = Reach::NONE,
             "allchannels" => self.channels = Reach::All,
             "resetchannels" => self.channels = Reach::NONE,
-            "allcommands" => return self.apply("+@all", catalogue),
-            "nocommands" => return self.apply("-@all", catalogue),
+            "allcommands" => return self.apply(number, "+@all", catalogue),
+            "nocommands" => return self.apply(number, "-@all", catalogue),
             "sanitize-payload" | "skip-sanitize-payload" => {}
             _ => match rule.split_at(rule.chars().next().map_or(0, char::len_utf8)) {
                 ("#", digits) => {
@@ -166,7 +167,8 @@ impl User {
                 ("&", pattern) => self.channels.add(pattern)?,
                 ("+", name) => self.rule(rule, name, true, catalogue)?,
                 ("-", name) => self.rule(rule, name, false, catalogue)?,
-                _ => return Err(format!("no rule '{rule}'")),
+                // Not repeated: it may be a password, or its hash, whose sign was forgotten.
+                _ => return Err(format!("rule {number} of the user {} is none that there is", self.name)),
             },
         }
         Ok(())
@@ -371,7 +373,8 @@ pub(crate) mod tests {
             ("usr a", "a line is 'user <name> <rule> ...'"),
             ("user", "the user's name is missing"),
             ("user a +@stok", "no command or category '@stok'"),
-            ("user a maybe", "no rule 'maybe'"),
+            ("user a on maybe", "rule 2 of the user a is none that there is"),
+            ("user a s3cret", "rule 1 of the user a is none that there is"),
             ("user a >s3cret", "a password in plain text"),
             ("user a #s3cret", "a password is '#' and the 64 hexadecimal digits"),
             ("user a ~* ~a*", "a pattern after one that permits everything"),

@@ -106,6 +106,10 @@ fn foreign(word: &str, text: &str) -> Reply {
     })
 }
 
+fn timed_out() -> Error {
+    Error::Connection(std::io::Error::from(std::io::ErrorKind::TimedOut).into())
+}
+
 /// What bounds the answers of commands that are passed on.
 struct Meter {
     budget: Arc<Budget>,
@@ -159,7 +163,7 @@ impl Reads {
             Ok(result) => result,
             Err(_) => {
                 self.connection.borrow_mut().take();
-                Err(Error::Connection(std::io::Error::from(std::io::ErrorKind::TimedOut).into()))
+                Err(timed_out())
             }
         }
     }
@@ -170,7 +174,7 @@ impl Reads {
         let Some(Meter { budget, bytes_max, turn }) = &self.meter else {
             return Err(Error::Unfit("this does not pass commands on".into()));
         };
-        let _turn = turn.lock().await;
+        let _turn = tokio::time::timeout(self.within, turn.lock()).await.map_err(|_| timed_out())?;
         self.with(async |connection| {
             let mut command = redis::Cmd::new();
             words.iter().for_each(|word| _ = command.arg(&word[..]));

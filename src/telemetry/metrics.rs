@@ -100,7 +100,14 @@ pub const METRICS: &[Metric] = &[
         kind: Kind::Counter,
         unit: Unit::Count,
         labels: &[],
-        doc: "Names and passwords that were not looked at, because too many of their address waited for their turn.",
+        doc: "Names and passwords that were not looked at, because their turn did not come within half of `auth.within_ms`.",
+    },
+    Metric {
+        name: "holdfast_auth_queued_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "Names and passwords that had to wait for their turn, because a wrong one of their address was not answered yet.",
     },
     Metric {
         name: "holdfast_denied_total",
@@ -129,6 +136,13 @@ pub const METRICS: &[Metric] = &[
         unit: Unit::Count,
         labels: &[],
         doc: "Messages to subscribers and to clients that MONITOR.",
+    },
+    Metric {
+        name: "holdfast_refused_subscriptions_total",
+        kind: Kind::Counter,
+        unit: Unit::Count,
+        labels: &[],
+        doc: "Subscriptions that were refused, because all clients together had as many different channels or patterns as they may.",
     },
     Metric {
         name: "holdfast_lost_messages_total",

@@ -174,32 +174,22 @@ fn whoever_guesses_without_waiting_for_answers_gains_nothing() {
     let file = TempFile::new("hasty", &users());
     let settings = ["--auth-users-file", file.path(), "--auth-delay-ms", "100", "--auth-within-ms", "20000", "--auth-failures", "1000"];
     let stack = Stack::with_settings(&settings);
-    let count = |name: &str| {
-        let metrics = stack.sidecar.get("/metrics").1;
-        let line = metrics.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-        line.map_or(0, |number| number.parse::<u64>().unwrap())
+    let count = |name: &str| count(&stack, name);
+    let guess = |n: usize| {
+        let mut raw = stack.sidecar.raw();
+        raw.write_all(format!("AUTH shop {n}\r\n").as_bytes()).unwrap();
+        raw
     };
-    // What the right password waits for that comes behind these guesses: 100, 200, 300, 400 ms.
-    let due = Duration::from_millis(1_000);
-    let in_time = |began: Instant| {
-        let answer = until_closed(stack.sidecar.raw(), &format!("AUTH shop {PASSWORD}\r\nQUIT\r\n"));
-        assert_eq!(answer, "+OK\r\n+OK\r\n");
-        began.elapsed()
-    };
+    // Three are wrong at once, and the fourth is looked at; the others queue behind it.
     let began = Instant::now();
-    let guessers: Vec<_> = (0..7)
-        .map(|n| {
-            let mut raw = stack.sidecar.raw();
-            raw.write_all(format!("AUTH shop {n}\r\n").as_bytes()).unwrap();
-            raw
-        })
-        .collect();
-    wait_until("all of them have come", || count("holdfast_connected_clients") == 7);
-    // Connected is not read yet: three are wrong at once, and the fourth is looked at.
-    wait_until("those are looked at that need not wait", || count("holdfast_auth_failures_total") >= 4);
-    std::thread::sleep(Duration::from_millis(20));
-    let took = in_time(began);
-    assert!(took >= due, "over many connections: {took:?}");
+    let mut guessers: Vec<_> = (0..4).map(guess).collect();
+    wait_until("those are looked at that need not wait", || count("holdfast_auth_failures_total") == 4);
+    guessers.extend((4..7).map(guess));
+    wait_until("the others wait", || count("holdfast_auth_queued_total") == 3);
+    // What the right password waits for that comes behind them: 100, 200, 300, 400 ms.
+    let answer = until_closed(stack.sidecar.raw(), &format!("AUTH shop {PASSWORD}\r\nQUIT\r\n"));
+    assert_eq!(answer, "+OK\r\n+OK\r\n");
+    assert!(began.elapsed() >= Duration::from_millis(1_000), "over many connections: {:?}", began.elapsed());
     drop(guessers);
     assert_eq!(count("holdfast_auth_failures_total"), 7);
 
@@ -209,19 +199,34 @@ fn whoever_guesses_without_waiting_for_answers_gains_nothing() {
     let answer = until_closed(stack.sidecar.raw(), &format!("{guesses}AUTH shop {PASSWORD}\r\nQUIT\r\n"));
     assert!(answer.ends_with("+OK\r\n+OK\r\n") && answer.matches("-WRONGPASS").count() == 3, "{answer}");
     assert!(began.elapsed() >= Duration::from_millis(500 + 600 + 700), "pipelined: {:?}", began.elapsed());
+}
 
-    // Where too many wait, one more is not looked at, and nobody is told whether it was right.
-    let crowd: Vec<_> = (0..40)
-        .map(|n| {
-            let mut raw = stack.sidecar.raw();
-            raw.write_all(format!("AUTH shop {n}\r\n").as_bytes()).unwrap();
-            raw
-        })
-        .collect();
-    wait_until("too many wait", || count("holdfast_auth_refused_total") > 0);
-    let answer = until_closed(stack.sidecar.raw(), &format!("AUTH shop {PASSWORD}\r\nQUIT\r\n"));
+/// The number of a metric without labels; 0 where it has not been counted yet.
+fn count(stack: &Stack, name: &str) -> u64 {
+    let metrics = stack.sidecar.get("/metrics").1;
+    let line = metrics.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    line.map_or(0, |number| number.parse().unwrap())
+}
+
+#[test]
+fn whose_turn_does_not_come_is_told_so_and_not_whether_it_was_right() {
+    let file = TempFile::new("crowd", &users());
+    // A turn is waited for half of this; the fifth wrong answer waits for two seconds, and its connection is closed before.
+    let stack = Stack::with_settings(&["--auth-users-file", file.path(), "--auth-delay-ms", "1000", "--auth-within-ms", "1000"]);
+    let guesses = "AUTH shop x\r\n".repeat(3);
+    until_closed(stack.sidecar.raw(), &guesses);
+    let guess = || until_closed(stack.sidecar.raw(), "AUTH shop x\r\n");
+    let right = || until_closed(stack.sidecar.raw(), &format!("AUTH shop {PASSWORD}\r\nQUIT\r\n"));
+    // Closed when its time is over, which is when the answer would come.
+    guess();
+    wait_until("the fifth is looked at", || {
+        guess();
+        count(&stack, "holdfast_auth_failures_total") == 5
+    });
+    let answer = right();
     assert!(answer.starts_with("-TRYAGAIN too many wrong passwords come from this address"), "{answer}");
-    drop(crowd);
+    wait_until("who is right is let in", || right() == "+OK\r\n+OK\r\n");
+    assert!(count(&stack, "holdfast_auth_refused_total") > 0);
 }
 
 #[test]
@@ -236,7 +241,7 @@ fn a_sighup_takes_over_the_users_and_drops_nobody_who_may_stay() {
         stack.sidecar.wait_for_log(logged);
     };
     file.write("user shop on maybe\n");
-    hangup(&mut stack, "line 1: no rule 'maybe'");
+    hangup(&mut stack, "line 1: rule 2 of the user shop is none that there is");
     assert_eq!((shop.ask("PING"), ops.ask("ACL WHOAMI")), ("PONG".into(), "ops".into()));
 
     let hash = hash();
@@ -317,6 +322,31 @@ fn who_resets_is_a_stranger_again_and_who_has_no_password_is_let_in_with_any() {
     }
     assert_eq!(said("AUTH x"), format!("{wrong}+OK\r\n"), "default is off");
     assert_eq!(said("STOCK.GET a"), format!("{none}+OK\r\n"), "nobody is guest unasked");
+}
+
+#[test]
+fn a_subscription_that_waits_behind_another_command_is_ended_by_what_is_taken_away_meanwhile() {
+    let hash = hash();
+    let operator = format!("user ops on #{hash} allkeys allchannels +@all\n");
+    let file = TempFile::new("meanwhile", &format!("{operator}user watcher on #{hash} allkeys &stock:events:* +@all\n"));
+    let mut stack = Stack::with_settings(&["--auth-users-file", file.path(), "--reply-within-ms", "20000"]);
+    let mut ops = stack.sidecar.connect_as("ops", PASSWORD);
+    ops.ok("STOCK.SET mug 5");
+    let mut raw = stack.sidecar.raw();
+    // While this is held, Postgres takes nothing, and the reply waits.
+    stack.postgres.holding("BEGIN; LOCK TABLE holdfast.stock", || {
+        let request = format!("AUTH watcher {PASSWORD}\r\nSTOCK.DECR mug 1 ACK postgres TIMEOUT 60000\r\nSUBSCRIBE stock:events:mug\r\n");
+        raw.write_all(request.as_bytes()).unwrap();
+        wait_until("the subscription waits", || ops.ask("CLIENT LIST").contains(" cmd=subscribe "));
+        file.write(&format!("{operator}user watcher on #{hash} allkeys +@all\n"));
+        assert!(Command::new("kill").args(["-HUP", &stack.sidecar.pid().to_string()]).status().unwrap().success());
+        stack.sidecar.wait_for_log("users reloaded");
+        assert!(ops.ask("CLIENT LIST").contains(" cmd=subscribe "), "it waits still");
+    });
+    let mut said = String::new();
+    raw.read_to_string(&mut said).unwrap();
+    assert!(said.starts_with("+OK\r\n*3\r\n$2\r\nOK\r\n"), "{said}");
+    assert_eq!(ops.ask("PUBSUB CHANNELS"), "[]");
 }
 
 #[test]
@@ -421,4 +451,74 @@ fn a_planted_secret_is_shown_nowhere() {
     assert!(!log.contains(PASSWORD), "{log}");
     let answer = client.ask("HOLDFAST.STATUS") + &client.ask("STOCK.DECR a 1") + &stack.sidecar.get("/readyz?verbose").1;
     assert!(!answer.contains(PASSWORD), "{answer}");
+}
+
+#[test]
+fn a_secret_in_the_address_of_a_backend_is_shown_nowhere_also_while_that_is_away() {
+    let config = TempFile::new("backends", "[log]\nlevel = \"trace\"\n");
+    let (server, postgres) = (RedisServer::start(), Database::new(true));
+    let mut admin = redis::Client::open(server.url()).unwrap().get_connection().unwrap();
+    let password = format!(">{PASSWORD}");
+    redis::cmd("ACL").arg(&["SETUSER", "holdfast", "on", &password, "~*", "&*", "+@all"]).exec(&mut admin).unwrap();
+    let redis_url = server.url().replace("redis://", &format!("redis://holdfast:{PASSWORD}@"));
+    let postgres_url = postgres.url.replace("postgres://postgres@", &format!("postgres://postgres:{PASSWORD}@"));
+    assert!(redis_url.contains(PASSWORD) && postgres_url.contains(PASSWORD));
+    let sidecar = Sidecar::with_settings(&redis_url, &postgres_url, &["--config", config.path()]);
+    let mut stack = Stack { sidecar, redis: server, postgres };
+    stack.wait_until_ready();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET mug 5 ACK postgres");
+    let mut look = |stack: &Stack| {
+        for request in [
+            "STOCK.DECR mug 1",
+            "STOCK.SET cup 1 ACK postgres TIMEOUT 100",
+            "STOCK.GET mug",
+            "STOCK.HISTORY mug",
+            "STOCK.SYNC mug",
+            "LOCK.ACQUIRE l",
+            "HOLDFAST.STATUS",
+            "HOLDFAST.DEADLETTER LIST",
+            "INFO everything",
+            "CONFIG GET *",
+            "CLIENT LIST",
+            "SLOWLOG GET",
+        ] {
+            let answer = client.ask(request);
+            assert!(!answer.contains(PASSWORD), "{request}: {answer}");
+        }
+        for path in ["/metrics", "/readyz?verbose", "/livez"] {
+            let body = stack.sidecar.get(path).1;
+            assert!(!body.contains(PASSWORD), "{path}: {body}");
+        }
+    };
+    look(&stack);
+    stack.postgres.own.as_mut().unwrap().kill();
+    wait_until("Postgres is away", || stack.sidecar.get("/readyz").1.contains("postgres degraded"));
+    look(&stack);
+    stack.redis.kill();
+    wait_until("Redis is away", || stack.sidecar.get("/readyz").0 == 503);
+    look(&stack);
+    let log = stack.sidecar.log();
+    assert!(log.len() > 1_000 && !log.contains(PASSWORD), "{log}");
+
+    let run = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_holdfast")).args(arguments).output().unwrap();
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+    };
+    let shown = run(&["print-config", "--redis-url", &redis_url, "--postgres-url", &postgres_url]);
+    assert!(shown.contains("redis://") && shown.contains("postgres://") && !shown.contains(PASSWORD), "{shown}");
+    // Addresses that are none, and one that cannot be reached.
+    for (flag, url) in [
+        ("--redis-url", format!("redis://holdfast:{PASSWORD}@127.0.0.1:port/")),
+        ("--redis-url", format!("rredis://holdfast:{PASSWORD}@127.0.0.1/")),
+        ("--redis-url", format!("redis://holdfast:{PASSWORD}@[::1/")),
+        ("--postgres-url", format!("postgres://holdfast:{PASSWORD}@127.0.0.1:port/x")),
+        ("--postgres-url", format!("postgres://holdfast:{PASSWORD}@127.0.0.1/x?sslmode=none")),
+        ("--postgres-url", format!("postgres://holdfast:{PASSWORD}@127.0.0.1:1/x")),
+    ] {
+        for command in ["check-config", "migrate"] {
+            let said = run(&[command, flag, &url]);
+            assert!(!said.contains(PASSWORD), "{command} {url}: {said}");
+        }
+    }
 }

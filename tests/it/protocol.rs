@@ -58,6 +58,7 @@ fn a_drain_refuses_what_is_new_and_ends_the_server_once_postgres_has_the_rest() 
     let mut stack = Stack::with_settings(&["--reply-within-ms", "1000"]);
     let (mut client, mut operator) = (stack.connect(), stack.connect());
     client.ok("STOCK.SET a 10");
+    let token = client.ask("LOCK.ACQUIRE l LEASE 60000").split(", ").nth(1).unwrap().to_owned();
     // While this is held, Postgres takes nothing.
     let position = stack.postgres.holding("BEGIN; LOCK TABLE holdfast.stock", || {
         client.ok("STOCK.DECR a 1");
@@ -69,7 +70,14 @@ fn a_drain_refuses_what_is_new_and_ends_the_server_once_postgres_has_the_rest() 
         // For longer than commands may take.
         std::thread::sleep(std::time::Duration::from_millis(2_000));
         assert_ne!(client.field("HOLDFAST.STATUS", "lag"), "0");
-        client.field("HOLDFAST.STATUS", "position")
+        // What was begun goes on.
+        assert_eq!(client.ask("LOCK.ACQUIRE m"), refused);
+        assert!(client.ask(&format!("LOCK.CHECK l {token}")).starts_with("[VALID, "));
+        assert_eq!(client.ask(&format!("LOCK.EXTEND l {token} 5000")), "[EXTENDED, 5000]");
+        assert_eq!(client.ask(&format!("LOCK.RELEASE l {token}")), "[RELEASED]");
+        let position = client.field("HOLDFAST.STATUS", "position");
+        assert!(client.ask(&format!("HOLDFAST.AWAIT {position} 1")).starts_with("[PENDING, "));
+        position
     });
     assert_eq!(operator.receive(), format!("[OK, {position}]"));
     assert_eq!(stack.sidecar.ended(), Some(0));
@@ -97,6 +105,39 @@ fn requests_that_come_a_byte_at_a_time_are_the_same() {
     assert!(whole.contains(":6\n$6\na\n\nb\n:6\n-ERR Protocol error: invalid bulk length"), "{whole}");
     assert_eq!(said(1), whole);
     assert_eq!(said(3), whole);
+}
+
+#[test]
+fn a_drain_that_postgres_does_not_follow_says_so_and_ends_the_server_all_the_same() {
+    let mut stack = Stack::with_settings(&["--reply-within-ms", "1000", "--shutdown-timeout-ms", "1500"]);
+    let (mut client, mut operator) = (stack.connect(), stack.connect());
+    client.ok("STOCK.SET a 10 ACK postgres TIMEOUT 60000");
+    let applied = client.field("HOLDFAST.STATUS", "applied");
+    stack.postgres.holding("BEGIN; LOCK TABLE holdfast.stock", || {
+        client.ok("STOCK.DECR a 1 ACK redis");
+        assert_eq!(operator.ask("HOLDFAST.DRAIN"), format!("[PENDING, {applied}]"));
+        assert!(stack.sidecar.ended().is_some());
+    });
+    // Nothing is lost by that: the next one carries it.
+    stack.restart_sidecar();
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock"), "9");
+}
+
+#[test]
+fn a_drain_goes_on_although_the_operator_leaves() {
+    let mut stack = Stack::with_settings(&["--reply-within-ms", "1000"]);
+    let (mut client, mut operator) = (stack.connect(), stack.connect());
+    client.ok("STOCK.SET a 10");
+    stack.postgres.holding("BEGIN; LOCK TABLE holdfast.stock", || {
+        client.ok("STOCK.DECR a 1 ACK redis");
+        operator.send(&["HOLDFAST.DRAIN"]);
+        wait_until("nothing new is begun", || client.ask("STOCK.GET a").starts_with("-LOADING "));
+        drop(operator);
+        assert_eq!(client.ask("PING"), "PONG");
+    });
+    assert_eq!(stack.sidecar.ended(), Some(0));
+    assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock"), "9");
 }
 
 #[test]

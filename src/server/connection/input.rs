@@ -1,8 +1,9 @@
 //! What a client sent and nobody has looked at yet.
 //!
-//! A request that is not complete takes memory. Once all clients of a thread together have sent more than `limits.input_mib` of such, who has
-//! sent more than [`INPUT_ALWAYS_MAX`] of one is closed as it sends more, and nothing is read ahead: to wait for others would be to wait for
-//! what they may never send.
+//! A request that is not complete takes memory: twice what was sent of it at most, and [`READ_MIN`]. Once all clients of a thread together have sent
+//! more than `limits.input_mib` of such, who has sent more than [`INPUT_ALWAYS_MAX`] of one is closed as it sends more, and no more than that is read
+//! ahead: to wait for others would be to wait for what they may never send. For strangers half of that is too much, and [`INPUT_STRANGER_MAX`]: they
+//! cannot have known clients closed.
 
 use std::pin::Pin;
 use std::rc::Rc;
@@ -12,7 +13,7 @@ use std::time::Instant;
 use tokio::time::Sleep;
 
 use crate::command::Context as Shared;
-use crate::limits::{INPUT_ALWAYS_MAX, READ_MAX, READ_MIN};
+use crate::limits::{INPUT_ALWAYS_MAX, INPUT_STRANGER_MAX, READ_AHEAD_MAX, READ_MAX, READ_MIN};
 use crate::resp::{Limits, ProtocolError, Reader, Request};
 use crate::server::stream::Stream;
 
@@ -143,14 +144,23 @@ impl Input {
         }
     }
 
-    /// Whether all clients together have sent too much that nobody could take yet.
-    pub fn is_crowded(&self) -> bool {
-        self.shared.half_sent.get() > self.shared.bounds.input
+    /// What it may have sent, if all clients together have sent too much that nobody could take yet. A stranger's bounds are narrower.
+    fn crowded_max(&self, is_known: bool) -> Option<usize> {
+        let (together, always) = match is_known {
+            true => (self.shared.bounds.input, INPUT_ALWAYS_MAX),
+            false => (self.shared.bounds.input / 2, INPUT_STRANGER_MAX),
+        };
+        (self.shared.half_sent.get() > together).then_some(always)
     }
 
-    /// Whether this one has to go for that.
-    pub fn is_too_much(&self) -> bool {
-        !self.backlog && self.len() > INPUT_ALWAYS_MAX && self.is_crowded()
+    /// Whether more may be read ahead of a command that waits: as long as it is, it is noticed that the client has left.
+    pub fn reads_ahead(&self, is_known: bool) -> bool {
+        self.len() < self.crowded_max(is_known).unwrap_or(READ_AHEAD_MAX)
+    }
+
+    /// Whether this one has to go because all have sent too much.
+    pub fn is_too_much(&self, is_known: bool) -> bool {
+        !self.backlog && self.crowded_max(is_known).is_some_and(|max| self.len() > max)
     }
 
     /// Gives memory back that is not in use.

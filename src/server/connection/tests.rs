@@ -105,7 +105,24 @@ async fn served_with_rest(rest: Duration, test: impl AsyncFnOnce(Server)) {
 async fn served_by(clients_max: usize, backend: Backend, test: impl AsyncFnOnce(Server)) {
     let commands = Rc::new(Commands::new(TABLE));
     let stats = Arc::new(Stats::new(&commands));
-    let cx = Rc::new(Context::new(commands, Arc::new(Registry::new(clients_max)), stats, backend));
+    served_in(Context::new(commands, Arc::new(Registry::new(clients_max)), stats, backend), test).await;
+}
+
+/// The same where these are the users, and an address that guesses has to wait for this delay.
+async fn served_to(users: &str, auth_delay: Duration, test: impl AsyncFnOnce(Server)) {
+    let commands = Rc::new(Commands::new(TABLE));
+    let stats = Arc::new(Stats::new(&commands));
+    let users = crate::session::users::Users::read(Some(users), None, &*commands).unwrap();
+    let mut cx = Context::new(commands, Arc::new(Registry::new(100)), stats, Backend::unconnected());
+    cx.users = Arc::new(crate::session::users::Directory::new(users));
+    let mut bounds = crate::session::Bounds::default();
+    (bounds.auth_delay, bounds.auth_within, bounds.auth_failures) = (auth_delay, Duration::from_secs(60), 1_000);
+    cx.bounds = Arc::new(bounds);
+    served_in(cx, test).await;
+}
+
+async fn served_in(cx: Context, test: impl AsyncFnOnce(Server)) {
+    let cx = Rc::new(cx);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let shutdown = CancellationToken::new();
@@ -541,6 +558,137 @@ async fn what_all_have_half_sent_is_bounded_together() {
     .await;
 }
 
+/// The SHA-256 of "secret".
+const HASH: &str = "2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b";
+
+#[tokio::test]
+async fn strangers_cannot_have_known_clients_closed_by_what_they_half_send() {
+    served_to(&format!("user known on #{HASH} +@all"), Duration::ZERO, async |server| {
+        let connected = || server.cx.registry.connected();
+        let half_sent = || server.cx.half_sent.get();
+        let half = format!("*2\r\n$4\r\nECHO\r\n$16000\r\n{}", "x".repeat(8_000));
+        let mut known = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut known, b"AUTH known secret\r\n", "+OK\r\n").await;
+        let others = INPUT_TOGETHER_MAX / 2;
+        server.cx.half_sent.set(others);
+        // A stranger that sends more than its share has to go, where a known client goes on.
+        let mut stranger = TcpStream::connect(server.address).await.unwrap();
+        stranger.write_all(half.as_bytes()).await.unwrap();
+        let _ = stranger.read_to_end(&mut Vec::new()).await;
+        known.write_all(half.as_bytes()).await.unwrap();
+        until(|| half_sent() == others + half.len()).await;
+        let mut little = TcpStream::connect(server.address).await.unwrap();
+        little.write_all(&half.as_bytes()[..crate::limits::INPUT_STRANGER_MAX]).await.unwrap();
+        until(|| half_sent() == others + half.len() + crate::limits::INPUT_STRANGER_MAX).await;
+        assert_eq!(connected(), 2);
+        let rest = "x".repeat(8_000) + "\r\n";
+        talk(&mut known, rest.as_bytes(), "$16000\r\n").await;
+        known.read_exact(&mut vec![0; 16_002]).await.unwrap();
+        assert_eq!(connected(), 2);
+        little.write_all(b"x").await.unwrap();
+        until(|| connected() == 1).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_stops_waiting_however_much_others_have_half_sent() {
+    served(10, async |server| {
+        server.cx.half_sent.set(2 * INPUT_TOGETHER_MAX);
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(b"T.SLEEP 60000\r\nPING\r\n").await.unwrap();
+        until(|| server.cx.registry.clients().first().is_some_and(|client| client.profile().in_flight == 1)).await;
+        drop(stream);
+        until(|| server.cx.registry.connected() == 0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn those_who_are_right_do_not_wait_for_each_other_and_who_is_wrong_or_leaves_holds_up_no_longer_than_that() {
+    let delay = Duration::from_millis(100);
+    served_to(&format!("user shop on #{HASH} +@all"), delay, async |server| {
+        let connect = async || TcpStream::connect(server.address).await.unwrap();
+        let wrong = "-WRONGPASS invalid username-password pair or user is disabled.\r\n";
+        let mut guesser = connect().await;
+        for _ in 0..6 {
+            talk(&mut guesser, b"AUTH shop x\r\n", wrong).await;
+        }
+        // The seventh answer waits for 400 ms. It leaves, and so do two that queue behind it.
+        let from = std::net::IpAddr::from([127, 0, 0, 1]);
+        let is_free = || server.cx.guesses.queue(from, b"shop", Instant::now(), delay).is_some_and(|queue| queue.begin().is_some());
+        until(is_free).await;
+        let began = Instant::now();
+        guesser.write_all(b"AUTH shop x\r\n").await.unwrap();
+        until(|| !is_free()).await;
+        drop(guesser);
+        for _ in 0..2 {
+            let mut leaves = connect().await;
+            leaves.write_all(b"AUTH shop y\r\n").await.unwrap();
+            until(|| server.cx.registry.connected() == 1).await;
+            drop(leaves);
+            until(|| server.cx.registry.connected() == 0).await;
+        }
+        let mut right = Vec::new();
+        for _ in 0..50 {
+            let mut stream = connect().await;
+            stream.write_all(b"AUTH shop secret\r\n").await.unwrap();
+            right.push(stream);
+        }
+        for stream in &mut right {
+            expect(stream, "+OK\r\n").await;
+        }
+        let took = began.elapsed();
+        // Were each as long as a wrong one, they would take 25 s.
+        assert!(took >= delay * 4 && took < Duration::from_secs(10), "{took:?}");
+        // None of these has counted as wrong: it is the eighth.
+        assert_eq!(server.cx.guesses.wrong(from, Instant::now(), delay), delay * 5);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_may_not_have_its_subscriptions_as_another_user_does_not_become_that_user_with_them() {
+    let users = format!("user a on #{HASH} +@all allchannels\nuser b on #{HASH} +@all\nuser c on #{HASH} +@all allchannels");
+    served_to(&users, Duration::ZERO, async |server| {
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        stream.write_all(b"AUTH a secret\r\nHELLO 3\r\nSUBSCRIBE x\r\nAUTH c secret\r\nAUTH b secret\r\nPING\r\n").await.unwrap();
+        let said = rest(stream).await;
+        let end =
+            ">3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\n+OK\r\n-NOPERM this user may not have what the connection has subscribed to\r\n";
+        assert!(said.ends_with(end), "{said}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_waits_for_its_turn_is_shown_once() {
+    let delay = Duration::from_millis(20);
+    served_to(&format!("user shop on #{HASH} +@all"), delay, async |server| {
+        let mut watching = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut watching, b"AUTH shop secret\r\nMONITOR\r\n", "+OK\r\n+OK\r\n").await;
+        let guess = async |n: usize| {
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            stream.write_all(b"AUTH shop x\r\n").await.unwrap();
+            expect(&mut stream, "-WRONGPASS").await;
+            n
+        };
+        for n in 0..4 {
+            guess(n).await;
+        }
+        // All of these at once: five have to wait.
+        tokio::join!(guess(4), guess(5), guess(6), guess(7), guess(8), guess(9));
+        let mut last = TcpStream::connect(server.address).await.unwrap();
+        last.write_all(b"HELLO 9\r\n").await.unwrap();
+        let mut read = BytesMut::new();
+        while !String::from_utf8_lossy(&read).contains("HELLO") {
+            assert!(watching.read_buf(&mut read).await.unwrap() > 0);
+        }
+        assert_eq!(String::from_utf8_lossy(&read).matches("\"AUTH\"").count(), 10);
+    })
+    .await;
+}
+
 fn publish(server: &Server, channel: &'static str, payload: &'static str) {
     server.cx.subscribers.hub().publish(channel, || Bytes::from_static(payload.as_bytes()));
 }
@@ -616,8 +764,9 @@ async fn who_monitors_may_still_ask() {
             stream.write_all(format!("HELLO {protocol}\r\nMONITOR\r\nPING\r\nECHO \"it's\"\r\n").as_bytes()).await.unwrap();
             let mut read = BytesMut::new();
             let said = loop {
-                stream.read_buf(&mut read).await.unwrap();
+                let more = stream.read_buf(&mut read).await.unwrap();
                 let said = String::from_utf8_lossy(&read).into_owned();
+                assert!(more > 0, "closed: {said}");
                 if said.contains(" \"ECHO\" \"it's\"\r\n") && said.contains("$4\r\nit's\r\n") {
                     break said;
                 }
