@@ -1,11 +1,15 @@
 """redis-cli against Holdfast."""
 
+import fcntl
 import json
 import os
 import pty
 import re
+import select
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / "python"))
@@ -120,6 +124,37 @@ def stat():
     check_that("clients" in shown.splitlines()[1], shown)
 
 
+def hints():
+    """Somebody who types is told what may follow, and TAB completes names: redis-cli has both from the server's COMMAND DOCS."""
+    ours, its = pty.openpty()
+    # Wide enough for a hint, and rows of no account.
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", "REDISCLI_HISTFILE": "/dev/null"}
+    child = subprocess.Popen(["redis-cli", "-p", PORT], stdin=its, stdout=its, stderr=its, env=environment)
+    os.close(its)
+
+    def sees(what):
+        shown = ""
+        while what not in shown:
+            if not select.select([ours], [], [], PATIENCE)[0]:
+                raise Failure(f"no {what!r} in {shown!r}")
+            shown += os.read(ours, 4096).decode(errors="replace")
+
+    try:
+        sees("> ")
+        os.write(ours, b"stock.decr ")
+        sees("product quantity [product quantity ...] [ORDER order] [REQUEST request]")
+        # Ctrl-U empties the line.
+        os.write(ours, b"\x15holdfast.st\t")
+        sees("HOLDFAST.STATUS")
+    except OSError as error:
+        raise Failure("redis-cli has ended") from error
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
+
+
 def mass_insertion():
     """`--pipe` loads a whole catalogue."""
 
@@ -151,6 +186,7 @@ run_cases(report, f"{name} --json", "cli3-", "map", in_json("--json"))
 run_cases(report, f"{name} -2 --json", "cli2-", "flat", in_json("-2", "--json"))
 report.check(f"{name}: for people", for_people)
 report.check(f"{name}: help", documentation)
+report.check(f"{name}: hints and completion", hints)
 report.check(f"{name}: --latency", latency)
 report.check(f"{name}: --stat", stat)
 report.check(f"{name}: --pipe", mass_insertion)
