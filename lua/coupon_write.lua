@@ -6,7 +6,8 @@
 --
 -- KEYS goes on with lock, info and users of each coupon, then the buckets of request ids. batch is msgpack
 -- {holder of each coupon, users of each coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total,
--- peruser, start, end (0: none), whether Postgres is known not to have it either, alter with total, start, end (false: as it is), delete with nothing, init with total, peruser,
+-- peruser, start, end (0: none), whether Postgres is known not to have it either, alter with total, start, end (false: as it is) and, like delete, whether
+-- an issue of the same client stands in front of it, init with total, peruser,
 -- start, end, issued, used, serial, whether it is deleted, {user, lines, ...}, and 0 where that is all of it, -1 where it is a piece, which is
 -- kept aside for a minute, else how many users were given so before; correct and adopt with n, round, and by how
 -- much total, issued, used and serial move, freeze with the reason, thaw with nothing, the others with the serial (0: the one that fits), the
@@ -17,7 +18,8 @@
 -- The holder is the field in the coupon's lock that its issues go by, which has to be there; '': the lock is elided, and they go ahead only
 -- while nobody holds it.
 -- Words: 'ok', to alter with remaining, to the others with serial, remaining; create 'exists'; alter 'few' issued · 'order';
--- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms · 'fenced', as is what comes behind that; use 'already' serial · 'none' · 'ended';
+-- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms · 'fenced'; what comes behind one of the last two and is of its
+-- user, or of its client and of no user, 'behind'; all behind an init of several parts 'loading'; use 'already' serial · 'none' · 'ended';
 -- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; correct, adopt and what is done again 'moved'; all of them 'absent' · 'deleted' ·
 -- 'corrupt' · 'frozen' reason · 'known' text · 'stale' · 'ahead' · 'full'.
 local FIXED = 2
@@ -34,7 +36,8 @@ end
 local coupons = {}
 for c = 1, #holders do
   local lock_key, info_key, users_key = KEYS[FIXED + c * 3 - 2], KEYS[FIXED + c * 3 - 1], KEYS[FIXED + c * 3]
-  local coupon = {info_key = info_key, users_key = users_key, held = {}, users = users[c], at = 0, single = {}, fields = {}, singles = 0}
+  local coupon = {info_key = info_key, users_key = users_key, held = {}, users = users[c], at = 0, single = {}, fields = {}, singles = 0,
+    waiting = {}}
   local lock_type, info_type, users_type = redis.call('TYPE', lock_key).ok, redis.call('TYPE', info_key).ok, redis.call('TYPE', users_key).ok
   coupon.corrupt = (lock_type ~= 'none' and lock_type ~= 'hash') or (info_type ~= 'none' and info_type ~= 'hash')
     or (users_type ~= 'none' and users_type ~= 'hash')
@@ -157,6 +160,8 @@ function kinds.init(c, coupon, operation)
   if coupon.exists then return say('exists') end
   local part, aside = operation[14], coupon.users_key .. '{loading}'
   if part < 0 then
+    local kind = redis.call('TYPE', aside).ok
+    if kind ~= 'none' and kind ~= 'hash' then dropped[#dropped + 1] = aside end
     pieces[#pieces + 1] = {aside, operation[13]}
     return say('ok')
   end
@@ -167,7 +172,7 @@ function kinds.init(c, coupon, operation)
       return say('absent')
     end
     -- What its users have was not read.
-    coupon.aside, coupon.waits = aside, true
+    coupon.aside, coupon.waits = aside, 'loading'
   end
   coupon.exists, coupon.created, coupon.emptied = true, true, true
   coupon.total, coupon.per_user, coupon.start, coupon.stop, coupon.issued, coupon.used, coupon.serial = unpack(operation, 5, 11)
@@ -237,12 +242,12 @@ local function stepped(c, coupon, operation, serial, word)
   accept(c, operation[2] .. ' serial=' .. serial .. ' remaining=' .. whole(remaining) .. ' |', operation[4], word)
 end
 
-function kinds.issue(c, coupon, operation, held)
-  if coupon.fenced then
-    coupon.waits = true
-    return say('fenced')
+function kinds.issue(c, coupon, operation, held, user)
+  if coupon.fenced or coupon.holder then
+    coupon.waiting[user] = true
+    if coupon.fenced then return say('fenced') end
+    return say('locked', coupon.holder, coupon.holder_ms)
   end
-  if coupon.holder then return say('locked', coupon.holder, coupon.holder_ms) end
   local again = operation[7] and operation[5]
   if again and again > operation[7] and again <= coupon.serial then return say('moved') end
   if not again and head.now < coupon.start then return say('early', coupon.start) end
@@ -263,7 +268,8 @@ end
 
 -- Whether nothing but the number left decides about an issue to a user who has none.
 local function is_open(coupon)
-  return not coupon.corrupt and coupon.exists and not coupon.deleted and not coupon.frozen and not coupon.fenced and not coupon.holder
+  return not coupon.corrupt and coupon.exists and not coupon.deleted and not coupon.frozen and not coupon.waits and not coupon.fenced
+    and not coupon.holder
     and head.now >= coupon.start and (coupon.stop == 0 or head.now < coupon.stop)
 end
 
@@ -344,7 +350,12 @@ local function decide(operation, user, at)
   if word then return say(word, known) end
   if coupon.corrupt then return say('corrupt') end
   -- It may be of the client whose issue is sent back, and comes behind that again.
-  if coupon.waits then return say('fenced') end
+  if coupon.waits then return say(coupon.waits) end
+  if kind ~= 'issue' and coupon.waiting[user or false] then return say('behind') end
+  if (kind == 'alter' and operation[8] or kind == 'delete' and operation[5]) and next(coupon.waiting) then
+    coupon.waits = 'behind'
+    return say('behind')
+  end
   if kind ~= 'create' and kind ~= 'init' then
     if not coupon.exists then return say('absent') end
     if coupon.deleted then return say('deleted') end
@@ -356,7 +367,7 @@ local function decide(operation, user, at)
   end
   local held = held_by(coupon, user, at)
   if kind ~= 'issue' and not rows_of(held) then return say('corrupt') end
-  return kinds[kind](c, coupon, operation, held)
+  return kinds[kind](c, coupon, operation, held, user)
 end
 
 local OF_A_USER = {issue = true, use = true, unuse = true, revoke = true}

@@ -1,9 +1,11 @@
 -- Sets how long locks last from now on, those that are still held under their tokens.
 -- keys: pairs...
--- args: op, installation, keep, batch
--- returns: {op, for each 1, or 0 where it is not held under this token...}
+-- args: op, deadline, installation, keep, batch
+-- returns: {op, for each 1, or 0 where it is not held under this token...}, or {op, 'late'}: nothing was done
 --
 -- KEYS is lock and side of each; batch is msgpack {{token, ms, whether it may be shortened by that}, ...}.
+local time = redis.call('TIME')
+if time[1] * 1000 + math.floor(time[2] / 1000) > tonumber(deadline) then return {op, 'late'} end
 local reply = {op}
 for i, wanted in ipairs(cmsgpack.unpack(batch)) do
   local lock, side = KEYS[i * 2 - 1], KEYS[i * 2]

@@ -1,12 +1,12 @@
 -- Releases a lock once. The last time it is passed on to the next in this sidecar's queue, or all that wait for it are told.
 -- keys: marker, lock, counter, side, done, channel
--- args: op, epoch, run, seen, deadline, installation, token, lease, owner, heir, keep
+-- args: op, epoch, run, seen, deadline, installation, token, lease, owner, heir, keep, counted
 -- include: lock
 -- returns: {op, 'kept'} where it is still held, {op, 'passed', token, lease}, {op, 'released', clients told}, or {op, 'lost'} where it is not held under this token
 --
 -- lease, owner and heir are those of the next, and the op of their own attempts; lease 0: there is none. Past the deadline it is released and
--- not passed on: whoever was to have it may have gone. op as in lock_acquire; done is its own key, which says for keep ms what it did: 'kept',
--- 'released', or the token of the next.
+-- not passed on: whoever was to have it may have gone. op as in lock_acquire; done is its own key, which says for keep ms what it did: 'released',
+-- or the token of the next; for counted ms 'kept', since to do that twice would be one release more.
 local field = installation .. ':' .. token
 local kind = redis.call('TYPE', lock).ok
 local before = redis.call('GET', done)
@@ -17,7 +17,7 @@ end
 if before then return {op, 'released', 0} end
 if kind ~= 'hash' or redis.call('HEXISTS', lock, field) == 0 then return {op, 'lost'} end
 if redis.call('HINCRBY', lock, field, -1) > 0 then
-  redis.call('SET', done, 'kept', 'PX', keep)
+  redis.call('SET', done, 'kept', 'PX', counted)
   return {op, 'kept'}
 end
 redis.call('DEL', lock, side)

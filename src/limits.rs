@@ -111,13 +111,20 @@ pub const LOCK_CALL_WITHIN: Duration = Duration::from_secs(1);
 /// How long what was done to a lock is remembered: a repetition comes within a few [`LOCK_CALL_WITHIN`].
 pub const LOCK_NOTE: Duration = Duration::from_secs(5);
 
-/// How long a release, and an owner's further acquisition, are sent again while the answer is lost: the last one has to come while the first is
-/// remembered.
-pub const LOCK_RESEND_WITHIN: Duration = Duration::from_secs(3);
-const _: () = assert!(LOCK_RESEND_WITHIN.as_millis() + 2 * LOCK_CALL_WITHIN.as_millis() <= LOCK_NOTE.as_millis());
+/// How long a release surely is remembered after it was asked for, with what its first sending may take.
+pub const LOCK_KNOWN_FOR: Duration = Duration::from_secs(3);
+const _: () = assert!(LOCK_KNOWN_FOR.as_millis() + 2 * LOCK_CALL_WITHIN.as_millis() <= LOCK_NOTE.as_millis());
+
+/// How long what is counted is remembered: an owner's further acquisition, and its release. Done twice, it would be one too many, so it is
+/// remembered over an outage of a minute; a key of some 150 bytes each in Redis.
+pub const LOCK_COUNTED_NOTE: Duration = Duration::from_secs(65);
+
+/// How long a release is sent again while the answer is lost: the last one has to come while the first is remembered.
+pub const LOCK_RESEND_WITHIN: Duration = Duration::from_secs(60);
+const _: () = assert!(LOCK_RESEND_WITHIN.as_millis() + 2 * LOCK_CALL_WITHIN.as_millis() <= LOCK_COUNTED_NOTE.as_millis());
 
 /// How long the acquisition of a lock is sent again: Redis knows it for as long as it holds the lock by it. The longest lease, after which that
-/// is over.
+/// is over. Of an owner's further ones it knows the last for as long, the others for [`LOCK_COUNTED_NOTE`].
 pub const LOCK_TRY_WITHIN: Duration = Duration::from_millis(LOCK_LEASE_MAX_MS.unsigned_abs());
 
 /// How long after a lease must have ended it is looked whether it has: longer than a request to Redis takes, and shorter than [`LOCK_NOTE`].

@@ -82,7 +82,7 @@ pub async fn has_coupon(cx: &Rc<Context>, coupon: &Id, deadline: Instant) -> Opt
     if !cx.backend.partition.ledger_up() {
         return None;
     }
-    let asking = ask(cx, 0, |answer| Wanted::Coupon(coupon.clone(), answer));
+    let asking = ask(cx, 0, |answer| Wanted::Exists(coupon.clone(), answer));
     tokio::time::timeout_at(deadline.into(), asking).await.ok()?.ok().map(|found| found.is_some())
 }
 

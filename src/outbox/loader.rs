@@ -84,6 +84,10 @@ impl Loader {
                     Ok(found) => _ = answer.send(found),
                     Err(why) => warn!(%coupon, why, "a coupon is not given to redis"),
                 },
+                Wanted::Exists(coupon, answer) => {
+                    let row = ledger::coupon::load(connection, coupon.as_str()).await?;
+                    _ = answer.send(row.map(|_| ()));
+                }
                 Wanted::Users(coupon, behind, answer) => match users_of(connection, &coupon, behind.as_str()).await? {
                     Ok((users, _)) => _ = answer.send(Some(users)),
                     Err(why) => warn!(%coupon, why, "a coupon is not given to redis"),

@@ -151,7 +151,8 @@ pub struct CouponOp {
     /// It was answered before Redis lost its data, and is done again as it was then: an issue with its serial, which is free if it is above
     /// those of Redis, or not above this one, up to which Postgres knows them.
     pub again: Option<i64>,
-    /// The client that sent it; 0 where that was none. What it sends behind an issue that waits for the lock waits, too.
+    /// The client that sent it; 0 where that was none. What it sends behind an issue that waits for the lock, about the same user or about none,
+    /// waits, too.
     pub client: u64,
 }
 
@@ -164,6 +165,11 @@ impl CouponOp {
     /// Whether it is an issue that nothing is remembered of.
     const fn is_plain(&self) -> bool {
         self.is_issue() && self.request.is_none()
+    }
+
+    /// Whether its client issues the same coupon by one of those.
+    fn comes_behind_one_of<'a>(&self, mut others: impl Iterator<Item = &'a Self>) -> bool {
+        self.client != 0 && others.any(|other| other.is_issue() && other.client == self.client && other.coupon == self.coupon)
     }
 
     /// Whether it needs the coupon's lock.
@@ -292,7 +298,7 @@ impl Family for Coupon {
         }
         batch.array(ops.clone().map(|op| if op.is_plain() { 2 } else { 1 }).sum());
         let mut text = String::new();
-        for (k, op) in ops.enumerate() {
+        for (k, op) in ops.clone().enumerate() {
             let place = places.get(&op.coupon).copied().unwrap_or_default();
             text.clear();
             line(&mut text, k, op);
@@ -303,10 +309,11 @@ impl Family for Coupon {
             let more = match op.action {
                 Action::Create(_) => 5,
                 Action::Init(..) => 10,
-                Action::Alter(_) | Action::Step { .. } => 3,
+                Action::Alter(_) => 4,
+                Action::Step { .. } => 3,
                 Action::Upkeep(Upkeep::Mend { .. }) => 6,
-                Action::Upkeep(Upkeep::Freeze { .. }) => 1,
-                Action::Delete | Action::Upkeep(Upkeep::Thaw) => 0,
+                Action::Delete | Action::Upkeep(Upkeep::Freeze { .. }) => 1,
+                Action::Upkeep(Upkeep::Thaw) => 0,
             };
             batch.array(4 + more).text(op.action.kind()).text(&text).count(place);
             requests.write(&mut batch, op.request.as_ref(), generation);
@@ -333,13 +340,15 @@ impl Family for Coupon {
                             None => batch.no(),
                         };
                     }
+                    batch.is(op.comes_behind_one_of(ops.clone().take(k)));
                 }
                 Action::Upkeep(Upkeep::Mend { by, n, round, .. }) => {
                     batch.integer(i64::try_from(*n).unwrap_or(i64::MAX)).text(round);
                     by.named().iter().for_each(|(_, number)| _ = batch.integer(*number));
                 }
                 Action::Upkeep(Upkeep::Freeze { reason }) => _ = batch.text(reason),
-                Action::Delete | Action::Upkeep(Upkeep::Thaw) => {}
+                Action::Upkeep(Upkeep::Thaw) => {}
+                Action::Delete => _ = batch.is(op.comes_behind_one_of(ops.clone().take(k))),
                 Action::Step { serial, order, .. } => {
                     batch.integer(serial.unwrap_or(0)).text(&order_text(order.as_ref().map(Id::as_str)));
                     match op.again {
@@ -448,11 +457,20 @@ fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Resul
         "locked" => {
             let (holder, remaining_ms) = (words.text()?, words.integer()?);
             let lock = keys::coupon_lock(&op.coupon);
-            return Ok(Verdict::Again(format!("the lock '{lock}' is held by '{holder}' for {remaining_ms} ms more; nothing was changed")));
+            return Ok(Verdict::SentBack(format!(
+                "the lock '{lock}' is held by '{holder}' for {remaining_ms} ms more; nothing was changed"
+            )));
         }
         "fenced" => {
             let lock = keys::coupon_lock(&op.coupon);
-            return Ok(Verdict::SentBack(format!("the lock '{lock}' was lost before it was issued; nothing was changed")));
+            return Ok(Verdict::Lost(format!("the lock '{lock}' was lost before the coupon was issued; nothing was changed")));
+        }
+        "behind" => {
+            let lock = keys::coupon_lock(&op.coupon);
+            return Ok(Verdict::SentBack(format!("an issue in front of it waits for the lock '{lock}'; nothing was changed")));
+        }
+        "loading" => {
+            return Ok(Verdict::SentBack(format!("coupon '{}' has just been loaded; nothing was changed", op.coupon)));
         }
         other => return requests::verdict(other, words, CouponOutcome::Remembered),
     };

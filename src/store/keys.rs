@@ -70,7 +70,7 @@ pub fn lock_owner(name: &LockName) -> String {
     format!("holdfast:owner:{{{}}}", lock(name))
 }
 
-/// String: what one release of a lock did, for the while in which it may be sent again.
+/// String: what one acquisition or release of a lock did, for the while in which it may be sent again.
 pub fn lock_done(name: &LockName, op: &str) -> String {
     format!("holdfast:owner:{{{}}}:{op}", lock(name))
 }

@@ -54,8 +54,10 @@ pub enum Verdict<O> {
     Decided(O),
     /// Not executed, worth another try within the deadline; the reason goes to the client if there is none.
     Again(String),
-    /// The same, for it is not to be done as it was admitted.
+    /// The same, and what its client asks for behind it comes behind it again.
     SentBack(String),
+    /// The same, for what it was admitted by is lost.
+    Lost(String),
 }
 
 /// The positions of a batch's accepted operations, in their order.
@@ -110,8 +112,10 @@ pub trait Desk<Op>: 'static {
     fn admit(&self, op: &mut Op) -> Result<(), Rc<str>>;
     /// What had to wait is asked about again, in the order in which it came.
     fn again(&self);
-    /// The script did not take an operation as it was admitted.
-    fn sent_back(&self, op: &Op);
+    /// The script did not take an operation; why. It waits, and so has to what comes behind it.
+    fn sent_back(&self, op: &Op, why: &Rc<str>);
+    /// What an operation was admitted by is lost.
+    fn lost(&self, op: &Op);
     /// The batch under way is over.
     fn returned(&self);
     /// What it rings.
@@ -126,7 +130,9 @@ impl<Op> Desk<Op> for () {
 
     fn again(&self) {}
 
-    fn sent_back(&self, _: &Op) {}
+    fn sent_back(&self, _: &Op, _: &Rc<str>) {}
+
+    fn lost(&self, _: &Op) {}
 
     fn returned(&self) {}
 
@@ -345,7 +351,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             }
         }
         let queue_max = if F::is_of_a_client(&op) { self.pace.queue_max() } else { limits::LANE_QUEUE_MAX };
-        if self.queued() >= queue_max {
+        if self.queue.borrow().len() >= queue_max {
             return waiter.done(&op, Err(Failure::Crowded));
         }
         let mut queue = self.queue.borrow_mut();
@@ -360,9 +366,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     }
 
     /// Whether what a client asks for now is refused, whatever it is: more waits than is served in time. Where notes of sold-out products may
-    /// answer it without Redis it is not.
+    /// answer it without Redis it is not. What is parked keeps nothing else from being served.
     pub fn is_crowded(&self) -> bool {
-        self.queued() >= self.pace.queue_max() && self.partition.sold_out.is_empty() && self.closed().is_none()
+        self.queue.borrow().len() >= self.pace.queue_max() && self.partition.sold_out.is_empty() && self.closed().is_none()
     }
 
     /// How many operations have gone to Redis.
@@ -673,16 +679,34 @@ mod tests {
         assert!(lane.is_crowded() && told.0.borrow().is_empty());
         lane.submit(decr(), Instant::now(), told.clone());
         assert_eq!(*told.0.borrow(), [Err(Failure::Crowded)]);
-        // What is parked waits as well.
-        lane.parked.borrow_mut().extend(lane.queue.take());
-        assert!(lane.is_crowded());
-        lane.submit(decr(), Instant::now(), told.clone());
-        assert_eq!(*told.0.borrow(), [Err(Failure::Crowded), Err(Failure::Crowded)]);
         partition.sold_out.had(&Id::from("b"), 0, Instant::now());
         assert!(!lane.is_crowded());
         partition.sold_out.clear();
         *lane.gate.borrow_mut() = Gate::Closed(Failure::Loading("closed".into()));
         assert!(!lane.is_crowded(), "that is said instead");
+    }
+
+    #[test]
+    fn what_is_parked_is_bounded_by_itself_and_keeps_nothing_else_out() {
+        let decr = || StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 1)]);
+        let partition = Arc::new(Partition::new(0, 1 << 20).0);
+        let lane = Lane::<Stock, Told>::new(partition, "redis://127.0.0.1:1", "i:stock".into(), 600_000, Duration::from_secs(60), ());
+        *lane.gate.borrow_mut() = Gate::Open;
+        let told = Told::default();
+        let park = |count: usize| {
+            for _ in 0..count {
+                lane.submit(decr(), Instant::now(), told.clone());
+                let mut queued = lane.queue.borrow_mut().pop_front().unwrap();
+                queued.again = Some("somebody holds it".into());
+                lane.park(queued);
+            }
+        };
+        park(limits::LANE_QUEUE_MAX);
+        assert!(told.0.borrow().is_empty() && !lane.is_crowded());
+        park(1);
+        assert_eq!(*told.0.borrow(), [Err(Failure::TryAgain("somebody holds it".into()))]);
+        lane.submit(decr(), Instant::now(), told.clone());
+        assert_eq!((lane.queue.borrow().len(), told.0.borrow().len()), (1, 1));
     }
 
     #[test]

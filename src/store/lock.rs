@@ -282,11 +282,19 @@ impl Locks {
     pub async fn extend(&self, name: &LockName, token: u64, lease: Duration, within: Duration) -> Result<Option<Duration>, Refusal> {
         let sent = Instant::now();
         let Some(lease) = self.0.holds.bounded(token, lease, sent) else { return Ok(None) };
-        let extended = self.0.extend(&[(name.clone(), token, lease)], true, sent + within).await?.first() == Some(&true);
-        if extended {
-            self.0.holds.extended(token, sent, lease);
+        match self.0.extend(&[(name.clone(), token, lease)], true, sent + within).await {
+            Ok(extended) => {
+                let extended = extended.first() == Some(&true);
+                if extended {
+                    self.0.holds.extended(token, sent, lease);
+                }
+                Ok(extended.then_some(lease))
+            }
+            Err(refusal) => {
+                self.0.holds.may_be_extended(token, sent, lease);
+                Err(refusal)
+            }
         }
-        Ok(extended.then_some(lease))
     }
 
     /// How many ms it is still held under this token; -1: without end. `None` where it is not.
@@ -458,7 +466,13 @@ impl Inner {
     fn settle(self: &Arc<Self>, name: &LockName, id: u64, result: Result<Tried, Refusal>, by: By) {
         let now = Instant::now();
         let mut lines = self.lines();
-        let Some(line) = lines.get_mut(name) else { return };
+        let Some(line) = lines.get_mut(name) else {
+            drop(lines);
+            if let Ok(Tried::Got { token, .. }) = result {
+                self.release_soon(name.clone(), token);
+            }
+            return;
+        };
         line.trying = None;
         match result {
             Ok(Tried::Got { token, lease, sent }) => {
@@ -515,7 +529,8 @@ impl Inner {
     /// Asks once for a client that does not wait, while others do: only who holds it already can get it.
     async fn ask_beside_the_line(self: &Arc<Self>, name: &LockName, waiter: Waiter) {
         let asked = Asked::of(&waiter);
-        match self.attempt(name, &asked, false, Instant::now() + limits::LOCK_RESEND_WITHIN).await {
+        // Also for a client that has gone: what it got is released.
+        match self.attempt(name, &asked, false, Instant::now() + limits::LOCK_TRY_WITHIN).await {
             Ok(Tried::Got { token, lease, sent }) => self.grant(name, Some(waiter), token, lease, sent, By::Again),
             Ok(Tried::Held(ms, _)) => _ = waiter.answer.send(Answer::Held(ms)),
             Ok(Tried::Free) => _ = waiter.answer.send(Answer::Held(0)),
@@ -526,7 +541,7 @@ impl Inner {
     /// Tries whether a waiter's owner holds the lock already.
     async fn ask_once_more(self: &Arc<Self>, name: &LockName, id: u64, lease: Duration, owner: Option<Id>) {
         let asked = Asked::once_more(self.op(), lease, owner);
-        let until = Instant::now() + limits::LOCK_RESEND_WITHIN;
+        let until = Instant::now() + limits::LOCK_TRY_WITHIN;
         if let Ok(Tried::Got { token, lease, sent }) = self.attempt(name, &asked, false, until).await {
             let waiter = self.lines().get_mut(name).and_then(|line| line.waiters.remove(&id));
             self.grant(name, waiter, token, lease, sent, By::Again);
@@ -538,8 +553,22 @@ impl Inner {
         self.spawn(async move { _ = inner.release(name, token).await });
     }
 
+    /// Finds out whether a release of which nothing is known has passed the lock on: it is its heir's, or given back where they have gone. Until
+    /// then nobody is tried for.
+    fn look_for_heir(self: &Arc<Self>, name: LockName, id: u64, heir: Asked) {
+        let inner = Arc::clone(self);
+        self.spawn(async move {
+            let result = inner.ask(&name, &heir, false, Instant::now() + limits::LOCK_TRY_WITHIN).await;
+            inner.settle(&name, id, result, By::Passed);
+            if let Some(line) = inner.lines().get_mut(&name) {
+                line.rouse(By::Release);
+            }
+        });
+    }
+
     /// Releases it once, and passes it on to the next in line where it may.
     async fn release(self: &Arc<Self>, name: LockName, token: u64) -> Result<bool, Refusal> {
+        let began = Instant::now();
         let told_us = self.subscriber.hears(&name);
         let heir = {
             let now = Instant::now();
@@ -558,13 +587,15 @@ impl Inner {
                 None => None,
             }
         };
-        let until = Instant::now() + limits::LOCK_RESEND_WITHIN;
+        let until = began + limits::LOCK_RESEND_WITHIN;
         let result = self.let_go(&name, token, &self.op(), heir.as_ref().map(|(_, asked)| asked), until).await;
         let now = Instant::now();
         let mut lines = self.lines();
         let mut passed_to = None;
+        // What was passed on may be known no more by the name of the release, and still is by that of the heir's own try.
+        let in_doubt = heir.is_some() && matches!(result, Err(_) | Ok(Released::Lost));
         if let Some(line) = lines.get_mut(&name) {
-            if heir.is_some() {
+            if heir.is_some() && !in_doubt {
                 line.trying = None;
             }
             match (&result, &heir) {
@@ -583,12 +614,16 @@ impl Inner {
             if !matches!(result, Ok(Released::Passed { .. } | Released::Kept)) {
                 line.rouse(By::Release);
             }
-            let forgotten = line.waiters.is_empty() && !line.contending && line.turn.keeps_out(now).is_none() && !told_us;
+            let forgotten =
+                line.waiters.is_empty() && !line.contending && line.trying.is_none() && line.turn.keeps_out(now).is_none() && !told_us;
             if forgotten {
                 lines.remove(&name);
             }
         }
         drop(lines);
+        if let Some((id, asked)) = heir.filter(|_| in_doubt) {
+            self.look_for_heir(name.clone(), id, asked);
+        }
         match result? {
             Released::Kept => Ok(true),
             Released::ForAll { .. } => {
@@ -602,7 +637,8 @@ impl Inner {
             }
             Released::Lost => {
                 self.holds.remove(token);
-                Ok(false)
+                // By now Redis may have forgotten that it was done the first time.
+                if began.elapsed() > limits::LOCK_KNOWN_FOR { Err(Refusal::InDoubt) } else { Ok(false) }
             }
         }
     }

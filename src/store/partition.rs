@@ -76,6 +76,8 @@ pub struct LoadRequest {
 pub enum Wanted {
     Product(Id, oneshot::Sender<Option<Found>>),
     Coupon(Id, oneshot::Sender<Option<FoundCoupon>>),
+    /// Only whether there is such a coupon.
+    Exists(Id, oneshot::Sender<Option<()>>),
     /// The next who have a coupon, behind this user; none where there are no more.
     Users(Id, Id, oneshot::Sender<Option<Vec<CouponUser>>>),
 }

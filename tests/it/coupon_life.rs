@@ -318,6 +318,10 @@ fn a_coupon_that_thousands_have_is_loaded_in_pieces_and_a_deleted_one_without_th
     // What was left of a load that was broken off, by another's count.
     redis.ask("HSET coupon:users:pg{loading} somebody text");
     assert_eq!(client.until_not("COUPON.ISSUE pg u-1", "-TRYAGAIN"), "[ALREADY, 7001]");
+    // Something else by that name.
+    redis.ask("DEL coupon:info:pg");
+    redis.ask("SET coupon:users:pg{loading} text");
+    assert_eq!(client.until_not("COUPON.ISSUE pg u-1", "-TRYAGAIN"), "[ALREADY, 7001]");
     assert_eq!(redis.ask("HLEN coupon:users:pg"), "7000");
     assert_eq!((redis.ask("PTTL coupon:users:pg").as_str(), redis.ask("EXISTS coupon:users:pg{loading}").as_str()), ("-1", "0"));
     assert!(client.ask("COUPON.ISSUE pg u-2").starts_with("[ISSUED, 7002, 1998, "));
@@ -325,6 +329,19 @@ fn a_coupon_that_thousands_have_is_loaded_in_pieces_and_a_deleted_one_without_th
     assert!(client.ask("COUPON.ISSUE pg new").starts_with("[ISSUED, 7003, 1997, "));
     stack.wait_until_applied();
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter"), "0");
+}
+
+#[test]
+fn a_creation_finds_a_coupon_of_postgres_that_could_not_be_loaded() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    stack.postgres.execute(
+        "INSERT INTO holdfast.coupon (coupon_id, total, issued, used, per_user, last_serial, state)
+         VALUES ('pg', 9000, 5000, 0, 9000, 5000, 'active');
+         INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at)
+         SELECT 'pg', n, 'u', 'issued', now() FROM generate_series(1, 5000) n",
+    );
+    assert_eq!(client.ask("COUPON.CREATE pg 9"), "[EXISTS]");
 }
 
 #[test]

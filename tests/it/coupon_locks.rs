@@ -364,3 +364,101 @@ fn a_killed_holder_keeps_others_out_no_longer_than_its_lease() {
         assert!(began.elapsed() < Duration::from_millis(1_500), "{:?}", began.elapsed());
     }
 }
+
+/// Replies to what one client has sent over one connection.
+fn replies<const N: usize>(client: &mut Client) -> [String; N] {
+    [(); N].map(|()| client.receive())
+}
+
+#[test]
+fn what_stands_behind_an_issue_that_waits_comes_behind_it_in_both_modes() {
+    for mode in ["held", "elide"] {
+        let stack = Stack::with_settings(&["--coupon-lock", mode, "--reply-within-ms", "20000"]);
+        let (mut client, mut other) = (stack.connect(), stack.connect());
+        client.ok("COUPON.CREATE c 1000000");
+        let mut java = Java::new(&stack, "c");
+        for round in 0..size(20, 200) {
+            java.lock();
+            // In one batch, and in one that follows.
+            for command in ["COUPON.ISSUE c u-", "COUPON.USE c u-", "COUPON.ISSUE c v-"] {
+                client.send(&format!("{command}{round}").split(' ').collect::<Vec<_>>());
+            }
+            thread::sleep(Duration::from_millis(round as u64 % 12));
+            for command in ["COUPON.REVOKE c v-{} ACK redis", "COUPON.ALTER c END 1 ACK redis", "COUPON.ALTER c END 0 ACK redis"] {
+                client.send(&command.replace("{}", &round.to_string()).split(' ').collect::<Vec<_>>());
+            }
+            // Another client's do not wait for that.
+            assert_eq!(other.ask("COUPON.USE c nobody"), "[NOTISSUED]", "{mode}, round {round}");
+            assert!(other.ask("COUPON.ALTER c TOTAL 1000000 ACK redis").starts_with("[OK, "), "{mode}, round {round}");
+            java.unlock();
+            let replies: [String; 6] = replies(&mut client);
+            for (reply, word) in replies.iter().zip(["[ISSUED, ", "[USED, ", "[ISSUED, ", "[REVOKED, ", "[OK, ", "[OK, "]) {
+                assert!(reply.starts_with(word), "{mode}, round {round}: {replies:?}");
+            }
+        }
+        assert_eq!(metric(&stack.sidecar, "holdfast_lock_fenced_total"), 0.0, "{mode}: another's lock is not one that was lost");
+    }
+}
+
+#[test]
+fn an_issue_that_waits_holds_up_nothing_of_other_users_over_the_same_connection() {
+    for mode in ["held", "elide"] {
+        let stack = Stack::with_settings(&["--coupon-lock", mode, "--reply-within-ms", "500"]);
+        let mut client = stack.connect();
+        client.ok("COUPON.CREATE c 1000000");
+        assert!(client.until_not("COUPON.ISSUE c had", "-").starts_with("[ISSUED, "));
+        let mut java = Java::new(&stack, "c");
+        java.lock();
+        let commands = ["ISSUE c u", "USE c had", "USE c u", "UNUSE c had", "REVOKE c had ACK redis"];
+        for command in commands {
+            client.send(&format!("COUPON.{command}").split(' ').collect::<Vec<_>>());
+        }
+        let replies: [String; 5] = replies(&mut client);
+        for (reply, word) in replies.iter().zip(["-TRYAGAIN the lock ", "[USED, ", "", "[ISSUED, ", "[REVOKED, "]) {
+            assert!(reply.starts_with(word), "{mode}: {replies:?}");
+        }
+        assert!(!replies[2].starts_with("[USED, "), "{mode}: {replies:?}");
+        java.unlock();
+    }
+}
+
+/// The last piece of a load, and issues to those who have the coupon by it, go in one batch.
+#[test]
+fn nobody_is_issued_a_coupon_twice_while_it_is_loaded_in_pieces() {
+    let stack = Stack::start();
+    stack.postgres.execute(
+        "INSERT INTO holdfast.coupon (coupon_id, total, issued, used, per_user, last_serial, state)
+         SELECT 'pg-' || c, 9000, 4000, 0, 1, 4000, 'active' FROM generate_series(1, 20) c;
+         INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at)
+         SELECT 'pg-' || c, n, 'u-' || n, 'issued', now() FROM generate_series(1, 4000) n, generate_series(1, 20) c",
+    );
+    for mode in ["elide", "held"] {
+        let proxy = Proxy::start(stack.redis.port(), b"");
+        let sidecar =
+            Sidecar::with_settings(&proxy.redis_url(), &stack.postgres.url, &["--coupon-lock", mode, "--reply-within-ms", "5000"]);
+        wait_until("it issues", || sidecar.get("/readyz").0 == 200);
+        // So that what is asked for meanwhile gathers behind every batch.
+        proxy.slow_down(Duration::from_millis(2));
+        for coupon in 1..=size(5, 20) {
+            stack.backing().ask(&format!("DEL coupon:info:pg-{coupon} coupon:users:pg-{coupon}"));
+            let clients: Vec<_> = (0..8)
+                .map(|number| {
+                    let mut client = sidecar.connect();
+                    thread::spawn(move || {
+                        let (mut user, mut last) = (number * 500, String::new());
+                        let began = Instant::now();
+                        while !last.starts_with("[ALREADY, ") || user < number * 500 + 100 {
+                            user += 1;
+                            last = client.ask(&format!("COUPON.ISSUE pg-{coupon} u-{user}"));
+                            assert!(last.starts_with("[ALREADY, ") || last.starts_with("-TRYAGAIN "), "user {user}: {last}");
+                            assert!(began.elapsed() < Duration::from_secs(30));
+                            user = if user == number * 500 + 500 { number * 500 } else { user };
+                        }
+                    })
+                })
+                .collect();
+            clients.into_iter().for_each(|client| client.join().unwrap());
+            assert_eq!(stack.backing().ask(&format!("HGET coupon:info:pg-{coupon} issued")), "4000", "{mode}");
+        }
+    }
+}

@@ -4,13 +4,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::harness::{Client, Sidecar, Stack, wait_until};
-use crate::locks::{acquire, size, token, waiting};
+use crate::locks::{acquire, signal, size, token, waiters, waiting};
 use crate::proxy::{Direction, Proxy};
 
 /// A sidecar that reaches the stack's Redis through a proxy.
 fn behind(stack: &Stack, marked: &'static [u8], flags: &[&str]) -> (Proxy, Sidecar) {
     let proxy = Proxy::start(stack.redis.port(), marked);
-    let flags = [&["--reply-within-ms", "20000"], flags].concat();
+    let patient: &[&str] = if flags.contains(&"--reply-within-ms") { &[] } else { &["--reply-within-ms", "20000"] };
+    let flags = [patient, flags].concat();
     let sidecar = Sidecar::with_settings(&proxy.redis_url(), &stack.postgres.url, &flags);
     let mut client = sidecar.connect();
     wait_until("it serves locks", || client.ask("LOCK.INFO nothing") == "nil");
@@ -51,13 +52,112 @@ fn two_re_entries_whose_answers_are_lost_at_once_count_once_each() {
     }
 }
 
+/// One is first in line, one does not wait, and one stands behind the first; of the three, Redis notes beside the lock only which came last.
+#[test]
+fn re_entries_whose_answers_are_lost_in_a_long_outage_count_once_each() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"", &[]);
+    let (mut client, mut redis) = (sidecar.connect(), stack.backing());
+    let held = acquire(&mut client, "l", "OWNER o LEASE 600000");
+    proxy.hold(Direction::Answers);
+    let mut again = Vec::new();
+    for (count_then, wait) in [(2, ""), (3, ""), (4, " WAIT 60000")] {
+        again.push(waiting(&sidecar, &format!("LOCK.ACQUIRE l OWNER o LEASE 600000{wait}")));
+        wait_until("it has run", || count(&mut redis, "l") == count_then);
+    }
+    proxy.cut();
+    // Longer than it is remembered who acquired a lock that is not counted.
+    thread::sleep(Duration::from_secs(6));
+    proxy.release();
+    for client in again {
+        assert_eq!(token(&client.join().unwrap().1), held);
+    }
+    // One that was asked for by two names is given back once.
+    wait_until("each counts once", || count(&mut redis, "l") == 4);
+    thread::sleep(Duration::from_millis(500));
+    for _ in 0..4 {
+        assert_eq!(client.ask(&format!("LOCK.RELEASE l {held}")), "[RELEASED]");
+    }
+    assert_eq!(redis.ask("EXISTS l"), "0");
+}
+
+#[test]
+fn a_re_entry_whose_client_has_gone_while_redis_was_away_is_given_back() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"", &["--reply-within-ms", "1000"]);
+    let (mut client, mut redis) = (sidecar.connect(), stack.backing());
+    let held = acquire(&mut client, "l", "OWNER o LEASE 600000");
+    let waiter = waiting(&sidecar, "LOCK.ACQUIRE l LEASE 600000 WAIT 60000");
+    wait_until("somebody waits", || waiters(&mut client, "l") == 1);
+    proxy.hold(Direction::Answers);
+    let again = ["", " WAIT 2000"].map(|wait| waiting(&sidecar, &format!("LOCK.ACQUIRE l OWNER o LEASE 600000{wait}")));
+    wait_until("both have run", || count(&mut redis, "l") == 3);
+    proxy.cut();
+    thread::sleep(Duration::from_secs(6));
+    for client in again {
+        let reply = client.join().unwrap().1;
+        assert!(!reply.starts_with("[ACQUIRED"), "{reply}");
+    }
+    proxy.release();
+    wait_until("what nobody got is given back", || count(&mut redis, "l") == 1);
+    client.until(&format!("LOCK.RELEASE l {held}"), "[RELEASED]");
+    assert!(token(&waiter.join().unwrap().1) > held);
+}
+
+#[test]
+fn a_lock_that_was_passed_on_while_its_answer_was_lost_is_held_for_nobody_no_longer_than_redis_is_away() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"", &[]);
+    let (mut client, mut redis) = (sidecar.connect(), stack.backing());
+    // Within the time for which it is known by the release, and longer; the next is still there, or has gone.
+    for (away_ms, wait_ms) in [(1_500, 60_000), (1_500, 500), (6_000, 60_000), (6_000, 500)] {
+        let held = acquire(&mut client, "l", "LEASE 600000");
+        let waiter = waiting(&sidecar, &format!("LOCK.ACQUIRE l LEASE 600000 WAIT {wait_ms}"));
+        wait_until("somebody waits", || waiters(&mut client, "l") == 1);
+        proxy.hold(Direction::Answers);
+        let releasing = waiting(&sidecar, &format!("LOCK.RELEASE l {held}"));
+        wait_until("it has been passed on", || redis.ask("EXISTS l") == "1" && !redis.ask("HKEYS l").ends_with(&format!(":{held}]")));
+        proxy.cut();
+        thread::sleep(Duration::from_millis(away_ms));
+        proxy.release();
+        let released = releasing.join().unwrap().1;
+        assert!(released == "[RELEASED]" || away_ms > 5_000 && released.starts_with("-INDOUBT "), "{away_ms}: {released}");
+        let reply = waiter.join().unwrap().1;
+        if wait_ms > away_ms {
+            let next = token(&reply);
+            assert!(next > held, "{away_ms}");
+            client.until(&format!("LOCK.RELEASE l {next}"), "[RELEASED]");
+        } else {
+            assert!(!reply.starts_with("[ACQUIRED"), "{away_ms}: {reply}");
+        }
+        wait_until("nobody holds it", || redis.ask("EXISTS l") == "0");
+    }
+}
+
+#[test]
+fn an_extension_that_redis_comes_to_too_late_does_nothing() {
+    let stack = Stack::with_settings(&["--reply-within-ms", "300"]);
+    let (mut client, mut redis) = (stack.connect(), stack.backing());
+    let held = acquire(&mut client, "l", "LEASE 30000");
+    // From now on Redis knows the script.
+    assert_eq!(client.ask(&format!("LOCK.EXTEND l {held} 30000")), "[EXTENDED, 30000]");
+    signal(stack.redis.pid(), "-STOP");
+    let reply = client.ask(&format!("LOCK.EXTEND l {held} 600000"));
+    thread::sleep(Duration::from_millis(1_500));
+    signal(stack.redis.pid(), "-CONT");
+    assert!(reply.starts_with("-INDOUBT ") || reply.starts_with("-TRYAGAIN "), "{reply}");
+    client.until_not(&format!("LOCK.CHECK l {held}"), "-");
+    let lasts: u64 = redis.ask("PTTL l").parse().unwrap();
+    assert!(lasts <= 30_000, "{lasts}");
+}
+
 #[test]
 fn a_release_of_several_that_loses_its_answer_counts_once_over_an_outage() {
     let stack = Stack::start();
     let (proxy, sidecar) = behind(&stack, b"", &[]);
     let (mut client, mut redis) = (sidecar.connect(), stack.backing());
-    // Shorter and longer than it is sent again.
-    for (away_ms, known) in [(0, true), (1_500, true), (4_500, false)] {
+    // Shorter and longer than a release is remembered that is not counted.
+    for away_ms in [0, 1_500, 6_000] {
         let held = acquire(&mut client, "l", "OWNER o LEASE 600000");
         assert_eq!(acquire(&mut client, "l", "OWNER o LEASE 600000"), held);
         proxy.hold(Direction::Answers);
@@ -67,7 +167,7 @@ fn a_release_of_several_that_loses_its_answer_counts_once_over_an_outage() {
         thread::sleep(Duration::from_millis(away_ms));
         proxy.release();
         let reply = releasing.join().unwrap().1;
-        assert!(if known { reply == "[RELEASED]" } else { reply.starts_with("-INDOUBT ") }, "{away_ms}: {reply}");
+        assert_eq!(reply, "[RELEASED]", "{away_ms}");
         wait_until("it serves locks", || client.ask(&format!("LOCK.CHECK l {held}")).starts_with("[VALID, "));
         assert_eq!(count(&mut redis, "l"), 1, "{away_ms}");
         assert_eq!(client.ask(&format!("LOCK.RELEASE l {held}")), "[RELEASED]");
@@ -129,26 +229,23 @@ fn what_a_session_was_given_by_hand_outlasts_its_renewals_and_not_its_longest_ho
 }
 
 #[test]
-fn a_session_that_ends_while_redis_is_away_is_released_when_it_returns_or_with_its_lease() {
+fn a_session_that_ends_while_redis_is_away_is_released_when_it_returns() {
     let stack = Stack::start();
-    let lease = Duration::from_secs(6);
-    let (proxy, sidecar) = behind(&stack, b"", &["--lock-session-lease-ms", "6000"]);
+    // By its lease alone it would be free far later.
+    let (proxy, sidecar) = behind(&stack, b"", &["--lock-session-lease-ms", "60000"]);
     let mut redis = stack.backing();
-    // Within the time for which a release is sent again, and longer.
     for away in [Duration::from_millis(800), Duration::from_millis(4_500)] {
         let mut session = sidecar.connect();
         acquire(&mut session, "l", "SESSION");
-        let began = Instant::now();
         proxy.hold(Direction::Requests);
         drop(session);
         thread::sleep(away);
         assert_eq!(redis.ask("EXISTS l"), "1", "{away:?}: it could not be released");
         proxy.release();
+        let returned = Instant::now();
         wait_until("it is free", || redis.ask("EXISTS l") == "0");
-        let freed = began.elapsed();
-        println!("away for {away:?}: free after {freed:?}");
-        assert!(freed < lease + Duration::from_secs(1), "{away:?}: {freed:?}");
-        assert!(away > Duration::from_secs(3) || freed < lease / 2, "{away:?}: {freed:?}");
+        println!("away for {away:?}: free {:?} after that", returned.elapsed());
+        assert!(returned.elapsed() < Duration::from_secs(10), "{away:?}");
     }
 }
 

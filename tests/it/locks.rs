@@ -60,7 +60,7 @@ pub fn beside(stack: &Stack) -> Sidecar {
     sidecar
 }
 
-fn signal(pid: u32, signal: &str) {
+pub fn signal(pid: u32, signal: &str) {
     assert!(Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
 }
 

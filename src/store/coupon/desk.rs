@@ -48,10 +48,19 @@ struct Inner {
     /// `None`: no lock is taken, the script goes ahead only while nobody holds it.
     turns: Option<Turns>,
     coupons: RefCell<HashMap<Id, Rc<Turn>>>,
-    /// The clients that wait for a coupon's lock with an issue, until they are asked about again: whatever they want of it comes behind that.
-    waiting: RefCell<HashSet<(Id, u64)>>,
+    /// The clients that wait with an issue of a coupon, until they are asked about again: what they want of it for the same user, or for none,
+    /// comes behind that.
+    waiting: RefCell<HashMap<(Id, u64), Waits>>,
     /// Those that the batch under way is about.
     under_way: RefCell<Vec<Rc<Turn>>>,
+}
+
+/// With what a client waits.
+struct Waits {
+    why: Rc<str>,
+    users: HashSet<Id>,
+    /// Whatever it wants: something without a user waits.
+    all: bool,
 }
 
 /// The turn of one coupon, from the first wish for it on.
@@ -95,26 +104,43 @@ impl CouponDesk {
 }
 
 impl CouponDesk {
-    /// Has whatever its client wants of the coupon wait behind the issue.
-    fn waits(&self, op: &CouponOp) {
-        if op.client != 0 {
-            self.0.waiting.borrow_mut().insert((op.coupon.detached(), op.client));
+    /// Has what its client wants of the coupon behind it wait, too.
+    fn waits(&self, op: &CouponOp, why: &Rc<str>) {
+        if op.client == 0 {
+            return;
         }
+        let mut waiting = self.0.waiting.borrow_mut();
+        let waits = waiting.entry((op.coupon.detached(), op.client)).or_insert_with(|| Waits {
+            why: Rc::clone(why),
+            users: HashSet::new(),
+            all: false,
+        });
+        match op.action.user() {
+            Some(user) => _ = waits.users.insert(user.detached()),
+            None => waits.all = true,
+        }
+    }
+
+    /// Why an operation has to wait behind another of its client.
+    fn comes_behind(&self, op: &CouponOp) -> Option<Rc<str>> {
+        let waiting = self.0.waiting.borrow();
+        if op.client == 0 || waiting.is_empty() {
+            return None;
+        }
+        let waits = waiting.get(&(op.coupon.clone(), op.client))?;
+        let behind = waits.all || op.action.user().is_none_or(|user| waits.users.contains(user));
+        behind.then(|| Rc::clone(&waits.why))
     }
 }
 
 impl Desk<CouponOp> for CouponDesk {
     fn admit(&self, op: &mut CouponOp) -> Result<(), Rc<str>> {
-        let Some(turns) = self.0.turns else { return Ok(()) };
-        let waits =
-            op.client != 0 && !self.0.waiting.borrow().is_empty() && self.0.waiting.borrow().contains(&(op.coupon.clone(), op.client));
-        let known = (waits || op.is_issue()).then(|| self.0.coupons.borrow().get(&op.coupon).cloned()).flatten();
-        if waits {
-            return Err(known.map_or_else(|| held_by(&self.0.locks, &op.coupon).into(), |turn| turn.held_by(&self.0.locks, &op.coupon)));
+        if let Some(why) = self.comes_behind(op) {
+            self.waits(op, &why);
+            return Err(why);
         }
-        if !op.is_issue() {
-            return Ok(());
-        }
+        let Some(turns) = self.0.turns.filter(|_| op.is_issue()) else { return Ok(()) };
+        let known = self.0.coupons.borrow().get(&op.coupon).cloned();
         let now = Instant::now();
         let turn = known.unwrap_or_else(|| {
             let turn = Rc::new(Turn::new(now));
@@ -128,12 +154,14 @@ impl Desk<CouponOp> for CouponDesk {
             State::Held(fence) => Some(Arc::clone(fence)),
             State::NotALock => None,
             State::Refused(why) => {
-                self.waits(op);
-                return Err(format!("{why}; nothing was changed").into());
+                let why = format!("{why}; nothing was changed").into();
+                self.waits(op, &why);
+                return Err(why);
             }
             State::Waiting | State::Fenced => {
-                self.waits(op);
-                return Err(turn.held_by(&self.0.locks, &op.coupon));
+                let why = turn.held_by(&self.0.locks, &op.coupon);
+                self.waits(op, &why);
+                return Err(why);
             }
         };
         op.fence = fence;
@@ -149,11 +177,11 @@ impl Desk<CouponOp> for CouponDesk {
         self.0.coupons.borrow().values().for_each(|turn| _ = turn.why.take());
     }
 
-    fn sent_back(&self, op: &CouponOp) {
-        self.waits(op);
-        if !op.is_issue() {
-            return;
-        }
+    fn sent_back(&self, op: &CouponOp, why: &Rc<str>) {
+        self.waits(op, why);
+    }
+
+    fn lost(&self, op: &CouponOp) {
         metrics::counter!("holdfast_lock_fenced_total").increment(1);
         let turn = self.0.coupons.borrow().get(&op.coupon).cloned();
         if let Some(turn) = turn.filter(|turn| matches!(&*turn.state.borrow(), State::Held(fence) if op.fence.as_ref() == Some(fence))) {

@@ -1,6 +1,7 @@
 //! A lane's batches: made, sent, and their answers read.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::time::Instant;
 
 use redis::Value;
@@ -61,7 +62,10 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     fn take_next(&self) -> Option<Vec<Queued<F, W>>> {
         self.desk.returned();
         loop {
-            let mut operations = self.take_some()?;
+            let Some(mut operations) = self.take_some() else {
+                self.pace.rests();
+                return None;
+            };
             for queued in operations.extract_if(.., |queued| match self.desk.admit(&mut queued.op) {
                 Ok(()) => false,
                 Err(reason) => {
@@ -69,24 +73,37 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                     true
                 }
             }) {
-                // Whoever has been answered does not wait any more.
                 if queued.waiter.is_some() {
                     self.park(queued);
                 }
             }
             if !operations.is_empty() {
+                self.pace.sent(operations.len(), !self.queue.borrow().is_empty());
                 return Some(operations);
             }
         }
     }
 
-    /// Lets an operation wait for a while, or until the desk rings.
-    fn park(&self, queued: Queued<F, W>) {
+    /// Lets an operation wait for a while, or until the desk rings; refuses it where too many do.
+    pub(super) fn park(&self, mut queued: Queued<F, W>) {
         let mut parked = self.parked.borrow_mut();
+        if parked.len() >= limits::LANE_QUEUE_MAX {
+            drop(parked);
+            let reason = queued.why_not("overloaded: too many wait; nothing was changed");
+            return queued.finish(Err(Failure::TryAgain(reason)));
+        }
         if parked.is_empty() {
             self.bell.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
         }
         parked.push(queued);
+    }
+
+    fn try_again(&self, mut queued: Queued<F, W>, reason: Rc<str>) {
+        queued.again = Some(reason);
+        // Whoever has been answered does not wait any more.
+        if queued.waiter.is_some() {
+            self.park(queued);
+        }
     }
 
     /// As much of the queue as fits a batch.
@@ -105,9 +122,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if count == 0 {
             return None;
         }
-        let operations: Vec<_> = queue.drain(..count).collect();
-        self.pace.sent(count, !queue.is_empty());
-        Some(operations)
+        Some(queue.drain(..count).collect())
     }
 
     pub(super) async fn resend(
@@ -275,19 +290,17 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                         F::keep(&mut copies, k, queued.op, note);
                     }
                 }
-                again @ (Verdict::Again(_) | Verdict::SentBack(_)) => {
-                    let reason = match again {
-                        Verdict::SentBack(reason) => {
-                            self.desk.sent_back(&queued.op);
-                            reason
-                        }
-                        Verdict::Again(reason) => reason,
-                        Verdict::Decided(_) => continue,
-                    };
-                    queued.again = Some(reason.into());
-                    if queued.waiter.is_some() {
-                        self.park(queued);
-                    }
+                Verdict::Again(reason) => self.try_again(queued, reason.into()),
+                Verdict::SentBack(reason) => {
+                    let reason = reason.into();
+                    self.desk.sent_back(&queued.op, &reason);
+                    self.try_again(queued, reason);
+                }
+                Verdict::Lost(reason) => {
+                    let reason = reason.into();
+                    self.desk.lost(&queued.op);
+                    self.desk.sent_back(&queued.op, &reason);
+                    self.try_again(queued, reason);
                 }
             }
         }

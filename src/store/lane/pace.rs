@@ -52,6 +52,11 @@ impl Pace {
         self.before.set((more && operations >= limits::BATCH_OPERATIONS_MAX / 2).then_some(now));
     }
 
+    /// Nothing goes for now: when the next does says nothing about the pace.
+    pub(super) fn rests(&self) {
+        self.before.set(None);
+    }
+
     fn took(&self, round: Duration) {
         // One that took longer than an operation has is a stall, not a pace.
         let round = round.min(self.within);
@@ -87,6 +92,10 @@ mod tests {
             pace.sent(operations, more);
             assert!(pace.round.get().is_zero());
         }
+        pace.sent(limits::BATCH_OPERATIONS_MAX, true);
+        pace.rests();
+        pace.sent(1, false);
+        assert!(pace.round.get().is_zero(), "what stood behind it was parked");
         pace.sent(limits::BATCH_OPERATIONS_MAX, true);
         pace.sent(1, false);
         assert!(!pace.round.get().is_zero());

@@ -93,6 +93,15 @@ enum Again {
 impl Inner {
     /// Tries to acquire; where not `fresh`, only for an owner that holds the lock.
     pub(super) async fn attempt(&self, name: &LockName, asked: &Asked, fresh: bool, until: Instant) -> Result<Tried, Refusal> {
+        // Nothing has been sent yet: whoever wants it may have gone by the time Redis is there.
+        if tokio::time::timeout(limits::LOCK_CALL_WITHIN, self.link.node()).await.is_err() {
+            return Err(self.silent());
+        }
+        self.ask(name, asked, fresh, until).await
+    }
+
+    /// The same, also where Redis is away.
+    pub(super) async fn ask(&self, name: &LockName, asked: &Asked, fresh: bool, until: Instant) -> Result<Tried, Refusal> {
         let mut keys = vec![
             keys::LOCKS.to_owned(),
             keys::lock(name),
@@ -101,11 +110,7 @@ impl Inner {
             keys::lock_done(name, &asked.op),
         ];
         keys.extend(name.coupon().filter(|_| asked.to_issue).map(|coupon| keys::coupon_info(&coupon)));
-        let (lease, keep) = (millis(asked.lease).to_string(), limits::LOCK_NOTE.as_millis().to_string());
-        // Nothing has been sent yet: whoever wants it may have gone by the time Redis is there.
-        if tokio::time::timeout(limits::LOCK_CALL_WITHIN, self.link.node()).await.is_err() {
-            return Err(self.silent());
-        }
+        let lease = millis(asked.lease).to_string();
         let mut sent = Instant::now();
         let mut words = self
             .call(&script::LOCK_ACQUIRE, &keys, &asked.op, until, |node| {
@@ -113,7 +118,7 @@ impl Inner {
                 let mut args = self.of_node(node, sent);
                 args.push(node.epoch.installation.clone().into_bytes());
                 args.extend([lease.clone().into_bytes(), asked.owner().to_vec(), if fresh { b"1".to_vec() } else { b"0".to_vec() }]);
-                args.push(keep.clone().into_bytes());
+                args.extend(notes());
                 args
             })
             .await?;
@@ -151,7 +156,7 @@ impl Inner {
             keys::lock_done(name, op),
             keys::lock_channel(name),
         ];
-        let (token, keep) = (token.to_string(), limits::LOCK_NOTE.as_millis().to_string());
+        let token = token.to_string();
         let lease = next.map_or(0, |next| millis(next.lease)).to_string();
         let mut sent = Instant::now();
         let mut words = self
@@ -160,7 +165,8 @@ impl Inner {
                 let mut args = self.of_node(node, sent);
                 args.extend([node.epoch.installation.clone().into_bytes(), token.clone().into_bytes()]);
                 args.extend([lease.clone().into_bytes(), next.map_or(b"".as_slice(), Asked::owner).to_vec()]);
-                args.extend([next.map_or(b"".as_slice(), |next| next.op.as_bytes()).to_vec(), keep.clone().into_bytes()]);
+                args.push(next.map_or(b"".as_slice(), |next| next.op.as_bytes()).to_vec());
+                args.extend(notes());
                 args
             })
             .await?;
@@ -191,7 +197,8 @@ impl Inner {
         let (batch, keep) = (batch.into_bytes(), limits::LOCK_NOTE.as_millis().to_string());
         let mut words = self
             .call(&script::LOCK_EXTEND, &keys, &self.op(), until, |node| {
-                vec![node.epoch.installation.clone().into_bytes(), keep.clone().into_bytes(), batch.clone()]
+                let deadline = node.time_at(Instant::now() + limits::LOCK_CALL_WITHIN).to_string();
+                vec![deadline.into_bytes(), node.epoch.installation.clone().into_bytes(), keep.clone().into_bytes(), batch.clone()]
             })
             .await?;
         holds.iter().map(|_| Ok(words.integer().map_err(|error| refused(&error))? == 1)).collect()
@@ -345,6 +352,11 @@ impl Inner {
         }
         Err(Again::Now)
     }
+}
+
+/// For how many ms Redis remembers what was done to a lock, and what is counted.
+fn notes() -> [Vec<u8>; 2] {
+    [limits::LOCK_NOTE, limits::LOCK_COUNTED_NOTE].map(|note| note.as_millis().to_string().into_bytes())
 }
 
 fn number(words: &mut Words) -> Result<u64, Error> {

@@ -107,6 +107,16 @@ impl Holds {
         }
     }
 
+    /// It was asked at `sent` to last so long from then on, and may have been: a session's may end by that, and is renewed at once.
+    pub fn may_be_extended(&self, token: u64, sent: Instant, lease: Duration) {
+        if let Some(hold) = self.all().get_mut(&token)
+            && let Some(session) = &mut hold.session
+        {
+            (hold.until, hold.said) = (hold.until.min(sent + lease), sent);
+            session.renew_at = sent;
+        }
+    }
+
     /// The sessions' locks that are to be renewed now. Each is due again a third of its lease later.
     pub fn due(&self, now: Instant) -> Vec<Renewal> {
         let mut due = Vec::new();
@@ -257,6 +267,17 @@ mod tests {
         assert_eq!(holds.due(at(5)).len(), 1, "it is renewed in time");
         holds.end(at(7), false);
         assert!(!holds.has(9));
+        // Shorter or not, that is not known; and longer or not.
+        let _lost = holds.add(&name, 10, start, LEASE, Some(&settings()));
+        holds.may_be_extended(10, at(1), Duration::from_secs(2));
+        let renewal = holds.due(at(1)).pop().expect("it is renewed at once");
+        holds.end(at(3), false);
+        assert!(!holds.has(10), "it may have ended");
+        holds.renewed(&renewal, Some(at(1)));
+        let _lost = holds.add(&name, 11, start, LEASE, Some(&settings()));
+        holds.may_be_extended(11, at(1), Duration::from_secs(12));
+        holds.end(at(9), false);
+        assert!(!holds.has(11), "it may not have been extended");
     }
 
     #[test]
