@@ -134,7 +134,7 @@ fn a_deleted_coupon_is_gone_and_its_id_stays_taken() {
     }
     assert_eq!(client.ask("COUPON.GET c u"), "[]");
     assert_eq!(client.field("COUPON.INFO c", "state"), "deleted");
-    assert_eq!(client.ask("COUPON.SCAN 0"), "[0, []]");
+    assert_eq!(client.ask("COUPON.SCAN 0 COUNT 1000"), "[0, []]");
     assert_eq!(stack.backing().ask("EXISTS coupon:users:c"), "0");
     assert_eq!(stack.postgres.value("SELECT state FROM holdfast.coupon"), "deleted");
     assert_eq!(stack.postgres.value("SELECT user_id || ' ' || state FROM holdfast.coupon_issue"), "u issued");
