@@ -12,7 +12,8 @@
 -- kept aside for a minute, else how many users were given so before; correct and adopt with n, round, and by how
 -- much total, issued, used and serial move, freeze with the reason, thaw with nothing, the others with the serial (0: the one that fits), the
 -- order (=<order>, - for none) and false, or of what was answered before Redis lost its data up to which serial Postgres knows who has it: then it
--- is decided as if it were then, and an issue has its serial of then. An issue without a request, of which there are most, is only its coupon and its text,
+-- is decided as if it were then, and an issue has its serial of then; and whether an alter or delete of the same client stands in front of it that
+-- has an issue in front of it. An issue without a request, of which there are most, is only its coupon and its text,
 -- without a table around them. The users of a coupon are those of its operations, in their order. A user's field holds one line a coupon of theirs, by serial: serial,
 -- state, issued at, order. What was revoked is nobody's any more.
 -- The holder is the field in the coupon's lock that its issues go by, which has to be there; '': the lock is elided, and they go ahead only
@@ -342,6 +343,9 @@ function kinds.revoke(c, coupon, operation, held)
   stepped(c, coupon, operation, serial, 'REVOKED :' .. serial .. ' :' .. whole(remaining_of(coupon)))
 end
 
+-- Which operations say whether what their client wants of the coupon stands in front of them.
+local BEHIND = {alter = true, delete = true, issue = true, use = true, unuse = true, revoke = true}
+
 local function decide(operation, user, at)
   local kind, c, request = operation[1], operation[3], operation[4]
   local coupon = coupons[c]
@@ -352,10 +356,9 @@ local function decide(operation, user, at)
   -- It may be of the client whose issue is sent back, and comes behind that again.
   if coupon.waits then return say(coupon.waits) end
   if kind ~= 'issue' and coupon.waiting[user or false] then return say('behind') end
-  if (kind == 'alter' and operation[8] or kind == 'delete' and operation[5]) and next(coupon.waiting) then
-    coupon.waits = 'behind'
-    return say('behind')
-  end
+  local behind = operation[8]
+  if kind == 'delete' then behind = operation[5] end
+  if behind and BEHIND[kind] and next(coupon.waiting) then return say('behind') end
   if kind ~= 'create' and kind ~= 'init' then
     if not coupon.exists then return say('absent') end
     if coupon.deleted then return say('deleted') end

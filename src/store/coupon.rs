@@ -298,6 +298,8 @@ impl Family for Coupon {
         }
         batch.array(ops.clone().map(|op| if op.is_plain() { 2 } else { 1 }).sum());
         let mut text = String::new();
+        // What is about no user, and stands behind an issue of its client.
+        let mut behind_issues: Vec<(&Id, u64)> = Vec::new();
         for (k, op) in ops.clone().enumerate() {
             let place = places.get(&op.coupon).copied().unwrap_or_default();
             text.clear();
@@ -309,8 +311,7 @@ impl Family for Coupon {
             let more = match op.action {
                 Action::Create(_) => 5,
                 Action::Init(..) => 10,
-                Action::Alter(_) => 4,
-                Action::Step { .. } => 3,
+                Action::Alter(_) | Action::Step { .. } => 4,
                 Action::Upkeep(Upkeep::Mend { .. }) => 6,
                 Action::Delete | Action::Upkeep(Upkeep::Freeze { .. }) => 1,
                 Action::Upkeep(Upkeep::Thaw) => 0,
@@ -340,7 +341,9 @@ impl Family for Coupon {
                             None => batch.no(),
                         };
                     }
-                    batch.is(op.comes_behind_one_of(ops.clone().take(k)));
+                    let behind = op.comes_behind_one_of(ops.clone().take(k));
+                    batch.is(behind);
+                    behind_issues.extend(behind.then_some((&op.coupon, op.client)));
                 }
                 Action::Upkeep(Upkeep::Mend { by, n, round, .. }) => {
                     batch.integer(i64::try_from(*n).unwrap_or(i64::MAX)).text(round);
@@ -348,13 +351,18 @@ impl Family for Coupon {
                 }
                 Action::Upkeep(Upkeep::Freeze { reason }) => _ = batch.text(reason),
                 Action::Upkeep(Upkeep::Thaw) => {}
-                Action::Delete => _ = batch.is(op.comes_behind_one_of(ops.clone().take(k))),
+                Action::Delete => {
+                    let behind = op.comes_behind_one_of(ops.clone().take(k));
+                    batch.is(behind);
+                    behind_issues.extend(behind.then_some((&op.coupon, op.client)));
+                }
                 Action::Step { serial, order, .. } => {
                     batch.integer(serial.unwrap_or(0)).text(&order_text(order.as_ref().map(Id::as_str)));
                     match op.again {
                         Some(known) => batch.integer(known),
                         None => batch.no(),
                     };
+                    batch.is(behind_issues.contains(&(&op.coupon, op.client)));
                 }
             }
         }

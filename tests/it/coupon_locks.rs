@@ -378,21 +378,27 @@ fn what_stands_behind_an_issue_that_waits_comes_behind_it_in_both_modes() {
         client.ok("COUPON.CREATE c 1000000");
         let mut java = Java::new(&stack, "c");
         for round in 0..size(20, 200) {
+            assert!(client.ask(&format!("COUPON.ISSUE c old-{round}")).starts_with("[ISSUED, "));
             java.lock();
             // In one batch, and in one that follows.
             for command in ["COUPON.ISSUE c u-", "COUPON.USE c u-", "COUPON.ISSUE c v-"] {
                 client.send(&format!("{command}{round}").split(' ').collect::<Vec<_>>());
             }
             thread::sleep(Duration::from_millis(round as u64 % 12));
-            for command in ["COUPON.REVOKE c v-{} ACK redis", "COUPON.ALTER c END 1 ACK redis", "COUPON.ALTER c END 0 ACK redis"] {
+            for command in [
+                "COUPON.REVOKE c v-{} ACK redis",
+                "COUPON.ALTER c END 1 ACK redis",
+                "COUPON.USE c old-{}",
+                "COUPON.ALTER c END 0 ACK redis",
+            ] {
                 client.send(&command.replace("{}", &round.to_string()).split(' ').collect::<Vec<_>>());
             }
             // Another client's do not wait for that.
             assert_eq!(other.ask("COUPON.USE c nobody"), "[NOTISSUED]", "{mode}, round {round}");
             assert!(other.ask("COUPON.ALTER c TOTAL 1000000 ACK redis").starts_with("[OK, "), "{mode}, round {round}");
             java.unlock();
-            let replies: [String; 6] = replies(&mut client);
-            for (reply, word) in replies.iter().zip(["[ISSUED, ", "[USED, ", "[ISSUED, ", "[REVOKED, ", "[OK, ", "[OK, "]) {
+            let replies: [String; 7] = replies(&mut client);
+            for (reply, word) in replies.iter().zip(["[ISSUED, ", "[USED, ", "[ISSUED, ", "[REVOKED, ", "[OK, ", "[ENDED, ", "[OK, "]) {
                 assert!(reply.starts_with(word), "{mode}, round {round}: {replies:?}");
             }
         }
