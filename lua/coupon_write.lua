@@ -362,7 +362,7 @@ local function decide(operation, user, at)
   if kind ~= 'create' and kind ~= 'init' then
     if not coupon.exists then return say('absent') end
     if coupon.deleted then return say('deleted') end
-    if coupon.frozen and kind ~= 'freeze' and kind ~= 'thaw' then return say('frozen', coupon.frozen) end
+    if coupon.frozen and kind ~= 'freeze' and kind ~= 'thaw' and kind ~= 'delete' then return say('frozen', coupon.frozen) end
   end
   if not user then
     coupon.open = nil

@@ -5,7 +5,7 @@ use sqlx::PgConnection;
 use super::{Error, from_bigint, partition, to_bigint};
 use crate::domain::Position;
 use crate::domain::change::{Effect, Operation};
-use crate::domain::coupon::Counts;
+use crate::domain::coupon::{Counts, CouponChange};
 
 /// A coupon as far as the outbox has been applied. Times in Unix ms.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
@@ -120,7 +120,7 @@ impl ExpectedRow {
             used_after,
             adopted,
             first,
-            unsettled,
+            mut unsettled,
             parked,
         ) = self;
         let stored = Counts { total, issued, used, serial };
@@ -128,6 +128,8 @@ impl ExpectedRow {
         let mut counts = stored.with(after, i64::saturating_sub);
         for line in &parked {
             let Ok(Operation { effect: Effect::Coupon { change, .. }, .. }) = Operation::decode(line) else { continue };
+            // Only Redis has it until that is settled.
+            unsettled |= matches!(change, CouponChange::Create(_));
             let [total, issued, used] = change.moves();
             let serial = change.serial().map_or(0, |serial| serial.saturating_sub(counts.serial).max(0));
             counts = counts.with(Counts { total, issued, used, serial }, i64::saturating_add);
@@ -156,6 +158,22 @@ pub async fn expected(
         .await?;
     let is_known = rows.first().is_some_and(|row| from_bigint(row.0) == epoch && from_bigint(row.1) >= n);
     Ok(is_known.then(|| rows.into_iter().map(ExpectedRow::expected).collect()))
+}
+
+/// The order that a serial of a coupon was redeemed for, if it had one; `None` where it is not redeemed.
+pub async fn used_for(connection: &mut PgConnection, coupon: &str, serial: i64) -> Result<Option<Option<String>>, Error> {
+    let order = sqlx::query_scalar("SELECT order_id FROM holdfast.coupon_issue WHERE coupon_id = $1 AND serial = $2 AND state = 'used'");
+    Ok(order.bind(coupon).bind(serial).fetch_optional(connection).await?)
+}
+
+/// By how many more of a coupon are issued and used, counted user by user, than its own numbers say. Looks at all who ever had it.
+pub async fn missing_in_counts(connection: &mut PgConnection, coupon: &str) -> Result<(i64, i64), Error> {
+    let missing = sqlx::query_as(
+        "SELECT i.issued - coalesce(c.issued, 0), i.used - coalesce(c.used, 0) \
+         FROM (SELECT count(*) FILTER (WHERE state <> 'revoked') AS issued, count(*) FILTER (WHERE state = 'used') AS used \
+         FROM holdfast.coupon_issue WHERE coupon_id = $1) AS i LEFT JOIN holdfast.coupon c ON c.coupon_id = $1",
+    );
+    Ok(missing.bind(coupon).fetch_one(connection).await?)
 }
 
 /// The coupons behind `after` that are not deleted, in the order of their ids, at most `limit`.
@@ -205,7 +223,8 @@ mod tests {
              INSERT INTO holdfast.dead_letter (partition, epoch, n, i, op, k, kind, delta, in_redis, reason, line)
              VALUES (0, 1, 8, 0, 'x', 4, 'coupon.issue', 0, true, '', '4 coupon.issue coupon=a user=u serial=6 remaining=0 |'),
              (0, 1, 8, 0, 'x', 5, 'coupon.issue', 0, false, '', '5 coupon.issue coupon=a user=w serial=5 remaining=0 |'),
-             (0, 1, 8, 0, 'x', 6, 'coupon.issue', 0, true, '', '6 coupon.issue coupon=ab user=v serial=5 remaining=0 |')",
+             (0, 1, 8, 0, 'x', 6, 'coupon.issue', 0, true, '', '6 coupon.issue coupon=ab user=v serial=5 remaining=0 |'),
+             (0, 1, 8, 0, 'x', 7, 'coupon.create', 0, true, '', '7 coupon.create coupon=parked total=5 peruser=1 |')",
         )
         .await;
         let coupons = ["a", "b", "gone", "nowhere"].map(str::to_owned);
@@ -218,6 +237,8 @@ mod tests {
         assert_eq!(rows[0], row("a", Some(a), in_flight, false));
         assert_eq!(rows[1], Expected { per_user: 2, ..row("b", Some(none), b, true) });
         assert_eq!(rows[2..], [row("gone", None, none, false), row("nowhere", None, none, false)]);
+        let parked = expected(connection, 0, &["parked".to_owned()], 1, 10).await.unwrap().unwrap();
+        assert_eq!((parked[0].counts, parked[0].unsettled), (None, true), "only Redis has it, and that is known");
         assert_eq!(expected(connection, 0, &coupons, 1, 14).await.unwrap(), None, "not applied yet");
         assert_eq!(expected(connection, 0, &coupons, 2, 10).await.unwrap(), None, "another epoch");
         assert_eq!(page(connection, "", 9).await.unwrap(), ["a", "b"]);

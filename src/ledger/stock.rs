@@ -140,11 +140,13 @@ pub async fn changed(connection: &mut PgConnection, partition: u32, after: Posit
     Ok(products.fetch_all(connection).await?)
 }
 
-/// Those of the products that have not been here for so long, or have no row at all.
+/// Those of the products that have not been here for so long. One without a row went no earlier than its newest row in the ledger.
 pub async fn gone_for(connection: &mut PgConnection, products: &[String], long: Duration) -> Result<Vec<String>, Error> {
     let gone = sqlx::query_scalar(
         "SELECT p FROM unnest($1::text[]) AS p LEFT JOIN holdfast.stock s ON s.product_id = p \
-         WHERE s.product_id IS NULL OR s.deleted_at < now() - $2 * interval '1 second'",
+         CROSS JOIN (SELECT now() - $2 * interval '1 second' AS before) AS long \
+         WHERE s.deleted_at < long.before OR (s.product_id IS NULL AND coalesce((SELECT l.at FROM holdfast.stock_ledger l \
+         WHERE l.product_id = p ORDER BY l.epoch DESC, l.n DESC LIMIT 1) < long.before, true))",
     );
     Ok(gone.bind(products).bind(long.as_secs_f64()).fetch_all(connection).await?)
 }

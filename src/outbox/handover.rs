@@ -12,10 +12,10 @@ use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 use crate::domain::{Id, OrderState, Position, RequestId};
 use crate::ledger::salvage::{self, Answered};
 use crate::ledger::{self, PgConnection};
-use crate::limits::{HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
+use crate::limits::{HANDOVER_COUPONS_WAIT, HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
 use crate::store::Partition;
-use crate::store::coupon::{Action, CouponOp, CouponOutcome};
-use crate::store::partition::EndedEpoch;
+use crate::store::coupon::{Action, CouponOp, CouponOutcome, Part};
+use crate::store::partition::{EndedEpoch, LoadRequest, Wanted};
 use crate::store::requests::{HANDED_OVER, Remembered, Request};
 use crate::store::stock::{self, Items, StockOp, StockOutcome};
 
@@ -73,7 +73,16 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
     if !tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false) {
         return Ok(());
     }
+    let mut wait = HashSet::new();
     for answered in salvage::handed_over(postgres, partition.id, HANDOVER_MAX).await? {
+        let coupon = match &answered.operation.effect {
+            Effect::Coupon { coupon, .. } => Some(coupon.clone()),
+            Effect::Stock { .. } => None,
+        };
+        // What came later of a coupon comes behind that.
+        if coupon.as_ref().is_some_and(|coupon| wait.contains(coupon)) {
+            continue;
+        }
         let id = format!("hf-{}-{}", answered.op, answered.operation.k);
         let is_there = !salvage::known(postgres, std::slice::from_ref(&answered)).await?.is_empty();
         if is_there || salvage::is_request_known(postgres, &id).await? {
@@ -93,7 +102,13 @@ async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection)
         let owed = match done {
             Done::AsAnswered => None,
             Done::Refused(why) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
-            Done::Unknown => return Ok(()),
+            Done::Unknown => match coupon {
+                Some(coupon) if wait.len() < HANDOVER_COUPONS_WAIT => {
+                    wait.insert(coupon);
+                    continue;
+                }
+                _ => return Ok(()),
+            },
         };
         info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
         salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
@@ -126,13 +141,36 @@ async fn coupon_done_again(
     {
         return Ok(Done::Refused(format!(": serial {serial} has been given out again")));
     }
-    let op = CouponOp { is_nowhere: row.is_none(), again: Some(row.map_or(0, |row| row.last_serial)), ..op };
-    Ok(match partition.change_coupon(op).await {
+    let is_nowhere = row.is_none();
+    let op = CouponOp { is_nowhere, again: Some(row.map_or(0, |row| row.last_serial)), ..op };
+    let mut outcome = partition.change_coupon(op.clone()).await;
+    if matches!(outcome, Ok(CouponOutcome::Absent)) && !is_nowhere && load(partition, op.coupon.clone()).await {
+        outcome = partition.change_coupon(op.clone()).await;
+    }
+    if let (Effect::Coupon { change: CouponChange::Step(lost), .. }, Ok(CouponOutcome::Already { serial })) = (&operation.effect, &outcome)
+        && lost.step == CouponStep::Use
+        && ledger::coupon::used_for(postgres, op.coupon.as_str(), *serial).await? != Some(lost.order.clone())
+    {
+        return Ok(Done::Refused(format!(": serial {serial} has been redeemed by another order")));
+    }
+    Ok(match outcome {
         Ok(CouponOutcome::Done { .. } | CouponOutcome::Remembered(Remembered::Known(_))) => Done::AsAnswered,
         Ok(outcome) if is_coupon_as_answered(operation, &outcome) => Done::AsAnswered,
         Ok(CouponOutcome::Moved) | Err(_) => Done::Unknown,
         Ok(refused) => Done::Refused(format!(": {refused:?}")),
     })
+}
+
+/// Gives Redis what Postgres has of a coupon. Returns whether it is there now: not one whose users are too many for one script.
+async fn load(partition: &Partition, coupon: Id) -> bool {
+    let (answer, answered) = tokio::sync::oneshot::channel();
+    let request = LoadRequest { absent_at: partition.head().n, wanted: Wanted::Coupon(coupon.clone(), answer) };
+    if partition.loads.send(request).await.is_err() {
+        return false;
+    }
+    let Ok(Ok(Some(found))) = tokio::time::timeout(LOAD_WITHIN, answered).await else { return false };
+    let init = |found| CouponOp::new(coupon, Action::Init(Box::new(found), Part::Whole), None);
+    !found.more && matches!(partition.change_coupon(init(found)).await, Ok(CouponOutcome::Loaded | CouponOutcome::Exists))
 }
 
 /// Whether what was done again to an order left it as was answered then. An order that was paid and has expired since is not.

@@ -12,6 +12,9 @@ use crate::limits::{DELETED_KEPT, SWEEP_DELETED_GOES, SWEEP_EVERY};
 use crate::store::partition::State;
 use crate::store::{Connection, Partition, sweep};
 
+/// The cursor at which a walk through deletions begins, and that it ends with.
+const FIRST: &str = "0";
+
 /// See the module. Any number of sidecars may do it.
 pub struct Sweeper {
     pub partition: Arc<Partition>,
@@ -24,7 +27,7 @@ pub struct Sweeper {
 impl Sweeper {
     /// Sweeps now and then until `cancel`.
     pub async fn run(self, cancel: CancellationToken) {
-        let (mut before, mut applied) = (BTreeMap::new(), 0);
+        let (mut before, mut applied, mut deletions_from) = (BTreeMap::new(), 0, FIRST.to_owned());
         while cancel.run_until_cancelled(tokio::time::sleep(SWEEP_EVERY)).await.is_some() {
             if !matches!(*self.partition.state.borrow(), State::Live { .. }) {
                 continue;
@@ -33,7 +36,7 @@ impl Sweeper {
                 let swept = self.sweep(&mut before).await?;
                 // What Postgres had at the sweep before is known to whoever asks it now.
                 let known = std::mem::replace(&mut applied, self.partition.applied.borrow().n);
-                let deletions = self.forget_deleted(known).await?;
+                let deletions = self.forget_deleted(known, &mut deletions_from, SWEEP_DELETED_GOES).await?;
                 Ok::<_, String>((swept, deletions))
             };
             match tokio::time::timeout(SWEEP_EVERY, sweeping).await {
@@ -44,13 +47,14 @@ impl Sweeper {
         }
     }
 
-    /// Has Redis forget the deletions up to n that are as long ago in Postgres as they need to be known.
-    async fn forget_deleted(&self, n: u64) -> Result<u64, String> {
+    /// Has Redis forget the deletions up to n that are as long ago in Postgres as they need to be known: of those that a number of goes come
+    /// by, from `cursor` on, which is where the next sweep goes on.
+    async fn forget_deleted(&self, n: u64, cursor: &mut String, goes: usize) -> Result<u64, String> {
         let mut redis = Connection::open(&self.redis_url).await.map_err(|error| error.to_string())?;
         let mut postgres = ledger::connect(&self.postgres_url).await.map_err(|error| error.to_string())?;
-        let (mut cursor, mut forgotten) = ("0".to_owned(), 0);
-        for _ in 0..SWEEP_DELETED_GOES {
-            let (next, mut deleted) = sweep::deleted(&mut redis, &cursor).await.map_err(|error| error.to_string())?;
+        let mut forgotten = 0;
+        for _ in 0..goes {
+            let (next, mut deleted) = sweep::deleted(&mut redis, cursor).await.map_err(|error| error.to_string())?;
             deleted.retain(|_, at| at.parse().is_ok_and(|at: u64| at <= n));
             let products: Vec<String> = deleted.keys().cloned().collect();
             let gone = ledger::stock::gone_for(&mut postgres, &products, DELETED_KEPT).await.map_err(|error| error.to_string())?;
@@ -59,8 +63,8 @@ impl Sweeper {
             if !deleted.is_empty() {
                 forgotten += sweep::forget_deleted(&mut redis, &deleted).await.map_err(|error| error.to_string())?;
             }
-            cursor = next;
-            if cursor == "0" {
+            *cursor = next;
+            if cursor == FIRST {
                 break;
             }
         }
@@ -91,6 +95,7 @@ impl Sweeper {
 mod tests {
     use super::*;
     use crate::ledger::testing::{RedisServer, database, execute};
+    use crate::limits::SWEEP_DELETED;
     use crate::store::stream::testing::send;
 
     #[tokio::test]
@@ -120,17 +125,47 @@ mod tests {
         let (server, mut database) = (RedisServer::start(), database().await);
         let mut redis = Connection::open(&server.url()).await.unwrap();
         send(&mut redis, &["HSET", "stock:deleted", "old", "4", "lately", "5", "never", "6", "again", "9", "new", "12"]).await;
+        send(&mut redis, &["HSET", "stock:deleted", "removed", "7", "removed-lately", "8"]).await;
         execute(
             &mut database.connection,
             "INSERT INTO holdfast.stock (product_id, available, deleted_at) VALUES ('old', 0, now() - interval '25 hours'), \
-             ('lately', 0, now() - interval '23 hours'), ('again', 7, NULL), ('new', 0, now() - interval '25 hours')",
+             ('lately', 0, now() - interval '23 hours'), ('again', 7, NULL), ('new', 0, now() - interval '25 hours'); \
+             INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after, at) \
+             VALUES (0, 1, 7, 0, 'x', 0, 'removed', 'inbox', 0, 0, 0, now() - interval '25 hours'), \
+             (0, 1, 2, 0, 'x', 1, 'removed-lately', 'set', 5, 5, 5, now() - interval '25 hours'), \
+             (0, 1, 8, 0, 'x', 2, 'removed-lately', 'inbox', -5, 0, 0, now() - interval '23 hours')",
         )
         .await;
         let partition = Arc::new(Partition::new(0, 1 << 20).0);
         let sweeper = Sweeper { partition, redis_url: server.url(), postgres_url: database.url.clone(), window_ms: 600_000 };
-        assert_eq!(sweeper.forget_deleted(0).await.unwrap(), 0, "Postgres may not have them yet");
-        assert_eq!(sweeper.forget_deleted(9).await.unwrap(), 2);
+        let mut cursor = FIRST.to_owned();
+        assert_eq!(sweeper.forget_deleted(0, &mut cursor, 1).await.unwrap(), 0, "Postgres may not have them yet");
+        assert_eq!(sweeper.forget_deleted(9, &mut cursor, 1).await.unwrap(), 3);
         let (_, left) = sweep::deleted(&mut redis, "0").await.unwrap();
-        assert_eq!(left.into_keys().collect::<Vec<_>>(), ["again", "lately", "new"]);
+        assert_eq!(left.into_keys().collect::<Vec<_>>(), ["again", "lately", "new", "removed-lately"]);
+    }
+    #[tokio::test]
+    async fn each_sweep_goes_on_where_the_last_one_ended() {
+        let (server, mut database) = (RedisServer::start(), database().await);
+        let mut redis = Connection::open(&server.url()).await.unwrap();
+        let fill = "for i = 1, 6000 do redis.call('HSET', KEYS[1], 'p' .. i, 1) end";
+        send(&mut redis, &["EVAL", fill, "1", "stock:deleted"]).await;
+        execute(
+            &mut database.connection,
+            "INSERT INTO holdfast.stock (product_id, available, deleted_at) \
+             SELECT 'p' || i, 0, now() - CASE i % 2 WHEN 0 THEN interval '25 hours' ELSE interval '1 hour' END FROM generate_series(1, 6000) i",
+        )
+        .await;
+        let partition = Arc::new(Partition::new(0, 1 << 20).0);
+        let sweeper = Sweeper { partition, redis_url: server.url(), postgres_url: database.url.clone(), window_ms: 600_000 };
+        let (mut cursor, mut forgotten) = (FIRST.to_owned(), Vec::new());
+        for _ in 0..6000 / SWEEP_DELETED * 2 {
+            forgotten.push(sweeper.forget_deleted(1, &mut cursor, 1).await.unwrap());
+            if cursor == FIRST {
+                break;
+            }
+        }
+        assert!(forgotten.len() > 3, "one sweep comes by all of them: {forgotten:?}");
+        assert_eq!(forgotten.iter().sum::<u64>(), 3000, "{forgotten:?}");
     }
 }

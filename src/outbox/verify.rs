@@ -153,7 +153,7 @@ impl Verifier {
             Err(error) => return self.without_postgres(&mut redis, &error.to_string()).await,
         };
         if self.tried.as_deref() != Some(redis.run_id()) {
-            trial::run(&mut redis, &self.instance).await.map_err(|error| self.starting(&error))?;
+            trial::run(&mut redis).await.map_err(|error| self.starting(&error))?;
             self.tried = Some(redis.run_id().to_owned());
         }
         let mut found_before = false;

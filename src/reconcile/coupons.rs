@@ -33,8 +33,8 @@ struct Finding {
 /// How it differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum What {
-    /// Redis has these numbers, which are others than expected.
-    Counts(Counts),
+    /// Redis has these numbers, which are others than expected, and so many users who have any.
+    Counts(Counts, i64),
     /// So many users have any, which cannot be.
     Users(i64),
     /// Redis does not have it.
@@ -63,7 +63,7 @@ fn judge(seen: Seen, expected: Expected) -> Option<Finding> {
         (Seen::There(held), Some(_)) if expected.unsettled && held.frozen.is_none() => return None,
         (Seen::There(Held { counts, users, frozen, .. }), Some(right)) => {
             let what = match frozen {
-                _ if counts != right => What::Counts(counts),
+                _ if counts != right => What::Counts(counts, users),
                 _ if !may_have(users, right.issued, expected.per_user) => What::Users(users),
                 Some(_) => What::Agrees,
                 None => return None,
@@ -87,7 +87,7 @@ impl Finding {
     /// By how much Redis has more than it should.
     fn difference(&self) -> Counts {
         match self.what {
-            What::Counts(counts) | What::Stray(counts) => counts.with(self.right(), i64::saturating_sub),
+            What::Counts(counts, _) | What::Stray(counts) => counts.with(self.right(), i64::saturating_sub),
             _ => Counts::default(),
         }
     }
@@ -95,7 +95,7 @@ impl Finding {
     /// Whether the second comparison shows the same as the first.
     fn is_again(&self, first: &Self) -> bool {
         let alike = match (&self.what, &first.what) {
-            (What::Counts(_), What::Counts(_)) => self.difference() == first.difference(),
+            (What::Counts(..), What::Counts(..)) => self.difference() == first.difference(),
             (What::Users(users), What::Users(before)) => {
                 self.right().issued.saturating_sub(*users) == first.right().issued.saturating_sub(*before) || self.expected.per_user > 1
             }
@@ -110,7 +110,7 @@ impl Finding {
         let drift = |measure, redis, postgres, in_flight| Drift { product: coupon.clone(), measure, redis, postgres, in_flight, remedy };
         let right = self.right();
         match self.what {
-            What::Counts(seen) => {
+            What::Counts(seen, _) => {
                 let all = [
                     (Measure::Total, seen.total, right.total, in_flight.total),
                     (Measure::Issued, seen.issued, right.issued, in_flight.issued),
@@ -135,7 +135,7 @@ impl Finding {
         };
         let right = self.right();
         match &self.what {
-            What::Counts(seen) => {
+            What::Counts(seen, _) => {
                 format!("this coupon waits for a person: Redis has {}, and by Postgres it is {}", numbers(*seen), numbers(right))
             }
             What::Users(users) => format!(
@@ -161,11 +161,22 @@ impl Finding {
             Side::Postgres => (Side::Redis, Counts::default().with(difference, i64::saturating_sub), right),
             Side::Redis => (Side::Postgres, difference, stored.with(difference, i64::saturating_add)),
         };
+        let users_fit = match self.what {
+            What::Counts(seen, users) => {
+                let issued = if moved == Side::Redis { right.issued } else { seen.issued };
+                may_have(users, issued, self.expected.per_user)
+            }
+            _ => false,
+        };
         // A serial that was given out is not given out again, so none goes back.
-        if matches!(self.what, What::Counts(_)) && is_small && by.serial >= 0 && after.are_possible() {
+        if users_fit && is_small && by.serial >= 0 && after.are_possible() {
             return Some((Upkeep::Mend { moved, by, n, round: round.to_owned() }, Remedy::Corrected));
         }
-        Some((Upkeep::Freeze { reason: self.reason() }, Remedy::Frozen))
+        Some(self.freeze())
+    }
+
+    fn freeze(&self) -> (Upkeep, Remedy) {
+        (Upkeep::Freeze { reason: self.reason() }, Remedy::Frozen)
     }
 }
 
@@ -203,12 +214,25 @@ impl Examiner {
     }
 
     /// Returns what was done; `None` where it has to be compared once more.
-    async fn repair_coupon(&self, finding: &Finding, at: At, round: &str) -> Option<Remedy> {
+    async fn repair_coupon(&mut self, finding: &Finding, at: At, round: &str) -> Option<Remedy> {
         let id = Id::from(finding.expected.coupon.as_str());
         if finding.what == What::Absent {
             return Some(self.initialise_coupon(finding, id, at).await);
         }
-        let Some((upkeep, remedy)) = finding.repair(at.n, round, &self.settings) else { return Some(Remedy::None) };
+        let Some((mut upkeep, mut remedy)) = finding.repair(at.n, round, &self.settings) else { return Some(Remedy::None) };
+        if let Upkeep::Mend { moved: Side::Postgres, by, .. } = &upkeep
+            && (by.issued, by.used) != (0, 0)
+        {
+            match self.missing_in_counts(&id).await {
+                Ok(missing) if missing == (by.issued, by.used) => {}
+                Ok(_) => (upkeep, remedy) = finding.freeze(),
+                Err(Skipped(error)) => {
+                    warn!(coupon = %id, error, "a difference could not be corrected, trying again later");
+                    self.disconnect();
+                    return Some(Remedy::None);
+                }
+            }
+        }
         let is_over = upkeep == Upkeep::Thaw;
         match self.partition.change_coupon(CouponOp::new(id.clone(), Action::Upkeep(upkeep), None)).await {
             Ok(CouponOutcome::Done { position, .. }) => {
@@ -230,6 +254,13 @@ impl Examiner {
                 Some(Remedy::None)
             }
         }
+    }
+
+    /// By how many more are issued and used than the coupon's own numbers in Postgres say.
+    async fn missing_in_counts(&mut self, coupon: &Id) -> Result<(i64, i64), Skipped> {
+        let counting = async { Ok(ledger::coupon::missing_in_counts(self.postgres().await?, coupon.as_str()).await?) };
+        let counted = tokio::time::timeout(limits::RECONCILE_WITHIN, counting).await;
+        counted.unwrap_or_else(|_| Err(Skipped("Postgres was too slow".into())))
     }
 
     /// Gives Redis what Postgres has.
@@ -329,7 +360,7 @@ mod tests {
     fn the_side_that_is_not_preferred_moves_by_the_difference() {
         let lost = Counts { issued: 5, serial: 8, ..RIGHT };
         let by = Counts { total: 0, issued: 2, used: 0, serial: 1 };
-        assert_eq!(repaired(seen(lost, 5), Side::Postgres), mended(Side::Redis, by));
+        assert_eq!(repaired(seen(lost, 7), Side::Postgres), mended(Side::Redis, by));
         let more = Counts { total: 25, used: 1, ..RIGHT };
         let by = Counts { total: 5, used: -1, ..Counts::default() };
         assert_eq!(repaired(seen(more, 7), Side::Redis), mended(Side::Postgres, by));
@@ -342,6 +373,8 @@ mod tests {
         assert!(freezes(seen(Counts { serial: 10, ..RIGHT }, 7), Side::Postgres), "a serial would go back");
         assert!(freezes(seen(Counts { serial: 8, ..RIGHT }, 7), Side::Redis), "a serial would go back");
         assert!(freezes(seen(Counts { used: 8, ..RIGHT }, 7), Side::Redis), "more used than issued");
+        let lost = Counts { issued: 5, ..RIGHT };
+        assert!(freezes(seen(lost, 5), Side::Postgres) && freezes(seen(lost, 7), Side::Redis), "users who do not fit afterwards either");
         assert!(freezes(seen(RIGHT, 6), Side::Postgres) && freezes(seen(RIGHT, 8), Side::Redis), "users");
         let frozen = |counts, users| Seen::There(Held { counts, users, is_deleted: false, frozen: Some("why".into()) });
         assert_eq!(repaired(frozen(RIGHT, 6), Side::Postgres), None, "only reported");

@@ -165,7 +165,7 @@ impl Examiner {
             Ok(ledger::drift::record(self.postgres().await?, partition, at, drifts).await?)
         }));
         if let Err(Skipped(error)) = recording.await {
-            warn!(error, "cannot write down what was found in holdfast.drift; the ledger has what was done");
+            warn!(error, "cannot write down in holdfast.drift what was found; what was done about it stands above");
             self.disconnect();
         }
     }

@@ -52,7 +52,14 @@ impl Walk {
         self.cursor = cursor;
         // A step may return a key twice.
         let found: BTreeSet<String> = found.into_iter().filter_map(|key| String::from_utf8(key).ok()).collect();
-        let named = |prefix: &'static str| found.iter().filter_map(move |key| key.strip_prefix(prefix)).map(Id::from).collect::<Vec<_>>();
+        let named = |prefix: &'static str| {
+            found
+                .iter()
+                .filter_map(move |key| key.strip_prefix(prefix))
+                .filter(|id| Id::is_valid(id.as_bytes()))
+                .map(Id::from)
+                .collect::<Vec<_>>()
+        };
         let mut page = Page::default();
         products(connection, &named(keys::PRODUCT_PREFIX), &mut page).await?;
         for coupon in named(keys::COUPON_INFO_PREFIX) {

@@ -4,6 +4,8 @@
 
 use std::collections::BTreeSet;
 
+use uuid::Uuid;
+
 use super::coupon::{self, Coupon, CouponOp};
 use super::lane::{Encoded, Family};
 use super::requests::Request;
@@ -14,13 +16,18 @@ use crate::domain::change::StockKind;
 use crate::domain::coupon::{CouponStep, CouponTerms};
 use crate::domain::{Grain, Id, RequestId};
 
-/// How long a trial may take, in ms.
+/// How long a batch may take, in ms.
 const WITHIN_MS: i64 = 10_000;
 
-/// Runs each write script. `name`: nobody else tries under it at the time. Errors with [`Error::Unfit`] and what was refused where this Redis
-/// cannot run them; nothing is left behind.
-pub async fn run(connection: &mut Connection, name: &str) -> Result<(), Error> {
-    let mut trial = Trial { connection, ending: format!(" trial {name}"), used: BTreeSet::new(), counter: 0, n: 0 };
+/// How long what a trial left behind stays, in ms: longer than one takes.
+const LEFT_FOR_MS: i64 = 600_000;
+
+/// Runs each write script. Errors with [`Error::Unfit`] and what was refused where this Redis
+/// cannot run them; nothing is left behind, or for ten minutes where this is broken off.
+pub async fn run(connection: &mut Connection) -> Result<(), Error> {
+    // Each under a name of its own: what was broken off may have left something.
+    let ending = format!(" trial {}", Uuid::new_v4().simple());
+    let mut trial = Trial { connection, ending, used: BTreeSet::new(), counter: 0, n: 0 };
     let tried = trial.all().await;
     let cleaned = trial.clean().await;
     match tried.and(cleaned) {
@@ -98,6 +105,9 @@ impl Trial<'_> {
         let words = ["1", &run_id, "0", &deadline, "trial", &counter, "0", &window, &generation];
         let args: Vec<&[u8]> = words.iter().map(|word| word.as_bytes()).chain([batch.as_slice()]).collect();
         let word = Words::new(self.connection.run(F::SCRIPT, &keys, &args).await?)?.text()?;
+        for key in &self.used {
+            self.connection.send(redis::cmd("PEXPIRE").arg(key).arg(LEFT_FOR_MS)).await?;
+        }
         let meta = self.key(keys::META);
         let n = Words::new(self.connection.send(redis::cmd("HMGET").arg(meta).arg("n")).await?)?.text()?;
         self.n += ops.len();
@@ -123,25 +133,45 @@ mod tests {
     use super::*;
     use crate::ledger::testing::RedisServer;
     use crate::store::stream::testing::send;
+    use crate::store::survey::Walk;
 
     #[tokio::test]
     async fn a_redis_that_misses_a_right_is_found_and_nothing_is_left_behind() {
         let server = RedisServer::start();
         let mut connection = Connection::open(&server.url()).await.unwrap();
-        run(&mut connection, "me").await.unwrap();
+        run(&mut connection).await.unwrap();
         for (missing, again) in [("-xadd", "+xadd"), ("-zadd", "+zadd"), ("-hdel", "+hdel"), ("-evalsha", "+evalsha")] {
             send(&mut connection, &["ACL", "SETUSER", "default", missing]).await;
-            let why = run(&mut connection, "me").await.unwrap_err().to_string();
+            let why = run(&mut connection).await.unwrap_err().to_string();
             assert!(why.contains("does not permit what Holdfast changes it with: "), "{missing}: {why}");
             send(&mut connection, &["ACL", "SETUSER", "default", again]).await;
         }
         for pattern in ["stock:*", "coupon:*"] {
             send(&mut connection, &["ACL", "SETUSER", "default", "resetkeys", "~holdfast:*", &format!("~{pattern}")]).await;
-            assert!(matches!(run(&mut connection, "me").await, Err(Error::Unfit(_))), "only {pattern}");
+            assert!(matches!(run(&mut connection).await, Err(Error::Unfit(_))), "only {pattern}");
         }
         send(&mut connection, &["ACL", "SETUSER", "default", "allkeys"]).await;
-        run(&mut connection, "me").await.unwrap();
+        run(&mut connection).await.unwrap();
         let left = connection.send(&redis::cmd("DBSIZE")).await.unwrap();
         assert_eq!(left, redis::Value::Int(0));
+    }
+
+    #[tokio::test]
+    async fn what_a_trial_that_was_broken_off_left_goes_by_itself_and_is_nothing_of_ours() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        let mut trial = Trial { connection: &mut connection, ending: " trial x".to_owned(), used: BTreeSet::new(), counter: 0, n: 0 };
+        trial.all().await.unwrap();
+        let immortal =
+            "local n = 0 for _, key in ipairs(redis.call('KEYS', '*')) do if redis.call('PTTL', key) < 0 then n = n + 1 end end return n";
+        let left = connection.send(redis::cmd("EVAL").arg(immortal).arg(0)).await.unwrap();
+        assert_eq!(left, redis::Value::Int(0));
+        let left = connection.send(&redis::cmd("DBSIZE")).await.unwrap();
+        assert!(matches!(left, redis::Value::Int(5..)), "{left:?}");
+        let mut walk = Walk::new();
+        while let Some(page) = walk.next(&mut connection).await.unwrap() {
+            assert!(page.products.is_empty() && page.coupons.is_empty() && page.orders.is_empty(), "it would be adopted");
+        }
+        run(&mut connection).await.unwrap();
     }
 }

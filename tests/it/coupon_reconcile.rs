@@ -93,6 +93,21 @@ fn a_difference_of_a_coupon_is_corrected_in_postgres_where_redis_is_right() {
     stack.wait_until_applied();
     wait_until_compared(&stack, 3);
     assert_eq!(found(&stack).len(), 3, "each once");
+
+    // Who has one is in Postgres: no number of Redis makes it more or fewer.
+    client.ok("COUPON.CREATE d 100 PERUSER 2");
+    for user in ["u1", "u1", "u2"] {
+        assert!(client.ask(&format!("COUPON.ISSUE d {user}")).starts_with("[ISSUED, "));
+    }
+    stack.wait_until_applied();
+    stack.backing().ask("HINCRBY coupon:info:d issued 1");
+    wait_until("it is found", || found(&stack).len() >= 4);
+    assert_eq!(found(&stack)[3], "d issued 1 frozen");
+    let frozen = client.until_not("COUPON.ISSUE d u3", "[");
+    assert!(frozen.starts_with("-FROZEN this coupon waits for a person: Redis has "), "{frozen}");
+    stack.postgres.execute("UPDATE holdfast.coupon SET issued = issued - 1 WHERE coupon_id = 'c'");
+    wait_until("what the users of Postgres show is adopted", || found(&stack).contains(&"c issued 1 corrected".to_owned()));
+    stack.wait_until_applied();
     let (said, code) = audit(&stack);
     assert_eq!(code, Some(0), "{said}");
 }
@@ -134,6 +149,25 @@ fn a_coupon_that_differs_by_too_much_is_frozen_until_both_sides_agree() {
     assert!(client.ask("COUPON.ISSUE d u1").starts_with("-FROZEN a key of coupon 'd' holds"));
     let rows = found(&stack);
     assert!(rows.contains(&"stray total 9 frozen".to_owned()) && rows.contains(&"d total -100 none".to_owned()), "{rows:?}");
+}
+
+#[test]
+fn a_frozen_coupon_is_given_what_postgres_has_or_deleted() {
+    let stack = Stack::with_settings(EVERY_SECOND);
+    let mut client = stack.connect();
+    issue_five(&mut client, "c");
+    client.ok("COUPON.CREATE d 10");
+    stack.wait_until_applied();
+    let mut backing = stack.backing();
+    backing.ask("HINCRBY coupon:info:c total 500");
+    assert!(client.until_not("COUPON.USE c u1", "[ALREADY").starts_with("-FROZEN "));
+    backing.ask("DEL coupon:info:c coupon:users:c");
+    assert_eq!(client.ask("COUPON.ISSUE c u1"), "[ALREADY, 1]");
+    assert!(client.ask("COUPON.ISSUE c u6").starts_with("[ISSUED, 6, 94, "));
+    backing.ask("HINCRBY coupon:info:d total 500");
+    assert!(client.until_not("COUPON.USE d u1", "[").starts_with("-FROZEN "));
+    client.ok("COUPON.DEL d");
+    assert_eq!(stack.postgres.value("SELECT state FROM holdfast.coupon WHERE coupon_id = 'd'"), "deleted");
 }
 
 #[test]
@@ -275,12 +309,16 @@ fn what_cannot_be_done_again_to_a_coupon_is_owed() {
         |others| {
             assert!(others.ask("COUPON.ISSUE c late").starts_with("[ISSUED, 6, 94, "));
             assert!(others.ask("COUPON.ISSUE c later").starts_with("[ISSUED, 7, 93, "));
+            assert!(others.ask("COUPON.USE c u2 ORDER o-2").starts_with("[USED, 2, "));
+            assert!(others.ask("COUPON.USE c u3 ORDER o-3").starts_with("[USED, 3, "));
             others.ok("COUPON.ALTER c TOTAL 50 ACK redis");
         },
         |client| {
             // Nobody here knows of the others.
             let quick = client.until_not("COUPON.ISSUE c quick", "-");
             assert!(quick.starts_with("[ISSUED, 6, 94, "), "{quick}");
+            assert!(client.ask("COUPON.USE c u2 ORDER o-9").starts_with("[USED, 2, "));
+            assert!(client.ask("COUPON.USE c u3 ORDER o-3").starts_with("[USED, 3, "), "its client tried again");
         },
         |stack, client| {
             assert!(client.ask("COUPON.GET c quick").contains("serial, 6, state, issued"));
@@ -288,12 +326,12 @@ fn what_cannot_be_done_again_to_a_coupon_is_owed() {
             assert!(client.ask("COUPON.GET c later").contains("serial, 7, state, issued"));
             assert_eq!(client.field("COUPON.INFO c", "total"), "100", "terms would overwrite newer ones");
             let owed = "SELECT kind || ' ' || in_redis FROM holdfast.dead_letter ORDER BY n";
-            assert_eq!(stack.postgres.column(owed), ["coupon.issue false", "coupon.alter false"]);
+            assert_eq!(stack.postgres.column(owed), ["coupon.issue false", "coupon.use false", "coupon.alter false"]);
             let letter = stack.postgres.value("SELECT min(id) FROM holdfast.dead_letter");
             assert_eq!(client.ask(&format!("HOLDFAST.DEADLETTER RETRY {letter}")), "[OK]");
             wait_until("it is owed again", || {
                 stack.postgres.value("SELECT bool_and(done) FROM holdfast.salvage") == "true"
-                    && stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter") == "2"
+                    && stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter") == "3"
             });
         },
     );
