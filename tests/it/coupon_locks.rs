@@ -396,6 +396,8 @@ fn what_stands_behind_an_issue_that_waits_comes_behind_it_in_both_modes() {
             // Another client's do not wait for that.
             assert_eq!(other.ask("COUPON.USE c nobody"), "[NOTISSUED]", "{mode}, round {round}");
             assert!(other.ask("COUPON.ALTER c TOTAL 1000000 ACK redis").starts_with("[OK, "), "{mode}, round {round}");
+            // All of it is tried again meanwhile, in one batch.
+            thread::sleep(Duration::from_millis(20));
             java.unlock();
             let replies: [String; 7] = replies(&mut client);
             for (reply, word) in replies.iter().zip(["[ISSUED, ", "[USED, ", "[ISSUED, ", "[REVOKED, ", "[OK, ", "[ENDED, ", "[OK, "]) {
