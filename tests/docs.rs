@@ -1,6 +1,6 @@
 //! Documents that are made from the code must say what the code says. `UPDATE_DOCS=1 cargo test --test docs` writes them anew.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "what fails shall end the test")]
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -286,12 +286,7 @@ impl Examiner {
 
     async fn compare_coupons(&mut self, coupons: &[String], scope: Scope, deadline: Instant) -> Result<(At, Vec<Finding>), Skipped> {
         let compared = tokio::time::timeout_at(deadline.into(), Box::pin(self.compare_coupons_now(coupons, scope))).await;
-        let compared = compared.unwrap_or_else(|_| Err(Skipped("Redis or Postgres was too slow, or Postgres too far behind".into())));
-        if compared.is_err() {
-            // What is under way on them is not known.
-            self.disconnect();
-        }
-        compared
+        self.in_time(compared)
     }
 
     async fn compare_coupons_now(&mut self, coupons: &[String], scope: Scope) -> Result<(At, Vec<Finding>), Skipped> {

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio::time::error::Elapsed;
 use tracing::{debug, warn};
 use uuid::Uuid;
 
@@ -172,6 +173,11 @@ impl Examiner {
 
     async fn compare(&mut self, products: &[String], scope: Scope, deadline: Instant) -> Result<(At, Vec<Finding>), Skipped> {
         let compared = tokio::time::timeout_at(deadline.into(), Box::pin(self.compare_now(products, scope))).await;
+        self.in_time(compared)
+    }
+
+    /// What came of a comparison that had its time; where nothing did, new connections are made for the next.
+    pub(super) fn in_time<T>(&mut self, compared: Result<Result<T, Skipped>, Elapsed>) -> Result<T, Skipped> {
         let compared = compared.unwrap_or_else(|_| Err(Skipped("Redis or Postgres was too slow, or Postgres too far behind".into())));
         if compared.is_err() {
             // What is under way on them is not known.

@@ -4,7 +4,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::examine::{Examiner, Mode, Scope, Skipped};
-use super::walk::{Tally, Walk};
+use super::walk::{Kind, Tally, Walk};
 use crate::domain::Drift;
 use crate::limits;
 use crate::store::partition::SyncRequest;
@@ -58,7 +58,7 @@ impl Requests {
     async fn everything(&mut self, walk: &mut Walk) -> Result<(), Skipped> {
         walk.over_postgres(&mut self.examiner, &mut self.reached, limits::INITIALISE_ROUND_PRODUCTS, Scope::All).await?;
         if self.reached.is_empty() {
-            walk.over_strays(&mut self.examiner, &mut "0".to_owned()).await?;
+            walk.over_strays(&mut self.examiner, Kind::Product, &mut "0".to_owned()).await?;
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 
 use super::Settings;
 use super::examine::{Examiner, Mode, Scope, Skipped};
-use super::walk::{Tally, Walk, within};
+use super::walk::{Kind, Tally, Walk, within};
 use crate::domain::Position;
 use crate::limits;
 
@@ -130,10 +130,10 @@ impl Scheduler {
             let since = self.seen;
             let seen = walk.over_changed(examiner, since).await?;
             walk.over_postgres(examiner, &mut self.products.synced_to, limits::RECONCILE_ROUND_PRODUCTS, Scope::Present).await?;
-            walk.over_strays(examiner, &mut self.products.scanned_to).await?;
+            walk.over_strays(examiner, Kind::Product, &mut self.products.scanned_to).await?;
             walk.over_changed_coupons(examiner, since).await?;
             walk.over_postgres_coupons(examiner, &mut self.coupons.synced_to, Scope::Present).await?;
-            walk.over_stray_coupons(examiner, &mut self.coupons.scanned_to).await?;
+            walk.over_strays(examiner, Kind::Coupon, &mut self.coupons.scanned_to).await?;
             self.seen = seen;
         }
         Ok(Some(walk.tally))

@@ -1,4 +1,4 @@
-//! Walks over all products: those that Postgres has, in the order of their ids, and those that only Redis has.
+//! Walks over all products and coupons: those that Postgres has, in the order of their ids, and those that only Redis has.
 
 use std::time::Instant;
 
@@ -38,6 +38,13 @@ impl Tally {
     fn is_full(&self) -> bool {
         self.drifts.as_ref().is_some_and(|drifts| drifts.len() >= limits::SYNC_DRIFTS_MAX)
     }
+}
+
+/// What is walked over.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    Product,
+    Coupon,
 }
 
 /// Where the walks over all products stand.
@@ -97,17 +104,33 @@ impl Walk {
         Ok(())
     }
 
-    /// Compares the products that Redis has and Postgres does not, from `cursor` on, and moves it along: to `0` at the end of all.
-    pub async fn over_strays(&mut self, examiner: &mut Examiner, cursor: &mut String) -> Result<(), Skipped> {
+    /// Compares those that Redis has and Postgres does not, from `cursor` on, and moves it along: to `0` at the end of all.
+    pub async fn over_strays(&mut self, examiner: &mut Examiner, kind: Kind, cursor: &mut String) -> Result<(), Skipped> {
         for _ in 0..limits::RECONCILE_SCANS {
             if self.is_over() {
                 break;
             }
-            let scanning = async { Ok(snapshot::scan(examiner.redis().await?, cursor, limits::RECONCILE_SCAN_COUNT).await?) };
+            let scanning = async {
+                let (redis, count) = (examiner.redis().await?, limits::RECONCILE_SCAN_COUNT);
+                Ok(match kind {
+                    Kind::Product => snapshot::scan(redis, cursor, count).await?,
+                    Kind::Coupon => coupons::scan(redis, cursor, count).await?,
+                })
+            };
             let (next, found) = within(Box::pin(scanning)).await?;
             if !found.is_empty() {
-                let unknown = within(Box::pin(async { Ok(ledger::stock::unknown(examiner.postgres().await?, &found).await?) })).await?;
-                self.over(examiner, &unknown, Scope::Present).await?;
+                let asking = async {
+                    let postgres = examiner.postgres().await?;
+                    Ok(match kind {
+                        Kind::Product => ledger::stock::unknown(postgres, &found).await?,
+                        Kind::Coupon => ledger::coupon::unknown(postgres, &found).await?,
+                    })
+                };
+                let unknown = within(Box::pin(asking)).await?;
+                match kind {
+                    Kind::Product => self.over(examiner, &unknown, Scope::Present).await?,
+                    Kind::Coupon => self.over_coupons(examiner, &unknown, Scope::Present).await?,
+                }
             }
             *cursor = next;
             if cursor == "0" {
@@ -148,23 +171,6 @@ impl Walk {
         match page.last() {
             Some(last) if page.len() == limit => after.clone_from(last),
             _ => after.clear(),
-        }
-        Ok(())
-    }
-
-    /// Compares the coupons that Redis has and Postgres does not, from `cursor` on, and moves it along: to `0` at the end of all.
-    pub async fn over_stray_coupons(&mut self, examiner: &mut Examiner, cursor: &mut String) -> Result<(), Skipped> {
-        for _ in 0..limits::RECONCILE_SCANS {
-            let scanning = async { Ok(coupons::scan(examiner.redis().await?, cursor, limits::RECONCILE_SCAN_COUNT).await?) };
-            let (next, found) = within(Box::pin(scanning)).await?;
-            if !found.is_empty() {
-                let unknown = within(Box::pin(async { Ok(ledger::coupon::unknown(examiner.postgres().await?, &found).await?) })).await?;
-                self.over_coupons(examiner, &unknown, Scope::Present).await?;
-            }
-            *cursor = next;
-            if cursor == "0" {
-                break;
-            }
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Nothing lost, nothing twice, whatever dies: many clients, faults from a seeded random generator, and a checker over all that the clients
 //! were told and both backends hold. `HOLDFAST_TEST_SEED` repeats the choices of a run.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "what fails shall end the test")]
 
 #[path = "../it/harness.rs"]
 mod harness;

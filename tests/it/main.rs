@@ -1,6 +1,6 @@
 //! Holdfast as its users meet it: the built program, a real Redis, a real Postgres.
 
-#![allow(clippy::unwrap_used, clippy::panic)]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "what fails shall end the test")]
 
 mod harness;
 mod servers;
