@@ -146,7 +146,7 @@ fn relay_of(slug: &str, stage: &Stage, report: &mut Report, changes: u64) -> Opt
 }
 
 fn drain_rate(stage: &Stage, many: bool, changes: u64, report: &mut Report) -> Option<f64> {
-    let errors = stage.stack.postgres.holding("BEGIN; SELECT FROM holdfast.partition FOR UPDATE", || fill(stage, many, changes));
+    let errors = stage.relay_held(|| fill(stage, many, changes));
     report.errors(&errors);
     if stopped() {
         return None;

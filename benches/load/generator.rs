@@ -19,6 +19,9 @@ use crate::wire::{command, connect_many, frame, kind_of};
 /// How long after the last request its reply may come.
 const LAST_REPLIES: Duration = Duration::from_secs(10);
 
+/// How much later a connection sends that has as much unanswered as it may: to try each time would take the machine's time from the server.
+const FULL_PAUSE: Duration = Duration::from_millis(5);
+
 /// What is sent, again and again.
 #[derive(Clone)]
 pub struct Template {
@@ -81,7 +84,7 @@ impl Template {
 
 /// What a generator has counted.
 pub struct Tally {
-    /// Replies that are a result. Refusals for lack of units are results too.
+    /// Replies that are a result, of an open loop those within its time. Refusals for lack of units are results too.
     pub operations: u64,
     /// Of all replies, errors too, in µs.
     pub latency: Histogram<u64>,
@@ -114,9 +117,10 @@ impl Tally {
         count
     }
 
-    /// The part of the replies that came within a time, in percent.
+    /// The part of what was sent that was answered within a time, in percent.
     pub fn within(&self, time: Duration) -> f64 {
-        self.latency.percentile_below(u64::try_from(time.as_micros()).unwrap())
+        let answered = self.latency.len() as f64;
+        self.latency.percentile_below(u64::try_from(time.as_micros()).unwrap()) * answered / (answered + self.unanswered as f64)
     }
 
     pub fn into_round(self, took: Duration) -> Round {
@@ -217,7 +221,7 @@ impl Open {
             let template = template.clone();
             async move {
                 let sending = send(output, template, Rc::clone(&shared), schedule);
-                let receiving = receive(input, Rc::clone(&shared));
+                let receiving = receive(input, Rc::clone(&shared), until);
                 let (_output, mut tally) = tokio::join!(sending, receiving);
                 tally.withheld = shared.withheld.get();
                 tally
@@ -246,10 +250,12 @@ struct Schedule {
 
 async fn send(mut output: OwnedWriteHalf, template: Template, shared: Rc<Shared>, mut schedule: Schedule) -> OwnedWriteHalf {
     let mut out = Vec::new();
+    let mut pause = Duration::ZERO;
     while schedule.due < schedule.until && !stopped() {
-        tokio::time::sleep_until(schedule.due.into()).await;
+        tokio::time::sleep_until((schedule.due + pause).into()).await;
         let now = Instant::now();
         out.clear();
+        pause = Duration::ZERO;
         {
             let mut sent = shared.sent.borrow_mut();
             while schedule.due <= now && schedule.due < schedule.until {
@@ -258,7 +264,10 @@ async fn send(mut output: OwnedWriteHalf, template: Template, shared: Rc<Shared>
                     template.write(&mut out);
                     sent.push_back(schedule.due);
                 }
-                shared.withheld.set(shared.withheld.get() + (schedule.pipeline - count) as u64);
+                if count < schedule.pipeline {
+                    shared.withheld.set(shared.withheld.get() + (schedule.pipeline - count) as u64);
+                    pause = FULL_PAUSE;
+                }
                 schedule.due += schedule.between;
             }
         }
@@ -269,7 +278,7 @@ async fn send(mut output: OwnedWriteHalf, template: Template, shared: Rc<Shared>
     output
 }
 
-async fn receive(mut stream: OwnedReadHalf, shared: Rc<Shared>) -> Tally {
+async fn receive(mut stream: OwnedReadHalf, shared: Rc<Shared>, until: Instant) -> Tally {
     let mut tally = Tally::new();
     let mut input = Vec::with_capacity(16 << 10);
     let mut last = Instant::now();
@@ -283,7 +292,12 @@ async fn receive(mut stream: OwnedReadHalf, shared: Rc<Shared>) -> Tally {
         let Ok(read) = tokio::time::timeout(Duration::from_millis(100), stream.read_buf(&mut input)).await else { continue };
         assert!(read.unwrap() > 0, "the connection was closed");
         last = Instant::now();
+        let in_time = tally.operations;
         tally.take(&mut input, || last.duration_since(shared.sent.borrow_mut().pop_front().unwrap()));
+        if last > until {
+            // Served once nothing is sent any more.
+            tally.operations = in_time;
+        }
     }
 }
 

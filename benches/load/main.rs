@@ -65,6 +65,8 @@ enum Servers {
     Patient,
     /// As they are by default.
     Usual,
+    /// With room in the outbox for what is sold while the relay is held.
+    Roomy,
     /// With a row of the ledger for all that a batch does to a product.
     ByBatch,
     /// That nobody has used before.
@@ -110,7 +112,7 @@ const CASES: &[Case] = &[
     case("relay-alone", false, Servers::Usual, flow::relay),
     case("sustained", false, Servers::Usual, flow::sustained),
     case("half-peak", false, Servers::Usual, pressure::half_peak),
-    case("overload", false, Servers::Usual, pressure::overload),
+    case("overload", false, Servers::Roomy, pressure::overload),
     case("relay-batch", false, Servers::ByBatch, flow::relay_by_batch),
     case("sustained-batch", false, Servers::ByBatch, flow::sustained),
     case("memory", true, Servers::Unused, memory::run),
@@ -172,6 +174,7 @@ fn run<'a>(cases: impl Iterator<Item = &'a Case>, length: Length, report: &mut R
             drop(running.take());
             let flags = match case.servers {
                 Servers::Patient => PATIENT,
+                Servers::Roomy => &["--outbox-max-mib", "8192", "--outbox-max-changes", "20000000"],
                 Servers::ByBatch => &["--ledger-detail", "batch"],
                 Servers::Usual | Servers::Unused => &[],
             };

@@ -31,7 +31,7 @@ pub fn run(_: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     drop(connections);
     stage.create_products();
     let before = resident();
-    let (held, lag, errors) = stage.stack.postgres.holding("BEGIN; SELECT FROM holdfast.partition FOR UPDATE", || {
+    let (held, lag, errors) = stage.relay_held(|| {
         let errors = fill(stage, false, BEHIND);
         (resident(), stage.lag(), errors)
     });

@@ -100,7 +100,7 @@ pub fn in_turns(stage: &Stage, rounds: usize, relay: Relay, contenders: &[Conten
                 (round, stage.cpu().since(before))
             };
             let (round, during) = match relay {
-                Relay::Held => stage.stack.postgres.holding("BEGIN; SELECT FROM holdfast.partition FOR UPDATE", run),
+                Relay::Held => stage.relay_held(run),
                 Relay::Beside => run(),
             };
             let others = during.others() as f64 / began.elapsed().as_nanos() as f64;

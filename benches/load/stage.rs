@@ -125,6 +125,11 @@ impl Stage {
         coupon
     }
 
+    /// With the relay waiting for Postgres: what the rest of it can, as where Postgres has a machine of its own.
+    pub fn relay_held<R>(&self, during: impl FnOnce() -> R) -> R {
+        self.stack.postgres.holding("BEGIN; SELECT FROM holdfast.partition FOR UPDATE", during)
+    }
+
     /// How many changes Postgres does not have yet.
     pub fn lag(&self) -> f64 {
         self.stack.connect().field("HOLDFAST.STATUS", "lag").trim_matches(']').parse().unwrap()
