@@ -1,7 +1,7 @@
 //! Clients as services write them: a time-out for each reply, reconnecting, and retries with the same REQUEST id. They write down everything.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -72,19 +72,21 @@ struct Shared {
     plan: Plan,
     began: Instant,
     stop: AtomicBool,
+    /// Of each port, how many operations have been accepted so far, and what was said last.
+    told: Vec<Told>,
+}
+
+#[derive(Default)]
+struct Told {
     accepted: AtomicU64,
+    last: Mutex<String>,
 }
 
 impl Load {
     /// Starts the clients, on these ports in turns.
     pub fn start(ports: Vec<u16>, plan: Plan, random: &mut Random) -> Self {
-        let shared = Arc::new(Shared {
-            ports,
-            plan: plan.clone(),
-            began: Instant::now(),
-            stop: AtomicBool::new(false),
-            accepted: AtomicU64::new(0),
-        });
+        let told = ports.iter().map(|_| Told::default()).collect();
+        let shared = Arc::new(Shared { ports, plan: plan.clone(), began: Instant::now(), stop: AtomicBool::new(false), told });
         let client = |number| {
             let client = Client { number, shared: Arc::clone(&shared), random: random.fork(), connection: None, records: Vec::new() };
             thread::spawn(move || client.run())
@@ -94,7 +96,17 @@ impl Load {
 
     /// How many operations have been accepted so far.
     pub fn accepted(&self) -> u64 {
-        self.shared.accepted.load(Ordering::Relaxed)
+        self.accepted_by_port().iter().sum()
+    }
+
+    /// The same of each port.
+    pub fn accepted_by_port(&self) -> Vec<u64> {
+        self.shared.told.iter().map(|told| told.accepted.load(Ordering::Relaxed)).collect()
+    }
+
+    /// What the clients of a port were told last.
+    pub fn last_said(&self, port: usize) -> String {
+        self.shared.told[port].last.lock().unwrap().clone()
     }
 
     /// Lets every client finish its operation, and returns what all of them did.
@@ -134,12 +146,20 @@ impl Client {
             let request = if self.random.chance(self.shared.plan.with_request) { Some(self.new_request()) } else { None };
             let record = self.perform(operation, request);
             if record.is_accepted() {
-                self.shared.accepted.fetch_add(1, Ordering::Relaxed);
+                self.told().accepted.fetch_add(1, Ordering::Relaxed);
             }
             self.records.push(record);
             thread::sleep(self.pause());
         }
         self.records
+    }
+
+    fn port(&self) -> usize {
+        self.number % self.shared.ports.len()
+    }
+
+    fn told(&self) -> &Told {
+        &self.shared.told[self.port()]
     }
 
     fn pause(&mut self) -> Duration {
@@ -210,6 +230,7 @@ impl Client {
         let outcome = loop {
             let sent = self.shared.began.elapsed();
             let (said, text) = self.ask(&words);
+            self.told().last.lock().unwrap().clone_from(&text);
             tries.push(Try { sent, ended: self.shared.began.elapsed(), said: text.clone() });
             match said {
                 Said::Accepted { values, position } => break Outcome::Accepted { values, position },
@@ -247,8 +268,7 @@ impl Client {
     }
 
     fn connect(&self) -> redis::RedisResult<Connection> {
-        let port = self.shared.ports[self.number % self.shared.ports.len()];
-        let client = redis::Client::open(format!("redis://127.0.0.1:{port}/"))?;
+        let client = redis::Client::open(format!("redis://127.0.0.1:{}/", self.shared.ports[self.port()]))?;
         let connection = client.get_connection_with_timeout(REPLY_WITHIN)?;
         let asked = if self.shared.plan.ack_postgres { Duration::from_millis(ACK_TIMEOUT_MS) } else { Duration::ZERO };
         connection.set_read_timeout(Some(REPLY_WITHIN + asked))?;
