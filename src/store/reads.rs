@@ -112,7 +112,8 @@ fn timed_out() -> Error {
 
 /// What bounds the answers of commands that are passed on.
 struct Meter {
-    budget: Arc<Budget>,
+    /// Of the newest connection: one that was given up may still be read.
+    budget: RefCell<Arc<Budget>>,
     bytes_max: usize,
     /// One at a time, so that it is known whose bytes come.
     turn: Mutex<()>,
@@ -134,14 +135,15 @@ impl Reads {
 
     /// One for [`Reads::pass`], of whose answers at most `bytes_max` are read.
     pub fn passing(redis_url: &str, within: Duration, bytes_max: usize) -> Self {
-        let meter = Meter { budget: Budget::new(bytes_max), bytes_max, turn: Mutex::default() };
+        let meter = Meter { budget: Budget::new(bytes_max).into(), bytes_max, turn: Mutex::default() };
         Self { meter: Some(meter), ..Self::new(redis_url, within) }
     }
 
     async fn open(&self) -> Result<Connection, Error> {
         let Some(Meter { budget, bytes_max, .. }) = &self.meter else { return Connection::open(&self.redis_url).await };
-        budget.grant(*bytes_max);
-        Connection::open_metered(&self.redis_url, budget).await
+        let fresh = Budget::new(*bytes_max);
+        *budget.borrow_mut() = Arc::clone(&fresh);
+        Connection::open_metered(&self.redis_url, &fresh).await
     }
 
     pub(super) async fn with<T>(&self, read: impl AsyncFn(&mut Connection) -> Result<T, Error>) -> Result<T, Error> {
@@ -178,8 +180,15 @@ impl Reads {
         self.with(async |connection| {
             let mut command = redis::Cmd::new();
             words.iter().for_each(|word| _ = command.arg(&word[..]));
+            // Whoever gives up before the answer is there leaves nothing behind that somebody else would get.
+            self.connection.take();
+            let budget = Arc::clone(&budget.borrow());
             budget.grant(*bytes_max);
-            match connection.send(&command).await {
+            let answer = connection.send(&command).await;
+            if let Ok(_) | Err(Error::Refused(_)) = &answer {
+                *self.connection.borrow_mut() = Some(connection.clone());
+            }
+            match answer {
                 Ok(value) => Ok(reply(value)),
                 Err(Error::Refused(error)) => Ok(foreign(error.code().unwrap_or("ERR"), error.detail().unwrap_or_default())),
                 Err(_) if budget.is_spent() => {

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -117,6 +118,35 @@ fn what_is_read_through_is_bounded_as_it_comes_and_tells_clients_nothing_to_act_
     assert_eq!(backing.ask("ACL SETUSER default -hlen"), "OK");
     let denied = client.ask("HLEN wide");
     assert!(denied.starts_with("-ERR Redis says: NOPERM "), "{denied}");
+}
+
+#[test]
+fn an_answer_that_nobody_waits_for_any_more_is_not_taken_for_the_next_one() {
+    let stack = Stack::with_settings(&["--passthrough", "read-only", "--reply-within-ms", "20000"]);
+    let (mut client, mut backing) = (stack.connect(), stack.backing());
+    backing.ask(&format!("SET long {}", "x".repeat(1_000_000)));
+    let signal = |name: &str| assert!(Command::new("kill").args([name, &stack.redis.pid().to_string()]).status().unwrap().success());
+    for _ in 0..5 {
+        assert_eq!(client.ask("STRLEN long"), "1000000", "the connection is there");
+        signal("-STOP");
+        let mut killed = BufReader::new(stack.sidecar.raw());
+        killed.get_mut().write_all(b"CLIENT ID\r\nGET long\r\n").unwrap();
+        let mut id = String::new();
+        killed.read_line(&mut id).unwrap();
+        assert_eq!(client.ask(&format!("CLIENT KILL ID {}", id.trim_start_matches(':').trim_end())), "1");
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| stack.connect().ask("MGET long nothing"));
+            // Long enough that it has been sent: later, and this shows nothing.
+            std::thread::sleep(Duration::from_millis(50));
+            signal("-CONT");
+            assert_eq!(next.join().unwrap().len(), "[, nil]".len() + 1_000_000);
+        });
+    }
+    signal("-STOP");
+    let given_up = client.ask("GET long");
+    assert!(given_up.starts_with("-TRYAGAIN Redis does not answer"), "{given_up}");
+    signal("-CONT");
+    assert_eq!(client.ask("MGET long nothing").len(), "[, nil]".len() + 1_000_000);
 }
 
 #[test]
