@@ -12,6 +12,10 @@ pub fn operation_within(reply: Duration) -> Duration {
     reply * 17 / 20
 }
 
+/// Keys that what waits in a lane touches, from which on some clients are led through a second one. So many take Redis a tenth of a millisecond and
+/// more, in which this thread can work out answers and make the next batch; less, and two smaller batches cost both sides more than one.
+pub const BESIDE_FROM_KEYS: usize = 128;
+
 /// Operations in one script call: it keeps Redis busy for 1 to 3 ms at the most, and everybody else waits that long.
 pub const BATCH_OPERATIONS_MAX: usize = 512;
 
@@ -471,14 +475,17 @@ pub const READ_MAX: usize = 64 << 10;
 pub const READ_AHEAD_MAX: usize = 256 << 10;
 
 /// Of the time that an operation has, the part that a connection is not read for after a refusal for want of time. A refusal costs little beside
-/// reading and writing for it alone: so several are read at once. What comes meanwhile is still answered in time, since what waits for a batch
-/// has [`QUEUE_PART`] of it.
+/// reading and writing for it alone: so several are read at once.
 pub const REFUSED_REST_PART: u32 = 5;
 
-/// Operations that are refused for want of time, for each that is served. A refusal costs a fifth of what an operation does, of all that works
-/// for it: so about a fifth of the work is lost to them. What comes beyond twice of what can be served waits in the sockets, where each connection
-/// still gets one refusal a rest ([`REFUSED_REST_PART`]).
-pub const REFUSED_FOR_EACH_SERVED: u64 = 1;
+/// Bytes of the first read after a refusal for want of time: some 10 commands; of the next ones twice as many each, until one is refused again. All
+/// that is read is answered in time, so what cannot be served stays in the sockets.
+pub const REFUSED_READ_MAX: usize = 512;
+
+/// Operations that are served for each that is refused for want of time. A refusal costs a third of what an operation does, of all that works for
+/// it: so less than a tenth of the work is lost to them. Beyond it the rest is longer, up to the time that an operation has: then each connection is
+/// read once more, and may be refused.
+pub const SERVED_FOR_EACH_REFUSED: u64 = 4;
 
 /// Of them, as many at once: a few milliseconds' work.
 pub const REFUSED_AT_ONCE_MAX: u64 = 4_096;

@@ -14,6 +14,8 @@ use super::coupon::CouponWaiter;
 use super::first_use::FirstUse;
 use super::stock::StockWaiter;
 use crate::limits;
+use crate::resp::Pipeline;
+use crate::session::Session;
 use crate::store::Partition;
 use crate::store::coupon::{Coupon, CouponDesk};
 use crate::store::lane::{Family as _, Lane};
@@ -28,6 +30,9 @@ use crate::store::stock::Stock;
 pub struct Backend {
     pub partition: Arc<Partition>,
     pub stock: Rc<Lane<Stock, StockWaiter>>,
+    /// Takes some of the clients where the first lane has more than Redis does at once: while the one's batch is at Redis, this thread works on
+    /// the other's.
+    pub beside: Rc<Lane<Stock, StockWaiter>>,
     pub coupon: Rc<Lane<Coupon, CouponWaiter>>,
     pub acks: Rc<AckQueue>,
     pub reads: Reads,
@@ -54,12 +59,14 @@ impl Backend {
         locks: Locks,
     ) -> Self {
         let within = limits::operation_within(reply_within);
-        let name = |lane| if thread == 0 { format!("{instance}:{lane}") } else { format!("{instance}:{lane}.{thread}") };
+        let name = |lane, number| if number == 0 { format!("{instance}:{lane}") } else { format!("{instance}:{lane}.{number}") };
+        let behind = thread + limits::THREADS_MAX as usize;
         let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
         let desk = CouponDesk::new(locks.clone(), within);
         Self {
-            stock: Lane::new(Arc::clone(&partition), redis_url, name(Stock::LANE), window_ms, within, ()),
-            coupon: Lane::new(Arc::clone(&partition), redis_url, name(Coupon::LANE), window_ms, within, desk),
+            stock: Lane::new(Arc::clone(&partition), redis_url, name(Stock::LANE, thread), window_ms, within, ()),
+            beside: Lane::new(Arc::clone(&partition), redis_url, name(Stock::LANE, behind), window_ms, within, ()),
+            coupon: Lane::new(Arc::clone(&partition), redis_url, name(Coupon::LANE, thread), window_ms, within, desk),
             acks: AckQueue::new(Arc::clone(&partition), redis_url),
             reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
@@ -95,7 +102,21 @@ impl Backend {
 
     /// How many operations have gone to Redis from this thread.
     pub fn served(&self) -> u64 {
-        self.stock.served() + self.coupon.served()
+        self.stock.served() + self.beside.served() + self.coupon.served()
+    }
+
+    /// The lane for what a client sends now, whose replies are in `pipeline`: the same one for as long as it waits for any, so that what it sends
+    /// is decided in its order.
+    pub fn stock_for(&self, session: &mut Session, pipeline: &Pipeline) -> &Rc<Lane<Stock, StockWaiter>> {
+        if pipeline.in_flight() == 0 {
+            session.is_beside = self.stock.keys_ahead() >= limits::BESIDE_FROM_KEYS && self.beside.queued() < self.stock.queued();
+        }
+        if session.is_beside { &self.beside } else { &self.stock }
+    }
+
+    /// Whether what clients ask for of products is refused, in whatever lane.
+    pub fn is_stock_crowded(&self) -> bool {
+        self.stock.is_crowded() && self.beside.is_crowded()
     }
 
     /// Starts what works on this thread, and returns the lanes as a future that is to be polled in front of the thread's tasks: as one of them
@@ -112,9 +133,10 @@ impl Backend {
                 async move { acks.replicas.drive(cancel).await }
             }),
         ];
-        let (stock, coupon) = (Rc::clone(&self.stock).drive(cancel.clone()), Rc::clone(&self.coupon).drive(cancel.clone()));
+        let (stock, beside) = (Rc::clone(&self.stock).drive(cancel.clone()), Rc::clone(&self.beside).drive(cancel.clone()));
+        let coupon = Rc::clone(&self.coupon).drive(cancel.clone());
         async {
-            tokio::join!(stock, coupon);
+            tokio::join!(stock, beside, coupon);
             for task in tasks {
                 // A panic has been reported where it happened.
                 _ = task.await;

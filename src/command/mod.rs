@@ -183,6 +183,11 @@ impl Context {
     pub fn refused_for_time(&self) {
         self.refused_early.add(self.backend.served(), Instant::now());
     }
+
+    /// Whether there shall be no more refusals for want of time for now. `still`: as of [`Refusals::are_spent`].
+    pub fn has_refused_enough(&self, still: Duration) -> bool {
+        self.refused_early.are_spent(self.backend.served(), Instant::now(), still)
+    }
 }
 
 /// Counts a connection that the server closes, and why.

@@ -3,13 +3,14 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use crate::limits::{REFUSED_AT_ONCE_MAX, REFUSED_FOR_EACH_SERVED};
+use crate::limits::{REFUSED_AT_ONCE_MAX, SERVED_FOR_EACH_REFUSED};
 
 /// A refusal takes time from what is served: so there are only so many of them for each that goes to Redis. Who comes beyond that is not
 /// looked at for a while. Where nothing is served, since Redis stands still, nothing is taken from anybody, and all are refused.
 pub struct Refusals {
     count: Cell<u64>,
-    left: Cell<u64>,
+    /// Served operations that no refusal has been counted against.
+    credit: Cell<u64>,
     served: Cell<u64>,
     /// When more had been served than before.
     moved: Cell<Instant>,
@@ -18,7 +19,7 @@ pub struct Refusals {
 impl Default for Refusals {
     /// None yet.
     fn default() -> Self {
-        Self { count: Cell::new(0), left: Cell::new(0), served: Cell::new(0), moved: Cell::new(Instant::now()) }
+        Self { count: Cell::new(0), credit: Cell::new(0), served: Cell::new(0), moved: Cell::new(Instant::now()) }
     }
 }
 
@@ -30,18 +31,24 @@ impl Refusals {
 
     /// One more; `served`: how many operations have gone to Redis up to `now`.
     pub fn add(&self, served: u64, now: Instant) {
+        self.earn(served, now);
+        self.credit.set(self.credit.get().saturating_sub(SERVED_FOR_EACH_REFUSED));
+        self.count.set(self.count.get() + 1);
+    }
+
+    /// Whether there shall be no more for now. `still`: after how long without anything served all may be refused.
+    pub fn are_spent(&self, served: u64, now: Instant, still: Duration) -> bool {
+        self.earn(served, now);
+        self.credit.get() < SERVED_FOR_EACH_REFUSED && now.saturating_duration_since(self.moved.get()) < still
+    }
+
+    fn earn(&self, served: u64, now: Instant) {
         let before = self.served.replace(served);
         if served != before {
             self.moved.set(now);
         }
-        let earned = served.saturating_sub(before).saturating_mul(REFUSED_FOR_EACH_SERVED);
-        self.left.set(self.left.get().saturating_add(earned).min(REFUSED_AT_ONCE_MAX).saturating_sub(1));
-        self.count.set(self.count.get() + 1);
-    }
-
-    /// Whether there may be no more for now. `still`: after how long without anything served all may be refused.
-    pub fn are_spent(&self, now: Instant, still: Duration) -> bool {
-        self.left.get() == 0 && now.saturating_duration_since(self.moved.get()) < still
+        let credit = self.credit.get().saturating_add(served.saturating_sub(before));
+        self.credit.set(credit.min(REFUSED_AT_ONCE_MAX * SERVED_FOR_EACH_REFUSED));
     }
 }
 
@@ -55,14 +62,15 @@ mod tests {
     fn there_are_so_many_for_each_that_is_served() {
         let (refusals, now) = (Refusals::default(), Instant::now());
         refusals.add(0, now);
-        assert!(refusals.are_spent(now, STILL), "nothing is served");
-        refusals.add(10, now);
+        assert!(refusals.are_spent(0, now, STILL), "nothing is served");
+        let served = 10 * SERVED_FOR_EACH_REFUSED + 1;
+        refusals.add(served, now);
         let mut more = 0;
-        while !refusals.are_spent(now, STILL) {
-            refusals.add(10, now);
+        while !refusals.are_spent(served, now, STILL) {
+            refusals.add(served, now);
             more += 1;
         }
-        assert_eq!(more, 10 * REFUSED_FOR_EACH_SERVED - 1);
+        assert_eq!(more, 9);
         assert_eq!(refusals.count(), 2 + more);
     }
 
@@ -70,17 +78,18 @@ mod tests {
     fn a_quiet_time_earns_no_more_than_a_burst() {
         let refusals = Refusals::default();
         refusals.add(1 << 40, Instant::now());
-        assert_eq!(refusals.left.get(), REFUSED_AT_ONCE_MAX - 1);
+        assert_eq!(refusals.credit.get(), (REFUSED_AT_ONCE_MAX - 1) * SERVED_FOR_EACH_REFUSED);
     }
 
     #[test]
     fn where_nothing_is_served_all_are_refused() {
         let (refusals, now) = (Refusals::default(), Instant::now());
         refusals.add(1, now);
-        assert!(refusals.are_spent(now, STILL));
+        assert!(refusals.are_spent(1, now, STILL));
         refusals.add(1, now + STILL);
-        assert!(!refusals.are_spent(now + STILL, STILL));
+        assert!(!refusals.are_spent(1, now + STILL, STILL));
         refusals.add(2, now + STILL);
-        assert!(refusals.are_spent(now + STILL, STILL), "it goes on");
+        assert!(refusals.are_spent(2, now + STILL, STILL), "it goes on");
+        assert!(!refusals.are_spent(2 + SERVED_FOR_EACH_REFUSED, now + STILL, STILL), "before anybody is refused");
     }
 }

@@ -154,7 +154,7 @@ fn change(call: &mut Call<'_>, kind: StockKind, default: Ack) -> Step {
 
 /// Whether there is no use in taking in more for Redis.
 fn crowded(cx: &Context) -> Option<&'static str> {
-    cx.backend.stock.is_crowded().then_some(CROWDED)
+    cx.backend.is_stock_crowded().then_some(CROWDED)
 }
 
 fn decr(call: &mut Call<'_>) -> Step {
@@ -191,8 +191,9 @@ pub(super) fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) 
         Err(reply) => return Step::Reply(reply),
     };
     op.request = change::request(&call.args).map(Box::new);
+    let lane = Rc::clone(call.cx.backend.stock_for(call.session, call.pipeline));
     let waiter = StockWaiter::client(call, call.ticket_with(confirmation.waits_for_postgres()), Shape::Change(confirmation));
-    doubt::submit(call, &call.cx.backend.stock, op, confirmation.waits_for_postgres(), waiter);
+    doubt::submit(call, &lane, op, confirmation.waits_for_postgres(), waiter);
     Step::Later
 }
 
@@ -201,8 +202,9 @@ fn look(call: &mut Call<'_>, items: Items, shape: Shape) -> Step {
 }
 
 pub(super) fn submit_read(call: &mut Call<'_>, op: StockOp, shape: Shape) -> Step {
+    let lane = Rc::clone(call.cx.backend.stock_for(call.session, call.pipeline));
     let waiter = StockWaiter::client(call, call.ticket(), shape);
-    call.cx.backend.stock.submit(op, call.arrived, waiter);
+    lane.submit(op, call.arrived, waiter);
     Step::Later
 }
 

@@ -11,6 +11,9 @@ pub const REQUEST_LEN_MAX: usize = 64;
 /// The threads of one process that may send batches: more than there are cores on most machines.
 pub const THREADS_MAX: u64 = 64;
 
+/// Lanes of a family in a process: each thread has at most two, of which the second is numbered behind those of all threads.
+pub const LANES_MAX: u64 = 2 * THREADS_MAX;
+
 /// The server's own ids begin so; a client may name one only to ask what became of it.
 const SERVER_PREFIX: &str = "hf-";
 
@@ -83,10 +86,10 @@ impl Sent {
         let is_instance = instance.len() == 32 && instance.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         let sent = Self { lane: lane.to_owned(), counter: counter.parse().ok()?, k: k.parse().ok()? };
         // Lua counts exactly up to 2^53.
-        // Behind the family stands the number of the thread, but for the first.
-        let (family, thread) = family.split_once('.').unwrap_or((family, "1"));
-        let is_thread = thread.parse::<u64>().is_ok_and(|number| number > 0 && number < THREADS_MAX && number.to_string() == thread);
-        let fits = is_instance && is_thread && matches!(family, "stock" | "coupon") && (1..1 << 53).contains(&sent.counter);
+        // Behind the family stands the number of the lane, but for the first.
+        let (family, lane_number) = family.split_once('.').unwrap_or((family, "1"));
+        let is_lane = lane_number.parse::<u64>().is_ok_and(|number| number > 0 && number < LANES_MAX && number.to_string() == lane_number);
+        let fits = is_instance && is_lane && matches!(family, "stock" | "coupon") && (1..1 << 53).contains(&sent.counter);
         (fits && sent.id() == id).then_some(sent)
     }
 
@@ -124,7 +127,8 @@ mod tests {
     fn a_batch_of_another_thread_is_named_like_any_other() {
         let lane = "0123456789abcdef0123456789abcdef:stock.3";
         assert_eq!(Sent::parse(&format!("hf-{lane}:7-1")), Some(Sent { lane: lane.into(), counter: 7, k: 1 }));
-        for thread in ["0", "03", "64", "x", ""] {
+        assert!(Sent::parse("hf-0123456789abcdef0123456789abcdef:stock.127:7-1").is_some());
+        for thread in ["0", "03", "128", "x", ""] {
             assert_eq!(Sent::parse(&format!("hf-0123456789abcdef0123456789abcdef:stock.{thread}:7-1")), None, "{thread}");
         }
         let longest = Sent { lane: "0123456789abcdef0123456789abcdef:coupon.63".into(), counter: 99_999_999_999_999, k: 511 };

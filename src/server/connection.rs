@@ -16,7 +16,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context as TaskContext, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
@@ -108,7 +108,6 @@ impl Connection {
     fn has_room(&self) -> bool {
         self.phase == Phase::Open
             && !self.waits_for_one()
-            && !self.input.is_held()
             && self.pipeline.in_flight() < self.cx.bounds.in_flight
             && self.output.len() + self.pipeline.bytes() <= self.output_max()
     }
@@ -125,7 +124,7 @@ impl Connection {
 
     /// Dispatches the requests that were read, as far as there is room, and no more than is fair to the other connections.
     fn dispatch_turn(&mut self) {
-        let arrived = self.input.arrived();
+        let arrived = Instant::now();
         let mut dispatched = 0;
         let refused = self.cx.refused_early.count();
         let was_known = self.session.authenticated;
@@ -156,12 +155,10 @@ impl Connection {
                 Err(error) => self.refuse(&error, arrived),
             }
             dispatched += 1;
-            if self.cx.refused_early.count() != refused && self.cx.refused_early.are_spent(Instant::now(), self.rest()) {
-                self.input.hold(arrived);
-            }
         }
         if self.cx.refused_early.count() != refused {
-            self.input.rest(Instant::now() + self.rest());
+            metrics::counter!("holdfast_paused_reads_total", "why" => "crowded").increment(1);
+            self.input.rest(self.cx.backend.reply_within / REFUSED_REST_PART);
         }
         self.input.settle();
         if self.input.is_too_much(self.session.authenticated) {
@@ -175,11 +172,6 @@ impl Connection {
             self.clock.heard(arrived);
             self.session.publish(self.pipeline.in_flight(), self.input.len(), self.output.len());
         }
-    }
-
-    /// How long a client rests that was refused for want of time.
-    fn rest(&self) -> Duration {
-        self.cx.backend.reply_within / REFUSED_REST_PART
     }
 
     fn dispatch(&mut self, request: Request, arrived: Instant) {
@@ -239,7 +231,6 @@ impl Connection {
         let is_full = self.phase == Phase::Open && !self.waits_for_one() && !self.has_room();
         if self.input.backlog && is_full {
             let why = match self.pipeline.in_flight() >= self.cx.bounds.in_flight {
-                _ if self.input.is_held() => "crowded",
                 true => "in_flight",
                 false => "output",
             };
@@ -251,7 +242,6 @@ impl Connection {
     fn poll_event(&mut self, cx: &mut TaskContext<'_>) -> Poll<()> {
         self.session.client.waits(cx.waker());
         let mut event = self.poll_stop(cx);
-        event |= self.input.is_held() && self.input.poll_rest(cx).is_ready();
         // What was held back, and is not any more.
         event |= self.input.backlog && self.has_room();
         event |= self.poll_read(cx);

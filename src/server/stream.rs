@@ -57,11 +57,11 @@ impl Stream {
         }
     }
 
-    /// Reads into the room that the buffer has. 0: the client has closed its side.
-    pub fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut BytesMut) -> Poll<io::Result<usize>> {
+    /// Reads at most so many bytes, into the room that the buffer has. 0: the client has closed its side.
+    pub fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut BytesMut, most: usize) -> Poll<io::Result<usize>> {
         match self {
-            Self::Plain(tcp) => pin!(tcp.read_buf(buffer)).poll(cx),
-            Self::Tls(tls) => tls.poll_read(cx, buffer),
+            Self::Plain(tcp) => pin!(tcp.read_buf(&mut buffer.limit(most))).poll(cx),
+            Self::Tls(tls) => tls.poll_read(cx, buffer, most),
         }
     }
 
@@ -135,9 +135,9 @@ impl Tls {
         Poll::Ready(())
     }
 
-    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut BytesMut) -> Poll<io::Result<usize>> {
+    fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut BytesMut, most: usize) -> Poll<io::Result<usize>> {
         ready!(self.poll_readable(cx));
-        let wanted = self.readable.min(buffer.capacity() - buffer.len());
+        let wanted = self.readable.min(buffer.capacity() - buffer.len()).min(most);
         if wanted == 0 {
             return Poll::Ready(Ok(0));
         }

@@ -198,6 +198,8 @@ pub struct Session {
     pub turn: Option<Waited>,
     /// Whether it has ever subscribed to anything.
     pub has_subscribed: bool,
+    /// Whether what it changes and reads of products goes through the thread's second lane.
+    pub is_beside: bool,
     kept: Vec<Box<dyn Any>>,
     held_back: Option<Weak<()>>,
 }
@@ -253,6 +255,7 @@ impl Session {
             failures: 0,
             turn: None,
             has_subscribed: false,
+            is_beside: false,
             held_back: None,
             kept: Vec::new(),
         };

@@ -301,6 +301,8 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     script_seconds: metrics::Histogram,
     /// What large batches take, one after the other: what waits longer than that permits is refused as it comes.
     pace: Pace,
+    /// The keys and the operations of the last batch that was not a small one.
+    keys: Cell<(usize, usize)>,
 }
 
 impl<F: Family, W: Waiter<F>> Lane<F, W> {
@@ -324,6 +326,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             batch_operations: metrics::histogram!("holdfast_batch_operations", "lane" => F::LANE),
             script_seconds: metrics::histogram!("holdfast_script_seconds", "lane" => F::LANE),
             pace: Pace::new(within),
+            keys: Cell::new((0, 1)),
         })
     }
 
@@ -387,6 +390,12 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// The current generation of REQUEST ids, judged from here.
     pub fn generation(&self) -> i64 {
         self.clock.get().at(Instant::now()).div_euclid(self.window_ms)
+    }
+
+    /// About how many keys Redis has to touch for what waits to be sent: 0 until a batch has told it.
+    pub fn keys_ahead(&self) -> usize {
+        let (keys, operations) = self.keys.get();
+        self.queue.borrow().len() * keys / operations
     }
 
     /// How many operations wait to be sent, those that are parked among them.
@@ -486,11 +495,12 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             metrics::counter!("holdfast_expired_total", "lane" => F::LANE).increment(1);
             queued.finish(Err(Failure::TryAgain(reason)));
         }
-        if let Some(sent) = sent
-            && self.doubt(sent, |queued| queued.is_due(now))
-        {
-            // It has had a whole deadline for one script call.
-            self.partition.set_redis_up(false);
+        if let Some(sent) = sent {
+            // One script call has what the queue leaves of an operation's time; what had waited for longer says little about Redis.
+            let enough = if self.doubt(sent, |queued| queued.is_due(now)) { self.within / limits::QUEUE_PART } else { self.within };
+            if now.saturating_duration_since(sent.since) >= enough {
+                self.partition.set_redis_up(false);
+            }
         }
     }
 
@@ -707,6 +717,32 @@ mod tests {
         assert_eq!(*told.0.borrow(), [Err(Failure::TryAgain("somebody holds it".into()))]);
         lane.submit(decr(), Instant::now(), told.clone());
         assert_eq!((lane.queue.borrow().len(), told.0.borrow().len()), (1, 1));
+    }
+
+    #[test]
+    fn redis_is_down_once_a_script_call_has_had_its_time_whoever_waits_for_it() {
+        let within = Duration::from_secs(60);
+        let partition = Arc::new(Partition::new(0, 1 << 20).0);
+        let lane = Lane::<Stock, Told>::new(Arc::clone(&partition), "redis://127.0.0.1:1", "i:stock".into(), 600_000, within, ());
+        *lane.gate.borrow_mut() = Gate::Open;
+        partition.set_redis_up(true);
+        let told = Told::default();
+        lane.submit(StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 1)]), Instant::now(), told.clone());
+        let mut sent = lane.next_batch(1, "run").unwrap();
+        sent.operations[0].deadline = Instant::now();
+        lane.expire(Some(&mut sent));
+        assert!(matches!(told.0.borrow()[..], [Err(Failure::InDoubt(_))]));
+        assert!(partition.redis_up(), "it had waited for long before it was sent");
+        sent.since -= within;
+        lane.expire(Some(&mut sent));
+        assert!(!partition.redis_up(), "nobody waits for it any more, and it is not answered");
+        partition.set_redis_up(true);
+        lane.submit(StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 1)]), Instant::now(), told.clone());
+        let mut sent = lane.next_batch(1, "run").unwrap();
+        sent.operations[0].deadline = Instant::now();
+        sent.since -= within / limits::QUEUE_PART;
+        lane.expire(Some(&mut sent));
+        assert!(!partition.redis_up(), "an operation's time ended while it was under way for long enough");
     }
 
     #[test]

@@ -79,7 +79,7 @@ pub const METRICS: &[Metric] = &[
         kind: Kind::Counter,
         unit: Unit::Count,
         labels: &["why"],
-        doc: "How often a connection was not read on because it had `in_flight` requests waiting, too much `output` unread, or while it is `crowded` and as many were refused as may be.",
+        doc: "How often a connection was not read on because it had `in_flight` requests waiting, too much `output` unread, or was refused while it is `crowded`.",
     },
     Metric {
         name: "holdfast_auth_failures_total",

@@ -231,6 +231,30 @@ fn a_stalled_redis_is_answered_for_and_executes_nothing_late() {
 }
 
 #[test]
+fn a_redis_that_stands_still_is_reported_and_once_it_answers_that_is_too_whoever_sells() {
+    let stack = Stack::with_deadline(500);
+    let mut client = stack.connect();
+    client.until_not("STOCK.SET a 1000000", "-TRYAGAIN");
+    client.until_not("COUPON.CREATE c 1000000", "-TRYAGAIN");
+    let ready = || stack.sidecar.get("/readyz").0;
+    let signal = |name: &str| assert!(Command::new("kill").args([name, &stack.redis.pid().to_string()]).status().unwrap().success());
+    signal("-STOP");
+    wait_until("it is reported", || {
+        client.ask("STOCK.DECR a 1");
+        ready() == 503
+    });
+    signal("-CONT");
+    // Never silent for long enough that anybody would ask Redis only how it is.
+    let mut user = 0;
+    wait_until("that it answers is reported", || {
+        user += 1;
+        client.ask(&format!("COUPON.ISSUE c user-{user}"));
+        client.ask("STOCK.DECR a 1");
+        ready() == 200
+    });
+}
+
+#[test]
 fn a_busy_partition_stays_open_while_it_is_verified() {
     let stack = Stack::start();
     let mut client = stack.connect();

@@ -1,5 +1,6 @@
 //! What is done for speed, and may not change what is answered: sold-out notes, sums, several threads.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -44,6 +45,52 @@ fn pipelined(stack: &Stack, commands: &[&str]) -> Vec<String> {
     raw.write_all((commands.join("\r\n") + "\r\n").as_bytes()).unwrap();
     let words = BufReader::new(raw).lines().map(Result::unwrap);
     words.filter(|line| ["OK", "INSUFFICIENT"].contains(&line.as_str())).take(commands.len()).collect()
+}
+
+#[test]
+fn what_a_client_sends_at_once_is_decided_in_its_order_in_whatever_lane() {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    const CLIENTS: usize = 16;
+    const PRODUCTS: usize = 64;
+    let stack = Stack::with_settings(&["--reply-within-ms", "20000"]);
+    let mut client = stack.connect();
+    let sku = |number: usize, product: usize| format!("sku-{number}-{product}");
+    (0..CLIENTS)
+        .for_each(|number| (0..PRODUCTS).for_each(|product| client.ok(&format!("STOCK.SET {} 1000000 ACK redis", sku(number, product)))));
+    let over = AtomicBool::new(false);
+    let sold: usize = thread::scope(|scope| {
+        let sell = |number: usize| {
+            let mut raw = BufReader::new(stack.sidecar.raw());
+            let each = |product| format!("STOCK.DECR {sku} 1\r\nSTOCK.GET {sku}\r\n", sku = sku(number, product));
+            let commands: String = (0..PRODUCTS).map(each).collect();
+            let mut rounds = 0;
+            while !over.load(Ordering::Relaxed) {
+                raw.get_mut().write_all(commands.as_bytes()).unwrap();
+                rounds += 1;
+                let left = format!(":{}", 1_000_000 - rounds);
+                for _ in 0..2 * PRODUCTS {
+                    let mut line = String::new();
+                    while !line.starts_with(':') {
+                        line.clear();
+                        raw.read_line(&mut line).unwrap();
+                        assert!(!line.starts_with('-'), "{line}");
+                    }
+                    assert_eq!(line.trim_end(), left);
+                }
+            }
+            rounds * PRODUCTS
+        };
+        let selling: Vec<_> = (0..CLIENTS).map(|number| scope.spawn(move || sell(number))).collect();
+        // Both lanes of the first thread have had a part.
+        for lane in [":stock:", ":stock.64:"] {
+            wait_until(lane, || stack.backing().ask("XREVRANGE holdfast:outbox + - COUNT 1").contains(lane));
+        }
+        over.store(true, Ordering::Relaxed);
+        selling.into_iter().map(|selling| selling.join().unwrap()).sum()
+    });
+    stack.wait_until_applied();
+    let booked = "SELECT count(*) || ' ' || sum(redis_delta) FROM holdfast.stock_ledger WHERE kind = 'decr'";
+    assert_eq!(stack.postgres.value(booked), format!("{sold} -{sold}"));
 }
 
 #[test]

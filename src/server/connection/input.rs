@@ -8,12 +8,12 @@
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::time::Sleep;
 
 use crate::command::Context as Shared;
-use crate::limits::{INPUT_ALWAYS_MAX, INPUT_STRANGER_MAX, READ_AHEAD_MAX, READ_MAX, READ_MIN};
+use crate::limits::{INPUT_ALWAYS_MAX, INPUT_STRANGER_MAX, READ_AHEAD_MAX, READ_MAX, READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART};
 use crate::resp::{Limits, ProtocolError, Reader, Request};
 use crate::server::stream::Stream;
 
@@ -37,28 +37,21 @@ pub struct Input {
     pub backlog: bool,
     /// Whether the client has closed its side.
     pub ended: bool,
-    /// Until when nothing is read.
-    rest: Option<Pin<Box<Sleep>>>,
-    /// Whether nothing that was read is looked at until then, either.
-    held: bool,
-    /// When what was read was to be looked at, if it was held then.
-    held_since: Option<Instant>,
+    rest: Option<Rest>,
+}
+
+/// Nothing is read for a while.
+struct Rest {
+    pause: Duration,
+    timer: Pin<Box<Sleep>>,
+    /// How many pauses are over.
+    over: u32,
 }
 
 impl Input {
     /// Nothing yet.
     pub fn new(shared: Rc<Shared>) -> Self {
-        Self {
-            shared,
-            reader: Reader::default(),
-            counted: 0,
-            read_size: READ_MIN,
-            backlog: false,
-            ended: false,
-            rest: None,
-            held: false,
-            held_since: None,
-        }
+        Self { shared, reader: Reader::default(), counted: 0, read_size: READ_MIN, backlog: false, ended: false, rest: None }
     }
 
     /// Bytes that are no request yet.
@@ -71,36 +64,22 @@ impl Input {
         self.reader.next(limits)
     }
 
-    /// Reads nothing until then: what comes meanwhile is taken at once afterwards, which costs less than bit by bit.
-    pub fn rest(&mut self, until: Instant) {
-        match &mut self.rest {
-            Some(rest) => rest.as_mut().reset(until.into()),
-            None => self.rest = Some(Box::pin(tokio::time::sleep_until(until.into()))),
-        }
+    /// Its client was refused for want of time. Nothing is read for a while, and longer while there have been refusals enough; then only a little
+    /// at first, since what is read is answered in time.
+    pub fn rest(&mut self, pause: Duration) {
+        self.rest = Some(Rest { pause, timer: Box::pin(tokio::time::sleep(pause)), over: 0 });
+        self.read_size = REFUSED_READ_MAX;
     }
 
-    /// Looks at nothing while it rests, of what came at `arrived`.
-    pub fn hold(&mut self, arrived: Instant) {
-        self.held = true;
-        self.held_since.get_or_insert(arrived);
-    }
-
-    /// When what was read arrived: now, unless it was held.
-    pub fn arrived(&self) -> Instant {
-        self.held_since.unwrap_or_else(Instant::now)
-    }
-
-    /// Whether it rests and nothing is looked at.
-    pub fn is_held(&self) -> bool {
-        self.held
-    }
-
-    /// Waits for the rest to be over.
-    pub fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if let Some(rest) = &mut self.rest {
-            std::task::ready!(rest.as_mut().poll(cx));
-            self.rest = None;
-            self.held = false;
+    fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while let Some(rest) = &mut self.rest {
+            std::task::ready!(rest.timer.as_mut().poll(cx));
+            rest.over += 1;
+            if rest.over == REFUSED_REST_PART || !self.shared.has_refused_enough(rest.pause) {
+                self.rest = None;
+            } else {
+                rest.timer.as_mut().reset((Instant::now() + rest.pause).into());
+            }
         }
         Poll::Ready(())
     }
@@ -112,8 +91,7 @@ impl Input {
         }
         let buffer = &mut self.reader.buffer;
         buffer.reserve(self.read_size);
-        let room = buffer.capacity() - buffer.len();
-        match stream.poll_read(cx, buffer) {
+        match stream.poll_read(cx, buffer, self.read_size) {
             Poll::Pending => {
                 self.reader.release();
                 Poll::Pending
@@ -123,9 +101,8 @@ impl Input {
                 Poll::Ready(Received::End)
             }
             Poll::Ready(Ok(read)) => {
-                self.held_since = None;
                 self.read_size = match read {
-                    full if full == room => (self.read_size * 2).min(READ_MAX),
+                    full if full == self.read_size => (self.read_size * 2).min(READ_MAX),
                     little if little < self.read_size / 4 => (self.read_size / 2).max(READ_MIN),
                     _ => self.read_size,
                 };

@@ -1,6 +1,6 @@
 //! A connection over a real socket, with commands made for the test.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +16,7 @@ use crate::command::spec::{BLOCKING, Spec, integer, text};
 use crate::command::{Backend, Commands, Handler, Stats, Step, client, connection, pubsub};
 use crate::limits::{
     IN_FLIGHT_MAX, INPUT_TOGETHER_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX, PATTERNS_MAX, PATTERNS_TOGETHER_MAX,
+    READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART, TURN_COMMANDS_MAX,
 };
 use crate::resp::Ticket;
 use crate::session::client::HeldBack;
@@ -23,8 +24,6 @@ use crate::session::registry::Registry;
 
 thread_local! {
     static HELD: RefCell<Vec<(Bytes, Ticket)>> = const { RefCell::new(Vec::new()) };
-    /// When the last of them arrived.
-    static ARRIVED: Cell<Option<Instant>> = const { Cell::new(None) };
     /// What holds back the client of the last T.BUILD.
     static BUILDING: RefCell<Option<HeldBack>> = const { RefCell::new(None) };
 }
@@ -32,7 +31,6 @@ thread_local! {
 static HOLD: Spec = Spec::new("T.HOLD", "Answers when freed.").args(&[text("word", 100)]).run(|call| {
     let held = (call.args.text("word").clone(), call.ticket());
     HELD.with_borrow_mut(|all| all.push(held));
-    ARRIVED.set(Some(call.arrived));
     Step::Later
 });
 static BUILD: Spec = Spec::new("T.BUILD", "Holds back what its client sends behind it, and is answered when freed.").run(|call| {
@@ -341,21 +339,54 @@ async fn who_is_refused_for_want_of_time_is_read_again_a_little_later() {
 }
 
 #[tokio::test]
-async fn beyond_as_many_refusals_as_there_may_be_nothing_is_looked_at() {
+async fn all_that_was_read_is_answered_whoever_is_refused() {
     served_with_rest(REST, async |server| {
         let (mut stream, began) = (TcpStream::connect(server.address).await.unwrap(), Instant::now());
-        server.cx.refused_early.add(1, began);
-        stream.write_all(b"T.CROWDED\r\nT.HOLD a\r\n").await.unwrap();
-        expect(&mut stream, "-TRYAGAIN later\r\n").await;
-        let mut other = TcpStream::connect(server.address).await.unwrap();
-        talk(&mut other, b"PING\r\n", "+PONG\r\n").await;
-        assert!(began.elapsed() < REST, "nobody else waits");
-        assert!(HELD.with_borrow(Vec::is_empty), "what is behind it in the same read has to wait, though nothing is the matter with it");
-        until(|| HELD.with_borrow(|held| !held.is_empty())).await;
-        assert!(began.elapsed() >= REST);
-        assert!(ARRIVED.get().unwrap().elapsed() >= REST, "it has the time that it came with");
-        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
-        expect(&mut stream, "$1\r\na\r\n").await;
+        // More than a turn of one connection.
+        let refused = TURN_COMMANDS_MAX + 10;
+        stream.write_all(format!("{}PING\r\n", "T.CROWDED\r\n".repeat(refused)).as_bytes()).await.unwrap();
+        expect(&mut stream, &format!("{}+PONG\r\n", "-TRYAGAIN later\r\n".repeat(refused))).await;
+        assert!(began.elapsed() < REST);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_was_refused_rests_for_longer_while_there_have_been_refusals_enough() {
+    let rest = Duration::from_millis(100);
+    served_with_rest(rest, async |server| {
+        let (mut stream, began) = (TcpStream::connect(server.address).await.unwrap(), Instant::now());
+        // As if others were served, for as many refusals as there are.
+        let serving = async {
+            loop {
+                [1, 0].into_iter().for_each(|served| server.cx.refused_early.add(served, Instant::now()));
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let asking = async {
+            talk(&mut stream, b"T.CROWDED\r\n", "-TRYAGAIN later\r\n").await;
+            talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
+        };
+        tokio::select! {
+            () = asking => {}
+            () = serving => {}
+        }
+        assert!(began.elapsed() >= rest * (REFUSED_REST_PART - 1), "{:?}", began.elapsed());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn of_who_was_refused_only_a_little_is_read_at_once() {
+    let rest = Duration::from_millis(50);
+    served_with_rest(rest, async |server| {
+        let (mut stream, began) = (TcpStream::connect(server.address).await.unwrap(), Instant::now());
+        // A whole number of them is read at first.
+        let request = "T.CROWDED\r\n";
+        let little = u32::try_from((READ_MIN + 5 * REFUSED_READ_MAX) / request.len()).unwrap();
+        stream.write_all(request.repeat(little as usize).as_bytes()).await.unwrap();
+        expect(&mut stream, &"-TRYAGAIN later\r\n".repeat(little as usize)).await;
+        assert!(began.elapsed() >= rest * 4, "{:?}", began.elapsed());
     })
     .await;
 }

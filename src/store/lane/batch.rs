@@ -29,6 +29,8 @@ pub(super) struct Sent<F: Family, W> {
     deadline_ms: i64,
     /// When it was made, to be sent for the first time.
     made: Instant,
+    /// When it was sent last.
+    pub(super) since: Instant,
     pub(super) operations: Vec<Queued<F, W>>,
 }
 
@@ -44,6 +46,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let youngest = operations.iter().map(|queued| queued.deadline).max().unwrap_or_else(Instant::now);
         let generation = clock.at(Instant::now()).div_euclid(self.window_ms);
         let encoded = F::encode(operations.iter().map(|queued| &queued.op), generation, self.partition.grain);
+        if operations.len() >= limits::BATCH_OPERATIONS_MAX / 8 {
+            self.keys.set((encoded.keys.len(), operations.len()));
+        }
         self.counter.set(self.counter.get() + 1);
         self.batch_operations.record(u32::try_from(operations.len()).unwrap_or(u32::MAX));
         Some(Sent {
@@ -54,6 +59,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             generation: if operations.iter().any(|queued| F::request(&queued.op).is_some()) { generation } else { 0 },
             deadline_ms: clock.at(youngest),
             made: Instant::now(),
+            since: Instant::now(),
             operations,
         })
     }
@@ -142,11 +148,12 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     pub(super) async fn send(
         &self,
         connection: &mut Connection,
-        sent: Sent<F, W>,
+        mut sent: Sent<F, W>,
         again: bool,
         unanswered: &mut Option<Sent<F, W>>,
     ) -> Result<(), Error> {
         let op = self.op(sent.counter);
+        sent.since = Instant::now();
         let command = self.command(&sent, connection.run_id(), again, Script::evalsha);
         *unanswered = Some(sent);
         let started = Instant::now();
@@ -227,6 +234,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
         let now_ms = words.integer()?;
         self.clock.set(Clock::heard(now_ms));
+        self.partition.set_redis_up(true);
         match status.as_str() {
             "ok" => self.decided(sent, now_ms, &mut words),
             "replayed" => self.replayed(sent, &mut words),
