@@ -478,6 +478,10 @@ pub const READ_AHEAD_MAX: usize = 256 << 10;
 /// reading and writing for it alone: so several are read at once.
 pub const REFUSED_REST_PART: u32 = 5;
 
+/// However long an operation may take, a connection rests no longer at once: other commands may be behind it, and that its client has left is
+/// noticed only as it is read.
+pub const REFUSED_REST_MAX: Duration = Duration::from_millis(20);
+
 /// Bytes of the first read after a refusal for want of time: some 10 commands; of the next ones twice as many each, until one is refused again. All
 /// that is read is answered in time, so what cannot be served stays in the sockets.
 pub const REFUSED_READ_MAX: usize = 512;

@@ -44,6 +44,8 @@ pub struct Backend {
     pub within: Duration,
     /// How long its reply may take.
     pub reply_within: Duration,
+    /// How long a client is not read that was refused for want of time.
+    pub rest: Duration,
 }
 
 impl Backend {
@@ -74,6 +76,7 @@ impl Backend {
             locks,
             within,
             reply_within,
+            rest: (reply_within / limits::REFUSED_REST_PART).min(limits::REFUSED_REST_MAX),
             partition,
         }
     }
@@ -108,15 +111,26 @@ impl Backend {
     /// The lane for what a client sends now, whose replies are in `pipeline`: the same one for as long as it waits for any, so that what it sends
     /// is decided in its order.
     pub fn stock_for(&self, session: &mut Session, pipeline: &Pipeline) -> &Rc<Lane<Stock, StockWaiter>> {
-        if pipeline.in_flight() == 0 {
-            session.is_beside = self.stock.keys_ahead() >= limits::BESIDE_FROM_KEYS && self.beside.queued() < self.stock.queued();
+        // What is in doubt may still be executed: what its client sends now comes behind it.
+        if pipeline.in_flight() == 0 && !self.stock_lane(session.is_beside).is_in_doubt() {
+            session.is_beside = self.is_shared() && self.beside.queued() < self.stock.queued();
         }
-        if session.is_beside { &self.beside } else { &self.stock }
+        self.stock_lane(session.is_beside)
+    }
+
+    /// The lane of those who are led through the second one, or of the others.
+    pub fn stock_lane(&self, is_beside: bool) -> &Rc<Lane<Stock, StockWaiter>> {
+        if is_beside { &self.beside } else { &self.stock }
+    }
+
+    /// Whether the second lane takes some of the clients.
+    fn is_shared(&self) -> bool {
+        self.stock.keys_ahead() >= limits::BESIDE_FROM_KEYS && self.beside.is_open()
     }
 
     /// Whether what clients ask for of products is refused, in whatever lane.
     pub fn is_stock_crowded(&self) -> bool {
-        self.stock.is_crowded() && self.beside.is_crowded()
+        self.stock.is_crowded() && (self.beside.is_crowded() || !self.is_shared())
     }
 
     /// Starts what works on this thread, and returns the lanes as a future that is to be polled in front of the thread's tasks: as one of them
@@ -152,5 +166,64 @@ async fn take_in(mut changes: mpsc::Receiver<ServerChange>, stock: Rc<Lane<Stock
             ServerChange::Stock { op, answer } => stock.submit(op, Instant::now(), StockWaiter::Server(answer)),
             ServerChange::Coupon { op, answer } => coupon.submit(op, Instant::now(), CouponWaiter::Server(answer)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Id;
+    use crate::domain::change::StockKind;
+    use crate::resp::Reply;
+    use crate::store::stock::{Action, StockOp};
+
+    fn wait_in(lane: &Lane<Stock, StockWaiter>, operations: usize) {
+        for _ in 0..operations {
+            let op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 1)]);
+            lane.submit(op, Instant::now(), StockWaiter::Server(tokio::sync::oneshot::channel().0));
+        }
+    }
+
+    #[test]
+    fn who_waits_for_nothing_goes_where_less_waits_and_everybody_else_stays() {
+        let (backend, pipeline) = (Backend::unconnected(), Pipeline::new());
+        let mut session = crate::session::client::tests::session();
+        let is_beside = |session: &mut Session| Rc::ptr_eq(backend.stock_for(session, &pipeline), &backend.beside);
+        backend.stock.pretend(100, 100, false);
+        wait_in(&backend.stock, limits::BESIDE_FROM_KEYS);
+        assert!(!is_beside(&mut session), "nothing goes through a lane that is closed");
+        backend.beside.pretend(0, 1, false);
+        let ticket = pipeline.ticket();
+        assert!(!is_beside(&mut session), "it waits for something");
+        ticket.complete(Reply::Nil);
+        pipeline.pop_ready().unwrap();
+        backend.stock.pretend(1, 100, false);
+        assert!(!is_beside(&mut session), "all that waits is of one product");
+        backend.stock.pretend(100, 100, true);
+        assert!(!is_beside(&mut session), "what it was told to be in doubt may still be executed there");
+        backend.stock.pretend(100, 100, false);
+        assert!(is_beside(&mut session));
+        wait_in(&backend.beside, limits::BESIDE_FROM_KEYS);
+        let ticket = pipeline.ticket();
+        assert!(is_beside(&mut session), "it waits for something");
+        ticket.complete(Reply::Nil);
+        pipeline.pop_ready().unwrap();
+        backend.beside.pretend(0, 1, true);
+        assert!(is_beside(&mut session), "something is in doubt here");
+        backend.beside.pretend(0, 1, false);
+        assert!(!is_beside(&mut session), "as much waits in both");
+    }
+
+    #[test]
+    fn products_are_crowded_where_no_lane_takes_more() {
+        let backend = Backend::unconnected();
+        backend.stock.pretend(0, 1, false);
+        backend.beside.pretend(0, 1, false);
+        wait_in(&backend.stock, limits::LANE_QUEUE_MAX);
+        assert!(backend.is_stock_crowded(), "of one product nothing goes through the second one");
+        backend.stock.pretend(1, 1, false);
+        assert!(!backend.is_stock_crowded());
+        wait_in(&backend.beside, limits::LANE_QUEUE_MAX);
+        assert!(backend.is_stock_crowded());
     }
 }

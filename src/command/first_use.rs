@@ -66,7 +66,7 @@ pub fn load_and_retry(cx: &Rc<Context>, products: Vec<Id>, op: StockOp, deadline
             true
         };
         match tokio::time::timeout_at(deadline.into(), all).await {
-            Ok(true) => cx.backend.stock.submit_until(op, deadline.min(Instant::now() + cx.backend.within), waiter),
+            Ok(true) => waiter.lane(&cx.backend).submit_until(op, deadline.min(Instant::now() + cx.backend.within), waiter),
             _ => waiter.refuse(NOT_KNOWN),
         }
     });

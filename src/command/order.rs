@@ -158,7 +158,7 @@ pub(super) fn look_up_and_retry(cx: &Rc<Context>, mut op: StockOp, deadline: std
             _ => return waiter.refuse(NOT_KNOWN),
         }
         let within = cx.backend.within;
-        cx.backend.stock.submit_until(op, deadline.min(std::time::Instant::now() + within), waiter);
+        waiter.lane(&cx.backend).submit_until(op, deadline.min(std::time::Instant::now() + within), waiter);
     });
 }
 

@@ -9,13 +9,13 @@ use tokio::sync::oneshot;
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, CROWDED, Confirmation, accepted, failed, outcome};
 use super::spec::{self, ACK, FAST, ORDER, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
-use super::{Call, Context, Step, doubt, first_use, order, read};
+use super::{Backend, Call, Context, Step, doubt, first_use, order, read};
 use crate::domain::change::StockKind;
 use crate::domain::quantity::{QUANTITY_MAX, TOTAL_MAX};
 use crate::domain::{Drift, Id};
 use crate::limits;
 use crate::resp::{Encoder, Reply, Ticket};
-use crate::store::lane::{Failure, Waiter};
+use crate::store::lane::{Failure, Lane, Waiter};
 use crate::store::partition::SyncRequest;
 use crate::store::stock::{Action, Items, Stock, StockOp, StockOutcome, Upkeep};
 
@@ -228,13 +228,27 @@ pub struct ClientWaiter {
     ticket: Ticket,
     shape: Shape,
     arrived: Instant,
+    /// Whether it goes through the second lane.
+    is_beside: bool,
     /// How often products were looked up for it.
     lookups: usize,
 }
 
 impl StockWaiter {
     fn client(call: &Call<'_>, ticket: Ticket, shape: Shape) -> Self {
-        Self::Client(ClientWaiter { cx: Rc::clone(call.cx), ticket, shape, arrived: call.arrived, lookups: 0 })
+        Self::Client(ClientWaiter {
+            cx: Rc::clone(call.cx),
+            ticket,
+            shape,
+            arrived: call.arrived,
+            is_beside: call.session.is_beside,
+            lookups: 0,
+        })
+    }
+
+    /// The lane that its operation goes through, as all that its client waits for.
+    pub fn lane<'a>(&self, backend: &'a Backend) -> &'a Rc<Lane<Stock, Self>> {
+        backend.stock_lane(matches!(self, Self::Client(client) if client.is_beside))
     }
 
     /// Answers with an error.

@@ -25,7 +25,7 @@ use self::input::{Input, Received};
 use self::output::Output;
 use super::stream::Stream;
 use crate::command::{After, Context, LocalBoxFuture, Waiting, closed, dispatch};
-use crate::limits::{REFUSED_REST_PART, TURN_COMMANDS_MAX};
+use crate::limits::TURN_COMMANDS_MAX;
 use crate::resp::{Pipeline, ProtocolError, Reply, Request, Stamp};
 use crate::session::chatter::{self, Line};
 use crate::session::client::Session;
@@ -158,7 +158,7 @@ impl Connection {
         }
         if self.cx.refused_early.count() != refused {
             metrics::counter!("holdfast_paused_reads_total", "why" => "crowded").increment(1);
-            self.input.rest(self.cx.backend.reply_within / REFUSED_REST_PART);
+            self.input.rest(self.cx.backend.rest);
         }
         self.input.settle();
         if self.input.is_too_much(self.session.authenticated) {
@@ -276,7 +276,7 @@ impl Connection {
         if self.input.ended || !(ahead || (self.has_room() && !self.input.backlog)) {
             return false;
         }
-        match self.input.poll_receive(&mut self.stream, cx) {
+        match self.input.poll_receive(&mut self.stream, waits, cx) {
             Poll::Pending => false,
             Poll::Ready(Received::End) => {
                 // Nobody is left to wait for it: a lock won now would be held for nobody.
@@ -345,7 +345,11 @@ impl Connection {
             return Some((self.clock.opened + self.cx.bounds.auth_within, "auth_time"));
         }
         let idle = self.cx.bounds.idle().filter(|_| self.phase == Phase::Open)?;
-        let waits = self.waiting.is_some() || self.again.is_some() || self.pipeline.in_flight() > 0 || self.session.listens();
+        let waits = self.waiting.is_some()
+            || self.again.is_some()
+            || self.pipeline.in_flight() > 0
+            || self.input.is_resting()
+            || self.session.listens();
         Some((if waits { Instant::now() } else { self.clock.active } + idle, "idle"))
     }
 

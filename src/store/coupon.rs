@@ -21,9 +21,6 @@ use crate::domain::change::{Effect, Operation};
 use crate::domain::coupon::{Counts, CouponChange, CouponStep, CouponTerms, NewTerms, Stepped};
 use crate::domain::{Grain, Id, Position, Side};
 
-/// The keys of lua/coupon_write.lua before the coupons: meta, outbox.
-const FIXED_KEYS: usize = 2;
-
 /// What a COUPON operation does.
 #[derive(Clone, Debug)]
 pub enum Action {
@@ -242,6 +239,8 @@ pub struct Coupon;
 impl Family for Coupon {
     const LANE: &'static str = "coupon";
     const SCRIPT: &'static Script = &script::COUPON_WRITE;
+    /// The keys of lua/coupon_write.lua before the coupons: meta, outbox.
+    const FIXED_KEYS: usize = 2;
     type Op = CouponOp;
     type Outcome = CouponOutcome;
     type Plan = ();
@@ -283,7 +282,7 @@ impl Family for Coupon {
             users.extend(op.action.user());
             *fence = op.fence.as_deref().or(*fence);
         }
-        let mut requests = RequestKeys::after(FIXED_KEYS + 3 * coupons.len());
+        let mut requests = RequestKeys::after(Self::FIXED_KEYS + 3 * coupons.len());
         let mut batch = Pack::default();
         batch.array(3).array(coupons.len());
         for (_, _, fence) in &coupons {

@@ -166,6 +166,8 @@ pub trait Family: 'static {
     /// The lane's name in op ids.
     const LANE: &'static str;
     const SCRIPT: &'static Script;
+    /// Keys that every batch names, whatever is in it.
+    const FIXED_KEYS: usize;
     type Op: 'static;
     type Outcome: 'static;
     /// What the answer to a batch is read by.
@@ -303,6 +305,8 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     pace: Pace,
     /// The keys and the operations of the last batch that was not a small one.
     keys: Cell<(usize, usize)>,
+    /// Whether an operation of the batch under way has ended in doubt: it may still be executed.
+    in_doubt: Cell<bool>,
 }
 
 impl<F: Family, W: Waiter<F>> Lane<F, W> {
@@ -327,6 +331,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             script_seconds: metrics::histogram!("holdfast_script_seconds", "lane" => F::LANE),
             pace: Pace::new(within),
             keys: Cell::new((0, 1)),
+            in_doubt: Cell::new(false),
         })
     }
 
@@ -371,7 +376,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// Whether what a client asks for now is refused, whatever it is: more waits than is served in time. Where notes of sold-out products may
     /// answer it without Redis it is not. What is parked keeps nothing else from being served.
     pub fn is_crowded(&self) -> bool {
-        self.queue.borrow().len() >= self.pace.queue_max() && self.partition.sold_out.is_empty() && self.closed().is_none()
+        self.queue.borrow().len() >= self.pace.queue_max() && self.partition.sold_out.is_empty() && self.is_open()
     }
 
     /// How many operations have gone to Redis.
@@ -390,6 +395,24 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// The current generation of REQUEST ids, judged from here.
     pub fn generation(&self) -> i64 {
         self.clock.get().at(Instant::now()).div_euclid(self.window_ms)
+    }
+
+    /// As if Redis had been reached, the last batch had been of so many keys and operations, and another one had ended in doubt or not.
+    #[cfg(test)]
+    pub fn pretend(&self, keys: usize, operations: usize, in_doubt: bool) {
+        *self.gate.borrow_mut() = Gate::Open;
+        self.keys.set((keys, operations));
+        self.in_doubt.set(in_doubt);
+    }
+
+    /// Whether operations are taken in.
+    pub fn is_open(&self) -> bool {
+        matches!(*self.gate.borrow(), Gate::Open)
+    }
+
+    /// Whether what was answered `INDOUBT` here may still be executed.
+    pub fn is_in_doubt(&self) -> bool {
+        self.in_doubt.get()
     }
 
     /// About how many keys Redis has to touch for what waits to be sent: 0 until a batch has told it.
@@ -497,7 +520,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
         if let Some(sent) = sent {
             // One script call has what the queue leaves of an operation's time; what had waited for longer says little about Redis.
-            let enough = if self.doubt(sent, |queued| queued.is_due(now)) { self.within / limits::QUEUE_PART } else { self.within };
+            let lost = self.doubt(sent, |queued| queued.is_due(now));
+            self.in_doubt.set(self.in_doubt.get() || lost);
+            let enough = if lost { self.within / limits::QUEUE_PART } else { self.within };
             if now.saturating_duration_since(sent.since) >= enough {
                 self.partition.set_redis_up(false);
             }
@@ -743,6 +768,11 @@ mod tests {
         sent.since -= within / limits::QUEUE_PART;
         lane.expire(Some(&mut sent));
         assert!(!partition.redis_up(), "an operation's time ended while it was under way for long enough");
+        assert!(lane.is_in_doubt());
+        let op = format!("i:stock:{}", sent.counter);
+        let answer = ["ok".to_owned(), op.clone()].map(|word| redis::Value::BulkString(word.into_bytes()));
+        lane.answered(sent, false, &op, redis::Value::Array(answer.into_iter().chain([redis::Value::Int(5)]).collect())).unwrap_err();
+        assert!(partition.redis_up(), "it has answered, whatever that is");
     }
 
     #[test]

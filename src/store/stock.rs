@@ -22,9 +22,6 @@ use super::{Error, keys};
 use crate::domain::change::{Effect, Item, Operation, StockKind};
 use crate::domain::{Grain, Id, InboxMark, Order, OrderState, Position, items_text, text};
 
-/// The keys of lua/stock_write.lua before the products: meta, outbox, frozen, low, deleted, held, expiry.
-const FIXED_KEYS: usize = 7;
-
 /// What a STOCK operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
@@ -315,6 +312,8 @@ pub struct Stock;
 impl Family for Stock {
     const LANE: &'static str = "stock";
     const SCRIPT: &'static Script = &script::STOCK_WRITE;
+    /// The keys of lua/stock_write.lua before the products: meta, outbox, frozen, low, deleted, held, expiry.
+    const FIXED_KEYS: usize = 7;
     type Op = StockOp;
     type Outcome = StockOutcome;
     type Plan = Plan;
@@ -403,7 +402,7 @@ impl Family for Stock {
         for product in divided.summed.iter().chain(&divided.decided) {
             keys.push(&[keys::PRODUCT_PREFIX, product.as_str()]);
         }
-        let before_orders = FIXED_KEYS + divided.summed.len() + divided.decided.len();
+        let before_orders = Self::FIXED_KEYS + divided.summed.len() + divided.decided.len();
         let mut orders: HashMap<&[u8], usize, foldhash::fast::RandomState> = HashMap::default();
         for of in ops.clone().filter_map(|op| op.order.as_deref()) {
             let place = before_orders + orders.len() + 1;

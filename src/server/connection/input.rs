@@ -71,6 +71,11 @@ impl Input {
         self.read_size = REFUSED_READ_MAX;
     }
 
+    /// Whether that is so.
+    pub fn is_resting(&self) -> bool {
+        self.rest.is_some()
+    }
+
     fn poll_rest(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while let Some(rest) = &mut self.rest {
             std::task::ready!(rest.timer.as_mut().poll(cx));
@@ -85,8 +90,9 @@ impl Input {
     }
 
     /// Reads once, when there is something. It asks for twice as much while reads come back full, and for less again afterwards.
-    pub fn poll_receive(&mut self, stream: &mut Stream, cx: &mut Context<'_>) -> Poll<Received> {
-        if self.poll_rest(cx).is_pending() || stream.poll_readable(cx).is_pending() {
+    /// `ahead`: of a command that waits, and then also while it rests, so that it is noticed that the client has left.
+    pub fn poll_receive(&mut self, stream: &mut Stream, ahead: bool, cx: &mut Context<'_>) -> Poll<Received> {
+        if (!ahead && self.poll_rest(cx).is_pending()) || stream.poll_readable(cx).is_pending() {
             return Poll::Pending;
         }
         let buffer = &mut self.reader.buffer;

@@ -97,7 +97,7 @@ async fn served(clients_max: usize, test: impl AsyncFnOnce(Server)) {
 
 /// The same where who is refused rests for so long that nothing else takes as long.
 async fn served_with_rest(rest: Duration, test: impl AsyncFnOnce(Server)) {
-    served_by(10, Backend { reply_within: rest * REFUSED_REST_PART, ..Backend::unconnected() }, test).await;
+    served_by(10, Backend { rest, ..Backend::unconnected() }, test).await;
 }
 
 async fn served_by(clients_max: usize, backend: Backend, test: impl AsyncFnOnce(Server)) {

@@ -34,6 +34,9 @@ pub(super) struct Sent<F: Family, W> {
     pub(super) operations: Vec<Queued<F, W>>,
 }
 
+/// The keys that every script of a lane is told before those of its batch: meta and the outbox.
+const FRAME_KEYS: usize = 2;
+
 type Verb = fn(&Script, &[&str], &[&[u8]]) -> redis::Cmd;
 
 impl<F: Family, W: Waiter<F>> Lane<F, W> {
@@ -47,7 +50,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let generation = clock.at(Instant::now()).div_euclid(self.window_ms);
         let encoded = F::encode(operations.iter().map(|queued| &queued.op), generation, self.partition.grain);
         if operations.len() >= limits::BATCH_OPERATIONS_MAX / 8 {
-            self.keys.set((encoded.keys.len(), operations.len()));
+            self.keys.set((encoded.keys.len() + FRAME_KEYS - F::FIXED_KEYS, operations.len()));
         }
         self.counter.set(self.counter.get() + 1);
         self.batch_operations.record(u32::try_from(operations.len()).unwrap_or(u32::MAX));
@@ -140,7 +143,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if sent.run_id == connection.run_id() {
             return self.send(connection, sent, true, unanswered).await;
         }
-        // Another process: whether the batch ran, and whether that survived, only the ledger can tell.
+        // Another process: whether the batch ran, and whether that survived, only the ledger can tell. It will not run any more.
+        self.in_doubt.set(false);
         self.doubt(&mut sent, |_| true);
         Ok(())
     }
@@ -170,18 +174,20 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             Err(error @ (Error::Connection(_) | Error::Unfit(_))) => return Err(error),
             Err(error) => {
                 let Some(sent) = unanswered.take() else { return Err(error) };
+                self.in_doubt.set(false);
                 return self.refused(sent, again, error);
             }
             Ok(value) => value,
         };
         let Some(sent) = unanswered.take() else { return Ok(()) };
+        self.in_doubt.set(false);
         let read = self.answered(sent, again, &op, value);
         self.desk.returned();
         read
     }
 
     fn command(&self, sent: &Sent<F, W>, run_id: &str, again: bool, verb: Verb) -> redis::Cmd {
-        let mut all_keys: Vec<&str> = Vec::with_capacity(sent.encoded.keys.len() + 2);
+        let mut all_keys: Vec<&str> = Vec::with_capacity(sent.encoded.keys.len() + FRAME_KEYS);
         all_keys.extend([keys::META, keys::OUTBOX]);
         all_keys.extend(sent.encoded.keys.iter());
         let numbers = [
@@ -225,7 +231,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         self.partition.verify.notify_one();
     }
 
-    fn answered(&self, mut sent: Sent<F, W>, again: bool, op: &str, value: Value) -> Result<(), Error> {
+    pub(super) fn answered(&self, mut sent: Sent<F, W>, again: bool, op: &str, value: Value) -> Result<(), Error> {
         let mut words = Words::new(value)?;
         let status = words.text()?;
         if words.text()? != op {
