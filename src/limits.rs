@@ -62,8 +62,14 @@ pub const SEND_WITHIN: Duration = Duration::from_millis(5);
 /// time-out.
 pub const REPLICA_WAIT: Duration = Duration::from_secs(1);
 
-/// How long an operation waits before it is tried again while somebody else holds its coupon's lock.
+/// How long an operation waits before it is tried again that a script did not take, say because somebody else holds its coupon's lock.
 pub const LOCKED_RETRY_AFTER: Duration = Duration::from_millis(5);
+
+/// How long it is said of what waits for its coupon's turn who holds the lock, before that is looked up again.
+pub const LOCKED_REASON_FOR: Duration = Duration::from_millis(20);
+
+/// How long it is remembered of a coupon that nobody issues that somebody else holds its lock: longer than its issues may wait for a batch.
+pub const LOCKED_FORGET_AFTER: Duration = Duration::from_secs(1);
 
 /// How much time a try needs: with less left it would more likely end in doubt than in a decision.
 pub const LOCKED_RETRY_WITHIN: Duration = Duration::from_millis(15);

@@ -112,6 +112,10 @@ pub trait Desk<Op>: 'static {
     fn admit(&self, op: &mut Op) -> Result<(), Rc<str>>;
     /// What had to wait is asked about again, in the order in which it came.
     fn again(&self);
+    /// How soon what has to wait is asked about again where the desk does not ring before.
+    fn retry_after(&self) -> Duration {
+        limits::LOCKED_RETRY_AFTER
+    }
     /// The script did not take an operation; why. It waits, and so has to what comes behind it.
     fn sent_back(&self, op: &Op, why: &Rc<str>);
     /// What an operation was admitted by is lost.
@@ -142,22 +146,33 @@ impl<Op> Desk<Op> for () {
 }
 
 /// Makes a lane look at what waits, and at what is parked.
+#[derive(Default)]
 pub struct Bell {
     work: Notify,
-    unpark_at: Cell<Instant>,
+    /// When what is parked is asked about again.
+    again_at: Cell<Option<Instant>>,
 }
 
 impl Bell {
     /// What is parked may go now.
     pub fn ring(&self) {
-        self.unpark_at.set(Instant::now());
+        self.ring_by(Instant::now());
         self.work.notify_one();
     }
-}
 
-impl Default for Bell {
-    fn default() -> Self {
-        Self { work: Notify::new(), unpark_at: Cell::new(Instant::now()) }
+    /// What is parked is asked about again at this time, if not before.
+    fn ring_by(&self, at: Instant) {
+        let earliest = self.again_at.get().map_or(at, |known| known.min(at));
+        self.again_at.set(Some(earliest));
+    }
+
+    /// Whether what is parked is to be asked about again; says so once.
+    fn has_rung(&self, now: Instant) -> bool {
+        let rung = self.again_at.get().is_some_and(|at| at <= now);
+        if rung {
+            self.again_at.set(None);
+        }
+        rung
     }
 }
 
@@ -230,6 +245,8 @@ struct Queued<F: Family, W> {
     op: F::Op,
     waiter: Option<W>,
     deadline: Instant,
+    /// Which in the order in which they came.
+    number: u64,
     /// Why it was not decided when it was last tried.
     again: Option<Rc<str>>,
     /// Counted, for as long as it is on its way, where [`Family::may_turn_all`].
@@ -257,6 +274,11 @@ impl<F: Family, W: Waiter<F>> Queued<F, W> {
         if let Some(waiter) = self.waiter.take() {
             waiter.done(&self.op, result);
         }
+    }
+
+    /// What it is served by: the time it has left, then who came first.
+    fn place(&self) -> (Instant, u64) {
+        (self.deadline, self.number)
     }
 
     /// Why it was not done: what it was parked for, else `otherwise`.
@@ -290,7 +312,12 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     window_ms: i64,
     within: Duration,
     queue: RefCell<VecDeque<Queued<F, W>>>,
-    parked: RefCell<Vec<Queued<F, W>>>,
+    /// What has to wait, by its [`Queued::place`]. It goes in front of the queue, and does not count as part of it.
+    parked: RefCell<VecDeque<Queued<F, W>>>,
+    /// Whether not all that is parked was asked about yet, for want of room in a batch.
+    more_to_ask: Cell<bool>,
+    /// How many operations have come.
+    arrivals: Cell<u64>,
     desk: F::Desk,
     bell: Rc<Bell>,
     gate: RefCell<Gate>,
@@ -322,6 +349,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             within,
             queue: RefCell::default(),
             parked: RefCell::default(),
+            more_to_ask: Cell::new(false),
+            arrivals: Cell::new(0),
             gate: RefCell::new(Gate::Closed(Failure::Loading("starting: waiting for Redis and Postgres, see /readyz".into()))),
             counter: Cell::new(0),
             clock: Cell::new(Clock::heard(0)),
@@ -367,7 +396,9 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
         let at = queue.iter().rposition(|queued| queued.deadline <= deadline).map_or(0, |before| before + 1);
         let turning = F::may_turn_all(&op).then(|| Turning::count(&self.turning));
-        queue.insert(at, Queued { op, waiter: Some(waiter), deadline, again: None, _turning: turning });
+        let number = self.arrivals.get() + 1;
+        self.arrivals.set(number);
+        queue.insert(at, Queued { op, waiter: Some(waiter), deadline, number, again: None, _turning: turning });
         if queue.len() == 1 {
             self.bell.work.notify_one();
         }
@@ -495,7 +526,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     fn next_deadline(&self, sent: Option<&Sent<F, W>>) -> Instant {
         let queued = self.queue.borrow().front().map(|queued| queued.deadline);
-        let parked = self.parked.borrow().iter().map(|queued| queued.deadline).min();
+        let parked = self.parked.borrow().front().map(|queued| queued.deadline);
         let sent =
             sent.and_then(|sent| sent.operations.iter().filter(|queued| queued.waiter.is_some()).map(|queued| queued.deadline).min());
         let all = [queued, parked, sent];
@@ -511,7 +542,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 late.extend(queue.pop_front());
             }
             let mut parked = self.parked.borrow_mut();
-            late.extend(parked.extract_if(.., |queued| queued.is_due(now)));
+            let due = parked.partition_point(|queued| queued.deadline <= now);
+            late.extend(parked.drain(..due));
         }
         for mut queued in late {
             let reason = queued.why_not(self.too_late());
@@ -616,11 +648,11 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 if cancel.is_cancelled() {
                     return Ok(());
                 }
-                let parked = !self.parked.borrow().is_empty();
+                let again_at = self.bell.again_at.get().filter(|_| !self.parked.borrow().is_empty());
                 let something = async {
                     tokio::select! {
                         () = self.bell.work.notified() => Ok(()),
-                        () = tokio::time::sleep_until(self.bell.unpark_at.get().into()), if parked => Ok(()),
+                        () = tokio::time::sleep_until(again_at.unwrap_or_else(Instant::now).into()), if again_at.is_some() => Ok(()),
                         _ = state.changed() => Ok(()),
                         () = cancel.cancelled() => Ok(()),
                         () = tokio::time::sleep(limits::HEARTBEAT_EVERY) => self.heartbeat(connection).await,
@@ -664,22 +696,6 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         self.partition.set_redis_up(true);
         Ok(())
     }
-
-    /// Puts what was parked back into the queue, before what came later, once its time has come. What has no time left for another try
-    /// stays, and ends at its deadline with the reason it was parked for.
-    fn unpark(&self) {
-        let now = Instant::now();
-        if self.bell.unpark_at.get() <= now {
-            self.bell.unpark_at.set(now + limits::LOCKED_RETRY_AFTER);
-            self.desk.again();
-            let in_time = now + limits::LOCKED_RETRY_WITHIN;
-            let (again, stay) = self.parked.take().into_iter().partition(|queued| queued.deadline > in_time);
-            *self.parked.borrow_mut() = stay;
-            let again: Vec<_> = again;
-            let mut queue = self.queue.borrow_mut();
-            again.into_iter().rev().for_each(|queued| queue.push_front(queued));
-        }
-    }
 }
 
 #[cfg(test)]
@@ -687,7 +703,10 @@ mod tests {
     use super::*;
     use crate::domain::Id;
     use crate::domain::change::StockKind;
+    use crate::domain::coupon::CouponStep;
     use crate::store::copies::CopiedBatch;
+    use crate::store::coupon::{self, Coupon, CouponDesk, CouponOp, CouponOutcome};
+    use crate::store::lock::{self, Locks};
     use crate::store::stock::{Action, Stock, StockOp, StockOutcome, Upkeep};
 
     #[derive(Clone, Default)]
@@ -696,6 +715,14 @@ mod tests {
     impl Waiter<Stock> for Told {
         fn done(self, _: &StockOp, result: Result<StockOutcome, Failure>) {
             self.0.borrow_mut().push(result);
+        }
+    }
+
+    struct Untold;
+
+    impl Waiter<Coupon> for Untold {
+        fn done(self, op: &CouponOp, result: Result<CouponOutcome, Failure>) {
+            panic!("{op:?}: {result:?}");
         }
     }
 
@@ -733,7 +760,7 @@ mod tests {
                 lane.submit(decr(), Instant::now(), told.clone());
                 let mut queued = lane.queue.borrow_mut().pop_front().unwrap();
                 queued.again = Some("somebody holds it".into());
-                lane.park(queued);
+                lane.park(queued, limits::LOCKED_RETRY_AFTER);
             }
         };
         park(limits::LANE_QUEUE_MAX);
@@ -773,6 +800,71 @@ mod tests {
         let answer = ["ok".to_owned(), op.clone()].map(|word| redis::Value::BulkString(word.into_bytes()));
         lane.answered(sent, false, &op, redis::Value::Array(answer.into_iter().chain([redis::Value::Int(5)]).collect())).unwrap_err();
         assert!(partition.redis_up(), "it has answered, whatever that is");
+    }
+
+    #[test]
+    fn of_the_issues_that_wait_for_an_elided_lock_one_tries_and_nothing_else_waits_for_them() {
+        let settings = lock::Settings {
+            redis_url: "redis://127.0.0.1:1".into(),
+            instance: "i".into(),
+            session_lease: Duration::from_secs(10),
+            max_hold: Duration::from_secs(60),
+            max_turn: Duration::ZERO,
+            coupon_lease: None,
+        };
+        let within = Duration::from_secs(60);
+        let desk = CouponDesk::new(Locks::new(settings).0, within);
+        let partition = Arc::new(Partition::new(0, 1 << 20).0);
+        let lane = Lane::<Coupon, Untold>::new(partition, "redis://127.0.0.1:1", "i:coupon".into(), 600_000, within, desk);
+        *lane.gate.borrow_mut() = Gate::Open;
+        let submit = |coupon: &str, step, user: &str| {
+            let mut op = CouponOp::new(Id::from(coupon), coupon::Action::step(step, Id::from(user)), None);
+            op.client = 1;
+            lane.submit(op, Instant::now(), Untold);
+        };
+        let next = || lane.next_batch(1, "run").map_or_else(Vec::new, |sent| sent.operations);
+        let names =
+            |batch: &[Queued<Coupon, Untold>]| -> Vec<String> { batch.iter().map(|queued| format!("{:?}", queued.op.action)).collect() };
+        let send_back = |batch: Vec<Queued<Coupon, Untold>>| {
+            for mut queued in batch {
+                let why = Rc::from("somebody holds it");
+                lane.desk.sent_back(&queued.op, &why);
+                queued.again = Some(why);
+                lane.park(queued, Duration::ZERO);
+            }
+            lane.desk.returned();
+        };
+        for user in 0..5_000 {
+            submit("a", CouponStep::Issue, &format!("u-{user}"));
+        }
+        submit("a", CouponStep::Use, "u-4000");
+        let first = next();
+        assert_eq!(first.len(), limits::BATCH_OPERATIONS_MAX);
+        let oldest = names(&first[..1]);
+        send_back(first);
+        for _ in 0..3 {
+            submit("b", CouponStep::Issue, "u");
+            let batch = next();
+            assert_eq!(
+                (names(&batch[..1]), batch.len(), lane.queue.borrow().len()),
+                (oldest.clone(), 2, 0),
+                "the one of b goes with the oldest of a"
+            );
+            let mut tried = batch;
+            tried.truncate(1);
+            send_back(tried);
+            assert_eq!(lane.parked.borrow().len(), 5_001);
+        }
+        // It is free.
+        assert_eq!(next().len(), 1);
+        lane.desk.returned();
+        let mut issued = Vec::new();
+        for _ in 0..10 {
+            issued.append(&mut names(&next()));
+        }
+        assert_eq!((issued.len(), lane.queued()), (5_000, 0));
+        let at = |step: &str| issued.iter().position(|name| name.contains(step) && name.contains("u-4000")).unwrap();
+        assert!(at("Issue") < at("Use"), "what is behind an issue comes behind it");
     }
 
     #[test]

@@ -447,26 +447,66 @@ fn nobody_is_issued_a_coupon_twice_while_it_is_loaded_in_pieces() {
         wait_until("it issues", || sidecar.get("/readyz").0 == 200);
         // So that what is asked for meanwhile gathers behind every batch.
         proxy.slow_down(Duration::from_millis(2));
+        // Each asks once: what a client sends behind what the coupon is loaded for waits for that, and would not come behind the last piece.
+        let mut clients: Vec<Vec<Client>> = (0..8).map(|_| (0..50).map(|_| sidecar.connect()).collect()).collect();
         for coupon in 1..=size(5, 20) {
             stack.backing().ask(&format!("DEL coupon:info:pg-{coupon} coupon:users:pg-{coupon}"));
-            let clients: Vec<_> = (0..8)
-                .map(|number| {
-                    let mut client = sidecar.connect();
-                    thread::spawn(move || {
-                        // Without waiting for replies: some come while the last piece is on its way.
-                        for user in number * 500 + 1..=number * 500 + 200 {
+            thread::scope(|scope| {
+                for (number, clients) in clients.iter_mut().enumerate() {
+                    scope.spawn(move || {
+                        let users = number * 500 + 1..;
+                        for (user, client) in users.clone().zip(clients.iter_mut()) {
                             client.send(&format!("COUPON.ISSUE pg-{coupon} u-{user}").split(' ').collect::<Vec<_>>());
-                            thread::sleep(Duration::from_millis(1));
+                            thread::sleep(Duration::from_millis(2));
                         }
-                        for user in number * 500 + 1..=number * 500 + 200 {
+                        for (user, client) in users.zip(clients) {
                             let reply = client.receive();
                             assert!(reply.starts_with("[ALREADY, ") || reply.starts_with("-TRYAGAIN "), "user {user}: {reply}");
                         }
-                    })
-                })
-                .collect();
-            clients.into_iter().for_each(|client| client.join().unwrap());
+                    });
+                }
+            });
             assert_eq!(stack.backing().ask(&format!("HGET coupon:info:pg-{coupon} issued")), "4000", "{mode}");
         }
+    }
+}
+
+#[test]
+fn thousands_that_wait_for_one_coupon_neither_refuse_nor_delay_another() {
+    use std::io::Write as _;
+    for mode in ["elide", "held"] {
+        let stack = Stack::with_settings(&["--coupon-lock", mode, "--reply-within-ms", "20000", "--threads", "1"]);
+        let (mut client, mut redis) = (stack.connect(), stack.backing());
+        for coupon in ["a", "b"] {
+            client.ok(&format!("COUPON.CREATE {coupon} 1000000"));
+        }
+        let mut java = Java::new(&stack, "a");
+        java.lock();
+        let many: Vec<_> = (0..6)
+            .map(|number| {
+                let mut many = stack.sidecar.raw();
+                many.write_all((0..1_000).map(|user| format!("COUPON.ISSUE a u-{number}-{user}\r\n")).collect::<String>().as_bytes())
+                    .unwrap();
+                many
+            })
+            .collect();
+        wait_until("thousands wait", || {
+            let list = client.ask("CLIENT LIST");
+            let waiting = list.split(" oll=").skip(1).map(|rest| rest.split(' ').next().unwrap().parse::<usize>().unwrap());
+            waiting.sum::<usize>() >= 6_000
+        });
+        let mut longest = Duration::ZERO;
+        for user in 0..200 {
+            let began = Instant::now();
+            let reply = client.ask(&format!("COUPON.ISSUE b u-{user}"));
+            longest = longest.max(began.elapsed());
+            assert!(reply.starts_with("[ISSUED, "), "{mode}: {reply}");
+        }
+        println!("{mode}: the longest of another coupon's issues took {longest:?}");
+        assert!(longest < Duration::from_secs(1), "{mode}: {longest:?}");
+        assert_eq!(redis.ask("HGET coupon:info:a issued"), "0");
+        java.unlock();
+        wait_until("all are issued once it is free", || redis.ask("HGET coupon:info:a issued") == "6000");
+        drop(many);
     }
 }

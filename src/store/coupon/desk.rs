@@ -53,6 +53,18 @@ struct Inner {
     waiting: RefCell<HashMap<(Id, u64), Waits>>,
     /// Those that the batch under way is about.
     under_way: RefCell<Vec<Rc<Turn>>>,
+    /// Where no lock is taken: the coupons of which the script said that somebody holds theirs.
+    locked: RefCell<HashMap<Id, Locked>>,
+    /// Those of them that the batch under way tries.
+    tried: RefCell<Vec<Id>>,
+}
+
+/// A coupon whose lock somebody else holds: one of its issues tries whether that is over, and the others wait for that.
+struct Locked {
+    why: Rc<str>,
+    /// Whether the next one may try.
+    may_try: bool,
+    wanted: Instant,
 }
 
 /// With what a client waits.
@@ -99,11 +111,11 @@ impl CouponDesk {
             coupons: RefCell::default(),
             waiting: RefCell::default(),
             under_way: RefCell::default(),
+            locked: RefCell::default(),
+            tried: RefCell::default(),
         }))
     }
-}
 
-impl CouponDesk {
     /// Has what its client wants of the coupon behind it wait, too.
     fn waits(&self, op: &CouponOp, why: &Rc<str>) {
         if op.client == 0 {
@@ -131,6 +143,23 @@ impl CouponDesk {
         let behind = waits.all || op.action.user().is_none_or(|user| waits.users.contains(user));
         behind.then(|| Rc::clone(&waits.why))
     }
+
+    /// Where no lock is taken: lets an issue go, unless somebody holds the lock and another one tries already.
+    fn admit_elided(&self, op: &CouponOp) -> Result<(), Rc<str>> {
+        let mut all = self.0.locked.borrow_mut();
+        let Some(locked) = all.get_mut(&op.coupon) else { return Ok(()) };
+        locked.wanted = Instant::now();
+        let mut tried = self.0.tried.borrow_mut();
+        // However many coupons are locked, what else there is finds room in the batch.
+        if locked.may_try && tried.len() < limits::BATCH_OPERATIONS_MAX / 2 {
+            locked.may_try = false;
+            tried.push(op.coupon.detached());
+            return Ok(());
+        }
+        let why = Rc::clone(&locked.why);
+        self.waits(op, &why);
+        Err(why)
+    }
 }
 
 impl Desk<CouponOp> for CouponDesk {
@@ -139,7 +168,10 @@ impl Desk<CouponOp> for CouponDesk {
             self.waits(op, &why);
             return Err(why);
         }
-        let Some(turns) = self.0.turns.filter(|_| op.is_issue()) else { return Ok(()) };
+        if !op.is_issue() {
+            return Ok(());
+        }
+        let Some(turns) = self.0.turns else { return self.admit_elided(op) };
         let known = self.0.coupons.borrow().get(&op.coupon).cloned();
         let now = Instant::now();
         let turn = known.unwrap_or_else(|| {
@@ -175,14 +207,31 @@ impl Desk<CouponOp> for CouponDesk {
     fn again(&self) {
         self.0.waiting.borrow_mut().clear();
         self.0.coupons.borrow().values().for_each(|turn| _ = turn.why.take());
+        let now = Instant::now();
+        let mut locked = self.0.locked.borrow_mut();
+        locked.retain(|_, locked| now.saturating_duration_since(locked.wanted) < limits::LOCKED_FORGET_AFTER);
+        locked.values_mut().for_each(|locked| locked.may_try = true);
+    }
+
+    fn retry_after(&self) -> Duration {
+        // A turn rings when it begins and ends: only the reason grows old.
+        if self.0.turns.is_some() { limits::LOCKED_REASON_FOR } else { limits::LOCKED_RETRY_AFTER }
     }
 
     fn sent_back(&self, op: &CouponOp, why: &Rc<str>) {
         self.waits(op, why);
+        if self.0.turns.is_none() && op.is_issue() {
+            self.0.tried.borrow_mut().retain(|coupon| *coupon != op.coupon);
+            let locked = Locked { why: Rc::clone(why), may_try: false, wanted: Instant::now() };
+            self.0.locked.borrow_mut().insert(op.coupon.detached(), locked);
+        }
     }
 
     fn lost(&self, op: &CouponOp) {
-        metrics::counter!("holdfast_lock_fenced_total").increment(1);
+        // The placeholder of a coupon that was absent is no lock.
+        if op.fence.as_ref().is_some_and(|fence| fence.token > 0) {
+            metrics::counter!("holdfast_lock_fenced_total").increment(1);
+        }
         let turn = self.0.coupons.borrow().get(&op.coupon).cloned();
         if let Some(turn) = turn.filter(|turn| matches!(&*turn.state.borrow(), State::Held(fence) if op.fence.as_ref() == Some(fence))) {
             *turn.state.borrow_mut() = State::Fenced;
@@ -194,6 +243,10 @@ impl Desk<CouponOp> for CouponDesk {
         for turn in self.0.under_way.take() {
             turn.is_under_way.set(false);
             turn.changed.notify_one();
+        }
+        for coupon in self.0.tried.take() {
+            self.0.locked.borrow_mut().remove(&coupon);
+            self.0.bell.ring();
         }
     }
 

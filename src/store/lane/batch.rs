@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use redis::Value;
 use tracing::{info, warn};
@@ -37,12 +37,32 @@ pub(super) struct Sent<F: Family, W> {
 /// The keys that every script of a lane is told before those of its batch: meta and the outbox.
 const FRAME_KEYS: usize = 2;
 
+/// A batch that is being made.
+struct Batch<F: Family, W> {
+    operations: Vec<Queued<F, W>>,
+    keys: usize,
+    bytes: usize,
+}
+
+impl<F: Family, W> Batch<F, W> {
+    /// Whether one more of this [`Family::weight`] fits.
+    fn has_room_for(&self, (keys, bytes): (usize, usize)) -> bool {
+        let within_bounds = self.keys + keys <= limits::BATCH_KEYS_MAX && self.bytes + bytes <= limits::BATCH_BYTES_MAX;
+        self.operations.is_empty() || (within_bounds && self.operations.len() < limits::BATCH_OPERATIONS_MAX)
+    }
+
+    fn push(&mut self, queued: Queued<F, W>, (keys, bytes): (usize, usize)) {
+        self.keys += keys;
+        self.bytes += bytes;
+        self.operations.push(queued);
+    }
+}
+
 type Verb = fn(&Script, &[&str], &[&[u8]]) -> redis::Cmd;
 
 impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// What goes next: as much as waits, within the bounds of a batch.
     pub(super) fn next_batch(&self, epoch: u64, run_id: &str) -> Option<Sent<F, W>> {
-        self.unpark();
         self.drop_late();
         let operations = self.take_next()?;
         let clock = self.clock.get();
@@ -67,71 +87,96 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         })
     }
 
-    /// Takes what goes next out of the queue, and parks what has to wait; `None` where nothing may go.
+    /// Takes what goes next, and parks what has to wait; `None` where nothing may go.
     fn take_next(&self) -> Option<Vec<Queued<F, W>>> {
         self.desk.returned();
-        loop {
-            let Some(mut operations) = self.take_some() else {
-                self.pace.rests();
-                return None;
-            };
-            for queued in operations.extract_if(.., |queued| match self.desk.admit(&mut queued.op) {
-                Ok(()) => false,
+        let mut batch = Batch { operations: Vec::new(), keys: 0, bytes: 0 };
+        self.take_parked(&mut batch);
+        // What comes later may come behind what is still to be asked about.
+        if !self.more_to_ask.get() {
+            self.take_queued(&mut batch);
+        }
+        if batch.operations.is_empty() {
+            self.pace.rests();
+            return None;
+        }
+        self.pace.sent(batch.operations.len(), !self.queue.borrow().is_empty());
+        Some(batch.operations)
+    }
+
+    /// Takes of what is parked what may go by now, if that is to be asked. What has no time left for another try stays, and ends at its deadline
+    /// with the reason it was parked for.
+    fn take_parked(&self, batch: &mut Batch<F, W>) {
+        let now = Instant::now();
+        if self.bell.has_rung(now) {
+            self.desk.again();
+        } else if !self.more_to_ask.get() {
+            return;
+        }
+        let in_time = now + limits::LOCKED_RETRY_WITHIN;
+        let mut parked = self.parked.borrow_mut();
+        let mut stay = Vec::new();
+        self.more_to_ask.set(false);
+        while let Some(mut queued) = parked.pop_front() {
+            let weight = F::weight(&queued.op);
+            if !batch.has_room_for(weight) {
+                parked.push_front(queued);
+                self.more_to_ask.set(true);
+                break;
+            }
+            if queued.deadline <= in_time {
+                stay.push(queued);
+                continue;
+            }
+            match self.desk.admit(&mut queued.op) {
+                Ok(()) => batch.push(queued, weight),
                 Err(reason) => {
                     queued.again = Some(reason);
-                    true
-                }
-            }) {
-                if queued.waiter.is_some() {
-                    self.park(queued);
+                    self.bell.ring_by(now + self.desk.retry_after());
+                    stay.push(queued);
                 }
             }
-            if !operations.is_empty() {
-                self.pace.sent(operations.len(), !self.queue.borrow().is_empty());
-                return Some(operations);
+        }
+        stay.into_iter().rev().for_each(|queued| parked.push_front(queued));
+    }
+
+    /// Takes as much of the queue as fits the batch.
+    fn take_queued(&self, batch: &mut Batch<F, W>) {
+        loop {
+            let (mut queued, weight) = {
+                let mut queue = self.queue.borrow_mut();
+                let Some(weight) = queue.front().map(|queued| F::weight(&queued.op)).filter(|weight| batch.has_room_for(*weight)) else {
+                    return;
+                };
+                let Some(queued) = queue.pop_front() else { return };
+                (queued, weight)
+            };
+            match self.desk.admit(&mut queued.op) {
+                Ok(()) => batch.push(queued, weight),
+                Err(reason) => self.try_again(queued, reason, self.desk.retry_after()),
             }
         }
     }
 
-    /// Lets an operation wait for a while, or until the desk rings; refuses it where too many do.
-    pub(super) fn park(&self, mut queued: Queued<F, W>) {
+    /// Lets an operation wait until the desk rings, and no longer than `after`; refuses it where too many do.
+    pub(super) fn park(&self, mut queued: Queued<F, W>, after: Duration) {
         let mut parked = self.parked.borrow_mut();
         if parked.len() >= limits::LANE_QUEUE_MAX {
             drop(parked);
             let reason = queued.why_not("overloaded: too many wait; nothing was changed");
             return queued.finish(Err(Failure::TryAgain(reason)));
         }
-        if parked.is_empty() {
-            self.bell.unpark_at.set(Instant::now() + limits::LOCKED_RETRY_AFTER);
-        }
-        parked.push(queued);
+        self.bell.ring_by(Instant::now() + after);
+        let at = parked.partition_point(|before| before.place() <= queued.place());
+        parked.insert(at, queued);
     }
 
-    fn try_again(&self, mut queued: Queued<F, W>, reason: Rc<str>) {
+    fn try_again(&self, mut queued: Queued<F, W>, reason: Rc<str>, after: Duration) {
         queued.again = Some(reason);
         // Whoever has been answered does not wait any more.
         if queued.waiter.is_some() {
-            self.park(queued);
+            self.park(queued, after);
         }
-    }
-
-    /// As much of the queue as fits a batch.
-    fn take_some(&self) -> Option<Vec<Queued<F, W>>> {
-        let mut queue = self.queue.borrow_mut();
-        let (mut keys, mut bytes, mut count) = (0, 0, 0);
-        for queued in queue.iter().take(limits::BATCH_OPERATIONS_MAX) {
-            let (more_keys, more_bytes) = F::weight(&queued.op);
-            keys += more_keys;
-            bytes += more_bytes;
-            if count > 0 && (keys > limits::BATCH_KEYS_MAX || bytes > limits::BATCH_BYTES_MAX) {
-                break;
-            }
-            count += 1;
-        }
-        if count == 0 {
-            return None;
-        }
-        Some(queue.drain(..count).collect())
     }
 
     pub(super) async fn resend(
@@ -304,17 +349,17 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                         F::keep(&mut copies, k, queued.op, note);
                     }
                 }
-                Verdict::Again(reason) => self.try_again(queued, reason.into()),
+                Verdict::Again(reason) => self.try_again(queued, reason.into(), limits::LOCKED_RETRY_AFTER),
                 Verdict::SentBack(reason) => {
                     let reason = reason.into();
                     self.desk.sent_back(&queued.op, &reason);
-                    self.try_again(queued, reason);
+                    self.try_again(queued, reason, limits::LOCKED_RETRY_AFTER);
                 }
                 Verdict::Lost(reason) => {
                     let reason = reason.into();
                     self.desk.lost(&queued.op);
                     self.desk.sent_back(&queued.op, &reason);
-                    self.try_again(queued, reason);
+                    self.try_again(queued, reason, limits::LOCKED_RETRY_AFTER);
                 }
             }
         }
