@@ -8,6 +8,7 @@ use tokio::task::spawn_local;
 
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, CROWDED, Confirmation, accepted, failed, outcome};
+use super::first_use::WaitsForCoupon;
 use super::spec::{self, ACK, Arg, COUPON, FAST, ORDER, READONLY, REQUEST, Spec, TIMEOUT, USER, WRITE};
 use super::{Call, Context, Step, doubt, first_use, read};
 use crate::domain::coupon::{CouponStep, CouponTerms, NewTerms};
@@ -195,6 +196,10 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
     // It takes a look-up first, which what follows it must not overtake.
     let held = matches!(op.action, Action::Create(_)).then(|| call.session.hold_back(call.pipeline));
     let waiter = ClientWaiter { cx: Rc::clone(call.cx), ticket, confirmation, arrived: call.arrived, has_looked: false, _held: held };
+    if waiter.comes_behind_a_look_up(&op) {
+        waiter.look(op);
+        return Step::Later;
+    }
     let waiter = CouponWaiter::Client(waiter);
     doubt::submit(call, &call.cx.backend.coupon, op, confirmation.waits_for_postgres(), waiter);
     Step::Later
@@ -237,20 +242,36 @@ impl ClientWaiter {
         !self.has_looked && (is_creation || !self.cx.backend.first_coupons.is_nowhere(&op.coupon))
     }
 
+    /// Whether its client waits for a look-up of the same coupon: what Redis says meanwhile may be of after it. One whose REQUEST is the server's
+    /// own is looked up otherwise.
+    fn comes_behind_a_look_up(&self, op: &CouponOp) -> bool {
+        self.cx.backend.first_coupons.is_waited_for(&op.coupon, op.client)
+            && !matches!(op.action, Action::Create(_))
+            && op.request.as_ref().is_none_or(|request| request.id.sent().is_none())
+    }
+
     /// Looks the coupon up in Postgres, gives it to Redis if it is there, and tries again.
     fn look(mut self, mut op: CouponOp) {
-        self.has_looked = true;
+        let behind = self.comes_behind_a_look_up(&op);
+        let waits = WaitsForCoupon::new(&self.cx, &op.coupon, op.client);
         spawn_local(async move {
+            // Until it has been submitted again.
+            let _waits = waits;
             let (cx, within) = (Rc::clone(&self.cx), self.cx.backend.within);
             let deadline = self.arrived + within + self.confirmation.waits_for_postgres();
             if matches!(op.action, Action::Create(_)) {
+                self.has_looked = true;
                 match first_use::has_coupon(&cx, &op.coupon, deadline).await {
                     None => return self.ticket.complete(Reply::error(NOT_KNOWN)),
                     Some(true) => return self.ticket.complete(outcome("EXISTS", [])),
                     Some(false) => op.is_nowhere = true,
                 }
-            } else if !first_use::load_coupon(&cx, &op.coupon, deadline).await {
-                return self.ticket.complete(Reply::error(NOT_KNOWN));
+            } else {
+                // Where the look-up has just ended, what this one is behind has been submitted again.
+                self.has_looked = !behind || cx.backend.first_coupons.is_under_way(&op.coupon);
+                if self.has_looked && !first_use::load_coupon(&cx, &op.coupon, deadline).await {
+                    return self.ticket.complete(Reply::error(NOT_KNOWN));
+                }
             }
             // In the order in which they came, as long as there is time.
             let (soon, late) = (self.arrived + within, Instant::now() + limits::LOCKED_RETRY_WITHIN);

@@ -26,6 +26,8 @@ pub struct FirstUse {
     /// Who waits for what somebody is looking up already.
     loading: RefCell<HashMap<Id, Vec<oneshot::Sender<bool>>>>,
     absent: RefCell<HashMap<Id, Instant>>,
+    /// How many operations wait for it, by what they are about and the client that sent them.
+    waiting: RefCell<HashMap<(Id, u64), usize>>,
 }
 
 impl FirstUse {
@@ -39,6 +41,16 @@ impl FirstUse {
         self.absent.borrow_mut().remove(product);
     }
 
+    /// Whether something that this client has sent waits for it.
+    pub fn is_waited_for(&self, id: &Id, client: u64) -> bool {
+        !self.waiting.borrow().is_empty() && self.waiting.borrow().contains_key(&(id.clone(), client))
+    }
+
+    /// Whether it is being looked up.
+    pub fn is_under_way(&self, id: &Id) -> bool {
+        self.loading.borrow().contains_key(id)
+    }
+
     fn remember_absent(&self, product: Id) {
         let mut absent = self.absent.borrow_mut();
         if absent.len() >= limits::ABSENT_MAX {
@@ -49,6 +61,33 @@ impl FirstUse {
             }
         }
         absent.insert(product, Instant::now() + limits::ABSENT_FOR);
+    }
+}
+
+/// One operation that waits for the look-up of a coupon, until this is dropped.
+pub struct WaitsForCoupon {
+    cx: Rc<Context>,
+    of: (Id, u64),
+}
+
+impl WaitsForCoupon {
+    /// `client`: who has sent it.
+    pub fn new(cx: &Rc<Context>, coupon: &Id, client: u64) -> Self {
+        let of = (coupon.detached(), client);
+        *cx.backend.first_coupons.waiting.borrow_mut().entry(of.clone()).or_default() += 1;
+        Self { cx: Rc::clone(cx), of }
+    }
+}
+
+impl Drop for WaitsForCoupon {
+    fn drop(&mut self) {
+        let mut waiting = self.cx.backend.first_coupons.waiting.borrow_mut();
+        if let Some(count) = waiting.get_mut(&self.of) {
+            *count -= 1;
+            if *count == 0 {
+                waiting.remove(&self.of);
+            }
+        }
     }
 }
 

@@ -1,6 +1,9 @@
 //! COUPON: redeemed, given back, revoked, altered, deleted; and that all of it survives.
 
-use crate::harness::Stack;
+use std::time::Duration;
+
+use crate::harness::{Sidecar, Stack, wait_until};
+use crate::proxy::Proxy;
 
 /// Since year 3000, in Unix ms.
 const FAR: &str = "32503680000000";
@@ -406,6 +409,40 @@ fn a_pipeline_that_uses_an_absent_coupon_loads_it_once() {
     let replies: Vec<String> = (0..40).map(|_| client.receive()).collect();
     assert_eq!(replies.iter().filter(|reply| reply.starts_with("[ISSUED, ")).count(), 25, "{replies:?}");
     assert_eq!(monitor.count(&stack, &["EVALSHA", "coupon:info:pg", "init"]), 1);
+}
+
+#[test]
+fn what_a_client_sends_behind_an_issue_for_which_the_coupon_is_loaded_comes_behind_it() {
+    let rounds = 100;
+    let stack = Stack::start();
+    stack.postgres.execute(&format!(
+        "INSERT INTO holdfast.coupon (coupon_id, total, per_user) SELECT 'pg-' || n, 25, 1 FROM generate_series(0, {rounds}) n"
+    ));
+    // So that what is sent meanwhile finds each of the requests that a load takes under way.
+    let proxy = Proxy::start(stack.redis.port(), b"");
+    let sidecar = Sidecar::start(&proxy.redis_url(), &stack.postgres.url);
+    wait_until("it sells", || sidecar.get("/readyz").0 == 200);
+    let (mut client, mut others) = (sidecar.connect(), sidecar.connect());
+    proxy.slow_down(Duration::from_millis(2));
+    std::thread::scope(|scope| {
+        let (over, is_over) = std::sync::mpsc::channel::<()>();
+        // A batch is always under way, so that the load waits for the next one, and what comes behind it goes with it.
+        scope.spawn(move || {
+            let mut user = 0;
+            while is_over.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+                user += 1;
+                others.ask(&format!("COUPON.USE pg-0 u-{user}"));
+            }
+        });
+        for round in 1..=rounds {
+            client.send(&["COUPON.ISSUE", &format!("pg-{round}"), "u"]);
+            std::thread::sleep(Duration::from_micros(250) * round);
+            client.send(&["COUPON.USE", &format!("pg-{round}"), "u"]);
+            let replies = [client.receive(), client.receive()];
+            assert!(replies[0].starts_with("[ISSUED, 1, ") && replies[1].starts_with("[USED, 1, "), "round {round}: {replies:?}");
+        }
+        drop(over);
+    });
 }
 
 #[test]
