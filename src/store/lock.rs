@@ -49,7 +49,7 @@ pub struct Settings {
     pub coupon_lease: Option<Duration>,
 }
 
-/// What a client asks for.
+/// What a client asks for. It is kept for as long as it waits and holds: what it names is in memory of its own.
 #[derive(Debug)]
 pub struct Ask {
     pub name: LockName,
@@ -249,11 +249,10 @@ impl Locks {
         let id = inner.number();
         let (answer, answered) = oneshot::channel();
         let Ask { name, lease, owner, session, patient, of_the_server } = ask;
-        let name = LockName::of(name.id().detached()).unwrap_or(name);
         let waiter = Waiter {
             op: inner.op(),
             lease: if session { inner.settings.session_lease.min(inner.settings.max_hold) } else { lease },
-            owner: owner.map(|owner| owner.detached()),
+            owner,
             session,
             patient,
             of_the_server,
@@ -291,7 +290,9 @@ impl Locks {
                 Ok(extended.then_some(lease))
             }
             Err(refusal) => {
-                self.0.holds.may_be_extended(token, sent, lease);
+                if refusal == Refusal::InDoubt {
+                    self.0.holds.may_be_extended(token, sent, lease);
+                }
                 Err(refusal)
             }
         }
@@ -614,9 +615,9 @@ impl Inner {
             if !matches!(result, Ok(Released::Passed { .. } | Released::Kept)) {
                 line.rouse(By::Release);
             }
-            let forgotten =
-                line.waiters.is_empty() && !line.contending && line.trying.is_none() && line.turn.keeps_out(now).is_none() && !told_us;
-            if forgotten {
+            let unwanted = line.waiters.is_empty() && !line.contending && line.trying.is_none() && line.turn.keeps_out(now).is_none();
+            // Else it is forgotten together with its channel.
+            if unwanted && !self.subscriber.wants(&name) {
                 lines.remove(&name);
             }
         }
@@ -703,11 +704,11 @@ impl Inner {
             let unwanted = |line: &Line| line.waiters.is_empty() && !line.contending && line.trying.is_none();
             idle.into_iter().filter(|name| lines.get(name).is_some_and(unwanted) && lines.remove(name).is_some()).collect()
         };
-        let heard: Vec<LockName> = gone.into_iter().filter(|name| self.subscriber.hears(name)).collect();
-        if !heard.is_empty() {
-            self.subscriber.forget(&heard).await;
+        let wanted: Vec<LockName> = gone.into_iter().filter(|name| self.subscriber.wants(name)).collect();
+        if !wanted.is_empty() {
+            self.subscriber.forget(&wanted).await;
             // Somebody may have come meanwhile and believed that it is heard of.
-            heard.iter().for_each(|name| {
+            wanted.iter().for_each(|name| {
                 if let Some(line) = self.lines().get_mut(name) {
                     line.rouse(By::Resubscribed);
                 }
@@ -768,4 +769,56 @@ fn refuse(waiter: Waiter, refusal: Refusal) {
 
 fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::lock::Epoch;
+    use crate::ledger::testing::RedisServer;
+
+    #[tokio::test]
+    async fn a_channel_that_redis_never_confirmed_is_forgotten_with_its_line() {
+        let server = RedisServer::start();
+        let settings = Settings {
+            redis_url: server.url(),
+            instance: "i".into(),
+            session_lease: Duration::from_secs(10),
+            max_hold: Duration::from_secs(60),
+            max_turn: Duration::ZERO,
+            coupon_lease: None,
+        };
+        let (locks, mut epochs) = Locks::new(settings);
+        locks.run_on(&Handle::current());
+        let serving = locks.clone();
+        // Without the subscription.
+        tokio::spawn(async move { serving.0.link.run().await });
+        tokio::spawn(async move {
+            while let Some(request) = epochs.recv().await {
+                _ = request.answer.send(Epoch { number: 1, installation: "i".into() });
+            }
+        });
+        let name = LockName::of(Id::from("l")).unwrap();
+        let lease = Duration::from_secs(60);
+        let ask = || Ask { name: name.clone(), lease, owner: None, session: false, patient: true, of_the_server: false };
+        let got = async |waiting: Waiting| match waiting.answer(Instant::now() + lease).await {
+            Answer::Got(grant) => (grant.token, grant.take()).0,
+            other => panic!("{other:?}"),
+        };
+        let first = got(locks.acquire(ask())).await;
+        let second = locks.acquire(ask());
+        while !locks.0.subscriber.wants(&name) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(!locks.0.subscriber.hears(&name));
+        assert_eq!(locks.release(name.clone(), first, lease).await, Ok(true));
+        let second = got(second).await;
+        while locks.0.lines().get(&name).is_some_and(|line| line.contending) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(locks.release(name.clone(), second, lease).await, Ok(true));
+        assert!(locks.0.lines().contains_key(&name), "its line is forgotten with its channel");
+        locks.0.forget(vec![name.clone()]).await;
+        assert!(locks.0.lines().is_empty() && !locks.0.subscriber.wants(&name));
+    }
 }

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::harness::{Client, Sidecar, Stack, wait_until};
-use crate::locks::{acquire, signal, size, token, waiters, waiting};
+use crate::locks::{acquire, metric, signal, size, token, waiters, waiting};
 use crate::proxy::{Direction, Proxy};
 
 /// A sidecar that reaches the stack's Redis through a proxy.
@@ -301,4 +301,117 @@ fn tokens_grow_over_a_redis_that_is_older_and_over_a_postgres_that_is() {
             next(&stack, &format!("an older Postgres, round {round}"));
         }
     }
+}
+
+/// How often Redis has refused to write for want of replicas.
+fn refusals(redis: &mut Client) -> u64 {
+    let info = redis.ask("INFO errorstats");
+    let count =
+        info.split("errorstat_NOREPLICAS:count=").nth(1).map(|rest| rest.chars().take_while(char::is_ascii_digit).collect::<String>());
+    count.map_or(0, |count| count.parse().unwrap())
+}
+
+/// Has Redis refuse what writes, before it starts it, until [`take_writes`].
+fn refuse_writes(redis: &mut Client) {
+    assert_eq!(redis.ask("CONFIG SET min-replicas-to-write 1"), "OK");
+}
+
+fn take_writes(redis: &mut Client) {
+    assert_eq!(redis.ask("CONFIG SET min-replicas-to-write 0"), "OK");
+}
+
+#[test]
+fn what_has_run_and_is_refused_when_it_is_sent_again_has_run() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"holdfast:owner:{l}", &["--lock-max-turn-ms", "10000"]);
+    let (mut client, mut redis) = (sidecar.connect(), stack.backing());
+    let field = |redis: &mut Client| redis.ask("HKEYS l");
+    // Loses the answer once it `has_run`, and has Redis refuse it when it is sent again.
+    let refused_again = |redis: &mut Client, command: &str, has_run: &dyn Fn(&mut Client) -> bool| {
+        proxy.hold(Direction::Answers);
+        let asking = waiting(&sidecar, command);
+        wait_until("it has run", || has_run(redis));
+        refuse_writes(redis);
+        let before = (refusals(redis), proxy.passed());
+        proxy.cut();
+        proxy.release();
+        wait_until("it is refused", || refusals(redis) > before.0 && proxy.passed() > before.1);
+        thread::sleep(Duration::from_millis(50));
+        take_writes(redis);
+        asking.join().unwrap().1
+    };
+    for round in 0..size(3, 30) {
+        let held = token(&refused_again(&mut redis, "LOCK.ACQUIRE l LEASE 600000", &|redis| redis.ask("EXISTS l") == "1"));
+        assert!(field(&mut redis).ends_with(&format!(":{held}]")), "round {round}");
+        let extend = format!("LOCK.EXTEND l {held} 3000000");
+        let extended = refused_again(&mut redis, &extend, &|redis| redis.ask("PTTL l").parse::<u64>().unwrap() > 600_000);
+        assert_eq!(extended, "[EXTENDED, 3000000]", "round {round}");
+        let waiter = waiting(&sidecar, "LOCK.ACQUIRE l LEASE 600000 WAIT 60000");
+        wait_until("somebody waits", || waiters(&mut client, "l") == 1);
+        let before = field(&mut redis);
+        let release = format!("LOCK.RELEASE l {held}");
+        assert_eq!(refused_again(&mut redis, &release, &|redis| redis.ask("HKEYS l") != before), "[RELEASED]", "round {round}");
+        let reply = waiter.join().unwrap().1;
+        // It was just trying by itself, and refused.
+        if reply.starts_with("-TRYAGAIN ") {
+            assert_eq!(redis.ask("EXISTS l"), "0", "round {round}: it is held for nobody");
+            continue;
+        }
+        let release = format!("LOCK.RELEASE l {}", token(&reply));
+        assert_eq!(refused_again(&mut redis, &release, &|redis| redis.ask("EXISTS l") == "0"), "[RELEASED]", "round {round}");
+    }
+}
+
+#[test]
+fn a_redis_that_refuses_writes_for_a_while_is_said_and_nothing_stays_locked_by_it() {
+    let stack = Stack::with_settings(&["--reply-within-ms", "20000", "--lock-session-lease-ms", "60000"]);
+    let (mut client, mut redis) = (stack.connect(), stack.backing());
+    let held = acquire(&mut client, "l", "OWNER o LEASE 600000");
+    let mut session = stack.connect();
+    acquire(&mut session, "of-a-session", "SESSION");
+    let waiter = waiting(&stack.sidecar, "LOCK.ACQUIRE l LEASE 600000 WAIT 60000");
+    wait_until("somebody waits", || waiters(&mut client, "l") == 1);
+    refuse_writes(&mut redis);
+    // Surely not done.
+    for command in ["LOCK.ACQUIRE free", "LOCK.ACQUIRE l OWNER o", &format!("LOCK.EXTEND l {held} 3000000")] {
+        let reply = client.ask(command);
+        assert!(reply.starts_with("-TRYAGAIN Redis refused: ") && reply.contains("NOREPLICAS"), "{command}: {reply}");
+    }
+    assert_eq!((redis.ask("EXISTS free").as_str(), count(&mut redis, "l")), ("0", 1));
+    assert!(client.ask(&format!("LOCK.CHECK l {held}")).starts_with("[VALID, "));
+    // What ends something is tried again.
+    let releasing = waiting(&stack.sidecar, &format!("LOCK.RELEASE l {held}"));
+    drop(session);
+    let before = refusals(&mut redis);
+    wait_until("both are refused, and tried again", || refusals(&mut redis) >= before + 4);
+    assert_eq!(redis.ask("EXISTS l of-a-session"), "2");
+    take_writes(&mut redis);
+    assert_eq!(releasing.join().unwrap().1, "[RELEASED]");
+    let reply = waiter.join().unwrap().1;
+    // It may just have tried by itself, and been refused.
+    if !reply.starts_with("-TRYAGAIN ") {
+        let passed = token(&reply);
+        assert!(passed > held);
+        assert_eq!(client.ask(&format!("LOCK.RELEASE l {passed}")), "[RELEASED]");
+    }
+    wait_until("nothing stays locked", || redis.ask("EXISTS l of-a-session") == "0");
+}
+
+#[test]
+fn an_extension_that_was_never_sent_ends_no_session() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"", &["--reply-within-ms", "500", "--lock-session-lease-ms", "60000"]);
+    let mut session = sidecar.connect();
+    let held = token(&session.until_not("LOCK.ACQUIRE l SESSION", "-"));
+    // Nobody listens there.
+    let nowhere = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    proxy.lead_to(nowhere);
+    proxy.cut();
+    session.until_not("LOCK.INFO l", "[");
+    let refused = session.ask(&format!("LOCK.EXTEND l {held} 1000"));
+    assert!(refused.starts_with("-TRYAGAIN "), "{refused}");
+    thread::sleep(Duration::from_millis(1_500));
+    proxy.lead_to(stack.redis.port());
+    assert!(session.until_not(&format!("LOCK.CHECK l {held}"), "-").starts_with("[VALID, "));
+    assert_eq!(metric(&sidecar, "holdfast_lock_lost_total"), 0.0);
 }

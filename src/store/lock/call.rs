@@ -84,8 +84,8 @@ enum Again {
     Now,
     /// The connection is, and whether it was carried out.
     Lost,
-    /// It was too late by Redis's clock: it may be that ours has to be set first.
-    Later,
+    /// It was too late by Redis's clock, so that ours may have to be set first, or Redis refuses it for now: after so long.
+    Later(Duration),
     /// Nothing can be done about it.
     Never(Refusal),
 }
@@ -257,10 +257,8 @@ impl Inner {
     ) -> Result<Words, Refusal> {
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         let mut sent = false;
-        let over = |sent: bool| match sent && script.name != script::LOCK_LOOK.name {
-            true => Refusal::InDoubt,
-            false => self.silent(),
-        };
+        let may_have_run = |sent: bool| sent && script.name != script::LOCK_LOOK.name;
+        let over = |sent: bool| if may_have_run(sent) { Refusal::InDoubt } else { self.silent() };
         loop {
             let Ok(node) = tokio::time::timeout_at(until.into(), self.link.node()).await else { return Err(over(sent)) };
             let args = args(&node);
@@ -289,14 +287,21 @@ impl Inner {
                     self.link.failed(&node);
                     Again::Now
                 }
+                // It may have run when it was sent before; and to release it nobody else tries.
+                Ok(Err(error)) if error.is_before_any_write() && (may_have_run(sent) || script.name == script::LOCK_RELEASE.name) => {
+                    tracing::debug!(%error, script = script.name, "Redis refuses a lock's script for now");
+                    Again::Later(limits::LOCK_POLL)
+                }
+                Ok(Err(_)) if may_have_run(sent) => Again::Never(Refusal::InDoubt),
                 Ok(Err(error)) => Again::Never(refused(&error)),
             };
             sent |= matches!(again, Again::Lost);
             match again {
                 Again::Never(refusal) => return Err(refusal),
-                Again::Now | Again::Lost | Again::Later if Instant::now() >= until => return Err(over(sent)),
+                Again::Now | Again::Lost if Instant::now() >= until => return Err(over(sent)),
+                Again::Later(pause) if Instant::now() + pause >= until => return Err(over(sent)),
                 Again::Now | Again::Lost => {}
-                Again::Later => tokio::time::sleep(limits::LOCK_RECONNECT_AFTER).await,
+                Again::Later(pause) => tokio::time::sleep(pause).await,
             }
         }
     }
@@ -342,7 +347,7 @@ impl Inner {
                 }
                 self.link.stale(node, spent);
             }
-            b"late" => return Err(Again::Later),
+            b"late" => return Err(Again::Later(limits::LOCK_RECONNECT_AFTER)),
             b"absent" => return Err(Again::Never(Refusal::NoCoupon)),
             b"type" => {
                 let kind = words.text().and_then(|_| words.text()).map_err(|error| unexpected(&error))?;

@@ -55,6 +55,11 @@ impl Subscriber {
         self.channels().get(&keys::lock_channel(name)).is_some_and(|(_, confirmed)| *confirmed)
     }
 
+    /// Whether releases of this lock are to be heard of, be it only once Redis is there again.
+    pub fn wants(&self, name: &LockName) -> bool {
+        self.channels().contains_key(&keys::lock_channel(name))
+    }
+
     /// Hears of releases of this lock from now on.
     pub async fn hear(&self, name: &LockName) -> Heard {
         let channel = keys::lock_channel(name);
