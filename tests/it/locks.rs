@@ -516,7 +516,10 @@ fn everybody_gets_it_though_every_message_is_lost() {
     println!("waits after a release whose message was lost: median {:?}, p99 {p99:?}", waits[waits.len() / 2]);
     assert_eq!((acquired_by(&sidecar, "message"), acquired_by(&sidecar, "timer")), (0.0, waits.len() as f64));
     // All of them lie between none and 250 ms, and the time of a machine that is busy.
-    assert!(waits[waits.len() / 2] <= Duration::from_millis(260), "{waits:?}");
+    let longest = Duration::from_millis(260);
+    assert!(waits[waits.len() * 9 / 10 - 1] <= longest, "{waits:?}");
+    // What is promised, of as many as it takes to say so.
+    assert!(p99 <= longest || waits.len() < 100, "{waits:?}");
 }
 
 #[test]
