@@ -62,7 +62,7 @@ impl Backend {
     ) -> Self {
         let within = limits::operation_within(reply_within);
         let name = |lane, number| if number == 0 { format!("{instance}:{lane}") } else { format!("{instance}:{lane}.{number}") };
-        let behind = thread + limits::THREADS_MAX as usize;
+        let behind = thread + usize::try_from(limits::THREADS_MAX).unwrap_or(usize::MAX);
         let window_ms = i64::try_from(window.as_millis()).unwrap_or(i64::MAX);
         let desk = CouponDesk::new(locks.clone(), within);
         Self {

@@ -58,6 +58,7 @@ fn what_a_client_sends_at_once_is_decided_in_its_order_in_whatever_lane() {
     (0..CLIENTS)
         .for_each(|number| (0..PRODUCTS).for_each(|product| client.ok(&format!("STOCK.SET {} 1000000 ACK redis", sku(number, product)))));
     let over = AtomicBool::new(false);
+    let mut op = None;
     let sold: usize = thread::scope(|scope| {
         let sell = |number: usize| {
             let mut raw = BufReader::new(stack.sidecar.raw());
@@ -83,7 +84,11 @@ fn what_a_client_sends_at_once_is_decided_in_its_order_in_whatever_lane() {
         let selling: Vec<_> = (0..CLIENTS).map(|number| scope.spawn(move || sell(number))).collect();
         // Both lanes of the first thread have had a part.
         for lane in [":stock:", ":stock.64:"] {
-            wait_until(lane, || stack.backing().ask("XREVRANGE holdfast:outbox + - COUNT 1").contains(lane));
+            wait_until(lane, || {
+                let newest = stack.backing().ask("XREVRANGE holdfast:outbox + - COUNT 1");
+                op = newest.split(", ").find(|word| word.contains(lane)).map(|word| word.trim_matches(['[', ']']).to_owned());
+                op.is_some()
+            });
         }
         over.store(true, Ordering::Relaxed);
         selling.into_iter().map(|selling| selling.join().unwrap()).sum()
@@ -91,6 +96,8 @@ fn what_a_client_sends_at_once_is_decided_in_its_order_in_whatever_lane() {
     stack.wait_until_applied();
     let booked = "SELECT count(*) || ' ' || sum(redis_delta) FROM holdfast.stock_ledger WHERE kind = 'decr'";
     assert_eq!(stack.postgres.value(booked), format!("{sold} -{sold}"));
+    let other = client.ask(&format!("STOCK.DECR sku-0-0 7 REQUEST hf-{}-0", op.unwrap()));
+    assert!(other.starts_with("-MISMATCH "), "what the second lane did is found by its id: {other}");
 }
 
 #[test]
