@@ -73,6 +73,34 @@ pub(super) async fn wait_for_others(postgres: &mut PgConnection, partition: u32,
     Ok(())
 }
 
+/// Renews the right to fill Redis until it is lost. Returns why.
+async fn until_lost(postgres: &mut PgConnection, partition: u32, epoch: u64, owner: &str) -> String {
+    let mut lasts_until = Instant::now() + REBUILD_LEASE;
+    loop {
+        let asked = Instant::now();
+        match tokio::time::timeout(REBUILD_LEASE, ledger::partition::renew_rebuild(postgres, partition, epoch, owner)).await {
+            Ok(Ok(true)) => {
+                lasts_until = asked + REBUILD_LEASE;
+                tokio::time::sleep(REBUILD_LEASE / 4).await;
+            }
+            Ok(Ok(false)) => return "another sidecar has taken the rebuild over".to_owned(),
+            // What is being saved locks the partition's row.
+            Ok(Err(error)) if error.is_lock_timeout() && Instant::now() < lasts_until => {}
+            Ok(Err(error)) => return error.to_string(),
+            Err(_) => return "Postgres does not answer".to_owned(),
+        }
+    }
+}
+
+/// Whether the outbox continues what Postgres has. A rebuild that was broken off may have moved Postgres past entries that it had not saved.
+async fn is_chained(reader: &mut OutboxReader, row: &PartitionRow) -> Result<bool, store::Error> {
+    if let Some(there) = reader.entry_at(row.applied).await? {
+        return Ok(there.op == row.last_op);
+    }
+    let oldest = reader.read_after(Position::default(), 1, Duration::ZERO).await?.entries.pop();
+    Ok(oldest.is_none_or(|oldest| oldest.last > row.applied))
+}
+
 impl Rebuild<'_> {
     /// Does it; `why` is what was found. `adopt_inbox`: what other programs changed in Postgres counts as told to Redis. Errors with what went
     /// wrong, for the log: then the partition stays closed.
@@ -86,17 +114,9 @@ impl Rebuild<'_> {
         warn!(partition = id, epoch, why, "filling redis from postgres");
         // Signs of life go over a connection of their own, beside the work.
         let mut lease = step(ledger::connect(self.postgres_url)).await?;
-        let working = self.work(epoch, meta, adopt_inbox);
-        tokio::pin!(working);
-        loop {
-            tokio::select! {
-                done = &mut working => return done,
-                () = tokio::time::sleep(REBUILD_LEASE / 4) => {
-                    if !step(ledger::partition::renew_rebuild(&mut lease, id, epoch, owner)).await? {
-                        return Err("another sidecar has taken the rebuild over".to_owned());
-                    }
-                }
-            }
+        tokio::select! {
+            done = self.work(epoch, meta, adopt_inbox) => done,
+            lost = until_lost(&mut lease, id, epoch, owner) => Err(lost),
         }
     }
 
@@ -165,12 +185,11 @@ impl Rebuild<'_> {
             return Err("Redis was restarted meanwhile".to_owned());
         }
         let row = step(ledger::partition::load(self.postgres, id)).await?;
-        let there = match reader.entry_at(row.applied).await {
-            Ok(there) => there,
+        let mut chained = match is_chained(&mut reader, &row).await {
+            Ok(chained) => chained,
             Err(error) if error.is_about_what_is_there() => return self.set_aside(epoch, &error).await.map(|()| saved),
             Err(error) => return Err(error.to_string()),
         };
-        let mut chained = there.is_none_or(|entry| entry.op == row.last_op);
         let mut after = if chained { row.applied } else { Position::default() };
         loop {
             let entries = match reader.read_after(after, REBUILD_READ_ENTRIES, Duration::ZERO).await {

@@ -126,6 +126,61 @@ fn what_still_stands_in_the_outbox_is_saved_where_meta_is_lost() {
 }
 
 #[test]
+fn a_rebuild_that_is_broken_off_and_begun_again_loses_nothing_of_the_outbox() {
+    let mut stack = Stack::start();
+    let (mut client, mut backing) = (stack.connect(), stack.backing());
+    for product in ["refused", "good", "late"] {
+        client.ok(&format!("STOCK.SET {product} 100"));
+    }
+    stack.wait_until_applied();
+    stack.postgres.holding(RELAYS_WAIT, || {
+        client.ok("STOCK.DECR refused 3");
+        // More entries than are read at a time.
+        (0..20).for_each(|_| client.ok("STOCK.DECR good 1"));
+        client.ok("STOCK.DECR late 5");
+        // Then nobody has copies.
+        stack.sidecar.kill();
+        backing.ask("DEL holdfast:meta");
+    });
+    // So what the outbox holds is saved by name: the first part, and the second not while somebody has its product.
+    stack.postgres.execute("ALTER TABLE holdfast.stock ADD CHECK (product_id <> 'refused' OR available = 100)");
+    let holds_late = "BEGIN; SELECT * FROM holdfast.stock WHERE product_id = 'late' FOR UPDATE";
+    stack.postgres.holding(holds_late, || {
+        stack.sidecar = crate::harness::Sidecar::start(&stack.redis.url(), &stack.postgres.url);
+        stack.sidecar.wait_for_log("due to lock timeout");
+    });
+    let mut client = stack.connect();
+    assert_eq!(client.until_not("STOCK.MGET refused good late", LOADING), "[100, 80, 95]");
+    assert_eq!(stack.postgres.value("SELECT string_agg(kind || delta, ' ') FROM holdfast.dead_letter"), "decr-3");
+    let saved = "SELECT count(*) FROM holdfast.stock_ledger WHERE kind = 'decr' AND origin_n IS NOT NULL";
+    assert_eq!(stack.postgres.value(saved), "22", "each by name, and once");
+    let (said, code) = audit(&stack);
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
+fn saving_for_longer_than_until_the_lease_is_renewed_does_not_break_a_rebuild_off() {
+    let mut stack = Stack::start();
+    let (mut client, mut backing) = (stack.connect(), stack.backing());
+    client.ok("STOCK.SET a 1000");
+    stack.wait_until_applied();
+    stack.postgres.holding(RELAYS_WAIT, || {
+        (0..200).for_each(|_| client.ok("STOCK.DECR a 1"));
+        stack.sidecar.kill();
+        backing.ask("DEL holdfast:meta");
+    });
+    // A dozen transactions, one behind the other, each with a lock on the partition's row.
+    stack.postgres.execute(
+        "CREATE FUNCTION holdfast.slowly() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END $$;
+         CREATE TRIGGER slowly AFTER INSERT ON holdfast.stock_ledger FOR EACH STATEMENT EXECUTE FUNCTION holdfast.slowly()",
+    );
+    stack.restart_sidecar();
+    assert_eq!(stack.connect().ask("STOCK.GET a"), "800");
+    let log = stack.sidecar.log();
+    assert_eq!(log.matches("filling redis from postgres").count(), 1, "{log}");
+}
+
+#[test]
 fn what_another_sidecar_answered_before_the_loss_is_taken_off_once() {
     let mut stack = Stack::with_own_postgres();
     let other = crate::harness::Sidecar::start(&stack.redis.url(), &stack.postgres.url);
