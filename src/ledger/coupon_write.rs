@@ -1,11 +1,13 @@
 //! The statements of a batch's transaction that are about coupons, see [`write`](super::write).
 
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
+use tracing::warn;
 
 use super::changes::{Changes, CouponLine, Issue};
 use super::write::Places;
 use super::{Error, partition};
-use crate::domain::coupon::{CouponChange, Stepped};
+use crate::domain::change::{Effect, Operation};
+use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 
 /// Writes the rows of the ledger, and moves nothing.
 pub(super) async fn ledger(connection: &mut PgConnection, partition: u32, lines: &[CouponLine<'_>]) -> Result<(), Error> {
@@ -68,6 +70,25 @@ pub(super) async fn moves(connection: &mut PgConnection, changes: &Changes<'_>) 
     move_coupons(connection, changes).await?;
     issue(connection, changes).await?;
     step(connection, changes).await
+}
+
+/// Keeps the serial of an issue that is owed from being given out again. Of anything else nothing happens.
+pub(super) async fn keep_serial(connection: &mut PgConnection, operation: &Operation) -> Result<(), Error> {
+    let Effect::Coupon { coupon, change: CouponChange::Step(Stepped { step: CouponStep::Issue, serial, .. }) } = &operation.effect else {
+        return Ok(());
+    };
+    // The coupon's row may be such that no update of it is taken at all.
+    let mut savepoint = connection.begin().await?;
+    let keep = sqlx::query("UPDATE holdfast.coupon SET last_serial = $2 WHERE coupon_id = $1 AND last_serial < $2");
+    match keep.bind(coupon).bind(serial).execute(&mut *savepoint).await.map_err(Error::from) {
+        Ok(_) => savepoint.commit().await?,
+        Err(Error::Data(error)) => {
+            savepoint.rollback().await?;
+            warn!(coupon, serial, error, "postgres does not take the highest serial of a coupon: this one may be given out again");
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(())
 }
 
 async fn create(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {

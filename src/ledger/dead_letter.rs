@@ -10,7 +10,7 @@ use sqlx::{Connection, PgConnection};
 use super::apply::{Applied, advance, check_epochs, continuation, what_is_created};
 use super::changes::{Changes, Created};
 use super::partition::{self, id};
-use super::{Error, from_bigint, inbox, outside, salvage, to_bigint, write};
+use super::{Error, coupon_write, from_bigint, inbox, outside, salvage, to_bigint, write};
 use crate::domain::change::{Effect, Entry, Item, Operation};
 use crate::domain::coupon::CouponChange;
 use crate::domain::{DeadLetter, InboxMark, Position, Settled};
@@ -110,6 +110,7 @@ async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, pa
     let Some(operation) = part.operations.first() else { return Ok(0) };
     let Effect::Stock { items, .. } = &operation.effect else {
         insert(connection, partition, part, operation, &Letter { i: 0, product: None, delta: 0, reason }).await?;
+        coupon_write::keep_serial(connection, operation).await?;
         return Ok(1);
     };
     // An order is what it is, also where its units are owed.
@@ -386,8 +387,9 @@ async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settle
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::apply;
+    use crate::domain::coupon::Counts;
     use crate::ledger::testing::{Database, database, execute, number_of, rows};
+    use crate::ledger::{apply, coupon};
 
     /// The entry after `n` changes in `entries` batches.
     fn entry(n: u64, entries: u64, lines: &[&str]) -> Entry {
@@ -451,6 +453,31 @@ mod tests {
         let letters = list(&mut database.connection, 0, 10).await.unwrap();
         assert_eq!(retry(&mut database.connection, letters[0].id).await.unwrap(), Settled::Done);
         assert_eq!(stock(&mut database).await[0].1, 10);
+    }
+
+    #[tokio::test]
+    async fn the_serial_of_an_issue_that_is_parked_is_not_given_out_again() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let first = entry(0, 0, &["0 coupon.create coupon=c total=9 peruser=1 |", "1 coupon.issue coupon=c user=u serial=1 remaining=8 |"]);
+        apply(connection, 0, &[first]).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.coupon_issue ADD CONSTRAINT no_v CHECK (user_id <> 'v')").await;
+        let poisoned = entry(2, 1, &["0 coupon.issue coupon=c user=v serial=2 remaining=7 |"]);
+        assert_eq!(apply_parking(connection, 0, &poisoned).await.unwrap().1, 1);
+        let row = coupon::load(connection, "c").await.unwrap().unwrap();
+        assert_eq!((row.issued, row.last_serial), (1, 2));
+        for (n, issued) in [(2, 1), (3, 2)] {
+            let expected = coupon::expected(connection, 0, &["c".to_owned()], 1, n).await.unwrap().unwrap();
+            assert_eq!(expected[0].counts.unwrap(), Counts { total: 9, issued, used: 0, serial: issued }, "what Redis had at {n}");
+        }
+        execute(connection, "ALTER TABLE holdfast.coupon ADD CONSTRAINT no_more CHECK (last_serial < 3)").await;
+        let refused = entry(3, 2, &["0 coupon.issue coupon=c user=v serial=3 remaining=6 |"]);
+        assert_eq!(apply_parking(connection, 0, &refused).await.unwrap().1, 1, "though not even the serial is kept");
+        execute(connection, "ALTER TABLE holdfast.coupon_issue DROP CONSTRAINT no_v").await;
+        let letters = list(connection, 0, 10).await.unwrap();
+        assert_eq!(retry(connection, letters[0].id).await.unwrap(), Settled::Done);
+        let row = coupon::load(connection, "c").await.unwrap().unwrap();
+        assert_eq!((row.issued, row.last_serial), (2, 2));
     }
 
     #[tokio::test]

@@ -6,7 +6,7 @@ use sqlx::{Connection, PgConnection};
 
 use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
 use super::coupon_shelf::CouponShelf;
-use super::{Error, apply, dead_letter, from_bigint, partition, to_bigint, write};
+use super::{Error, apply, coupon_write, dead_letter, from_bigint, partition, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
 use crate::domain::quantity::TOTAL_MAX;
@@ -140,6 +140,9 @@ async fn save_in(
     changes.frozen.extend(owing.into_iter().map(|product| (product, Some(OWED))));
     write::changes(connection, partition, &changes).await?;
     park(connection, partition, &owed).await?;
+    for (_, operation, _) in &owed {
+        coupon_write::keep_serial(connection, operation).await?;
+    }
     settled(connection, answered).await?;
     if row.applied.epoch < epoch {
         apply::end_epochs(connection, partition, row.applied, epoch).await?;
@@ -662,5 +665,26 @@ mod tests {
         hand_over(connection, 0, &[change]).await.unwrap();
         assert!(!is_anything_handed_over(connection).await.unwrap());
         assert_eq!(number_of(connection, "SELECT sum(delta)::bigint FROM holdfast.dead_letter").await, -3);
+    }
+    #[tokio::test]
+    async fn the_serial_of_an_issue_that_is_owed_is_not_given_out_again() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let first = [
+            answered("i:coupon:1", 1, "0 coupon.create coupon=c total=1 peruser=1 |"),
+            answered("i:coupon:1", 2, "1 coupon.issue coupon=c user=u serial=1 remaining=0 |"),
+            answered("i:coupon:1", 3, "2 coupon.create coupon=d total=9 peruser=1 |"),
+        ];
+        save(connection, 0, 1, &first).await.unwrap();
+        crate::ledger::testing::execute(connection, "ALTER TABLE holdfast.coupon_issue ADD CHECK (user_id <> 'refused')").await;
+        let lost = [
+            answered("i:coupon:2", 4, "0 coupon.issue coupon=c user=v serial=4 remaining=0 |"),
+            answered("i:coupon:2", 5, "1 coupon.issue coupon=d user=refused serial=7 remaining=8 |"),
+            answered("i:coupon:2", 6, "2 coupon.issue coupon=ghost user=v serial=1 remaining=8 |"),
+        ];
+        assert_eq!(save(connection, 0, 1, &lost).await.unwrap(), Saved { saved: 0, owed: 3, known: 0 });
+        let serials: Vec<(String, i64, i64)> =
+            rows(connection, "SELECT coupon_id, issued, last_serial FROM holdfast.coupon ORDER BY coupon_id").await;
+        assert_eq!(serials, [("c".into(), 1, 4), ("d".into(), 0, 7)]);
     }
 }

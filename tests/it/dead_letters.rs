@@ -138,6 +138,22 @@ fn a_product_made_by_hand_in_redis_holds_nothing_up() {
 }
 
 #[test]
+fn the_serial_of_a_parked_issue_is_not_given_out_again_by_a_redis_that_is_filled_or_given_the_coupon() {
+    let stack = Stack::start();
+    let (mut client, mut backing) = (stack.connect(), stack.backing());
+    client.ok("COUPON.CREATE c 10");
+    stack.postgres.execute("ALTER TABLE holdfast.coupon_issue ADD CHECK (user_id NOT LIKE 'refused-%')");
+    assert!(client.ask("COUPON.ISSUE c u").starts_with("[ISSUED, 1, "));
+    assert!(client.ask("COUPON.ISSUE c refused-1 ACK postgres").starts_with("[ISSUED, 2, "));
+    backing.ask("DEL coupon:info:c coupon:users:c");
+    assert!(client.ask("COUPON.ISSUE c v").starts_with("[ISSUED, 3, "));
+    assert!(client.ask("COUPON.ISSUE c refused-2 ACK postgres").starts_with("[ISSUED, 4, "));
+    backing.ask("FLUSHALL");
+    assert!(client.until_not("COUPON.ISSUE c w", "-").starts_with("[ISSUED, 5, "));
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter"), "2");
+}
+
+#[test]
 fn a_conflict_about_a_coupon_is_parked_and_freezes_nothing() {
     let stack = Stack::start();
     let (mut client, mut program) = (stack.connect(), Program::new(&stack.postgres));
