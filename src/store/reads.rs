@@ -293,7 +293,7 @@ impl Reads {
     }
 }
 
-/// One step of a scan over the keys of one type behind `prefix`: where the next one goes on, and the keys.
+/// One step of a scan over the keys of one type behind `prefix`: where the next one goes on, and the keys that an id makes.
 async fn scan(
     connection: &mut Connection,
     cursor: &str,
@@ -306,8 +306,9 @@ async fn scan(
     scan.arg(cursor).arg("MATCH").arg(format!("{prefix}{pattern}")).arg("COUNT").arg(count).arg("TYPE").arg(kind);
     let mut words = Words::new(connection.send(&scan).await?)?;
     let cursor = words.text()?;
-    let found = redis::from_redis_value(words.raw()?).map_err(redis::RedisError::from)?;
-    Ok((cursor, found))
+    let found: Vec<Vec<u8>> = redis::from_redis_value(words.raw()?).map_err(redis::RedisError::from)?;
+    let is_of_an_id = |key: &String| key.strip_prefix(prefix).is_some_and(|id| Id::is_valid(id.as_bytes()));
+    Ok((cursor, found.into_iter().filter_map(|key| String::from_utf8(key).ok()).filter(is_of_an_id).collect()))
 }
 
 /// The answer of a script that says first whether this Redis is the one that was verified.

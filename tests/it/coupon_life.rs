@@ -153,6 +153,7 @@ fn coupons_are_scanned_with_what_is_left_of_each() {
     client.ask("COUPON.ISSUE spring-2 u");
     stack.backing().ask("HSET coupon:info:spring-x total abc");
     stack.backing().ask("SET coupon:info:spring-y text");
+    stack.backing().ask_words(&["HSET", "coupon:info:spring-1 trial 7", "total", "3", "issued", "0"]);
     let reply = client.ask("COUPON.SCAN 0 MATCH spring* COUNT 100");
     assert!(reply == "[0, [spring-1, 3, spring-2, 2]]" || reply == "[0, [spring-2, 2, spring-1, 3]]", "{reply}");
     assert!(client.ask("COUPON.SCAN x").starts_with("-ERR invalid cursor"));

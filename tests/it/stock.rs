@@ -127,6 +127,11 @@ fn a_scan_finds_every_product_with_its_units() {
         client.ok(&format!("STOCK.SET sku-{i} {i} ACK redis"));
     }
     client.ok("STOCK.SET other 1");
+    // No product is called so: one is what the scripts are tried on.
+    let mut backing = stack.backing();
+    for key in [&b"stock:product:sku-1 trial 7"[..], b"stock:product:sku-{1}", b"stock:product:sku-\xff"] {
+        assert_eq!(backing.ask_words(&[&b"SET"[..], key, b"1"]), "OK");
+    }
     let mut found = std::collections::BTreeMap::new();
     let mut cursor = "0".to_owned();
     loop {
