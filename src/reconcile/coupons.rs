@@ -203,7 +203,7 @@ impl Examiner {
             let mut drifts = Vec::new();
             for finding in real {
                 match self.repair_coupon(&finding, at, &round).await {
-                    Some(remedy) => drifts.extend(finding.reported(remedy)),
+                    Some(reported) => drifts.extend(reported),
                     None => suspects.push(finding),
                 }
             }
@@ -213,13 +213,15 @@ impl Examiner {
         Ok(done)
     }
 
-    /// Returns what was done; `None` where it has to be compared once more.
-    async fn repair_coupon(&mut self, finding: &Finding, at: At, round: &str) -> Option<Remedy> {
+    /// Returns what is to be reported; `None` where it has to be compared once more.
+    async fn repair_coupon(&mut self, finding: &Finding, at: At, round: &str) -> Option<Vec<Drift>> {
         let id = Id::from(finding.expected.coupon.as_str());
         if finding.what == What::Absent {
             return Some(self.initialise_coupon(finding, id, at).await);
         }
-        let Some((mut upkeep, mut remedy)) = finding.repair(at.n, round, &self.settings) else { return Some(Remedy::None) };
+        let Some((mut upkeep, mut remedy)) = finding.repair(at.n, round, &self.settings) else {
+            return Some(finding.reported(Remedy::None));
+        };
         if let Upkeep::Mend { moved: Side::Postgres, by, .. } = &upkeep
             && (by.issued, by.used) != (0, 0)
         {
@@ -229,29 +231,31 @@ impl Examiner {
                 Err(Skipped(error)) => {
                     warn!(coupon = %id, error, "a difference could not be corrected, trying again later");
                     self.disconnect();
-                    return Some(Remedy::None);
+                    return Some(finding.reported(Remedy::None));
                 }
             }
         }
         let is_over = upkeep == Upkeep::Thaw;
         match self.partition.change_coupon(CouponOp::new(id.clone(), Action::Upkeep(upkeep), None)).await {
             Ok(CouponOutcome::Done { position, .. }) => {
-                finding.reported(remedy).iter().for_each(|drift| tell(drift, at, &position));
-                Some(remedy)
+                let reported = finding.reported(remedy);
+                reported.iter().for_each(|drift| tell(drift, at, &position));
+                Some(reported)
             }
             Ok(CouponOutcome::Loaded) if is_over => {
                 info!(coupon = %id, "redis and postgres agree again, and the coupon is no longer frozen");
-                Some(remedy)
+                Some(Vec::new())
             }
             Ok(CouponOutcome::Loaded) => {
-                finding.reported(remedy).iter().for_each(|drift| tell(drift, at, &at.n));
-                Some(remedy)
+                let reported = finding.reported(remedy);
+                reported.iter().for_each(|drift| tell(drift, at, &at.n));
+                Some(reported)
             }
             Ok(CouponOutcome::Moved) => None,
             // Somebody else has deleted or frozen it meanwhile, or whatever became of it shows in the next comparison.
             other => {
                 warn!(coupon = %id, outcome = ?other, "a difference could not be corrected, trying again later");
-                Some(Remedy::None)
+                Some(finding.reported(Remedy::None))
             }
         }
     }
@@ -263,24 +267,26 @@ impl Examiner {
         counted.unwrap_or_else(|_| Err(Skipped("Postgres was too slow".into())))
     }
 
-    /// Gives Redis what Postgres has.
-    async fn initialise_coupon(&self, finding: &Finding, id: Id, at: At) -> Remedy {
+    /// Gives Redis what Postgres has. Returns what is to be reported.
+    async fn initialise_coupon(&self, finding: &Finding, id: Id, at: At) -> Vec<Drift> {
+        let not_given = || finding.reported(Remedy::None);
         let (answer, answered) = tokio::sync::oneshot::channel();
         let request = LoadRequest { absent_at: at.n, wanted: Wanted::Coupon(id.clone(), answer) };
         if self.partition.loads.send(request).await.is_err() {
-            return Remedy::None;
+            return not_given();
         }
-        let Ok(Ok(Some(found))) = tokio::time::timeout(limits::RECONCILE_WITHIN, answered).await else { return Remedy::None };
-        // Whose users are too many for one script is loaded on its first use.
+        let Ok(Ok(Some(found))) = tokio::time::timeout(limits::RECONCILE_WITHIN, answered).await else { return not_given() };
+        // Whose users are too many for one script is loaded on its first use: that it is not here is as it should be.
         if found.more {
-            return Remedy::None;
+            return Vec::new();
         }
         match self.partition.change_coupon(CouponOp::new(id, Action::Init(Box::new(found), Part::Whole), None)).await {
             Ok(CouponOutcome::Loaded) => {
-                finding.reported(Remedy::Initialised).iter().for_each(|drift| tell(drift, at, &at.n));
-                Remedy::Initialised
+                let reported = finding.reported(Remedy::Initialised);
+                reported.iter().for_each(|drift| tell(drift, at, &at.n));
+                reported
             }
-            _ => Remedy::None,
+            _ => not_given(),
         }
     }
 

@@ -185,6 +185,21 @@ fn a_coupon_that_redis_lost_is_given_back_with_who_has_it() {
 }
 
 #[test]
+fn a_coupon_that_many_have_is_left_to_its_first_use() {
+    let stack = Stack::with_settings(EVERY_SECOND);
+    stack.postgres.execute(
+        "INSERT INTO holdfast.coupon (coupon_id, total, issued, used, per_user, last_serial, state)
+         VALUES ('many', 9000, 3000, 0, 1, 3000, 'active');
+         INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at)
+         SELECT 'many', n, 'u-' || n, 'issued', now() FROM generate_series(1, 3000) n",
+    );
+    // Each round compares it twice.
+    wait_until_compared(&stack, 6);
+    assert_eq!(found(&stack), [""; 0], "it waits for nobody");
+    assert_eq!(stack.connect().until_not("COUPON.ISSUE many u-7", "-TRYAGAIN"), "[ALREADY, 7]");
+}
+
+#[test]
 fn busy_coupons_show_no_false_difference() {
     let stack = Stack::with_settings(EVERY_SECOND);
     let mut client = stack.connect();
