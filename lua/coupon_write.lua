@@ -12,7 +12,8 @@
 -- kept aside for a minute, else how many users were given so before; correct and adopt with n, round, and by how
 -- much total, issued, used and serial move, freeze with the reason, thaw with nothing, the others with the serial (0: the one that fits), the
 -- order (=<order>, - for none) and false, or of what was answered before Redis lost its data up to which serial Postgres knows who has it: then it
--- is decided as if it were then, and an issue has its serial of then; and whether an alter or delete of the same client stands in front of it that
+-- is decided as if it were then, an issue has its serial of then, and the order of an unuse is that of the redemption that it takes back, '' where
+-- there is none that it may; and whether an alter or delete of the same client stands in front of it that
 -- has an issue in front of it. An issue without a request, of which there are most, is only its coupon and its text,
 -- without a table around them. The users of a coupon are those of its operations, in their order. A user's field holds one line a coupon of theirs, by serial: serial,
 -- state, issued at, order. What was revoked is nobody's any more.
@@ -326,6 +327,7 @@ function kinds.unuse(c, coupon, operation, held)
   local found, issued = find(held.rows, operation[5], 'used')
   if not found then return say(issued and 'unused' or 'none') end
   local row = held.rows[found]
+  if operation[7] and row.order ~= operation[6] then return say('moved') end
   row.state, row.order, held.changed, coupon.used = 'issued', '-', true, math.max(coupon.used - 1, 0)
   stepped(c, coupon, operation, row.serial, 'ISSUED :' .. row.serial)
 end

@@ -166,6 +166,33 @@ pub async fn used_for(connection: &mut PgConnection, coupon: &str, serial: i64) 
     Ok(order.bind(coupon).bind(serial).fetch_optional(connection).await?)
 }
 
+/// The order, if it had one, that a serial of a coupon is redeemed for, where a change that was answered at `origin`, at `at_ms` (Unix ms by
+/// Redis's clock), may have seen that redemption: it is no younger, or does again one that was handed over and was answered before. `None`
+/// where the serial is not redeemed, or has been since.
+pub async fn redeemed_before(
+    connection: &mut PgConnection,
+    partition: u32,
+    coupon: &str,
+    serial: i64,
+    origin: Position,
+    at_ms: i64,
+) -> Result<Option<Option<String>>, Error> {
+    let order = sqlx::query_scalar(
+        "SELECT i.order_id FROM holdfast.coupon_issue i WHERE i.coupon_id = $1 AND i.serial = $2 AND i.state = 'used' \
+         AND (i.used_at <= timestamptz 'epoch' + $3 * interval '1 millisecond' OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l \
+         JOIN holdfast.salvage s ON l.request_id = 'hf-' || s.op || '-' || s.k OR position(' request=' || l.request_id || ' ' IN s.line) > 0 \
+         WHERE l.at = i.used_at AND l.request_id IS NOT NULL AND l.coupon_id = $1 AND l.serial = $2 AND l.kind = 'use' \
+         AND s.partition = $4 AND (s.origin_epoch, s.origin_n) < ($5, $6)))",
+    )
+    .bind(coupon)
+    .bind(serial)
+    .bind(at_ms)
+    .bind(partition::id(partition))
+    .bind(to_bigint(origin.epoch))
+    .bind(to_bigint(origin.n));
+    Ok(order.fetch_optional(connection).await?)
+}
+
 /// By how many more of a coupon are issued and used, counted user by user, than its own numbers say. Looks at all who ever had it.
 pub async fn missing_in_counts(connection: &mut PgConnection, coupon: &str) -> Result<(i64, i64), Error> {
     let missing = sqlx::query_as(
@@ -247,5 +274,32 @@ mod tests {
         let mut changed = changed(connection, 0, Position::new(1, 11), 100).await.unwrap();
         changed.sort();
         assert_eq!(changed, ["a", "b"]);
+    }
+    #[tokio::test]
+    async fn which_redemption_a_late_change_has_seen_is_told_by_its_time_or_by_what_was_handed_over() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        execute(
+            connection,
+            "INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at, used_at, order_id)
+             SELECT 'c', n, 'u', 'used', now(), timestamptz 'epoch' + n * interval '1 second', nullif('o-' || n, 'o-2')
+             FROM generate_series(1, 6) AS n;
+             INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at) VALUES ('c', 7, 'u', 'issued', now());
+             INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, user_id, serial, remaining_after, request_id, at)
+             SELECT 0, 2, serial, 'j:coupon:1', serial, 'c', 'use', 'u', serial, 0,
+             CASE serial WHEN 3 THEN 'hf-i:coupon:1-0' WHEN 4 THEN 'r' WHEN 5 THEN 'hf-i:coupon:2-0' WHEN 6 THEN 'ours' END, used_at
+             FROM holdfast.coupon_issue WHERE used_at IS NOT NULL;
+             INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms, done) VALUES
+             (0, 'i:coupon:1', 0, 1, 4, '0 coupon.use coupon=c user=u order=o-3 serial=3 remaining=0 |', 0, true),
+             (0, 'i:coupon:1', 1, 1, 5, '1 coupon.use request=r digest=d coupon=c user=u order=o-4 serial=4 remaining=0 |', 0, true),
+             (0, 'i:coupon:2', 0, 1, 9, '0 coupon.use coupon=c user=u order=o-5 serial=5 remaining=0 |', 0, true)",
+        )
+        .await;
+        let mut found = Vec::new();
+        for serial in 1..=8 {
+            found.push(redeemed_before(connection, 0, "c", serial, Position::new(1, 8), 2_000).await.unwrap());
+        }
+        let order = |order: &str| Some(Some(order.to_owned()));
+        assert_eq!(found, [order("o-1"), Some(None), order("o-3"), order("o-4"), None, None, None, None]);
     }
 }

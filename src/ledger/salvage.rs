@@ -459,13 +459,15 @@ pub async fn unlock_handed_over(connection: &mut PgConnection, partition: u32) -
     Ok(())
 }
 
-/// What was handed over and nobody has taken up, in the order in which it took effect.
-pub async fn handed_over(connection: &mut PgConnection, partition: u32, max: i64) -> Result<Vec<Answered>, Error> {
+/// What was handed over and nobody has taken up, in the order in which it took effect; nothing of the coupons `without`.
+pub async fn handed_over(connection: &mut PgConnection, partition: u32, without: &[String], max: i64) -> Result<Vec<Answered>, Error> {
     let rows: Vec<(String, i64, i64, String, i64)> = sqlx::query_as(
         "SELECT op, origin_epoch, origin_n, line, at_ms FROM holdfast.salvage WHERE partition = $1 AND NOT done \
-         ORDER BY origin_epoch, origin_n LIMIT $2",
+         AND NOT (split_part(line, ' ', 2) LIKE 'coupon.%' AND substring(line FROM ' coupon=([^ ]+) ') = ANY($2)) \
+         ORDER BY origin_epoch, origin_n LIMIT $3",
     )
     .bind(partition::id(partition))
+    .bind(without)
     .bind(max)
     .fetch_all(connection)
     .await?;
@@ -658,7 +660,7 @@ mod tests {
         hand_over(connection, 0, std::slice::from_ref(&change)).await.unwrap();
         hand_over(connection, 0, std::slice::from_ref(&change)).await.unwrap();
         assert!(is_anything_handed_over(connection).await.unwrap());
-        assert_eq!(handed_over(connection, 0, 9).await.unwrap(), std::slice::from_ref(&change));
+        assert_eq!(handed_over(connection, 0, &[], 9).await.unwrap(), std::slice::from_ref(&change));
         assert!(!is_request_known(connection, "hf-i:stock:2-0").await.unwrap());
         taken_up(connection, 0, &change, Some("too few")).await.unwrap();
         assert!(!is_anything_handed_over(connection).await.unwrap());
@@ -666,6 +668,22 @@ mod tests {
         assert!(!is_anything_handed_over(connection).await.unwrap());
         assert_eq!(number_of(connection, "SELECT sum(delta)::bigint FROM holdfast.dead_letter").await, -3);
     }
+    #[tokio::test]
+    async fn what_is_handed_over_of_some_coupons_is_left_out() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let handed = [
+            answered("i:coupon:1", 1, "0 coupon.issue coupon=c user=u serial=1 remaining=8 |"),
+            answered("i:coupon:1", 2, "1 coupon.delete request=r digest=d coupon=c |"),
+            answered("i:coupon:1", 3, "2 coupon.issue coupon=cc user=coupon=c serial=1 remaining=8 |"),
+            answered("i:stock:1", 4, "0 decr | coupon=c -3 7 b -1 1"),
+        ];
+        hand_over(connection, 0, &handed).await.unwrap();
+        assert_eq!(handed_over(connection, 0, &["d".to_owned()], 9).await.unwrap(), handed);
+        assert_eq!(handed_over(connection, 0, &["c".to_owned()], 9).await.unwrap(), handed[2..]);
+        assert_eq!(handed_over(connection, 0, &["cc".to_owned(), "c".to_owned()], 9).await.unwrap(), handed[3..]);
+    }
+
     #[tokio::test]
     async fn the_serial_of_an_issue_that_is_owed_is_not_given_out_again() {
         let mut database = database().await;

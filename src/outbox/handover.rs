@@ -14,7 +14,7 @@ use crate::ledger::salvage::{self, Answered};
 use crate::ledger::{self, PgConnection};
 use crate::limits::{HANDOVER_COUPONS_WAIT, HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
 use crate::store::Partition;
-use crate::store::coupon::{Action, CouponOp, CouponOutcome, Part};
+use crate::store::coupon::{Action, CouponOp, CouponOutcome, Known, Part};
 use crate::store::partition::{EndedEpoch, LoadRequest, Wanted};
 use crate::store::requests::{HANDED_OVER, Remembered, Request};
 use crate::store::stock::{self, Items, StockOp, StockOutcome};
@@ -68,55 +68,68 @@ pub async fn take_up(partition: &Arc<Partition>, postgres: &mut PgConnection) ->
 
 async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
     // What still stands in the outbox is not in the ledger yet, and must not be done again.
-    let head = partition.head().n;
-    let applied = async { partition.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
-    if !tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false) {
+    if !has_reached_postgres(partition).await {
         return Ok(());
     }
-    let mut wait = HashSet::new();
-    for answered in salvage::handed_over(postgres, partition.id, HANDOVER_MAX).await? {
-        let coupon = match &answered.operation.effect {
-            Effect::Coupon { coupon, .. } => Some(coupon.clone()),
-            Effect::Stock { .. } => None,
-        };
-        // What came later of a coupon comes behind that.
-        if coupon.as_ref().is_some_and(|coupon| wait.contains(coupon)) {
-            continue;
+    let (mut left, mut wait) = (HANDOVER_MAX, HashSet::new());
+    while left > 0 {
+        let before = (left, wait.len());
+        let without: Vec<String> = wait.iter().cloned().collect();
+        for answered in salvage::handed_over(postgres, partition.id, &without, left).await? {
+            let coupon = answered.operation.coupon();
+            // What came later of a coupon comes behind that.
+            if coupon.is_some_and(|coupon| wait.contains(coupon)) {
+                continue;
+            }
+            let owed = match done_again(partition, postgres, &answered).await? {
+                Done::AsAnswered => None,
+                Done::Refused(why) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
+                Done::Unknown => match coupon {
+                    Some(coupon) if wait.len() < HANDOVER_COUPONS_WAIT => {
+                        wait.insert(coupon.to_owned());
+                        continue;
+                    }
+                    _ => return Ok(()),
+                },
+            };
+            info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
+            salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
+            left -= 1;
+            if owed.is_some() {
+                partition.parked.notify_one();
+            }
         }
-        let id = format!("hf-{}-{}", answered.op, answered.operation.k);
-        let is_there = !salvage::known(postgres, std::slice::from_ref(&answered)).await?.is_empty();
-        if is_there || salvage::is_request_known(postgres, &id).await? {
-            salvage::taken_up(postgres, partition.id, &answered, None).await?;
-            continue;
-        }
-        let done = match again(&answered.operation, &id, answered.at_ms) {
-            None => Done::Refused(String::new()),
-            Some(Again::Stock(op)) => match partition.change(op).await {
-                Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(Remembered::Known(_))) => Done::AsAnswered,
-                Ok(outcome) if is_as_answered(&answered.operation, &outcome) => Done::AsAnswered,
-                Ok(refused) => Done::Refused(format!(": {refused:?}")),
-                Err(_) => Done::Unknown,
-            },
-            Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, &answered.operation).await?,
-        };
-        let owed = match done {
-            Done::AsAnswered => None,
-            Done::Refused(why) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
-            Done::Unknown => match coupon {
-                Some(coupon) if wait.len() < HANDOVER_COUPONS_WAIT => {
-                    wait.insert(coupon);
-                    continue;
-                }
-                _ => return Ok(()),
-            },
-        };
-        info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
-        salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
-        if owed.is_some() {
-            partition.parked.notify_one();
+        if (left, wait.len()) == before {
+            break;
         }
     }
     Ok(())
+}
+
+/// Waits until Postgres has what Redis has decided by now. `false` where that takes too long.
+async fn has_reached_postgres(partition: &Partition) -> bool {
+    let head = partition.head().n;
+    let applied = async { partition.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
+    tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false)
+}
+
+/// Does a change again that was handed over, if it is not in the ledger by now.
+async fn done_again(partition: &Partition, postgres: &mut PgConnection, answered: &Answered) -> Result<Done, ledger::Error> {
+    let id = format!("hf-{}-{}", answered.op, answered.operation.k);
+    let is_there = !salvage::known(postgres, std::slice::from_ref(answered)).await?.is_empty();
+    if is_there || salvage::is_request_known(postgres, &id).await? {
+        return Ok(Done::AsAnswered);
+    }
+    Ok(match again(&answered.operation, &id, answered.at_ms) {
+        None => Done::Refused(String::new()),
+        Some(Again::Stock(op)) => match partition.change(op).await {
+            Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(Remembered::Known(_))) => Done::AsAnswered,
+            Ok(outcome) if is_as_answered(&answered.operation, &outcome) => Done::AsAnswered,
+            Ok(refused) => Done::Refused(format!(": {refused:?}")),
+            Err(_) => Done::Unknown,
+        },
+        Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, answered).await?,
+    })
 }
 
 /// What became of something that was done again.
@@ -128,34 +141,52 @@ enum Done {
     Unknown,
 }
 
-/// Does something to a coupon again. A serial is given only if Postgres says that nobody has it.
+/// Does something to a coupon again. A serial is given only if Postgres says that nobody has it, and a redemption is taken back only if
+/// Postgres says that it came before.
 async fn coupon_done_again(
     partition: &Partition,
     postgres: &mut PgConnection,
     op: CouponOp,
-    operation: &Operation,
+    answered: &Answered,
 ) -> Result<Done, ledger::Error> {
+    let operation = &answered.operation;
     let row = ledger::coupon::load(postgres, op.coupon.as_str()).await?;
     if let Action::Step { step: CouponStep::Issue, serial: Some(serial), .. } = &op.action
         && ledger::coupon::is_issued(postgres, op.coupon.as_str(), *serial).await?
     {
         return Ok(Done::Refused(format!(": serial {serial} has been given out again")));
     }
+    let (mut redeemed_for, mut takes_none_back) = (None, false);
+    if let Action::Step { step: CouponStep::Unuse, serial: Some(serial), .. } = &op.action {
+        // The redemption may have been done again just now.
+        if !has_reached_postgres(partition).await {
+            return Ok(Done::Unknown);
+        }
+        let (coupon, Answered { origin, at_ms, .. }) = (op.coupon.as_str(), answered);
+        let order = ledger::coupon::redeemed_before(postgres, partition.id, coupon, *serial, *origin, *at_ms).await?;
+        takes_none_back = order.is_none();
+        redeemed_for = order.map(|order| order.as_deref().map(Id::from));
+    }
     let is_nowhere = row.is_none();
-    let op = CouponOp { is_nowhere, again: Some(row.map_or(0, |row| row.last_serial)), ..op };
+    let op = CouponOp { is_nowhere, again: Some(Known { serial: row.map_or(0, |row| row.last_serial), redeemed_for }), ..op };
     let mut outcome = partition.change_coupon(op.clone()).await;
     if matches!(outcome, Ok(CouponOutcome::Absent)) && !is_nowhere && load(partition, op.coupon.clone()).await {
         outcome = partition.change_coupon(op.clone()).await;
     }
     if let (Effect::Coupon { change: CouponChange::Step(lost), .. }, Ok(CouponOutcome::Already { serial })) = (&operation.effect, &outcome)
         && lost.step == CouponStep::Use
-        && ledger::coupon::used_for(postgres, op.coupon.as_str(), *serial).await? != Some(lost.order.clone())
     {
-        return Ok(Done::Refused(format!(": serial {serial} has been redeemed by another order")));
+        match ledger::coupon::used_for(postgres, op.coupon.as_str(), *serial).await? {
+            Some(order) if order == lost.order => {}
+            Some(_) => return Ok(Done::Refused(format!(": serial {serial} has been redeemed by another order"))),
+            // Postgres does not know yet by which.
+            None => return Ok(Done::Unknown),
+        }
     }
     Ok(match outcome {
         Ok(CouponOutcome::Done { .. } | CouponOutcome::Remembered(Remembered::Known(_))) => Done::AsAnswered,
         Ok(outcome) if is_coupon_as_answered(operation, &outcome) => Done::AsAnswered,
+        Ok(CouponOutcome::Moved) if takes_none_back => Done::Refused(": it has been redeemed since".to_owned()),
         Ok(CouponOutcome::Moved) | Err(_) => Done::Unknown,
         Ok(refused) => Done::Refused(format!(": {refused:?}")),
     })

@@ -238,7 +238,7 @@ impl Rebuild<'_> {
         let ops = self.partition.copies.ops();
         handover::hand_over_all(self.partition, self.postgres, epoch).await.map_err(|error| error.to_string())?;
         loop {
-            let handed = step(salvage::handed_over(self.postgres, self.partition.id, HANDOVER_MAX)).await?;
+            let handed = step(salvage::handed_over(self.postgres, self.partition.id, &[], HANDOVER_MAX)).await?;
             if handed.is_empty() {
                 break;
             }

@@ -135,6 +135,15 @@ impl Action {
     }
 }
 
+/// What Postgres knows of a coupon that something is done again to.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// Up to which serial it knows who has one. That of an issue is free if it is not above this one, or above those of Redis.
+    pub serial: i64,
+    /// Of an UNUSE: the order, if it had one, of the redemption that it takes back. `None`: of none that there is.
+    pub redeemed_for: Option<Option<Id>>,
+}
+
 /// One COUPON operation.
 #[derive(Clone, Debug)]
 pub struct CouponOp {
@@ -145,9 +154,8 @@ pub struct CouponOp {
     pub fence: Option<Arc<Fence>>,
     /// Of a creation: Postgres does not have the coupon either.
     pub is_nowhere: bool,
-    /// It was answered before Redis lost its data, and is done again as it was then: an issue with its serial, which is free if it is above
-    /// those of Redis, or not above this one, up to which Postgres knows them.
-    pub again: Option<i64>,
+    /// It was answered before Redis lost its data, and is done again as it was then, if that fits to what Postgres knows.
+    pub again: Option<Known>,
     /// The client that sent it; 0 where that was none. What it sends behind an issue that waits for the lock, about the same user or about none,
     /// waits, too.
     pub client: u64,
@@ -355,10 +363,15 @@ impl Family for Coupon {
                     batch.is(behind);
                     behind_issues.extend(behind.then_some((&op.coupon, op.client)));
                 }
-                Action::Step { serial, order, .. } => {
-                    batch.integer(serial.unwrap_or(0)).text(&order_text(order.as_ref().map(Id::as_str)));
-                    match op.again {
-                        Some(known) => batch.integer(known),
+                Action::Step { step, serial, order, .. } => {
+                    let order = match &op.again {
+                        Some(Known { redeemed_for, .. }) if *step == CouponStep::Unuse => redeemed_for.as_ref(),
+                        _ => Some(order),
+                    };
+                    let order = order.map_or_else(String::new, |order| order_text(order.as_ref().map(Id::as_str)));
+                    batch.integer(serial.unwrap_or(0)).text(&order);
+                    match &op.again {
+                        Some(known) => batch.integer(known.serial),
                         None => batch.no(),
                     };
                     batch.is(behind_issues.contains(&(&op.coupon, op.client)));

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::bulk::audit;
-use crate::harness::{Client, Sidecar, Stack, wait_until};
+use crate::harness::{Client, Sidecar, Stack, UNHURRIED, wait_until};
 use crate::proxy::{Direction, Proxy};
 
 /// The reconciler as often as it may, where a reply has all the time it needs.
@@ -242,16 +242,47 @@ fn busy_coupons_show_no_false_difference() {
     assert_eq!(code, Some(0), "{said}");
 }
 
+/// Two sidecars, of which one hands over late what it answered.
+struct Late {
+    stack: Stack,
+    client: Client,
+    _other: Sidecar,
+    _to_postgres: Proxy,
+}
+
+impl Late {
+    fn wait_until_taken_up(&self) {
+        wait_until("everything is handed over and taken up", || {
+            self.stack.postgres.value("SELECT count(*) > 0 AND bool_and(done) FROM holdfast.salvage") == "true"
+        });
+        self.stack.wait_until_applied();
+    }
+
+    fn end(self) {
+        let (said, code) = audit(&self.stack);
+        assert_eq!(code, Some(0), "{said}");
+    }
+}
+
 /// What `lost` of one sidecar answered gets lost with Redis while that sidecar has no Postgres, and another fills Redis without it.
 fn lost_and_handed_over_late(lost: impl FnOnce(&mut Client), meanwhile: impl FnOnce(&mut Client), after: impl FnOnce(&Stack, &mut Client)) {
+    let mut late = late(UNHURRIED, lost, |_, client| meanwhile(client));
+    late.wait_until_taken_up();
+    after(&late.stack, &mut late.client);
+    late.end();
+}
+
+/// The same, with so many ms for each reply, up to where it is handed over.
+fn late(reply_within_ms: u32, lost: impl FnOnce(&mut Client), meanwhile: impl FnOnce(&Stack, &mut Client)) -> Late {
     let mut stack = Stack::with_own_postgres();
     let port = stack.postgres.own.as_ref().unwrap().port();
     let to_postgres = Proxy::start(port, b"COMMIT");
     let url = stack.postgres.url.replace(&format!(":{port}/"), &format!(":{}/", to_postgres.port()));
-    let other = Sidecar::start(&stack.redis.url(), &url);
+    let other = Sidecar::with_deadline(&stack.redis.url(), &url, reply_within_ms);
     wait_until("the other is ready", || other.get("/readyz").0 == 200);
     let (mut others, mut backing) = (other.connect(), stack.backing());
     issue_five(&mut others, "c");
+    others.ok("STOCK.SET a 100");
     stack.wait_until_applied();
     stack.postgres.holding("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE", || {
         lost(&mut others);
@@ -262,19 +293,14 @@ fn lost_and_handed_over_late(lost: impl FnOnce(&mut Client), meanwhile: impl FnO
         backing.ask("FLUSHALL");
     });
     // The other's lease has to pass first.
-    stack.restart_sidecar();
+    stack.sidecar = Sidecar::with_deadline(&stack.redis.url(), &stack.postgres.url, reply_within_ms);
+    stack.wait_until_ready();
     let mut client = stack.connect();
     assert_eq!(client.until_not("COUPON.ISSUE c u1", "-"), "[ALREADY, 1]");
-    meanwhile(&mut client);
+    meanwhile(&stack, &mut client);
     to_postgres.cut();
     to_postgres.release();
-    wait_until("everything is handed over and taken up", || {
-        stack.postgres.value("SELECT count(*) > 0 AND bool_and(done) FROM holdfast.salvage") == "true"
-    });
-    stack.wait_until_applied();
-    after(&stack, &mut client);
-    let (said, code) = audit(&stack);
-    assert_eq!(code, Some(0), "{said}");
+    Late { stack, client, _other: other, _to_postgres: to_postgres }
 }
 
 #[test]
@@ -285,6 +311,11 @@ fn what_was_answered_about_coupons_and_handed_over_late_is_done_again_as_it_was(
             assert!(others.ask("COUPON.ISSUE c later").starts_with("[ISSUED, 7, 93, "));
             assert!(others.ask("COUPON.USE c later ORDER o-1").starts_with("[USED, 7, "));
             assert!(others.ask("COUPON.UNUSE c u1").starts_with("[ISSUED, 1, "));
+            for (user, order) in [("u3", "o-3 REQUEST r-3"), ("u4", "o-4")] {
+                assert!(others.ask(&format!("COUPON.USE c {user} ORDER {order}")).starts_with("[USED, "));
+                assert!(others.ask(&format!("COUPON.UNUSE c {user}")).starts_with("[ISSUED, "));
+            }
+            assert!(others.ask("COUPON.USE c u4 ORDER o-5").starts_with("[USED, 4, "));
             assert!(others.ask("COUPON.REVOKE c u2 ACK redis").starts_with("[REVOKED, 2, "));
             others.ok("COUPON.CREATE new 3 ACK redis");
             assert!(others.ask("COUPON.ISSUE new u").starts_with("[ISSUED, 1, 2, "));
@@ -297,6 +328,8 @@ fn what_was_answered_about_coupons_and_handed_over_late_is_done_again_as_it_was(
             );
             assert!(client.ask("COUPON.GET c u1").contains("serial, 1, state, issued"));
             assert_eq!(client.ask("COUPON.GET c u2"), "[]");
+            assert!(client.ask("COUPON.GET c u3").contains("serial, 3, state, issued"));
+            assert!(client.ask("COUPON.GET c u4").contains("serial, 4, state, used") && client.ask("COUPON.GET c u4").contains("o-5"));
             assert!(client.ask("COUPON.ISSUE c late REQUEST r-1").starts_with("[ISSUED, 6, "), "under its client's REQUEST");
             assert_eq!(client.ask("COUPON.ISSUE new u"), "[ALREADY, 1]");
             assert!(client.ask("COUPON.ISSUE c next").starts_with("[ISSUED, 8, "), "serials go on");
@@ -306,7 +339,7 @@ fn what_was_answered_about_coupons_and_handed_over_late_is_done_again_as_it_was(
                 "1 u1 issued",
                 "2 u2 revoked",
                 "3 u3 issued",
-                "4 u4 issued",
+                "4 u4 used",
                 "5 u5 issued",
                 "6 late issued",
                 "7 later used",
@@ -325,7 +358,9 @@ fn what_cannot_be_done_again_to_a_coupon_is_owed() {
             assert!(others.ask("COUPON.ISSUE c late").starts_with("[ISSUED, 6, 94, "));
             assert!(others.ask("COUPON.ISSUE c later").starts_with("[ISSUED, 7, 93, "));
             assert!(others.ask("COUPON.USE c u2 ORDER o-2").starts_with("[USED, 2, "));
+            assert!(others.ask("COUPON.UNUSE c u2").starts_with("[ISSUED, 2, "));
             assert!(others.ask("COUPON.USE c u3 ORDER o-3").starts_with("[USED, 3, "));
+            assert!(others.ask("COUPON.UNUSE c u1").starts_with("[ISSUED, 1, "));
             others.ok("COUPON.ALTER c TOTAL 50 ACK redis");
         },
         |client| {
@@ -334,6 +369,8 @@ fn what_cannot_be_done_again_to_a_coupon_is_owed() {
             assert!(quick.starts_with("[ISSUED, 6, 94, "), "{quick}");
             assert!(client.ask("COUPON.USE c u2 ORDER o-9").starts_with("[USED, 2, "));
             assert!(client.ask("COUPON.USE c u3 ORDER o-3").starts_with("[USED, 3, "), "its client tried again");
+            assert!(client.ask("COUPON.UNUSE c u1").starts_with("[ISSUED, 1, "));
+            assert!(client.ask("COUPON.USE c u1 ORDER o-1").starts_with("[USED, 1, "));
         },
         |stack, client| {
             assert!(client.ask("COUPON.GET c quick").contains("serial, 6, state, issued"));
@@ -341,13 +378,44 @@ fn what_cannot_be_done_again_to_a_coupon_is_owed() {
             assert!(client.ask("COUPON.GET c later").contains("serial, 7, state, issued"));
             assert_eq!(client.field("COUPON.INFO c", "total"), "100", "terms would overwrite newer ones");
             let owed = "SELECT kind || ' ' || in_redis FROM holdfast.dead_letter ORDER BY n";
-            assert_eq!(stack.postgres.column(owed), ["coupon.issue false", "coupon.use false", "coupon.alter false"]);
-            let letter = stack.postgres.value("SELECT min(id) FROM holdfast.dead_letter");
-            assert_eq!(client.ask(&format!("HOLDFAST.DEADLETTER RETRY {letter}")), "[OK]");
-            wait_until("it is owed again", || {
+            let all = ["coupon.issue false", "coupon.use false", "coupon.unuse false", "coupon.unuse false", "coupon.alter false"];
+            assert_eq!(stack.postgres.column(owed), all);
+            let letters = "SELECT id FROM holdfast.dead_letter WHERE kind IN ('coupon.issue', 'coupon.unuse') ORDER BY id";
+            for letter in stack.postgres.column(letters) {
+                assert_eq!(client.ask(&format!("HOLDFAST.DEADLETTER RETRY {letter}")), "[OK]");
+            }
+            wait_until("they are owed again", || {
                 stack.postgres.value("SELECT bool_and(done) FROM holdfast.salvage") == "true"
-                    && stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter") == "3"
+                    && stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter") == "5"
             });
+            let redeemed = "SELECT user_id || ' ' || order_id FROM holdfast.coupon_issue WHERE state = 'used' ORDER BY 1";
+            assert_eq!(stack.postgres.column(redeemed), ["u1 o-1", "u2 o-9", "u3 o-3"], "later redemptions stay");
+            assert!(client.ask("COUPON.GET c u1").contains("o-1") && client.ask("COUPON.GET c u2").contains("o-9"));
         },
     );
+}
+
+#[test]
+fn what_waits_for_a_locked_coupon_keeps_nothing_else_from_being_taken_up() {
+    // So long is the lock waited for each time.
+    let mut late = late(
+        2_000,
+        |others| {
+            others.ok("COUPON.CREATE wide 1000 ACK redis");
+            // More than are read at a time.
+            for number in 1..=300 {
+                assert!(others.ask(&format!("COUPON.ISSUE wide u{number}")).starts_with(&format!("[ISSUED, {number}, ")));
+            }
+            assert!(others.ask("STOCK.DECR a 1").starts_with("[OK, 99, "));
+        },
+        |stack, _| {
+            stack.backing().ask("HSET coupon:issue:wide somebody:1 1");
+        },
+    );
+    late.client.until("STOCK.GET a", "99");
+    assert_eq!(late.client.field("COUPON.INFO wide", "issued"), "0");
+    late.stack.backing().ask("DEL coupon:issue:wide");
+    late.wait_until_taken_up();
+    assert_eq!(late.client.field("COUPON.INFO wide", "issued"), "300");
+    late.end();
 }

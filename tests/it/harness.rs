@@ -19,7 +19,7 @@ use crate::servers::{Postgres, RedisServer};
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The time for a reply, in ms, where a test is of something else: a machine that stalls must not fail it.
-const UNHURRIED: u32 = 20_000;
+pub const UNHURRIED: u32 = 20_000;
 
 /// The built program.
 pub struct Sidecar {
