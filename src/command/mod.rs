@@ -135,7 +135,7 @@ pub struct Context {
     pub subscribers: Rc<Subscribers>,
     /// Bytes that the clients of this thread leave unread, all together.
     pub unread: Cell<usize>,
-    /// Bytes that they have sent and that are no request yet, or none that could be taken.
+    /// Bytes that they have sent and that are no request yet, none that could be taken, or one that waits for its turn.
     pub half_sent: Cell<usize>,
     pub stats: Arc<Stats>,
     pub slow: Arc<SlowLog>,

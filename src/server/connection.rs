@@ -136,6 +136,7 @@ impl Connection {
         if let Some(again) = self.again.take_if(|again| again.waited.is_some())
             && self.phase == Phase::Open
         {
+            self.input.set_aside = 0;
             self.session.turn = again.waited;
             self.dispatch(again.request, arrived);
             self.session.turn = None;
@@ -160,10 +161,7 @@ impl Connection {
             metrics::counter!("holdfast_paused_reads_total", "why" => "crowded").increment(1);
             self.input.rest(self.cx.backend.rest);
         }
-        self.input.settle();
-        if self.input.is_too_much(self.session.authenticated) {
-            self.cut_off("input", "all clients together have sent too much of requests that are not complete");
-        }
+        self.settle_input();
         if was_known && !self.session.authenticated {
             // RESET: it has as long to show who it is as one that connects.
             self.clock.begin(arrived);
@@ -171,6 +169,14 @@ impl Connection {
         if dispatched > 0 {
             self.clock.heard(arrived);
             self.session.publish(self.pipeline.in_flight(), self.input.len(), self.output.len());
+        }
+    }
+
+    /// Counts what was sent and waits, and ends the connection where all have sent too much and this one more than it may.
+    fn settle_input(&mut self) {
+        self.input.settle();
+        if self.input.is_too_much(self.session.authenticated) {
+            self.cut_off("input", "all clients together have sent too much of requests that are not complete");
         }
     }
 
@@ -183,7 +189,10 @@ impl Connection {
             After::Drop => self.phase = Phase::Gone,
             // Nobody is left to be told.
             After::Again(..) if self.input.ended => self.phase = Phase::Gone,
-            After::Again(request, waiting) => self.again = Some(Box::new(Again { request, waiting, waited: None })),
+            After::Again(request, waiting) => {
+                self.input.set_aside = request.args.iter().map(bytes::Bytes::len).sum();
+                self.again = Some(Box::new(Again { request, waiting, waited: None }));
+            }
         }
     }
 
@@ -276,7 +285,7 @@ impl Connection {
         if self.input.ended || !(ahead || (self.has_room() && !self.input.backlog)) {
             return false;
         }
-        match self.input.poll_receive(&mut self.stream, waits, cx) {
+        match self.input.poll_receive(&mut self.stream, waits, self.session.authenticated, cx) {
             Poll::Pending => false,
             Poll::Ready(Received::End) => {
                 // Nobody is left to wait for it: a lock won now would be held for nobody.
@@ -287,9 +296,9 @@ impl Connection {
             }
             // What was read ahead of a waiting command gives the next turn nothing to do, and must not make it spin.
             Poll::Ready(Received::Bytes) if waits => {
-                self.input.settle();
+                self.settle_input();
                 cx.waker().wake_by_ref();
-                false
+                self.phase == Phase::Gone
             }
             Poll::Ready(Received::Bytes) => true,
             Poll::Ready(Received::Failure) => {

@@ -2,8 +2,8 @@
 //!
 //! A request that is not complete takes memory: twice what was sent of it at most, and [`READ_MIN`]. Once all clients of a thread together have sent
 //! more than `limits.input_mib` of such, who has sent more than [`INPUT_ALWAYS_MAX`] of one is closed as it sends more, and no more than that is read
-//! ahead: to wait for others would be to wait for what they may never send. For strangers half of that is too much, and [`INPUT_STRANGER_MAX`]: they
-//! cannot have known clients closed.
+//! ahead: to wait for others would be to wait for what they may never send. For strangers half of that is too much, and [`INPUT_STRANGER_MAX`], also of
+//! what is complete and has to wait; they are read in small pieces, and hardly ahead. So they cannot have known clients closed.
 
 use std::pin::Pin;
 use std::rc::Rc;
@@ -29,6 +29,8 @@ pub enum Received {
 pub struct Input {
     shared: Rc<Shared>,
     reader: Reader,
+    /// Bytes of the request that was taken and waits for its turn.
+    pub set_aside: usize,
     /// What it takes of the memory that all clients share.
     counted: usize,
     /// Bytes to ask for in the next read.
@@ -51,7 +53,7 @@ struct Rest {
 impl Input {
     /// Nothing yet.
     pub fn new(shared: Rc<Shared>) -> Self {
-        Self { shared, reader: Reader::default(), counted: 0, read_size: READ_MIN, backlog: false, ended: false, rest: None }
+        Self { shared, reader: Reader::default(), set_aside: 0, counted: 0, read_size: READ_MIN, backlog: false, ended: false, rest: None }
     }
 
     /// Bytes that are no request yet.
@@ -89,11 +91,14 @@ impl Input {
         Poll::Ready(())
     }
 
-    /// Reads once, when there is something. It asks for twice as much while reads come back full, and for less again afterwards.
+    /// Reads once, when there is something. Of a known client it asks for twice as much while reads come back full, and for less again afterwards.
     /// `ahead`: of a command that waits, and then also while it rests, so that it is noticed that the client has left.
-    pub fn poll_receive(&mut self, stream: &mut Stream, ahead: bool, cx: &mut Context<'_>) -> Poll<Received> {
+    pub fn poll_receive(&mut self, stream: &mut Stream, ahead: bool, is_known: bool, cx: &mut Context<'_>) -> Poll<Received> {
         if (!ahead && self.poll_rest(cx).is_pending()) || stream.poll_readable(cx).is_pending() {
             return Poll::Pending;
+        }
+        if !is_known {
+            self.read_size = self.read_size.min(READ_MIN);
         }
         let buffer = &mut self.reader.buffer;
         buffer.reserve(self.read_size);
@@ -120,7 +125,7 @@ impl Input {
 
     /// Brings its part of what all have sent and nobody could take yet up to date.
     pub fn settle(&mut self) {
-        let held = self.reader.buffer.len();
+        let held = self.len() + self.set_aside;
         if held != self.counted {
             self.shared.half_sent.set(self.shared.half_sent.get() - self.counted + held);
             self.counted = held;
@@ -138,12 +143,13 @@ impl Input {
 
     /// Whether more may be read ahead of a command that waits: as long as it is, it is noticed that the client has left.
     pub fn reads_ahead(&self, is_known: bool) -> bool {
-        self.len() < self.crowded_max(is_known).unwrap_or(READ_AHEAD_MAX)
+        let max = if is_known { READ_AHEAD_MAX } else { INPUT_STRANGER_MAX };
+        self.len() < self.crowded_max(is_known).unwrap_or(max)
     }
 
-    /// Whether this one has to go because all have sent too much.
+    /// Whether this one has to go because all have sent too much. A known client may have sent complete requests that have to wait.
     pub fn is_too_much(&self, is_known: bool) -> bool {
-        !self.backlog && self.crowded_max(is_known).is_some_and(|max| self.len() > max)
+        !(is_known && self.backlog) && self.crowded_max(is_known).is_some_and(|max| self.len() + self.set_aside > max)
     }
 
     /// Gives memory back that is not in use.

@@ -15,8 +15,8 @@ use super::*;
 use crate::command::spec::{BLOCKING, Spec, integer, text};
 use crate::command::{Backend, Commands, Handler, Stats, Step, client, connection, pubsub};
 use crate::limits::{
-    IN_FLIGHT_MAX, INPUT_TOGETHER_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX, PATTERNS_MAX, PATTERNS_TOGETHER_MAX,
-    READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART, TURN_COMMANDS_MAX,
+    GUESSES_FREE, IN_FLIGHT_MAX, INPUT_STRANGER_MAX, INPUT_TOGETHER_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX,
+    PATTERNS_MAX, PATTERNS_TOGETHER_MAX, READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART, TURN_COMMANDS_MAX,
 };
 use crate::resp::Ticket;
 use crate::session::client::HeldBack;
@@ -609,8 +609,8 @@ async fn strangers_cannot_have_known_clients_closed_by_what_they_half_send() {
         known.write_all(half.as_bytes()).await.unwrap();
         until(|| half_sent() == others + half.len()).await;
         let mut little = TcpStream::connect(server.address).await.unwrap();
-        little.write_all(&half.as_bytes()[..crate::limits::INPUT_STRANGER_MAX]).await.unwrap();
-        until(|| half_sent() == others + half.len() + crate::limits::INPUT_STRANGER_MAX).await;
+        little.write_all(&half.as_bytes()[..INPUT_STRANGER_MAX]).await.unwrap();
+        until(|| half_sent() == others + half.len() + INPUT_STRANGER_MAX).await;
         assert_eq!(connected(), 2);
         let rest = "x".repeat(8_000) + "\r\n";
         talk(&mut known, rest.as_bytes(), "$16000\r\n").await;
@@ -618,6 +618,63 @@ async fn strangers_cannot_have_known_clients_closed_by_what_they_half_send() {
         assert_eq!(connected(), 2);
         little.write_all(b"x").await.unwrap();
         until(|| connected() == 1).await;
+    })
+    .await;
+}
+
+/// Takes the turn of this name's passwords: until it is dropped, all others of this machine wait for theirs.
+fn take_turn(server: &Server, name: &[u8]) -> crate::session::guesses::Turn {
+    let (from, now, delay) = (std::net::IpAddr::from([127, 0, 0, 1]), Instant::now(), server.cx.bounds.auth_delay);
+    (0..GUESSES_FREE).for_each(|_| _ = server.cx.guesses.wrong(from, now, delay));
+    server.cx.guesses.queue(from, name, now, delay).unwrap().begin().unwrap()
+}
+
+#[tokio::test]
+async fn what_strangers_send_with_a_password_that_waits_and_behind_it_is_little_and_counted() {
+    served_to(&format!("user shop on #{HASH} +@all"), Duration::from_millis(50), async |server| {
+        let _turn = take_turn(&server, b"shop");
+        let connected = || server.cx.registry.connected();
+        let half_sent = || server.cx.half_sent.get();
+        // After as many empty lines, which are skipped, a known client would be read in the largest pieces.
+        let request = format!("{}AUTH shop x\r\n{}", "\r\n".repeat(62 << 10), "y".repeat(64 << 10));
+        let strangers: Vec<_> = (0..20)
+            .map(|_| {
+                let (address, request) = (server.address, request.clone());
+                tokio::task::spawn_local(async move {
+                    let mut stream = TcpStream::connect(address).await.unwrap();
+                    let _ = stream.write_all(request.as_bytes()).await;
+                    std::future::pending::<()>().await;
+                    drop(stream);
+                })
+            })
+            .collect();
+        until(|| {
+            let clients = server.cx.registry.clients();
+            clients.len() == strangers.len() && clients.iter().all(|client| client.profile().last_command == "AUTH")
+        })
+        .await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let most = strangers.len() * ("AUTHshopx".len() + INPUT_STRANGER_MAX + READ_MIN);
+        assert!(half_sent() <= most, "{}", half_sent());
+        // That they leave is not noticed, for they are not read.
+        server.cx.registry.clients().iter().for_each(|client| client.kill());
+        until(|| connected() == 0).await;
+        // Now others have half-sent so much that there is only little for each stranger, be it in a request that waits or behind one.
+        let others = INPUT_TOGETHER_MAX / 2;
+        server.cx.half_sent.set(others);
+        let mut little = TcpStream::connect(server.address).await.unwrap();
+        little.write_all(b"AUTH shop x\r\nPING\r\n").await.unwrap();
+        until(|| half_sent() == others + "AUTHshopxPING\r\n".len()).await;
+        let much = "x".repeat(INPUT_STRANGER_MAX + 1);
+        for request in [format!("AUTH shop {much}\r\n"), format!("AUTH shop x\r\n{much}")] {
+            let mut stranger = TcpStream::connect(server.address).await.unwrap();
+            stranger.write_all(request.as_bytes()).await.unwrap();
+            let _ = stranger.read_to_end(&mut Vec::new()).await;
+            until(|| connected() == 1).await;
+        }
+        little.write_all(much.as_bytes()).await.unwrap();
+        until(|| connected() == 0).await;
+        assert_eq!(half_sent(), others);
     })
     .await;
 }
