@@ -73,7 +73,7 @@ pub fn certificates(config: &Config) -> Result<Option<Arc<Certificates>>, Error>
 }
 
 /// Reads them again with each SIGHUP. What is wrong changes nothing; a client whose user is gone, is off or has lost the password that it
-/// showed is closed, the others go on with the rights that their users have now.
+/// showed is closed, and who listens to or waits for what it may no longer have; the others go on with the rights that their users have now.
 pub async fn reload(config: Config, sessions: Sessions, shutdown: CancellationToken) {
     let mut hangups = match signal(SignalKind::hangup()) {
         Ok(hangups) => hangups,
@@ -85,6 +85,8 @@ pub async fn reload(config: Config, sessions: Sessions, shutdown: CancellationTo
                 let count = users.all().count();
                 sessions.users.replace(users);
                 let closed = sessions.registry.expel(&sessions.users.users());
+                // Who waits for something looks whether it may still have it.
+                sessions.registry.wake();
                 info!(target: "holdfast::audit", users = count, closed, "users reloaded");
             }
             Err(why) => error!(error = %why, "users are not reloaded, the old ones stay"),

@@ -69,6 +69,7 @@ use crate::session::client::{Replies, Session};
 use crate::session::guesses::{Guesses, Waited};
 use crate::session::hub::Subscribers;
 use crate::session::registry::Registry;
+use crate::session::user::User;
 use crate::session::users::{Directory, Users};
 use crate::store::reads::Reads;
 
@@ -203,6 +204,15 @@ pub struct Waiting {
     pub gives_up: bool,
     /// Whether its reply is the last of the connection.
     pub closes: bool,
+    /// The rights that it needs; a stranger's needs none.
+    needed: Option<Box<rights::Needed>>,
+}
+
+impl Waiting {
+    /// Whether this user may run it.
+    pub fn is_permitted_to(&self, user: &User) -> bool {
+        self.needed.as_ref().is_none_or(|needed| needed.are_had_by(user))
+    }
 }
 
 /// What the connection does after a command was dispatched.
@@ -244,12 +254,15 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     let stamp = Stamp { tag: index, due, ..stamp };
     pipeline.stamp(stamp);
     session.last_command = spec.name;
-    let mut words = Vec::new();
+    let (mut words, mut needed) = (Vec::new(), None);
     let step = match check(cx, session, index, spec, request) {
         Err(error) => Step::Reply(Reply::error(error)),
         Ok((run, args)) => {
             let mut call = Call { cx, session: &mut *session, args, arrived, pipeline };
             let step = run(&mut call);
+            if matches!(step, Step::Wait(_) | Step::CloseAfter(_)) && call.session.authenticated {
+                needed = Some(Box::new(rights::Needed::by(index, spec, &call.args)));
+            }
             words = call.args.into_words();
             step
         }
@@ -263,10 +276,10 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
         Step::Wait(future) => {
             // A stranger that has gone is not to keep its place until a wrong password is answered.
             let gives_up = spec.is(spec::BLOCKING) || !session.authenticated;
-            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up, closes: false });
+            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up, closes: false, needed });
         }
         Step::CloseAfter(future) => {
-            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up: false, closes: true });
+            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up: false, closes: true, needed });
         }
         Step::Close(reply) => {
             pipeline.push_ready(reply);

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use bytes::Bytes;
+
 use super::args::Args;
 use super::spec::{ADMIN, Arg, Kind, SECRET, SHOWS, Spec};
 use super::{Commands, describe};
@@ -65,19 +67,44 @@ pub fn may_touch(session: &Session, spec: &Spec, args: &Args) -> Result<(), Stri
 /// Whether the user may name every id that the command names. Of the ids only those count that things are kept under. A command that names
 /// none of them, such as one that lists them, needs the right to all.
 pub fn touches_only_its_own(user: &User, spec: &Spec, args: &Args) -> bool {
+    user.may_touch_all() || named(spec, args).is_some_and(|ids| ids.into_iter().all(|id| user.may_touch(id)))
+}
+
+/// The ids that a command names and its user needs the right to; `None` where it needs the right to all.
+fn named<'a>(spec: &Spec, args: &'a Args) -> Option<Vec<&'a Bytes>> {
     // What is passed through names keys of Redis, whoever's they are.
     if spec.family == "passthrough" {
-        return user.may_touch_all();
+        return None;
     }
-    if !spec.name.contains('.') || spec.family == "holdfast" || user.may_touch_all() {
-        return true;
+    if !spec.name.contains('.') || spec.family == "holdfast" {
+        return Some(Vec::new());
     }
     let ids = |wanted: &dyn Fn(&Arg) -> bool| args.places(wanted).into_iter().map(|at| &args.words()[at]).collect::<Vec<_>>();
     let mut named = ids(&Arg::is_key);
     if named.is_empty() {
         named = ids(&|arg| matches!(arg.kind, Kind::Id { what: "order id", .. }));
     }
-    !named.is_empty() && named.iter().all(|id| user.may_touch(id))
+    (!named.is_empty()).then_some(named)
+}
+
+/// The rights that one command needs as it was sent, for as long as it waits.
+pub struct Needed {
+    number: usize,
+    /// `None`: all of them.
+    ids: Option<Vec<Bytes>>,
+}
+
+impl Needed {
+    /// Those of the command with this number. Keeps nothing of what was read.
+    pub fn by(number: usize, spec: &Spec, args: &Args) -> Self {
+        let ids = named(spec, args).map(|ids| ids.into_iter().map(|id| Bytes::copy_from_slice(id)).collect());
+        Self { number, ids }
+    }
+
+    /// Whether this user has them.
+    pub fn are_had_by(&self, user: &User) -> bool {
+        user.may_run(self.number) && (user.may_touch_all() || self.ids.as_ref().is_some_and(|ids| ids.iter().all(|id| user.may_touch(id))))
+    }
 }
 
 /// Counts what a user was refused.
@@ -103,7 +130,7 @@ pub fn audit(session: &Session, spec: &Spec, args: &Args) {
 }
 
 /// Arguments for people, quoted; none of a command that may be given secrets.
-pub fn shown(spec: &Spec, words: Option<&[bytes::Bytes]>) -> String {
+pub fn shown(spec: &Spec, words: Option<&[Bytes]>) -> String {
     let mut text = String::new();
     for word in words.unwrap_or_default() {
         if !text.is_empty() {
@@ -205,7 +232,7 @@ mod tests {
 
     #[test]
     fn what_may_be_secret_is_not_shown() {
-        let words = [bytes::Bytes::from_static(b"a\r\n"), bytes::Bytes::from_static(b"s3cret")];
+        let words = [Bytes::from_static(b"a\r\n"), Bytes::from_static(b"s3cret")];
         assert_eq!(shown(&Spec::new("X", "x."), Some(&words)), r#""a\r\n" "s3cret""#);
         assert_eq!(shown(&Spec::new("X", "x.").flags(SECRET), Some(&words)), r#""(redacted)" "(redacted)""#);
     }

@@ -129,7 +129,7 @@ impl Connection {
         let refused = self.cx.refused_early.count();
         let was_known = self.session.authenticated;
         self.input.backlog = true;
-        if !self.session.renew() {
+        if !(self.session.renew() && self.waiting.as_ref().is_none_or(|waiting| waiting.is_permitted_to(self.session.user()))) {
             self.close("user_changed");
             return;
         }
@@ -314,6 +314,10 @@ impl Connection {
         // What is won for a client that has gone must not be taken for it.
         if self.phase == Phase::Gone {
             return false;
+        }
+        // Nor for one whose user may no longer have it: the next turn looks at that.
+        if self.session.is_outdated() {
+            return true;
         }
         if !self.pipeline.is_first(&waiting.ticket) {
             return false;

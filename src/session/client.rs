@@ -290,6 +290,11 @@ impl Session {
         Ok(())
     }
 
+    /// Whether its user may have changed since that was looked at.
+    pub fn is_outdated(&self) -> bool {
+        self.directory.generation() != self.generation
+    }
+
     /// Takes over what has become of its user. `false` where it may not go on, or may no longer have what it has subscribed to.
     pub fn renew(&mut self) -> bool {
         let generation = self.directory.generation();

@@ -68,7 +68,7 @@ impl Registry {
         clients.iter().filter(|client| !may_stay(client)).map(|client| client.kill()).count()
     }
 
-    /// Lets every connection look again at how long it may be silent.
+    /// Lets every connection look again at how long it may be silent, and at what it waits for.
     pub fn wake(&self) {
         self.clients.iter().for_each(|entry| entry.value().wake());
     }

@@ -350,6 +350,46 @@ fn a_subscription_that_waits_behind_another_command_is_ended_by_what_is_taken_aw
 }
 
 #[test]
+fn who_waits_for_a_lock_that_it_may_no_longer_have_does_not_get_it() {
+    let hash = hash();
+    let operator = format!("user ops on #{hash} allkeys allchannels +@all\n");
+    let users = |rights: &[&str]| {
+        let lines = rights.iter().enumerate().map(|(number, rights)| format!("user u{number} on #{hash} {rights}\n"));
+        operator.clone() + &lines.collect::<String>()
+    };
+    let file = TempFile::new("waits", &users(&["allkeys +@lock", "~a-* +@lock", "allkeys +@lock", "allkeys +@all"]));
+    let mut stack = Stack::with_settings(&["--auth-users-file", file.path(), "--reply-within-ms", "20000"]);
+    let mut ops = stack.sidecar.connect_as("ops", PASSWORD);
+    let reply = ops.ask("LOCK.ACQUIRE a-lock LEASE 600000");
+    let token = reply.trim_matches(['[', ']']).split(", ").nth(1).unwrap().to_owned();
+    let wait = |user: usize| {
+        let mut raw = stack.sidecar.raw();
+        raw.write_all(format!("AUTH u{user} {PASSWORD}\r\nLOCK.ACQUIRE a-lock LEASE 600000 WAIT 600000\r\n").as_bytes()).unwrap();
+        raw
+    };
+    // The first two stand in line before the one that may stay.
+    let lost: Vec<_> = [0, 1].map(wait).into();
+    wait_until("they wait", || ops.field("LOCK.INFO a-lock", "waiters") == "2");
+    let (mut stays, lost_too) = (wait(2), wait(3));
+    wait_until("all of them wait", || ops.field("LOCK.INFO a-lock", "waiters") == "4");
+    file.write(&users(&["allkeys +@lock -lock.acquire", "~b-* +@lock", "~a-* +@lock", "allkeys +@all -@lock"]));
+    assert!(Command::new("kill").args(["-HUP", &stack.sidecar.pid().to_string()]).status().unwrap().success());
+    stack.sidecar.wait_for_log("users reloaded");
+    for mut raw in lost.into_iter().chain([lost_too]) {
+        let mut said = String::new();
+        raw.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "+OK\r\n");
+    }
+    wait_until("one still waits", || ops.field("LOCK.INFO a-lock", "waiters") == "1");
+    assert_eq!(ops.ask(&format!("LOCK.RELEASE a-lock {token}")), "[RELEASED]");
+    let mut won = [0; 24];
+    stays.read_exact(&mut won).unwrap();
+    assert_eq!(String::from_utf8_lossy(&won), "+OK\r\n*3\r\n$8\r\nACQUIRED\r\n$");
+    let metrics = stack.sidecar.get("/metrics").1;
+    assert!(metrics.contains("holdfast_closed_connections_total{why=\"user_changed\"} 3"), "{metrics}");
+}
+
+#[test]
 fn a_public_address_needs_users_with_passwords() {
     let run = |arguments: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_holdfast")).args(arguments).output().unwrap();
