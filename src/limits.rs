@@ -560,6 +560,11 @@ pub const PATTERNS_TOGETHER_MAX: usize = 1_024;
 /// Different channels that all clients may have subscribed to together: with names of 256 bytes some 100 MB.
 pub const CHANNELS_TOGETHER_MAX: usize = 1 << 18;
 
+/// Of them, what PUBSUB CHANNELS shows, in bytes of memory, and how many bytes of its pattern it looks at, those at which it looks again included: as many
+/// as a pattern of 16 bytes takes with as many channels as there may be, which is some ms. Nobody else subscribes meanwhile.
+pub const CHANNELS_SHOWN_BYTES_MAX: usize = 1 << 20;
+pub const CHANNELS_STEPS_MAX: usize = 16 * CHANNELS_TOGETHER_MAX;
+
 /// Bytes of a reply buffer that an idle connection may keep; a goal of 12 KiB an idle connection leaves little more.
 pub const OUTPUT_KEEP_MAX: usize = 1 << 10;
 

@@ -3,13 +3,13 @@
 //! Each of these runs alone on its connection, after every earlier reply, so that no message overtakes the confirmation of its subscription.
 
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 
 use super::spec::{ADMIN, LOADING, PUBSUB, SECRET, Spec, text};
 use super::{Call, Context, Step, rights};
-use crate::domain::glob;
 use crate::limits::{CHANNEL_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX};
 use crate::resp::{Protocol, Reply};
 use crate::session::Session;
@@ -148,10 +148,15 @@ static CHANNELS: Spec = Spec::new("PUBSUB|CHANNELS", "Lists the channels subscri
     .flags(FLAGS)
     .reply("array of text")
     .run(|call| {
-        let pattern = call.args.maybe_text("pattern");
-        let shown = |channel: &Bytes| pattern.is_none_or(|pattern| glob::matches(pattern, channel, false));
-        let channels = call.cx.subscribers.hub().names(Kind::Channel, shown);
-        Step::Reply(Reply::Array(channels.into_iter().map(Reply::Bulk).collect()))
+        let pattern = call.args.maybe_text("pattern").map(|pattern| Bytes::copy_from_slice(pattern));
+        let hub = Arc::clone(call.cx.subscribers.hub());
+        // Alone, so that after each others have their turn.
+        Step::Wait(Box::pin(async move {
+            match hub.channels(pattern.as_deref()) {
+                Some(channels) => Reply::Array(channels.into_iter().map(Reply::Bulk).collect()),
+                None => Reply::error("ERR too many channels: name a narrower pattern"),
+            }
+        }))
     });
 
 static NUMSUB: Spec = Spec::new("PUBSUB|NUMSUB", "Counts the subscribers of channels.")

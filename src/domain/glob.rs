@@ -3,40 +3,52 @@
 /// Whether the text matches. Takes at most pattern times text steps, however many stars there are; letters match in either case
 /// where `any_case` is set.
 pub fn matches(pattern: &[u8], text: &[u8], any_case: bool) -> bool {
+    let mut steps = usize::MAX;
+    matches_within(pattern, text, any_case, &mut steps).unwrap_or(false)
+}
+
+/// The same for so many steps, each a byte of the pattern that is looked at, which are taken off; `None` where they do not suffice.
+pub fn matches_within(pattern: &[u8], text: &[u8], any_case: bool, steps: &mut usize) -> Option<bool> {
     let (mut p, mut t) = (0, 0);
     // Where to go on if what follows the last star does not fit: a star that took one byte more.
     let mut retry = None;
     while t < text.len() {
         if pattern.get(p) == Some(&b'*') {
+            if p + 1 == pattern.len() {
+                return Some(true);
+            }
+            *steps = steps.checked_sub(1)?;
             retry = Some((p, t));
             p += 1;
             continue;
         }
-        if let Some(width) = one(&pattern[p.min(pattern.len())..], text[t], any_case) {
+        let (fits, width) = one(&pattern[p.min(pattern.len())..], text[t], any_case);
+        *steps = steps.checked_sub(width)?;
+        if fits {
             p += width;
             t += 1;
             continue;
         }
-        let Some((star, taken)) = retry else { return false };
+        let Some((star, taken)) = retry else { return Some(false) };
         retry = Some((star, taken + 1));
         p = star + 1;
         t = taken + 1;
     }
-    pattern[p.min(pattern.len())..].iter().all(|&b| b == b'*')
+    Some(pattern[p.min(pattern.len())..].iter().all(|&b| b == b'*'))
 }
 
-/// Matches one byte against the front of the pattern; returns how much of the pattern that was.
-fn one(pattern: &[u8], byte: u8, any_case: bool) -> Option<usize> {
+/// Matches one byte against the front of the pattern; returns whether it fits and how much of the pattern that was.
+fn one(pattern: &[u8], byte: u8, any_case: bool) -> (bool, usize) {
     let same = |a: u8| if any_case { a.eq_ignore_ascii_case(&byte) } else { a == byte };
     match pattern {
-        [] => None,
-        [b'?', ..] => Some(1),
-        [b'\\', escaped, ..] => same(*escaped).then_some(2),
+        [] => (false, 1),
+        [b'?', ..] => (true, 1),
+        [b'\\', escaped, ..] => (same(*escaped), 2),
         [b'[', rest @ ..] => {
             let (matched, width) = class(rest, byte, any_case);
-            matched.then_some(1 + width)
+            (matched, 1 + width)
         }
-        [literal, ..] => same(*literal).then_some(1),
+        [literal, ..] => (same(*literal), 1),
     }
 }
 
@@ -108,6 +120,25 @@ mod tests {
     fn many_stars_take_no_exponential_time() {
         assert!(!matches("a*".repeat(100).as_bytes(), "a".repeat(99).as_bytes(), false));
         assert!(!matches(format!("{}b", "*a".repeat(100)).as_bytes(), "a".repeat(10_000).as_bytes(), false));
+    }
+
+    #[test]
+    fn steps_are_counted_and_do_not_pass_what_was_allowed() {
+        let taken = |pattern: &str, text: &str| {
+            let mut steps = 1_000_000;
+            matches_within(pattern.as_bytes(), text.as_bytes(), false, &mut steps).map(|matched| (matched, 1_000_000 - steps))
+        };
+        assert_eq!(
+            taken("stock:*", &format!("stock:{}", "x".repeat(1_000))),
+            Some((true, 6)),
+            "what is behind the last star is not looked at"
+        );
+        assert_eq!(taken("stock:*", "coupon:x"), Some((false, 1)));
+        assert_eq!(taken("[abc]", "b"), Some((true, 5)));
+        let (pattern, text) = (format!("*{}b", "a".repeat(100)), "a".repeat(200));
+        assert!(taken(&pattern, &text).is_some_and(|(matched, steps)| !matched && steps > 10_000));
+        let mut few = 100;
+        assert_eq!(matches_within(pattern.as_bytes(), text.as_bytes(), false, &mut few), None);
     }
 
     proptest! {

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, Names, Profile};
 use crate::domain::glob;
-use crate::limits::{CHANNELS_TOGETHER_MAX, HUB_QUEUE_MAX, PATTERNS_TOGETHER_MAX};
+use crate::limits::{CHANNELS_SHOWN_BYTES_MAX, CHANNELS_STEPS_MAX, CHANNELS_TOGETHER_MAX, HUB_QUEUE_MAX, PATTERNS_TOGETHER_MAX};
 use crate::resp::{Pipeline, Reply};
 
 /// What goes from the hub to every thread.
@@ -56,9 +56,18 @@ impl Hub {
         self.subscriptions.load(Ordering::Relaxed) > 0
     }
 
-    /// The channels, or the patterns, that anybody has subscribed to and that `wanted` says yes to.
-    pub fn names(&self, kind: Kind, wanted: impl Fn(&Bytes) -> bool) -> Vec<Bytes> {
-        self.known()[kind as usize].keys().filter(|name| wanted(name)).cloned().collect()
+    /// The channels that anybody has subscribed to and that match the pattern, if there is one. `None` where they take more than
+    /// [`CHANNELS_SHOWN_BYTES_MAX`], or finding them takes more than [`CHANNELS_STEPS_MAX`].
+    pub fn channels(&self, pattern: Option<&[u8]>) -> Option<Vec<Bytes>> {
+        let (mut bytes, mut steps) = (CHANNELS_SHOWN_BYTES_MAX, CHANNELS_STEPS_MAX);
+        let mut found = Vec::new();
+        for channel in self.known()[Kind::Channel as usize].keys() {
+            if pattern.map_or(Some(true), |pattern| glob::matches_within(pattern, channel, false, &mut steps))? {
+                bytes = bytes.checked_sub(channel.len() + size_of::<Bytes>())?;
+                found.push(channel.clone());
+            }
+        }
+        Some(found)
     }
 
     /// How many channels, or patterns, that is.

@@ -845,6 +845,31 @@ async fn patterns_are_bounded_a_client_and_together_and_given_back() {
 }
 
 #[tokio::test]
+async fn what_pubsub_channels_shows_and_compares_is_bounded() {
+    served(10, async |server| {
+        let name = |client: usize, n: usize| format!("{:x<250}", format!("c-{client}-{n}-"));
+        let mut clients = Vec::new();
+        for client in 0..5 {
+            let channels: String = (0..1_000).map(|n| format!("$250\r\n{}\r\n", name(client, n))).collect();
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            stream.write_all(format!("*1001\r\n$9\r\nSUBSCRIBE\r\n{channels}").as_bytes()).await.unwrap();
+            let channel = Bytes::from(name(client, 999));
+            until(|| server.cx.subscribers.hub().count(crate::session::hub::Kind::Channel, &channel) == 1).await;
+            clients.push(stream);
+        }
+        let mut asks = TcpStream::connect(server.address).await.unwrap();
+        let refused = "-ERR too many channels: name a narrower pattern\r\n";
+        talk(&mut asks, b"PUBSUB CHANNELS\r\n", refused).await;
+        talk(&mut asks, b"PUBSUB CHANNELS c-*\r\n", refused).await;
+        talk(&mut asks, b"PUBSUB CHANNELS c-3-77-*\r\n", &format!("*1\r\n$250\r\n{}\r\n", name(3, 77))).await;
+        talk(&mut asks, b"PUBSUB CHANNELS *z\r\n", "*0\r\n").await;
+        // Each of them is compared with it at a hundred places.
+        talk(&mut asks, format!("PUBSUB CHANNELS *{}y\r\n", "x".repeat(100)).as_bytes(), refused).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn who_monitors_may_still_ask() {
     served(10, async |server| {
         for protocol in ["2", "3"] {
