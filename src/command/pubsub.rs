@@ -86,8 +86,8 @@ fn subscribe(call: &mut Call<'_>, kind: Kind) -> Step {
         return Step::Reply(Reply::error(format!("ERR too many patterns: a connection may have {PATTERNS_MAX}")));
     }
     confirmed(call, names, move |name| match subscriptions.add(kind, &name) {
-        true => confirmation(word, Reply::Bulk(name), &subscriptions),
-        false => Reply::error(format!("ERR too many {argument}s: all clients together may have {} different ones", kind.together_max())),
+        Ok(()) => confirmation(word, Reply::Bulk(name), &subscriptions),
+        Err(full) => Reply::error(format!("ERR {full}")),
     })
 }
 

@@ -7,17 +7,23 @@
 use std::cell::{Cell, RefCell};
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::rc::{Rc, Weak};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
+use tokio::task::yield_now;
 use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, Names, Profile};
 use crate::domain::glob;
-use crate::limits::{CHANNELS_SHOWN_BYTES_MAX, CHANNELS_STEPS_MAX, CHANNELS_TOGETHER_MAX, HUB_QUEUE_MAX, PATTERNS_TOGETHER_MAX};
+use crate::limits::{
+    CHANNELS_SHOWN_BYTES_MAX, CHANNELS_STEPS_MAX, CHANNELS_TOGETHER_MAX, DELIVERING_MAX, HUB_QUEUE_MAX, PATTERN_TAILS_MAX,
+    PATTERNS_TOGETHER_MAX, SUBSCRIPTIONS_TOGETHER_MAX,
+};
 use crate::resp::{Pipeline, Reply};
 
 /// What goes from the hub to every thread.
@@ -37,9 +43,45 @@ pub struct Hub {
     threads: Mutex<Vec<mpsc::Sender<Event>>>,
     /// Channels and patterns subscribed to, on all threads.
     subscriptions: AtomicUsize,
-    /// The same by name, with how many clients each.
-    names: Mutex<[HashMap<Bytes, usize, foldhash::fast::RandomState>; 2]>,
+    known: Mutex<Known>,
     monitors: AtomicUsize,
+}
+
+/// What anybody has subscribed to.
+#[derive(Debug, Default)]
+struct Known {
+    /// The channels and the patterns, with how many clients each.
+    names: [HashMap<Bytes, usize, foldhash::fast::RandomState>; 2],
+    /// Bytes of the patterns behind the first star of each.
+    tails: usize,
+}
+
+/// Why there may be no further subscription: what all clients have together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// Different channels, or patterns.
+    Names(Kind),
+    /// Bytes of patterns behind the first star of each.
+    Tails,
+    /// Subscriptions.
+    Subscriptions,
+}
+
+impl fmt::Display for Full {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Names(Kind::Channel) => {
+                write!(f, "too many channels: all clients together may have {CHANNELS_TOGETHER_MAX} different ones")
+            }
+            Self::Names(Kind::Pattern) => {
+                write!(f, "too many patterns: all clients together may have {PATTERNS_TOGETHER_MAX} different ones")
+            }
+            Self::Tails => {
+                write!(f, "too many patterns: all clients together may have {PATTERN_TAILS_MAX} bytes behind the first star of each")
+            }
+            Self::Subscriptions => write!(f, "too many subscriptions: all clients together may have {SUBSCRIPTIONS_TOGETHER_MAX}"),
+        }
+    }
 }
 
 impl Hub {
@@ -61,7 +103,7 @@ impl Hub {
     pub fn channels(&self, pattern: Option<&[u8]>) -> Option<Vec<Bytes>> {
         let (mut bytes, mut steps) = (CHANNELS_SHOWN_BYTES_MAX, CHANNELS_STEPS_MAX);
         let mut found = Vec::new();
-        for channel in self.known()[Kind::Channel as usize].keys() {
+        for channel in self.known().names[Kind::Channel as usize].keys() {
             if pattern.map_or(Some(true), |pattern| glob::matches_within(pattern, channel, false, &mut steps))? {
                 bytes = bytes.checked_sub(channel.len() + size_of::<Bytes>())?;
                 found.push(channel.clone());
@@ -72,37 +114,53 @@ impl Hub {
 
     /// How many channels, or patterns, that is.
     pub fn len(&self, kind: Kind) -> usize {
-        self.known()[kind as usize].len()
+        self.known().names[kind as usize].len()
     }
 
     /// How many clients have subscribed to this one.
     pub fn count(&self, kind: Kind, name: &Bytes) -> usize {
-        self.known()[kind as usize].get(name).copied().unwrap_or(0)
+        self.known().names[kind as usize].get(name).copied().unwrap_or(0)
     }
 
-    fn known(&self) -> MutexGuard<'_, [HashMap<Bytes, usize, foldhash::fast::RandomState>; 2]> {
-        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts one more; `false` where all clients have subscribed to too many different ones.
-    fn added(&self, kind: Kind, name: &Bytes) -> bool {
-        let known = &mut self.known()[kind as usize];
-        if known.len() >= kind.together_max() && !known.contains_key(name) {
+    /// Counts one more and returns its name, which all who have subscribed to it share. Errors where all clients have too much already.
+    fn added(&self, kind: Kind, name: &Bytes) -> Result<Bytes, Full> {
+        let mut known = self.known();
+        let Known { names, tails } = &mut *known;
+        let names = &mut names[kind as usize];
+        let shared = names.get_key_value(name).map(|(shared, _)| shared.clone());
+        let full = match shared {
+            _ if self.subscriptions.load(Ordering::Relaxed) >= SUBSCRIPTIONS_TOGETHER_MAX => Some(Full::Subscriptions),
+            None if names.len() >= kind.together_max() => Some(Full::Names(kind)),
+            None if *tails + kind.tail(name) > PATTERN_TAILS_MAX => Some(Full::Tails),
+            _ => None,
+        };
+        if let Some(full) = full {
             metrics::counter!("holdfast_refused_subscriptions_total").increment(1);
-            return false;
+            return Err(full);
         }
-        *known.entry(name.clone()).or_default() += 1;
+        let shared = shared.unwrap_or_else(|| {
+            *tails += kind.tail(name);
+            // What was read stays in memory as a whole while a slice of it does.
+            Bytes::copy_from_slice(name)
+        });
+        *names.entry(shared.clone()).or_default() += 1;
         self.subscriptions.fetch_add(1, Ordering::Relaxed);
-        true
+        Ok(shared)
     }
 
     fn removed(&self, kind: Kind, name: &Bytes) {
         self.subscriptions.fetch_sub(1, Ordering::Relaxed);
-        let mut names = self.known();
-        if let Some(count) = names[kind as usize].get_mut(name) {
-            *count -= 1;
-            if *count == 0 {
-                names[kind as usize].remove(name);
+        let mut known = self.known();
+        let Known { names, tails } = &mut *known;
+        if let Entry::Occupied(mut entry) = names[kind as usize].entry(name.clone()) {
+            *entry.get_mut() -= 1;
+            if *entry.get() == 0 {
+                entry.remove();
+                *tails -= kind.tail(name);
             }
         }
     }
@@ -154,10 +212,18 @@ pub enum Kind {
 
 impl Kind {
     /// How many different ones all clients may have subscribed to together.
-    pub const fn together_max(self) -> usize {
+    const fn together_max(self) -> usize {
         match self {
             Self::Channel => CHANNELS_TOGETHER_MAX,
             Self::Pattern => PATTERNS_TOGETHER_MAX,
+        }
+    }
+
+    /// Bytes of one that may have to be compared again at each place of a channel.
+    fn tail(self, name: &[u8]) -> usize {
+        match self {
+            Self::Channel => 0,
+            Self::Pattern => name.iter().position(|&byte| byte == b'*').map_or(0, |star| name.len() - star - 1),
         }
     }
 }
@@ -176,8 +242,13 @@ impl Subscribers {
     pub async fn run(self: Rc<Self>, cancel: CancellationToken) {
         let (sender, mut events) = mpsc::channel(HUB_QUEUE_MAX);
         self.hub.threads.lock().unwrap_or_else(PoisonError::into_inner).push(sender);
+        let mut began = Instant::now();
         while let Some(Some(event)) = cancel.run_until_cancelled(events.recv()).await {
             self.deliver(&event);
+            if began.elapsed() >= DELIVERING_MAX {
+                yield_now().await;
+                began = Instant::now();
+            }
         }
     }
 
@@ -259,18 +330,16 @@ impl Subscriptions {
         numbered.into_iter().map(|(_, name)| name).collect()
     }
 
-    /// Subscribes; does nothing where it has already. `false` where all clients have too many different ones together.
-    pub fn add(&self, kind: Kind, name: &Bytes) -> bool {
-        // What was read stays in memory as a whole while a slice of it does.
-        let name = Bytes::copy_from_slice(name);
-        match names(&mut self.client.profile(), kind).entry(name.clone()) {
-            Entry::Occupied(_) => return true,
-            Entry::Vacant(_) if !self.subscribers.hub.added(kind, &name) => return false,
-            Entry::Vacant(free) => _ = free.insert(self.begun.get()),
+    /// Subscribes; does nothing where it has already. Errors where all clients have too much together.
+    pub fn add(&self, kind: Kind, name: &Bytes) -> Result<(), Full> {
+        if names(&mut self.client.profile(), kind).contains_key(name) {
+            return Ok(());
         }
+        let name = self.subscribers.hub.added(kind, name)?;
+        names(&mut self.client.profile(), kind).insert(name.clone(), self.begun.get());
         self.begun.set(self.begun.get() + 1);
         self.subscribers.map(kind).borrow_mut().entry(name).or_default().insert(self.client.id, self.pipeline.clone());
-        true
+        Ok(())
     }
 
     /// Ends one; does nothing where there is none.
@@ -308,5 +377,95 @@ impl Drop for Subscriptions {
             self.subscribers.monitors.borrow_mut().remove(&self.client.id);
             self.subscribers.hub.monitors.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> Bytes {
+        Bytes::copy_from_slice(text.as_bytes())
+    }
+
+    #[test]
+    fn different_channels_are_bounded_together_and_given_back() {
+        let hub = Hub::default();
+        let add = |channel: &str| hub.added(Kind::Channel, &name(channel)).map(drop);
+        (0..CHANNELS_TOGETHER_MAX).for_each(|n| assert_eq!(add(&n.to_string()), Ok(())));
+        assert_eq!(add("new"), Err(Full::Names(Kind::Channel)));
+        assert_eq!(add("7"), Ok(()), "what others have subscribed to costs no more");
+        hub.removed(Kind::Channel, &name("7"));
+        assert_eq!(add("new"), Err(Full::Names(Kind::Channel)));
+        hub.removed(Kind::Channel, &name("7"));
+        assert_eq!((add("new"), add("newer")), (Ok(()), Err(Full::Names(Kind::Channel))));
+        let told = "too many channels: all clients together may have 262144 different ones";
+        assert_eq!(Full::Names(Kind::Channel).to_string(), told);
+    }
+
+    #[test]
+    fn subscriptions_are_bounded_together_also_to_the_same_names_which_are_kept_once() {
+        let hub = Hub::default();
+        let names: Vec<Bytes> = (0..1_000).map(|n| name(&n.to_string())).collect();
+        let mut shared = Vec::new();
+        for at in 0..SUBSCRIPTIONS_TOGETHER_MAX {
+            let name = hub.added(Kind::Channel, &names[at % names.len()]).unwrap();
+            if at % names.len() == 7 {
+                shared.push(name.as_ptr());
+            }
+        }
+        assert!(shared.iter().all(|at| *at == shared[0] && *at != names[7].as_ptr()));
+        assert_eq!(hub.added(Kind::Channel, &names[0]), Err(Full::Subscriptions));
+        assert_eq!(hub.added(Kind::Pattern, &name("*")), Err(Full::Subscriptions));
+        hub.removed(Kind::Channel, &names[0]);
+        assert!(hub.added(Kind::Pattern, &name("*")).is_ok());
+    }
+
+    #[test]
+    fn what_has_to_be_compared_at_each_place_of_a_channel_is_bounded_together() {
+        let hub = Hub::default();
+        // Nothing is behind the stars of these.
+        (0..500).for_each(|n| assert!(hub.added(Kind::Pattern, &name(&format!("stock:events:{n}-*"))).is_ok()));
+        let late = |n: usize| name(&format!("*{}{n:04}", "[^~]".repeat(51)));
+        let most = PATTERN_TAILS_MAX / (late(0).len() - 1);
+        (0..most).for_each(|n| assert!(hub.added(Kind::Pattern, &late(n)).is_ok(), "{n}"));
+        assert_eq!(hub.added(Kind::Pattern, &late(most)), Err(Full::Tails));
+        assert!(hub.added(Kind::Pattern, &late(0)).is_ok(), "what others have subscribed to costs no more");
+        assert!(hub.added(Kind::Pattern, &name("stock:*")).is_ok());
+        hub.removed(Kind::Pattern, &late(1));
+        assert!(hub.added(Kind::Pattern, &late(most)).is_ok());
+    }
+
+    #[tokio::test]
+    async fn others_have_their_turn_while_many_messages_are_delivered_to_many() {
+        let subscribers = Subscribers::new(Arc::default());
+        let hub = Arc::clone(subscribers.hub());
+        // As many listeners as would be, all but the last of which take no memory.
+        let (many, last) = (Pipeline::new(), Pipeline::new());
+        let listeners = (0..5_000).map(|n| (n, Rc::downgrade(if n < 4_999 { &many } else { &last }))).collect();
+        subscribers.channels.borrow_mut().insert(name("a"), listeners);
+        hub.subscriptions.fetch_add(1, Ordering::Relaxed);
+        let cancel = CancellationToken::new();
+        let local = tokio::task::LocalSet::new();
+        local.spawn_local(Rc::clone(&subscribers).run(cancel.clone()));
+        let turns = async {
+            while hub.threads.lock().unwrap().is_empty() {
+                yield_now().await;
+            }
+            // Fewer than tokio takes in one go by itself.
+            (0..100).for_each(|_| hub.publish("a", || Bytes::from_static(b"x")));
+            let (mut turns, mut delivered) = (0, 0);
+            while delivered < 100 {
+                yield_now().await;
+                let before = delivered;
+                while last.pop_ready().is_some() {
+                    delivered += 1;
+                }
+                turns += u32::from(delivered > before);
+            }
+            turns
+        };
+        let turns = tokio::time::timeout(std::time::Duration::from_secs(30), local.run_until(turns)).await.unwrap();
+        assert!(turns >= 5, "{turns}");
     }
 }

@@ -142,7 +142,7 @@ pub const METRICS: &[Metric] = &[
         kind: Kind::Counter,
         unit: Unit::Count,
         labels: &[],
-        doc: "Subscriptions that were refused, because all clients together had as many different channels or patterns as they may.",
+        doc: "Subscriptions that were refused, because all clients together had as many as they may, or as many different channels or patterns.",
     },
     Metric {
         name: "holdfast_lost_messages_total",
