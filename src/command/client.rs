@@ -181,8 +181,8 @@ static REPLY: Spec = sub("CLIENT|REPLY", "Turns replies off, on, or off for the 
     .run(|call| {
         call.session.replies = match call.args.maybe_word("mode") {
             Some("off") => Replies::Off,
-            Some("skip") if call.session.replies == Replies::On => Replies::SkipNext,
-            Some("skip") => call.session.replies,
+            Some("skip") if call.session.replies == Replies::Off => Replies::Off,
+            Some("skip") => Replies::SkipNext,
             _ => Replies::On,
         };
         Step::Reply(Reply::ok())
@@ -287,8 +287,26 @@ mod tests {
         assert_eq!(wire.send("PING"), "+PONG\r\n");
         assert_eq!(wire.send("CLIENT REPLY OFF"), "");
         assert_eq!(wire.send("PING"), "");
+        assert_eq!(wire.send("CLIENT REPLY SKIP"), "");
+        assert_eq!(wire.send("PING"), "");
+        assert_eq!(wire.send("PING"), "");
         assert_eq!(wire.send("CLIENT REPLY ON"), "+OK\r\n");
         assert_eq!(wire.send("PING"), "+PONG\r\n");
+        // What is sent behind SKIP is skipped, unless it asks for replies.
+        for (next, reply, then) in [
+            ("CLIENT REPLY ON", "+OK\r\n", "+PONG\r\n"),
+            ("CLIENT REPLY SKIP", "", ""),
+            ("PING", "", "+PONG\r\n"),
+            ("NO-SUCH-COMMAND", "", "+PONG\r\n"),
+            ("RESET", "", "+PONG\r\n"),
+            ("CLIENT REPLY OFF", "", ""),
+            ("RESET", "+RESET\r\n", "+PONG\r\n"),
+        ] {
+            let asked = if reply == "+RESET\r\n" { "CLIENT REPLY OFF" } else { "CLIENT REPLY SKIP" };
+            assert_eq!(wire.send(asked), "", "{next}");
+            assert_eq!(wire.send(next), reply, "{next}");
+            assert_eq!(wire.send("PING"), then, "{next}");
+        }
     }
 
     #[test]

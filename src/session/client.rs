@@ -177,6 +177,8 @@ pub enum Replies {
     Off,
     /// All but the next one.
     SkipNext,
+    /// All but the one of the command that runs.
+    Skipped,
 }
 
 /// The state of one client on its own thread.
@@ -347,7 +349,10 @@ impl Session {
     /// Back to how a new connection starts (RESET).
     pub fn reset(&mut self) {
         self.protocol = Protocol::Resp2;
-        self.replies = Replies::On;
+        // What is skipped stays skipped, as in Redis.
+        if self.replies == Replies::Off {
+            self.replies = Replies::On;
+        }
         self.kept.clear();
         self.has_subscribed = false;
         let default = Arc::clone(self.directory.users().default_user());
@@ -363,8 +368,12 @@ impl Session {
             Replies::On => false,
             Replies::Off => true,
             Replies::SkipNext => {
-                self.replies = Replies::On;
+                self.replies = Replies::Skipped;
                 true
+            }
+            Replies::Skipped => {
+                self.replies = Replies::On;
+                false
             }
         }
     }
