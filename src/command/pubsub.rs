@@ -130,7 +130,7 @@ pub fn refusal(session: &Session, spec: &Spec) -> Option<String> {
     if session.protocol == Protocol::Resp3 || !session.subscribes() {
         return None;
     }
-    let permitted = spec.is(PUBSUB) || matches!(spec.name, "PING" | "QUIT" | "RESET");
+    let permitted = matches!(spec.name, "SUBSCRIBE" | "UNSUBSCRIBE" | "PSUBSCRIBE" | "PUNSUBSCRIBE" | "PING" | "QUIT" | "RESET");
     (!permitted).then(|| {
         let name = spec.lower_name();
         format!("ERR Can't execute '{name}': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context")

@@ -37,11 +37,13 @@ fn tools_read_and_change_what_they_do_on_a_redis() {
 fn a_subscription_is_confirmed_and_restricts_resp2() {
     let stack = Stack::start();
     let mut raw = stack.sidecar.raw();
-    raw.write_all(b"SUBSCRIBE stock:events:mug\r\nSTOCK.GET mug\r\nPING hi\r\nUNSUBSCRIBE\r\nSTOCK.GET mug\r\nQUIT\r\n").unwrap();
+    let request = b"SUBSCRIBE stock:events:mug\r\nSTOCK.GET mug\r\nPUBSUB CHANNELS\r\nPING hi\r\nUNSUBSCRIBE\r\nSTOCK.GET mug\r\nQUIT\r\n";
+    raw.write_all(request).unwrap();
     let mut text = String::new();
     raw.read_to_string(&mut text).unwrap();
     let expected = "*3\r\n$9\r\nsubscribe\r\n$16\r\nstock:events:mug\r\n:1\r\n\
         -ERR Can't execute 'stock.get': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context\r\n\
+        -ERR Can't execute 'pubsub|channels': only (P|S)SUBSCRIBE / (P|S)UNSUBSCRIBE / PING / QUIT / RESET are allowed in this context\r\n\
         *2\r\n$4\r\npong\r\n$2\r\nhi\r\n*3\r\n$11\r\nunsubscribe\r\n$16\r\nstock:events:mug\r\n:0\r\n$-1\r\n+OK\r\n";
     assert_eq!(text, expected);
 }
