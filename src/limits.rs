@@ -548,6 +548,9 @@ pub const SLOWLOG_LEN_MAX: i64 = 10_000;
 pub const PASSED_WITHIN: Duration = Duration::from_secs(5);
 pub const PASSED_REPLY_MAX: usize = 1 << 20;
 
+/// How many keys, members, fields or entries one of these commands makes Redis walk over: less than a ms, in which it does nothing else.
+pub const PASSED_ITEMS_MAX: i64 = 1_000;
+
 /// Channels and patterns of one connection, and the bytes of one: an id of 128 bytes behind `coupon:events:` fits.
 pub const SUBSCRIPTIONS_MAX: usize = 1_024;
 pub const CHANNEL_MAX: usize = 256;

@@ -1,12 +1,15 @@
 //! Reading the backing Redis through this server, for people who look for a fault (`passthrough = "read-only"`). Off by default: then these commands
-//! are unknown. Only commands that cannot change anything, over a connection of their own, so that no sale waits for them.
+//! are unknown. Only commands that cannot change anything, over a connection of their own. Redis does one thing at a time, and sales wait meanwhile:
+//! so what makes it walk over more than [`PASSED_ITEMS_MAX`] keys, members, fields or entries is refused.
 
-use std::rc::Rc;
+use bytes::Bytes;
 
 use super::spec::{ADMIN, Arg, READONLY, SHOWS, Spec, text};
 use super::{Call, Step};
-use crate::limits::{PASSED_REPLY_MAX, REQUEST_BULK_MAX};
+use crate::domain::quantity::parse;
+use crate::limits::{PASSED_ITEMS_MAX, PASSED_REPLY_MAX, REQUEST_BULK_MAX};
 use crate::resp::Reply;
+use crate::store::Error;
 
 /// What is added to the table of commands where reading through is on.
 pub static TABLE: &[&Spec] = &[
@@ -50,18 +53,71 @@ static SCAN: Spec = passed("SCAN", "Lists keys of the backing Redis.").example("
 
 fn pass(call: &mut Call<'_>) -> Step {
     let Some(reads) = call.cx.passing.clone() else { return Step::Reply(Reply::error("ERR reading through to Redis is off")) };
-    let reads = Rc::clone(&reads);
-    let words = call.args.words().to_vec();
+    let name = call.args.spec().name;
+    let mut words = call.args.words().to_vec();
+    if let Err(refusal) = bound(name, &mut words) {
+        return Step::Reply(Reply::error(refusal));
+    }
     // One at a time on each connection: the replies may be long.
     Step::Wait(Box::pin(async move {
+        if name == "HGETALL" {
+            match reads.pass(&[Bytes::from_static(b"HLEN"), words[1].clone()]).await {
+                Ok(Reply::Integer(fields)) if fields <= PASSED_ITEMS_MAX => {}
+                Ok(Reply::Integer(fields)) => return Reply::error(format!("ERR the hash has {fields} fields: HGET reads one")),
+                Ok(refused) => return refused,
+                Err(error) => return unanswered(&error),
+            }
+        }
         match reads.pass(&words).await {
             Ok(reply) if reply.weight() > PASSED_REPLY_MAX => {
                 Reply::error(format!("ERR the reply has more than {PASSED_REPLY_MAX} bytes: ask for less, or ask Redis itself"))
             }
             Ok(reply) => reply,
-            Err(error) => Reply::error(format!("TRYAGAIN Redis does not answer: {error}")),
+            Err(error) => unanswered(&error),
         }
     }))
+}
+
+fn unanswered(error: &Error) -> Reply {
+    Reply::error(format!("TRYAGAIN Redis does not answer: {error}"))
+}
+
+/// Keeps Redis from working on one command for long. What Redis refuses by itself is left to it. Errors with the error reply's text.
+fn bound(name: &str, words: &mut [Bytes]) -> Result<(), String> {
+    let is = |at: usize, word: &[u8]| words.get(at).is_some_and(|known| known.eq_ignore_ascii_case(word));
+    let within = |at: usize, least: i64| words.get(at).and_then(|word| parse(word, least, PASSED_ITEMS_MAX));
+    let refused = |what: &str| Err(format!("ERR name {what} of at most {PASSED_ITEMS_MAX}: sales wait while Redis works on it"));
+    match name {
+        // How many keys it looks at is only a hint.
+        "SCAN" => {
+            for option in words.get_mut(2..).unwrap_or_default().chunks_exact_mut(2) {
+                if option[0].eq_ignore_ascii_case(b"COUNT") && parse(&option[1], PASSED_ITEMS_MAX, i64::MAX).is_some() {
+                    option[1] = PASSED_ITEMS_MAX.to_string().into();
+                }
+            }
+            Ok(())
+        }
+        "XRANGE" | "XREVRANGE" if !is(4, b"COUNT") || within(5, 0).is_none() => refused("a COUNT"),
+        "XINFO" if is(3, b"FULL") && words.len() > 4 && within(5, 1).is_none() => refused("a COUNT"),
+        "ZRANGE" if words.iter().skip(4).any(|word| word.eq_ignore_ascii_case(b"BYSCORE") || word.eq_ignore_ascii_case(b"BYLEX")) => {
+            let limit = words.iter().rposition(|word| word.eq_ignore_ascii_case(b"LIMIT")).unwrap_or(words.len());
+            let looked_at = within(limit + 1, 0).zip(within(limit + 2, 0)).map(|(offset, count)| offset + count);
+            if looked_at.is_some_and(|members| members <= PASSED_ITEMS_MAX) { Ok(()) } else { refused("a LIMIT") }
+        }
+        "ZRANGE" => match (words.get(2).and_then(index), words.get(3).and_then(index)) {
+            (Some(first), Some(last)) if (first < 0) == (last < 0) && last - first < PASSED_ITEMS_MAX => Ok(()),
+            _ => refused("a range"),
+        },
+        _ => Ok(()),
+    }
+}
+
+/// A member's place in a sorted set: from the end where it is negative.
+fn index(word: &Bytes) -> Option<i64> {
+    match word.strip_prefix(b"-") {
+        Some(digits) => parse(digits, 1, i64::MAX).map(|place| -place),
+        None => parse(word, 0, i64::MAX),
+    }
 }
 
 #[cfg(test)]
@@ -69,14 +125,63 @@ mod tests {
     use super::*;
     use crate::command::{Args, Commands, table};
 
+    fn words(request: &str) -> Vec<Bytes> {
+        request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect()
+    }
+
+    #[test]
+    fn what_redis_would_work_on_for_long_is_bounded() {
+        let bounded = |request: &str| {
+            let mut words = words(request);
+            let name = String::from_utf8_lossy(&words[0]).into_owned();
+            bound(&name, &mut words).map(|()| words.iter().map(|word| String::from_utf8_lossy(word)).collect::<Vec<_>>().join(" "))
+        };
+        for (request, sent) in [
+            ("SCAN 0 COUNT 1000000000", "SCAN 0 COUNT 1000"),
+            ("SCAN 0 MATCH COUNT count 1001 TYPE string", "SCAN 0 MATCH COUNT count 1000 TYPE string"),
+            ("SCAN 0 COUNT 10 COUNT 5000", "SCAN 0 COUNT 10 COUNT 1000"),
+            ("SCAN 0 COUNT x", "SCAN 0 COUNT x"),
+            ("SCAN 0", "SCAN 0"),
+            ("XRANGE k - + COUNT 1000", "XRANGE k - + COUNT 1000"),
+            ("XINFO STREAM k FULL", "XINFO STREAM k FULL"),
+            ("XINFO STREAM k FULL COUNT 1000", "XINFO STREAM k FULL COUNT 1000"),
+            ("ZRANGE k 1000000 1000999", "ZRANGE k 1000000 1000999"),
+            ("ZRANGE k -1000 -1 REV WITHSCORES", "ZRANGE k -1000 -1 REV WITHSCORES"),
+            ("ZRANGE k -inf +inf BYSCORE LIMIT 10 990", "ZRANGE k -inf +inf BYSCORE LIMIT 10 990"),
+        ] {
+            assert_eq!(bounded(request).as_deref(), Ok(sent));
+        }
+        for (what, requests) in [
+            ("a COUNT", &["XRANGE k - +", "XREVRANGE k + - COUNT 1001", "XRANGE k - + COUNT -1", "XINFO STREAM k FULL COUNT 0"][..]),
+            ("a range", &["ZRANGE k 0 -1", "ZRANGE k -5 5", "ZRANGE k 0 1000", "ZRANGE k 0 x", "ZRANGE k 0", "ZRANGE k 00 1"]),
+            (
+                "a LIMIT",
+                &[
+                    "ZRANGE k 0 9 BYSCORE",
+                    "ZRANGE k - + bylex LIMIT 0 1001",
+                    "ZRANGE k 0 9 BYSCORE LIMIT 1000000 1",
+                    "ZRANGE k 0 9 BYSCORE LIMIT 0 -1",
+                    "ZRANGE k 0 9 BYSCORE LIMIT 0 1 LIMIT 0 9999",
+                    "ZRANGE k 0 9 BYSCORE LIMIT",
+                ],
+            ),
+        ] {
+            for request in requests {
+                let refusal = format!("ERR name {what} of at most 1000: sales wait while Redis works on it");
+                assert_eq!(bounded(request), Err(refusal), "{request}");
+            }
+        }
+    }
+
     #[test]
     fn what_is_passed_through_can_change_nothing_and_is_unknown_otherwise() {
         let known = Commands::new(table::TABLE);
         let commands = Commands::new(&[table::TABLE, TABLE].concat());
         for spec in TABLE {
             assert!(known.named(spec.name.as_bytes()).is_none(), "{}", spec.name);
-            let words: Vec<_> = spec.example.split(' ').map(|word| bytes::Bytes::copy_from_slice(word.as_bytes())).collect();
+            let mut words = words(spec.example);
             let (_, found) = commands.find(&words).unwrap();
+            assert_eq!(bound(found.name, &mut words), Ok(()), "{}", spec.example);
             assert!(Args::parse(found, words).is_ok() && spec.is(READONLY | ADMIN) && spec.summary.ends_with('.'), "{}", spec.name);
         }
         for never in ["SET", "DEL", "EVAL", "EVALSHA", "KEYS", "FLUSHALL", "SCRIPT", "FUNCTION", "DEBUG", "MIGRATE", "RESTORE", "SORT"] {

@@ -1,4 +1,4 @@
-//! Reads for people and dashboards, over a connection of their own: what they cost never stands in front of a sale.
+//! Reads for people and dashboards, over a connection of their own: a long answer never stands in front of a sale's.
 
 use std::cell::RefCell;
 use std::sync::Arc;

@@ -97,6 +97,23 @@ fn the_backing_redis_is_read_through_only_where_that_is_on_and_never_written() {
 }
 
 #[test]
+fn what_is_read_through_does_not_make_redis_work_for_long() {
+    let stack = Stack::with_settings(&["--passthrough", "read-only", "--reply-within-ms", "20000"]);
+    let (mut client, mut backing) = (stack.connect(), stack.backing());
+    let fields = |count: usize| (0..count).map(|n| format!(" {n} x")).collect::<String>();
+    backing.ask(&format!("MSET{}", fields(20_000)));
+    backing.ask(&format!("HSET few{}", fields(1_000)));
+    backing.ask(&format!("HSET many{}", fields(1_001)));
+    assert!(client.ask("SCAN 0 COUNT 1000000000").matches(", ").count() < 5_000);
+    assert_eq!(client.ask("HGETALL few").matches(", ").count(), 1_999);
+    assert_eq!(client.ask("HGETALL many"), "-ERR the hash has 1001 fields: HGET reads one");
+    assert_eq!(client.ask("HGETALL 7"), "-WRONGTYPE Operation against a key holding the wrong kind of value");
+    assert_eq!(client.ask("HGETALL nothing"), "[]");
+    let refused = "-ERR name a COUNT of at most 1000: sales wait while Redis works on it";
+    assert_eq!(client.ask("XRANGE holdfast:outbox - +"), refused);
+}
+
+#[test]
 fn what_is_read_through_is_bounded_as_it_comes_and_tells_clients_nothing_to_act_on() {
     let stack = Stack::with_settings(&["--passthrough", "read-only", "--reply-within-ms", "20000"]);
     let (mut client, mut backing) = (stack.connect(), stack.backing());
