@@ -270,16 +270,17 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     // HELLO and CLIENT REPLY decide about their own reply.
     let silent = if session.replies == replies { silent } else { session.replies != Replies::On };
     pipeline.stamp(Stamp { protocol: session.protocol, silent, ..stamp });
+    // One that has gone is not to keep its place until a wrong password is answered.
+    let is_stranger = !session.authenticated;
     match step {
         Step::Reply(reply) => pipeline.push_ready(reply),
         Step::Later => {}
         Step::Wait(future) => {
-            // A stranger that has gone is not to keep its place until a wrong password is answered.
-            let gives_up = spec.is(spec::BLOCKING) || !session.authenticated;
+            let gives_up = spec.is(spec::BLOCKING) || is_stranger;
             return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up, closes: false, needed });
         }
         Step::CloseAfter(future) => {
-            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up: false, closes: true, needed });
+            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up: is_stranger, closes: true, needed });
         }
         Step::Close(reply) => {
             pipeline.push_ready(reply);

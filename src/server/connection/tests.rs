@@ -108,13 +108,18 @@ async fn served_by(clients_max: usize, backend: Backend, test: impl AsyncFnOnce(
 
 /// The same where these are the users, and an address that guesses has to wait for this delay.
 async fn served_to(users: &str, auth_delay: Duration, test: impl AsyncFnOnce(Server)) {
+    served_with(users, auth_delay, 1_000, test).await;
+}
+
+/// The same where each may be wrong so many times.
+async fn served_with(users: &str, auth_delay: Duration, auth_failures: u32, test: impl AsyncFnOnce(Server)) {
     let commands = Rc::new(Commands::new(TABLE));
     let stats = Arc::new(Stats::new(&commands));
     let users = crate::session::users::Users::read(Some(users), None, &*commands).unwrap();
     let mut cx = Context::new(commands, Arc::new(Registry::new(100)), stats, Backend::unconnected());
     cx.users = Arc::new(crate::session::users::Directory::new(users));
     let mut bounds = crate::session::Bounds::default();
-    (bounds.auth_delay, bounds.auth_within, bounds.auth_failures) = (auth_delay, Duration::from_secs(60), 1_000);
+    (bounds.auth_delay, bounds.auth_within, bounds.auth_failures) = (auth_delay, Duration::from_secs(60), auth_failures);
     cx.bounds = Arc::new(bounds);
     served_in(cx, test).await;
 }
@@ -733,6 +738,23 @@ async fn those_who_are_right_do_not_wait_for_each_other_and_who_is_wrong_or_leav
         assert_eq!(server.cx.guesses.wrong(from, Instant::now(), delay), delay * 5);
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_stranger_that_leaves_keeps_its_place_for_no_wrong_answer_also_not_for_the_last() {
+    let (users, delay) = (format!("user shop on #{HASH} +@all"), Duration::from_secs(60));
+    for failures_max in [1, 2] {
+        served_with(&users, delay, failures_max, async |server| {
+            let from = std::net::IpAddr::from([127, 0, 0, 1]);
+            (0..GUESSES_FREE).for_each(|_| _ = server.cx.guesses.wrong(from, Instant::now(), delay));
+            let mut stranger = TcpStream::connect(server.address).await.unwrap();
+            stranger.write_all(b"AUTH shop x\r\n").await.unwrap();
+            until(|| server.cx.registry.clients().first().is_some_and(|client| client.profile().in_flight == 1)).await;
+            drop(stranger);
+            until(|| server.cx.registry.connected() == 0).await;
+        })
+        .await;
+    }
 }
 
 #[tokio::test]
