@@ -89,9 +89,9 @@ fn kill(call: &mut Call<'_>) -> Step {
         let found = clients.iter().find(|client| client.address.to_string().as_bytes() == &address[..]);
         return match found {
             None => Step::Reply(Reply::error("ERR No such client")),
-            Some(client) if client.id == own => Step::Close(Reply::ok()),
+            Some(client) if client.id == own => close_own(Reply::ok()),
             Some(client) => {
-                client.kill();
+                client.kill(KILLED);
                 Step::Reply(Reply::ok())
             }
         };
@@ -130,8 +130,16 @@ fn kill(call: &mut Call<'_>) -> Step {
     }
     let chosen: Vec<_> = clients.iter().filter(|client| !(skip_own && client.id == own) && tests.iter().all(|test| test(client))).collect();
     let count = Reply::Integer(i64::try_from(chosen.len()).unwrap_or(i64::MAX));
-    chosen.iter().filter(|client| client.id != own).for_each(|client| client.kill());
-    if chosen.iter().any(|client| client.id == own) { Step::Close(count) } else { Step::Reply(count) }
+    chosen.iter().filter(|client| client.id != own).for_each(|client| client.kill(KILLED));
+    if chosen.iter().any(|client| client.id == own) { close_own(count) } else { Step::Reply(count) }
+}
+
+/// What a connection that CLIENT KILL ends is counted as.
+const KILLED: &str = "killed";
+
+fn close_own(reply: Reply) -> Step {
+    super::closed(KILLED);
+    Step::Close(reply)
 }
 
 static SETNAME: Spec = sub("CLIENT|SETNAME", "Names this connection.")

@@ -274,7 +274,10 @@ impl Connection {
             return false;
         }
         self.stopped = None;
-        self.phase = if self.session.client.is_killed() { Phase::Gone } else { Phase::Ending };
+        match self.session.client.killed() {
+            Some(why) => self.close(why),
+            None => self.phase = Phase::Ending,
+        }
         true
     }
 
@@ -400,7 +403,9 @@ impl Connection {
 
     /// Ends the connection without another word.
     fn close(&mut self, why: &'static str) {
-        closed(why);
+        if self.phase != Phase::Gone {
+            closed(why);
+        }
         self.phase = Phase::Gone;
     }
 }

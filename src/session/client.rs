@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::rc::{Rc, Weak};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::Waker;
 use std::time::Instant;
@@ -69,7 +68,8 @@ pub struct Client {
     pub created: Instant,
     /// Ends the connection after what is in flight: by a shutdown or a kill.
     pub stop: CancellationToken,
-    killed: AtomicBool,
+    /// Why it was killed, if it was.
+    killed: OnceLock<&'static str>,
     /// Lets its connection look again at what it waits for.
     waker: OnceLock<Waker>,
     profile: Mutex<Profile>,
@@ -93,17 +93,7 @@ impl Client {
             monitors: None,
             login: None,
         };
-        Self {
-            id,
-            address,
-            local,
-            fd,
-            created: now,
-            stop,
-            killed: AtomicBool::new(false),
-            waker: OnceLock::new(),
-            profile: Mutex::new(profile),
-        }
+        Self { id, address, local, fd, created: now, stop, killed: OnceLock::new(), waker: OnceLock::new(), profile: Mutex::new(profile) }
     }
 
     /// Notes how the task of its connection is woken; a task stays the same.
@@ -121,15 +111,15 @@ impl Client {
         self.profile.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ends the connection without waiting for what is in flight.
-    pub fn kill(&self) {
-        self.killed.store(true, Ordering::Relaxed);
+    /// Ends the connection without waiting for what is in flight, and says why, as it is counted.
+    pub fn kill(&self, why: &'static str) {
+        self.killed.get_or_init(|| why);
         self.stop.cancel();
     }
 
-    /// Whether it was killed.
-    pub fn is_killed(&self) -> bool {
-        self.killed.load(Ordering::Relaxed)
+    /// Why it was killed, if it was.
+    pub fn killed(&self) -> Option<&'static str> {
+        self.killed.get().copied()
     }
 
     /// The client's line in CLIENT LIST, in Redis 7.2's format, without a line end.

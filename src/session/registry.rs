@@ -65,7 +65,7 @@ impl Registry {
             users.renew(login).is_some_and(|user| profile.suits(&user))
         };
         let clients = self.clients();
-        clients.iter().filter(|client| !may_stay(client)).map(|client| client.kill()).count()
+        clients.iter().filter(|client| !may_stay(client)).map(|client| client.kill("user_changed")).count()
     }
 
     /// Lets every connection look again at how long it may be silent, and at what it waits for.

@@ -121,7 +121,7 @@ pub const METRICS: &[Metric] = &[
         kind: Kind::Counter,
         unit: Unit::Count,
         labels: &["why"],
-        doc: "Connections that the server closed: `why` is the limit that the client passed.",
+        doc: "Connections that the server closed: `why` is the limit that the client passed, `user_changed` where its user may not go on or have what it has, or `killed` by CLIENT KILL.",
     },
     Metric {
         name: "holdfast_suppressed_log_lines_total",

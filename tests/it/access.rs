@@ -292,6 +292,8 @@ fn a_sighup_ends_what_is_no_longer_permitted_also_of_those_who_say_nothing() {
     }
     let log = stack.sidecar.log();
     assert!(log.contains("closed=4"), "{log}");
+    let metrics = stack.sidecar.get("/metrics").1;
+    assert!(metrics.contains("holdfast_closed_connections_total{why=\"user_changed\"} 4"), "{metrics}");
     // Whose user is off is closed whatever it does.
     let gone = stack.sidecar.connect_as("watcher", PASSWORD);
     file.write(&format!("user watcher off #{hash} +@all\n"));

@@ -662,7 +662,7 @@ async fn what_strangers_send_with_a_password_that_waits_and_behind_it_is_little_
         let most = strangers.len() * ("AUTHshopx".len() + INPUT_STRANGER_MAX + READ_MIN);
         assert!(half_sent() <= most, "{}", half_sent());
         // That they leave is not noticed, for they are not read.
-        server.cx.registry.clients().iter().for_each(|client| client.kill());
+        server.cx.registry.clients().iter().for_each(|client| client.kill("killed"));
         until(|| connected() == 0).await;
         // Now others have half-sent so much that there is only little for each stranger, be it in a request that waits or behind one.
         let others = INPUT_TOGETHER_MAX / 2;
@@ -1017,13 +1017,21 @@ async fn too_many_clients_are_told_so() {
 }
 
 #[tokio::test]
-async fn a_client_can_be_killed_by_another() {
+async fn a_client_can_be_killed_by_another_or_itself_and_is_counted() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let handle = recorder.handle();
+    let _guard = metrics::set_default_local_recorder(&recorder);
     served(10, async |server| {
         let mut victim = TcpStream::connect(server.address).await.unwrap();
         talk(&mut victim, b"CLIENT ID\r\n", ":1\r\n").await;
         let mut other = TcpStream::connect(server.address).await.unwrap();
         talk(&mut other, b"CLIENT KILL ID 1\r\n", ":1\r\n").await;
         assert_eq!(rest(victim).await, "");
+        until(|| server.cx.registry.connected() == 1).await;
+        talk(&mut other, b"CLIENT KILL SKIPME no\r\n", ":1\r\n").await;
+        assert_eq!(rest(other).await, "");
+        let counted = handle.render();
+        assert!(counted.contains("holdfast_closed_connections_total{why=\"killed\"} 2"), "{counted}");
     })
     .await;
 }
