@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 
 use redis::{ConnectionAddr, TlsCertificates};
+use rustix::net::sockopt;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
@@ -16,6 +17,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 use super::Error;
+use crate::limits::REDIS_SILENCE_MAX;
 
 /// How many bytes may still be read. Shared by who grants them and the connection.
 #[derive(Debug)]
@@ -58,11 +60,6 @@ impl Metered {
     /// Connects to an address. Errors where that cannot be done, or is not offered here.
     pub async fn connect(address: &ConnectionAddr, certificates: Option<TlsCertificates>, budget: Arc<Budget>) -> Result<Self, Error> {
         let broken = |error: io::Error| Error::Connection(error.into());
-        let tcp = async |host: &str, port| {
-            let stream = TcpStream::connect((host, port)).await?;
-            stream.set_nodelay(true)?;
-            Ok(stream)
-        };
         let stream: Box<dyn Duplex> = match address {
             ConnectionAddr::Tcp(host, port) => Box::new(tcp(host, *port).await.map_err(broken)?),
             ConnectionAddr::TcpTls { host, port, insecure: false, .. } => {
@@ -76,6 +73,14 @@ impl Metered {
         };
         Ok(Self { stream, budget })
     }
+}
+
+/// TCP as the other connections to Redis have it.
+async fn tcp(host: &str, port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect((host, port)).await?;
+    stream.set_nodelay(true)?;
+    sockopt::set_tcp_user_timeout(&stream, u32::try_from(REDIS_SILENCE_MAX.as_millis()).unwrap_or(u32::MAX))?;
+    Ok(stream)
 }
 
 /// TLS as the other connections to Redis have it. Errors with what cannot be used.
@@ -117,5 +122,17 @@ impl AsyncWrite for Metered {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_redis_that_says_nothing_is_given_up_by_the_kernel() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = tcp("127.0.0.1", listener.local_addr().unwrap().port()).await.unwrap();
+        assert_eq!(u128::from(sockopt::tcp_user_timeout(&stream).unwrap()), REDIS_SILENCE_MAX.as_millis());
     }
 }
