@@ -138,6 +138,8 @@ pub struct Context {
     pub unread: Cell<usize>,
     /// Bytes that they have sent and that are no request yet, none that could be taken, or one that waits for its turn.
     pub half_sent: Cell<usize>,
+    /// The same of all threads, for people.
+    pub half_sent_gauge: metrics::Gauge,
     pub stats: Arc<Stats>,
     pub slow: Arc<SlowLog>,
     pub heartbeat: Rc<Heartbeat>,
@@ -167,6 +169,7 @@ impl Context {
             subscribers: Subscribers::new(Arc::default()),
             unread: Cell::new(0),
             half_sent: Cell::new(0),
+            half_sent_gauge: metrics::gauge!("holdfast_half_sent_bytes"),
             stats,
             slow: Arc::default(),
             heartbeat: Heartbeat::new(),

@@ -124,6 +124,13 @@ pub const METRICS: &[Metric] = &[
         doc: "Connections that the server closed: `why` is the limit that the client passed, `user_changed` where its user may not go on or have what it has, or `killed` by CLIENT KILL.",
     },
     Metric {
+        name: "holdfast_half_sent_bytes",
+        kind: Kind::Gauge,
+        unit: Unit::Bytes,
+        labels: &[],
+        doc: "What clients have sent of requests that are not complete, or that have to wait; `limits.input_mib` bounds it for each thread.",
+    },
+    Metric {
         name: "holdfast_suppressed_log_lines_total",
         kind: Kind::Counter,
         unit: Unit::Count,

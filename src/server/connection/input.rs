@@ -125,9 +125,13 @@ impl Input {
 
     /// Brings its part of what all have sent and nobody could take yet up to date.
     pub fn settle(&mut self) {
-        let held = self.len() + self.set_aside;
+        self.count(self.len() + self.set_aside);
+    }
+
+    fn count(&mut self, held: usize) {
         if held != self.counted {
             self.shared.half_sent.set(self.shared.half_sent.get() - self.counted + held);
+            self.shared.half_sent_gauge.increment(held as f64 - self.counted as f64);
             self.counted = held;
         }
     }
@@ -160,6 +164,6 @@ impl Input {
 
 impl Drop for Input {
     fn drop(&mut self) {
-        self.shared.half_sent.set(self.shared.half_sent.get() - self.counted);
+        self.count(0);
     }
 }

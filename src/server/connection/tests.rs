@@ -559,7 +559,11 @@ async fn what_all_leave_unread_is_bounded_together_and_given_back() {
 }
 
 #[tokio::test]
-async fn what_all_have_half_sent_is_bounded_together() {
+async fn what_all_have_half_sent_is_bounded_together_and_shown() {
+    let recorder = metrics_exporter_prometheus::PrometheusBuilder::new().build_recorder();
+    let handle = recorder.handle();
+    let _guard = metrics::set_default_local_recorder(&recorder);
+    let shown = |bytes: usize| handle.render().contains(&format!("holdfast_half_sent_bytes {bytes}\n"));
     served(10, async |server| {
         let request = format!("*2\r\n$4\r\nECHO\r\n$40000\r\n{}\r\n", "x".repeat(40_000));
         let (half, other_half) = request.as_bytes().split_at(30_000);
@@ -567,9 +571,11 @@ async fn what_all_have_half_sent_is_bounded_together() {
         let mut first = TcpStream::connect(server.address).await.unwrap();
         first.write_all(half).await.unwrap();
         until(|| half_sent() == half.len()).await;
+        assert!(shown(half.len()), "{}", handle.render());
         talk(&mut first, other_half, "$40000\r\n").await;
         first.read_exact(&mut vec![0; 40_002]).await.unwrap();
         until(|| half_sent() == 0).await;
+        assert!(shown(0), "{}", handle.render());
         // Now others have half-sent so much that there is no room for this: what is small goes on, what is not is closed.
         let others = INPUT_TOGETHER_MAX - 20_000;
         server.cx.half_sent.set(others);
@@ -587,6 +593,7 @@ async fn what_all_have_half_sent_is_bounded_together() {
         assert_eq!(server.cx.registry.connected(), 1, "as little as that each may have");
         drop(little);
         until(|| half_sent() == 2 * INPUT_TOGETHER_MAX - 16_000).await;
+        assert!(shown(0), "{}", handle.render());
         // What is complete is taken, however much the others have.
         let mut whole = TcpStream::connect(server.address).await.unwrap();
         talk(&mut whole, &b"PING\r\n".repeat(10_000), &"+PONG\r\n".repeat(10_000)).await;
