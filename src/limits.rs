@@ -16,6 +16,9 @@ pub fn operation_within(reply: Duration) -> Duration {
 /// more, in which this thread can work out answers and make the next batch; less, and two smaller batches cost both sides more than one.
 pub const BESIDE_FROM_KEYS: usize = 128;
 
+/// The part of a lane's time in which it asks what is parked whether it may go.
+pub const PARKED_ASKED_PART: u32 = 10;
+
 /// Operations in one script call: it keeps Redis busy for 1 to 3 ms at the most, and everybody else waits that long.
 pub const BATCH_OPERATIONS_MAX: usize = 512;
 

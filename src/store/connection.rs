@@ -73,6 +73,11 @@ impl Error {
         matches!(self, Self::Refused(_)) && before.contains(&self.code())
     }
 
+    /// Whether Redis refused before a script's first write, and may not do so a little later.
+    pub fn is_for_now(&self) -> bool {
+        matches!(self, Self::Refused(_)) && ["OOM", "MISCONF", "NOREPLICAS", "BUSY"].contains(&self.code())
+    }
+
     /// Whether what stands in Redis is not what belongs there: it cannot be read, or is of another type.
     pub fn is_about_what_is_there(&self) -> bool {
         matches!(self, Self::Unexpected(_)) || self.code() == "WRONGTYPE"

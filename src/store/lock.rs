@@ -268,7 +268,7 @@ impl Locks {
     pub async fn release(&self, name: LockName, token: u64, within: Duration) -> Result<bool, Refusal> {
         let (answer, answered) = oneshot::channel();
         let releasing = Arc::clone(&self.0);
-        self.0.spawn(async move { _ = answer.send(releasing.release(name, token).await) });
+        self.0.spawn(async move { _ = answer.send(releasing.release(name, token, false).await) });
         match tokio::time::timeout(within, answered).await {
             Ok(Ok(released)) => released,
             // It goes on, and may be done yet.
@@ -551,7 +551,7 @@ impl Inner {
 
     fn release_soon(self: &Arc<Self>, name: LockName, token: u64) {
         let inner = Arc::clone(self);
-        self.spawn(async move { _ = inner.release(name, token).await });
+        self.spawn(async move { _ = inner.release(name, token, true).await });
     }
 
     /// Finds out whether a release of which nothing is known has passed the lock on: it is its heir's, or given back where they have gone. Until
@@ -567,8 +567,8 @@ impl Inner {
         });
     }
 
-    /// Releases it once, and passes it on to the next in line where it may.
-    async fn release(self: &Arc<Self>, name: LockName, token: u64) -> Result<bool, Refusal> {
+    /// Releases it once, and passes it on to the next in line where it may. `persists`: as of [`Inner::let_go`].
+    async fn release(self: &Arc<Self>, name: LockName, token: u64, persists: bool) -> Result<bool, Refusal> {
         let began = Instant::now();
         let told_us = self.subscriber.hears(&name);
         let heir = {
@@ -589,7 +589,7 @@ impl Inner {
             }
         };
         let until = began + limits::LOCK_RESEND_WITHIN;
-        let result = self.let_go(&name, token, &self.op(), heir.as_ref().map(|(_, asked)| asked), until).await;
+        let result = self.let_go(&name, token, &self.op(), heir.as_ref().map(|(_, asked)| asked), until, persists).await;
         let now = Instant::now();
         let mut lines = self.lines();
         let mut passed_to = None;

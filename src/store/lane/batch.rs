@@ -115,7 +115,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
         let in_time = now + limits::LOCKED_RETRY_WITHIN;
         let mut parked = self.parked.borrow_mut();
-        let mut stay = Vec::new();
+        let (mut stay, mut some_wait) = (Vec::new(), false);
         self.more_to_ask.set(false);
         while let Some(mut queued) = parked.pop_front() {
             let weight = F::weight(&queued.op);
@@ -132,10 +132,15 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 Ok(()) => batch.push(queued, weight),
                 Err(reason) => {
                     queued.again = Some(reason);
-                    self.bell.ring_by(now + self.desk.retry_after());
+                    some_wait = true;
                     stay.push(queued);
                 }
             }
+        }
+        if some_wait {
+            // However many there are, asking takes a small part of the time.
+            let asked = now.elapsed();
+            self.bell.ring_by(now + self.desk.retry_after().max(asked * limits::PARKED_ASKED_PART));
         }
         stay.into_iter().rev().for_each(|queued| parked.push_front(queued));
     }

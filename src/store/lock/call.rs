@@ -139,7 +139,7 @@ impl Inner {
         read(&mut words).map_err(|error| refused(&error))
     }
 
-    /// Releases, and passes on to `next`.
+    /// Releases, and passes on to `next`. `persists`: tries again while Redis refuses it for a while, for nobody else would.
     pub(super) async fn let_go(
         &self,
         name: &LockName,
@@ -147,6 +147,7 @@ impl Inner {
         op: &str,
         next: Option<&Asked>,
         until: Instant,
+        persists: bool,
     ) -> Result<Released, Refusal> {
         let keys = [
             keys::LOCKS.to_owned(),
@@ -160,7 +161,7 @@ impl Inner {
         let lease = next.map_or(0, |next| millis(next.lease)).to_string();
         let mut sent = Instant::now();
         let mut words = self
-            .call(&script::LOCK_RELEASE, &keys, op, until, |node| {
+            .call_on(&script::LOCK_RELEASE, &keys, op, until, persists, |node| {
                 sent = Instant::now();
                 let mut args = self.of_node(node, sent);
                 args.extend([node.epoch.installation.clone().into_bytes(), token.clone().into_bytes()]);
@@ -245,14 +246,27 @@ impl Inner {
         read(&mut words).map_err(|error| refused(&error))
     }
 
-    /// Calls a script, on another connection where one breaks. Its first argument, and the first word of its answer, is `op`: an answer to
-    /// something else says that this connection is off by one.
+    /// [`Inner::call_on`] of what is given up where Redis refuses it.
     async fn call(
         &self,
         script: &Script,
         keys: &[String],
         op: &str,
         until: Instant,
+        args: impl FnMut(&Node) -> Vec<Vec<u8>>,
+    ) -> Result<Words, Refusal> {
+        self.call_on(script, keys, op, until, false, args).await
+    }
+
+    /// Calls a script, on another connection where one breaks. Its first argument, and the first word of its answer, is `op`: an answer to
+    /// something else says that this connection is off by one. `persists`: also while Redis refuses it for now, though it has never run.
+    async fn call_on(
+        &self,
+        script: &Script,
+        keys: &[String],
+        op: &str,
+        until: Instant,
+        persists: bool,
         mut args: impl FnMut(&Node) -> Vec<Vec<u8>>,
     ) -> Result<Words, Refusal> {
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
@@ -287,8 +301,8 @@ impl Inner {
                     self.link.failed(&node);
                     Again::Now
                 }
-                // It may have run when it was sent before; and to release it nobody else tries.
-                Ok(Err(error)) if error.is_before_any_write() && (may_have_run(sent) || script.name == script::LOCK_RELEASE.name) => {
+                // It may have run when it was sent before.
+                Ok(Err(error)) if error.is_for_now() && (may_have_run(sent) || persists) => {
                     tracing::debug!(%error, script = script.name, "Redis refuses a lock's script for now");
                     Again::Later(limits::LOCK_POLL)
                 }
