@@ -20,7 +20,7 @@ pub struct CouponRow {
     pub per_user: i64,
     pub start_ms: Option<i64>,
     pub end_ms: Option<i64>,
-    /// The highest serial ever issued.
+    /// The highest serial that was ever given out, also by an issue that is parked or owed.
     pub last_serial: i64,
     pub state: String,
 }
@@ -64,9 +64,13 @@ pub async fn load(connection: &mut PgConnection, coupon: &str) -> Result<Option<
     Ok(row.bind(coupon).fetch_optional(connection).await?)
 }
 
-/// Whether a serial of a coupon was ever given to anybody.
+/// Whether a serial of a coupon was ever given to anybody. Redis may have it of an issue that Postgres refused, too: that has only its row in
+/// the ledger.
 pub async fn is_issued(connection: &mut PgConnection, coupon: &str, serial: i64) -> Result<bool, Error> {
-    let issued = sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM holdfast.coupon_issue WHERE coupon_id = $1 AND serial = $2)");
+    let issued = sqlx::query_scalar(
+        "SELECT EXISTS (SELECT 1 FROM holdfast.coupon_issue WHERE coupon_id = $1 AND serial = $2) \
+         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger WHERE coupon_id = $1 AND serial = $2 AND kind = 'issue')",
+    );
     Ok(issued.bind(coupon).bind(serial).fetch_one(connection).await?)
 }
 

@@ -11,7 +11,7 @@ use crate::domain::coupon::{CouponChange, Stepped};
 /// See the module.
 pub(super) struct CouponShelf {
     coupons: HashMap<String, Terms>,
-    /// By coupon and serial: the user, and the state.
+    /// By coupon and serial: the user, and the state; `parked` where Postgres refused the issue.
     issues: HashMap<(String, i64), (String, &'static str)>,
 }
 
@@ -35,13 +35,16 @@ impl CouponShelf {
         .await?;
         let serials: Vec<i64> = answered.iter().filter_map(|one| one.operation.serial()).collect();
         let issues: Vec<(String, i64, String, String)> = sqlx::query_as(
-            "SELECT coupon_id, serial, user_id, state FROM holdfast.coupon_issue WHERE coupon_id = ANY($1) AND serial = ANY($2)",
+            "SELECT coupon_id, serial, user_id, state FROM holdfast.coupon_issue WHERE coupon_id = ANY($1) AND serial = ANY($2) \
+             UNION ALL SELECT l.coupon_id, l.serial, coalesce(l.user_id, ''), 'parked' FROM holdfast.coupon_ledger l \
+             WHERE l.coupon_id = ANY($1) AND l.serial = ANY($2) AND l.kind = 'issue' \
+             AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_issue i WHERE i.coupon_id = l.coupon_id AND i.serial = l.serial)",
         )
         .bind(&coupons)
         .bind(serials)
         .fetch_all(connection)
         .await?;
-        let state = |state: &str| ["issued", "used"].into_iter().find(|known| *known == state).unwrap_or("revoked");
+        let state = |state: &str| ["issued", "used", "parked"].into_iter().find(|known| *known == state).unwrap_or("revoked");
         Ok(Self {
             coupons: terms.into_iter().map(|(coupon, total, issued, deleted)| (coupon, Terms { total, issued, deleted })).collect(),
             issues: issues.into_iter().map(|(coupon, serial, user, held)| ((coupon, serial), (user, state(&held)))).collect(),

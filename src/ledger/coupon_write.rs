@@ -91,6 +91,17 @@ pub(super) async fn keep_serial(connection: &mut PgConnection, operation: &Opera
     Ok(())
 }
 
+/// The same of all that were issued of a coupon before Postgres had it.
+pub(super) async fn keep_serials(connection: &mut PgConnection, coupon: &str) -> Result<(), Error> {
+    let keep = sqlx::query(
+        "UPDATE holdfast.coupon c SET last_serial = l.serial \
+         FROM (SELECT max(serial) AS serial FROM holdfast.coupon_ledger WHERE coupon_id = $1 AND kind = 'issue') AS l \
+         WHERE c.coupon_id = $1 AND c.last_serial < l.serial",
+    );
+    keep.bind(coupon).execute(connection).await?;
+    Ok(())
+}
+
 async fn create(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(), Error> {
     if changes.created.is_empty() {
         return Ok(());

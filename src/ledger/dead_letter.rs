@@ -347,6 +347,9 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
     let last = Position::new(from_bigint(epoch), from_bigint(n));
     let entry = Entry { last, first_n: last.n, prev: partition::NO_OP.into(), op, at_ms, operations: vec![operation] };
     write::moves(connection, &Changes::gather([&entry], &Created::default())?).await?;
+    if let [Operation { effect: Effect::Coupon { coupon, change: CouponChange::Create(_) }, .. }] = entry.operations.as_slice() {
+        coupon_write::keep_serials(connection, coupon).await?;
+    }
     Ok(Settled::Done)
 }
 
@@ -478,6 +481,33 @@ mod tests {
         assert_eq!(retry(connection, letters[0].id).await.unwrap(), Settled::Done);
         let row = coupon::load(connection, "c").await.unwrap().unwrap();
         assert_eq!((row.issued, row.last_serial), (2, 2));
+    }
+
+    #[tokio::test]
+    async fn a_creation_that_is_retried_keeps_the_serials_that_were_parked_behind_it() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        execute(connection, "ALTER TABLE holdfast.coupon ADD CONSTRAINT none CHECK (coupon_id NOT IN ('c', 'd'))").await;
+        let poisoned = entry(
+            0,
+            0,
+            &[
+                "0 coupon.create coupon=c total=9 peruser=1 |",
+                "1 coupon.issue coupon=c user=u serial=1 remaining=8 |",
+                "2 coupon.issue coupon=c user=v serial=2 remaining=7 |",
+                "3 coupon.create coupon=d total=9 peruser=1 |",
+            ],
+        );
+        assert_eq!(apply_parking(connection, 0, &poisoned).await.unwrap().1, 4);
+        execute(connection, "ALTER TABLE holdfast.coupon DROP CONSTRAINT none").await;
+        for letter in list(connection, 0, 10).await.unwrap().iter().filter(|letter| letter.kind == "coupon.create") {
+            assert_eq!(retry(connection, letter.id).await.unwrap(), Settled::Done);
+        }
+        let serials: Vec<(String, i64, i64)> =
+            rows(connection, "SELECT coupon_id, issued, last_serial FROM holdfast.coupon ORDER BY coupon_id").await;
+        assert_eq!(serials, [("c".into(), 0, 2), ("d".into(), 0, 0)]);
+        let expected = coupon::expected(connection, 0, &["c".to_owned()], 1, 4).await.unwrap().unwrap();
+        assert_eq!(expected[0].counts.unwrap(), Counts { total: 9, issued: 2, used: 0, serial: 2 }, "as Redis has it");
     }
 
     #[tokio::test]

@@ -704,5 +704,12 @@ mod tests {
         let serials: Vec<(String, i64, i64)> =
             rows(connection, "SELECT coupon_id, issued, last_serial FROM holdfast.coupon ORDER BY coupon_id").await;
         assert_eq!(serials, [("c".into(), 1, 4), ("d".into(), 0, 7)]);
+        let late = [
+            answered("j:coupon:1", 5, "0 coupon.issue coupon=d user=w serial=7 remaining=8 |"),
+            answered("j:coupon:1", 6, "1 coupon.issue coupon=d user=x serial=6 remaining=7 |"),
+        ];
+        assert_eq!(save(connection, 0, 1, &late).await.unwrap(), Saved { saved: 1, owed: 1, known: 0 });
+        let issued: Vec<(String, i64)> = rows(connection, "SELECT user_id, serial FROM holdfast.coupon_issue WHERE coupon_id = 'd'").await;
+        assert_eq!(issued, [("x".into(), 6)], "to nobody else that was handed over late either");
     }
 }

@@ -176,11 +176,18 @@ async fn coupon_done_again(
     if let (Effect::Coupon { change: CouponChange::Step(lost), .. }, Ok(CouponOutcome::Already { serial })) = (&operation.effect, &outcome)
         && lost.step == CouponStep::Use
     {
-        match ledger::coupon::used_for(postgres, op.coupon.as_str(), *serial).await? {
+        let mut redeemed = ledger::coupon::used_for(postgres, op.coupon.as_str(), *serial).await?;
+        if redeemed.is_none() {
+            // Postgres does not know yet by which, or refuses to.
+            if !has_reached_postgres(partition).await {
+                return Ok(Done::Unknown);
+            }
+            redeemed = ledger::coupon::used_for(postgres, op.coupon.as_str(), *serial).await?;
+        }
+        match redeemed {
             Some(order) if order == lost.order => {}
             Some(_) => return Ok(Done::Refused(format!(": serial {serial} has been redeemed by another order"))),
-            // Postgres does not know yet by which.
-            None => return Ok(Done::Unknown),
+            None => return Ok(Done::Refused(format!(": serial {serial} is redeemed in Redis by what Postgres does not have"))),
         }
     }
     Ok(match outcome {

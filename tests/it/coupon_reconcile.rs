@@ -396,6 +396,31 @@ fn what_cannot_be_done_again_to_a_coupon_is_owed() {
 }
 
 #[test]
+fn what_redis_gave_out_since_and_postgres_refused_stays_and_is_not_waited_for() {
+    let mut late = late(
+        UNHURRIED,
+        |others| {
+            assert!(others.ask("COUPON.ISSUE c late").starts_with("[ISSUED, 6, 94, "));
+            assert!(others.ask("COUPON.USE c u3 ORDER o-3").starts_with("[USED, 3, "));
+            assert!(others.ask("COUPON.ISSUE c later").starts_with("[ISSUED, 7, 93, "));
+        },
+        |stack, client| {
+            stack.postgres.execute("ALTER TABLE holdfast.coupon_issue ADD CHECK (user_id <> 'quick'), ADD CHECK (order_id <> 'refused')");
+            assert!(client.ask("COUPON.ISSUE c quick ACK postgres").starts_with("[ISSUED, 6, 94, "));
+            assert!(client.ask("COUPON.USE c u3 ORDER refused ACK postgres").starts_with("[USED, 3, "));
+        },
+    );
+    late.wait_until_taken_up();
+    assert!(late.client.ask("COUPON.GET c quick").contains("serial, 6, state, issued"));
+    assert_eq!(late.client.ask("COUPON.GET c late"), "[]", "somebody has its serial");
+    assert!(late.client.ask("COUPON.GET c u3").contains("refused"));
+    assert!(late.client.ask("COUPON.GET c later").contains("serial, 7, state, issued"));
+    let owed = "SELECT kind || ' ' || in_redis FROM holdfast.dead_letter ORDER BY id";
+    assert_eq!(late.stack.postgres.column(owed), ["coupon.issue true", "coupon.use true", "coupon.issue false", "coupon.use false"]);
+    late.end();
+}
+
+#[test]
 fn what_waits_for_a_locked_coupon_keeps_nothing_else_from_being_taken_up() {
     // So long is the lock waited for each time.
     let mut late = late(
