@@ -334,8 +334,11 @@ pub const SALVAGE_CHANGES_MAX: usize = 1_000;
 /// Changes handed over by other sidecars that one verification takes up: more wait for the next.
 pub const HANDOVER_MAX: i64 = 256;
 
-/// Coupons that it may find to be locked, say, and leaves for the next while it goes on: each costs it a reply's time.
+/// Coupons that it may find to be locked, say, and leaves for the next while it goes on.
 pub const HANDOVER_COUPONS_WAIT: usize = 8;
+
+/// How long it waits for such a coupon at the most: for all of them less than a verification may take.
+pub const HANDOVER_REPLY_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long a rebuild waits for what sidecars that run have answered: a million changes take half of it.
 pub const HANDOVER_WITHIN: Duration = Duration::from_secs(60);

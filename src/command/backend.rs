@@ -138,7 +138,9 @@ impl Backend {
     /// future ends when they have.
     pub fn drive(&self, changes: Option<mpsc::Receiver<ServerChange>>, cancel: &CancellationToken) -> impl Future<Output = ()> + use<> {
         if let Some(changes) = changes {
-            spawn_local(cancel.clone().run_until_cancelled_owned(take_in(changes, Rc::clone(&self.stock), Rc::clone(&self.coupon))));
+            let again_within = self.within.min(limits::HANDOVER_REPLY_WITHIN);
+            let taking_in = take_in(changes, Rc::clone(&self.stock), Rc::clone(&self.coupon), again_within);
+            spawn_local(cancel.clone().run_until_cancelled_owned(taking_in));
         }
         let tasks: Vec<JoinHandle<()>> = vec![
             spawn_local(Rc::clone(&self.acks).drive(cancel.clone())),
@@ -159,11 +161,19 @@ impl Backend {
     }
 }
 
-/// Submits what the server itself asks for.
-async fn take_in(mut changes: mpsc::Receiver<ServerChange>, stock: Rc<Lane<Stock, StockWaiter>>, coupon: Rc<Lane<Coupon, CouponWaiter>>) {
+/// Submits what the server itself asks for. What is done again to a coupon that is locked waits no longer than `again_within`.
+async fn take_in(
+    mut changes: mpsc::Receiver<ServerChange>,
+    stock: Rc<Lane<Stock, StockWaiter>>,
+    coupon: Rc<Lane<Coupon, CouponWaiter>>,
+    again_within: Duration,
+) {
     while let Some(change) = changes.recv().await {
         match change {
             ServerChange::Stock { op, answer } => stock.submit(op, Instant::now(), StockWaiter::Server(answer)),
+            ServerChange::Coupon { op, answer } if op.again.is_some() => {
+                coupon.submit_until(op, Instant::now() + again_within, CouponWaiter::Server(answer));
+            }
             ServerChange::Coupon { op, answer } => coupon.submit(op, Instant::now(), CouponWaiter::Server(answer)),
         }
     }
