@@ -1,5 +1,7 @@
 //! Reads coupons.
 
+use std::collections::HashSet;
+
 use sqlx::PgConnection;
 
 use super::{Error, from_bigint, partition, to_bigint};
@@ -64,12 +66,12 @@ pub async fn load(connection: &mut PgConnection, coupon: &str) -> Result<Option<
     Ok(row.bind(coupon).fetch_optional(connection).await?)
 }
 
-/// Whether a serial of a coupon was ever given to anybody. Redis may have it of an issue that Postgres refused, too: that has only its row in
-/// the ledger.
+/// Whether a serial of a coupon was ever given to anybody, also by an issue that is parked or owed.
 pub async fn is_issued(connection: &mut PgConnection, coupon: &str, serial: i64) -> Result<bool, Error> {
     let issued = sqlx::query_scalar(
         "SELECT EXISTS (SELECT 1 FROM holdfast.coupon_issue WHERE coupon_id = $1 AND serial = $2) \
-         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger WHERE coupon_id = $1 AND serial = $2 AND kind = 'issue')",
+         OR EXISTS (SELECT 1 FROM holdfast.dead_letter d JOIN holdfast.coupon_ledger l USING (op, k) \
+         WHERE d.kind = 'coupon.issue' AND l.coupon_id = $1 AND l.serial = $2)",
     );
     Ok(issued.bind(coupon).bind(serial).fetch_one(connection).await?)
 }
@@ -170,31 +172,48 @@ pub async fn used_for(connection: &mut PgConnection, coupon: &str, serial: i64) 
     Ok(order.bind(coupon).bind(serial).fetch_optional(connection).await?)
 }
 
-/// The order, if it had one, that a serial of a coupon is redeemed for, where a change that was answered at `origin`, at `at_ms` (Unix ms by
-/// Redis's clock), may have seen that redemption: it is no younger, or does again one that was handed over and was answered before. `None`
-/// where the serial is not redeemed, or has been since.
+/// Where, of these changes of a coupon's serial, each with the position at which it was answered, the serial has been redeemed since, and that
+/// not taken back. A redemption that does again one that was handed over has that one's place.
+pub(super) async fn redeemed_since(
+    connection: &mut PgConnection,
+    partition: u32,
+    changes: &[(&str, i64, Position)],
+) -> Result<HashSet<Position>, Error> {
+    if changes.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let since: Vec<(i64, i64)> = sqlx::query_as(
+        "SELECT DISTINCT c.epoch, c.n FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::bigint[]) AS c (coupon, serial, epoch, n) \
+         JOIN holdfast.coupon_ledger l ON l.partition = $1 AND l.coupon_id = c.coupon AND l.serial = c.serial AND l.kind = 'use' \
+         AND (l.epoch, l.n) > (c.epoch, c.n) AND (coalesce(l.origin_epoch, l.epoch), coalesce(l.origin_n, l.n)) > (c.epoch, c.n) \
+         WHERE NOT EXISTS (SELECT 1 FROM holdfast.salvage s WHERE l.request_id IS NOT NULL AND s.partition = $1 \
+         AND (s.origin_epoch, s.origin_n) < (c.epoch, c.n) \
+         AND (l.request_id = 'hf-' || s.op || '-' || s.k OR position(' request=' || l.request_id || ' ' IN s.line) > 0)) \
+         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger b WHERE b.partition = $1 AND b.coupon_id = c.coupon AND b.serial = c.serial \
+         AND b.kind = 'unuse' AND (b.epoch, b.n) > (c.epoch, c.n) AND (coalesce(b.origin_epoch, b.epoch), coalesce(b.origin_n, b.n)) \
+         > (coalesce(l.origin_epoch, l.epoch), coalesce(l.origin_n, l.n)))",
+    )
+    .bind(partition::id(partition))
+    .bind(changes.iter().map(|(coupon, ..)| *coupon).collect::<Vec<_>>())
+    .bind(changes.iter().map(|(_, serial, _)| *serial).collect::<Vec<_>>())
+    .bind(changes.iter().map(|(.., at)| to_bigint(at.epoch)).collect::<Vec<_>>())
+    .bind(changes.iter().map(|(.., at)| to_bigint(at.n)).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    Ok(since.into_iter().map(|(epoch, n)| Position::new(from_bigint(epoch), from_bigint(n))).collect())
+}
+
+/// The order, if it had one, that a serial of a coupon is redeemed for, where a change that was answered at `origin` may have seen that
+/// redemption. `None` where the serial is not redeemed, or has been since.
 pub async fn redeemed_before(
     connection: &mut PgConnection,
     partition: u32,
     coupon: &str,
     serial: i64,
     origin: Position,
-    at_ms: i64,
 ) -> Result<Option<Option<String>>, Error> {
-    let order = sqlx::query_scalar(
-        "SELECT i.order_id FROM holdfast.coupon_issue i WHERE i.coupon_id = $1 AND i.serial = $2 AND i.state = 'used' \
-         AND (i.used_at <= timestamptz 'epoch' + $3 * interval '1 millisecond' OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l \
-         JOIN holdfast.salvage s ON l.request_id = 'hf-' || s.op || '-' || s.k OR position(' request=' || l.request_id || ' ' IN s.line) > 0 \
-         WHERE l.at = i.used_at AND l.request_id IS NOT NULL AND l.coupon_id = $1 AND l.serial = $2 AND l.kind = 'use' \
-         AND s.partition = $4 AND (s.origin_epoch, s.origin_n) < ($5, $6)))",
-    )
-    .bind(coupon)
-    .bind(serial)
-    .bind(at_ms)
-    .bind(partition::id(partition))
-    .bind(to_bigint(origin.epoch))
-    .bind(to_bigint(origin.n));
-    Ok(order.fetch_optional(connection).await?)
+    let since = redeemed_since(connection, partition, &[(coupon, serial, origin)]).await?;
+    if since.is_empty() { used_for(connection, coupon, serial).await } else { Ok(None) }
 }
 
 /// By how many more of a coupon are issued and used, counted user by user, than its own numbers say. Looks at all who ever had it.
@@ -279,31 +298,37 @@ mod tests {
         changed.sort();
         assert_eq!(changed, ["a", "b"]);
     }
+
     #[tokio::test]
-    async fn which_redemption_a_late_change_has_seen_is_told_by_its_time_or_by_what_was_handed_over() {
+    async fn which_redemption_a_late_change_has_seen_is_told_by_its_place_or_by_what_was_handed_over() {
         let mut database = database().await;
         let connection = &mut database.connection;
+        // The clock of the Redis in which they were redeemed since is behind.
         execute(
             connection,
             "INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at, used_at, order_id)
-             SELECT 'c', n, 'u', 'used', now(), timestamptz 'epoch' + n * interval '1 second', nullif('o-' || n, 'o-2')
-             FROM generate_series(1, 6) AS n;
-             INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at) VALUES ('c', 7, 'u', 'issued', now());
-             INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, user_id, serial, remaining_after, request_id, at)
-             SELECT 0, 2, serial, 'j:coupon:1', serial, 'c', 'use', 'u', serial, 0,
-             CASE serial WHEN 3 THEN 'hf-i:coupon:1-0' WHEN 4 THEN 'r' WHEN 5 THEN 'hf-i:coupon:2-0' WHEN 6 THEN 'ours' END, used_at
-             FROM holdfast.coupon_issue WHERE used_at IS NOT NULL;
+             SELECT 'c', n, 'u', 'used', now(), timestamptz 'epoch', nullif('o-' || n, 'o-2') FROM generate_series(1, 7) AS n;
+             INSERT INTO holdfast.coupon_issue (coupon_id, serial, user_id, state, issued_at) VALUES ('c', 8, 'u', 'issued', now());
+             INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, user_id, serial, remaining_after, request_id, at,
+             origin_epoch, origin_n)
+             SELECT 0, 2, n, 'j:coupon:1', n, 'c', kind, 'u', serial, 0, request, timestamptz 'epoch', 1, origin FROM (VALUES
+             (20, 'use', 1, NULL, 7), (21, 'use', 2, NULL, 6), (22, 'use', 3, 'hf-i:coupon:1-0', NULL), (23, 'use', 4, 'r', NULL),
+             (24, 'use', 5, 'hf-i:coupon:2-0', NULL), (25, 'use', 6, 'ours', NULL),
+             (26, 'use', 7, NULL, NULL), (27, 'unuse', 7, NULL, NULL), (28, 'use', 7, 'hf-i:coupon:1-2', NULL), (29, 'use', 8, NULL, NULL))
+             AS l (n, kind, serial, request, origin);
+             UPDATE holdfast.coupon_ledger SET origin_epoch = NULL WHERE origin_n IS NULL;
              INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms, done) VALUES
              (0, 'i:coupon:1', 0, 1, 4, '0 coupon.use coupon=c user=u order=o-3 serial=3 remaining=0 |', 0, true),
              (0, 'i:coupon:1', 1, 1, 5, '1 coupon.use request=r digest=d coupon=c user=u order=o-4 serial=4 remaining=0 |', 0, true),
+             (0, 'i:coupon:1', 2, 1, 6, '2 coupon.use coupon=c user=u order=o-7 serial=7 remaining=0 |', 0, true),
              (0, 'i:coupon:2', 0, 1, 9, '0 coupon.use coupon=c user=u order=o-5 serial=5 remaining=0 |', 0, true)",
         )
         .await;
         let mut found = Vec::new();
-        for serial in 1..=8 {
-            found.push(redeemed_before(connection, 0, "c", serial, Position::new(1, 8), 2_000).await.unwrap());
+        for serial in 1..=9 {
+            found.push(redeemed_before(connection, 0, "c", serial, Position::new(1, 8)).await.unwrap());
         }
         let order = |order: &str| Some(Some(order.to_owned()));
-        assert_eq!(found, [order("o-1"), Some(None), order("o-3"), order("o-4"), None, None, None, None]);
+        assert_eq!(found, [order("o-1"), Some(None), order("o-3"), order("o-4"), None, None, order("o-7"), None, None]);
     }
 }

@@ -1,18 +1,22 @@
 //! What Postgres has of the coupons that are being saved, as far as it has been worked through: see [`salvage`](super::salvage).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use sqlx::PgConnection;
 
-use super::Error;
 use super::salvage::Answered;
-use crate::domain::coupon::{CouponChange, Stepped};
+use super::{Error, coupon};
+use crate::domain::Position;
+use crate::domain::change::Effect;
+use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 
 /// See the module.
 pub(super) struct CouponShelf {
     coupons: HashMap<String, Terms>,
-    /// By coupon and serial: the user, and the state; `parked` where Postgres refused the issue.
+    /// By coupon and serial: the user, and the state; `parked` where it has only a dead letter.
     issues: HashMap<(String, i64), (String, &'static str)>,
+    /// Where redemptions are taken back of what has been redeemed since.
+    overtaken: HashSet<Position>,
 }
 
 #[derive(Clone, Copy)]
@@ -24,7 +28,7 @@ struct Terms {
 
 impl CouponShelf {
     /// Reads what these are about, and locks the coupons.
-    pub async fn load(connection: &mut PgConnection, answered: &[&Answered]) -> Result<Self, Error> {
+    pub async fn load(connection: &mut PgConnection, partition: u32, answered: &[&Answered]) -> Result<Self, Error> {
         let coupons: BTreeSet<&str> = answered.iter().filter_map(|one| one.operation.coupon()).collect();
         let coupons: Vec<&str> = coupons.into_iter().collect();
         let terms: Vec<(String, i64, i64, bool)> = sqlx::query_as(
@@ -36,23 +40,27 @@ impl CouponShelf {
         let serials: Vec<i64> = answered.iter().filter_map(|one| one.operation.serial()).collect();
         let issues: Vec<(String, i64, String, String)> = sqlx::query_as(
             "SELECT coupon_id, serial, user_id, state FROM holdfast.coupon_issue WHERE coupon_id = ANY($1) AND serial = ANY($2) \
-             UNION ALL SELECT l.coupon_id, l.serial, coalesce(l.user_id, ''), 'parked' FROM holdfast.coupon_ledger l \
-             WHERE l.coupon_id = ANY($1) AND l.serial = ANY($2) AND l.kind = 'issue' \
+             UNION ALL SELECT l.coupon_id, l.serial, coalesce(l.user_id, ''), 'parked' \
+             FROM holdfast.dead_letter d JOIN holdfast.coupon_ledger l USING (op, k) \
+             WHERE d.kind = 'coupon.issue' AND l.coupon_id = ANY($1) AND l.serial = ANY($2) \
              AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_issue i WHERE i.coupon_id = l.coupon_id AND i.serial = l.serial)",
         )
         .bind(&coupons)
         .bind(serials)
-        .fetch_all(connection)
+        .fetch_all(&mut *connection)
         .await?;
+        let taken_back: Vec<(&str, i64, Position)> = answered.iter().filter_map(|one| taken_back(one)).collect();
+        let overtaken = coupon::redeemed_since(connection, partition, &taken_back).await?;
         let state = |state: &str| ["issued", "used", "parked"].into_iter().find(|known| *known == state).unwrap_or("revoked");
         Ok(Self {
+            overtaken,
             coupons: terms.into_iter().map(|(coupon, total, issued, deleted)| (coupon, Terms { total, issued, deleted })).collect(),
             issues: issues.into_iter().map(|(coupon, serial, user, held)| ((coupon, serial), (user, state(&held)))).collect(),
         })
     }
 
-    /// Makes a change here. Returns by how much the total moves; errors with why Postgres cannot make it.
-    pub fn take(&mut self, coupon: &str, change: &CouponChange) -> Result<i64, String> {
+    /// Makes a change here that was answered at `origin`. Returns by how much the total moves; errors with why Postgres cannot make it.
+    pub fn take(&mut self, coupon: &str, change: &CouponChange, origin: Position) -> Result<i64, String> {
         if let CouponChange::Create(terms) = change {
             if self.coupons.contains_key(coupon) {
                 return Err(format!("coupon '{coupon}' exists already"));
@@ -77,6 +85,9 @@ impl CouponShelf {
                 return Ok(by);
             }
             CouponChange::Step(Stepped { step, user, serial, .. }) => {
+                if *step == CouponStep::Unuse && self.overtaken.contains(&origin) {
+                    return Err(format!("serial {serial} of coupon '{coupon}' has been redeemed since"));
+                }
                 let held = self.issues.get(&(coupon.to_owned(), *serial));
                 match (step.from(), held) {
                     (None, Some(_)) => return Err(format!("serial {serial} of coupon '{coupon}' was issued to somebody else")),
@@ -93,5 +104,15 @@ impl CouponShelf {
             }
         }
         Ok(0)
+    }
+}
+
+/// Of what takes a redemption back: the coupon, the serial, and where.
+fn taken_back(answered: &Answered) -> Option<(&str, i64, Position)> {
+    match &answered.operation.effect {
+        Effect::Coupon { coupon, change: CouponChange::Step(Stepped { step: CouponStep::Unuse, serial, .. }) } => {
+            Some((coupon, *serial, answered.origin))
+        }
+        _ => None,
     }
 }

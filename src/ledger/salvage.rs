@@ -33,13 +33,13 @@ pub struct Saved {
     pub saved: usize,
     /// Written, but what they took is no longer there: parked as dead letters.
     pub owed: usize,
-    /// Were in the ledger already.
+    /// Had their effect already.
     pub known: usize,
 }
 
-/// Saves them in their order, in one transaction, under `epoch`, which must be the partition's. A change that is in the ledger already, by
-/// op and k, is passed over, so that a call whose outcome is not known is simply repeated. What the stock or the coupon does not permit is
-/// written all the same, and owed: nothing that was answered is hidden.
+/// Saves them in their order, in one transaction, under `epoch`, which must be the partition's. A change that is [`known`] is passed over, so
+/// that a call whose outcome is not known is simply repeated. What the stock or the coupon does not permit is written all the same, and owed:
+/// nothing that was answered is hidden.
 pub async fn save(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered]) -> Result<Saved, Error> {
     // The parts that are to be tried, the next one last.
     let mut parts = vec![answered];
@@ -105,12 +105,12 @@ async fn save_in(
     let Some(row) = partition::lock(connection, partition).await?.filter(|row| row.epoch == epoch) else {
         return Err(taken_over(partition, epoch));
     };
-    let known = known(connection, answered).await?;
+    let known = known(connection, partition, epoch, answered).await?;
     let new: Vec<&Answered> = answered.iter().filter(|one| !known.contains(&(one.op.clone(), one.operation.k))).collect();
     if new.is_empty() {
         return Ok(Saved { known: answered.len(), ..Saved::default() });
     }
-    let mut shelf = Shelf::load(connection, &new).await?;
+    let mut shelf = Shelf::load(connection, partition, &new).await?;
     let mut changes = Changes::default();
     let mut owed = Vec::new();
     let told: Vec<(Operation, bool)> = new.iter().map(|one| shelf.told(&one.operation)).collect();
@@ -175,8 +175,69 @@ fn taken_over(partition: u32, epoch: u64) -> Error {
     Error::Broken(format!("partition {partition} is no longer under epoch {epoch}: another sidecar took it"))
 }
 
+/// Which of them have had their effect before `epoch`: they are in the ledger, or what was done instead is. That is what was handed over and
+/// taken up, be it that it is owed, and what their client did again under the same REQUEST.
+pub async fn known(
+    connection: &mut PgConnection,
+    partition: u32,
+    epoch: u64,
+    answered: &[Answered],
+) -> Result<HashSet<(String, u32)>, Error> {
+    let mut known = in_ledger(connection, answered).await?;
+    let left: Vec<&Answered> = answered.iter().filter(|one| !known.contains(&(one.op.clone(), one.operation.k))).collect();
+    if left.is_empty() {
+        return Ok(known);
+    }
+    let taken_up: Vec<(String, i32)> = sqlx::query_as(
+        "SELECT a.op, a.k FROM unnest($1::text[], $2::int[]) AS a (op, k) \
+         WHERE EXISTS (SELECT 1 FROM holdfast.salvage s WHERE s.op = a.op AND s.k = a.k AND s.done) \
+         OR EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%') \
+         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%')",
+    )
+    .bind(left.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
+    .bind(left.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
+    .fetch_all(&mut *connection)
+    .await?;
+    known.extend(taken_up.into_iter().filter_map(|(op, k)| Some((op, u32::try_from(k).ok()?))));
+    known.extend(by_requests(connection, partition, epoch, &left).await?);
+    Ok(known)
+}
+
+/// Which of them carried a REQUEST that was executed later, before `epoch`, in a Redis that did not know of it.
+async fn by_requests(
+    connection: &mut PgConnection,
+    partition: u32,
+    epoch: u64,
+    answered: &[&Answered],
+) -> Result<Vec<(String, u32)>, Error> {
+    let with: Vec<_> = answered.iter().filter_map(|one| Some((*one, one.operation.remembered.as_ref()?))).collect();
+    let Some(first) = with.iter().map(|(one, _)| one.origin).min() else { return Ok(Vec::new()) };
+    let rows: Vec<(String, i32)> = sqlx::query_as(
+        "SELECT a.op, a.k FROM unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::bigint[], $6::bigint[]) \
+         AS a (op, k, request, digest, epoch, n) JOIN (\
+         SELECT request_id, request_digest, coalesce(origin_epoch, epoch) AS epoch, coalesce(origin_n, n) AS n FROM holdfast.stock_ledger \
+         WHERE partition = $7 AND (epoch, n) > ($8, $9) AND epoch < $10 AND request_id = ANY($3) UNION ALL \
+         SELECT request_id, request_digest, coalesce(origin_epoch, epoch), coalesce(origin_n, n) FROM holdfast.coupon_ledger \
+         WHERE partition = $7 AND (epoch, n) > ($8, $9) AND epoch < $10 AND request_id = ANY($3)) AS l \
+         ON l.request_id = a.request AND l.request_digest = a.digest AND (l.epoch, l.n) > (a.epoch, a.n)",
+    )
+    .bind(with.iter().map(|(one, _)| one.op.as_str()).collect::<Vec<_>>())
+    .bind(with.iter().map(|(one, _)| write::small(one.operation.k)).collect::<Vec<_>>())
+    .bind(with.iter().map(|(_, remembered)| remembered.request.as_str()).collect::<Vec<_>>())
+    .bind(with.iter().map(|(_, remembered)| remembered.digest.as_str()).collect::<Vec<_>>())
+    .bind(with.iter().map(|(one, _)| to_bigint(one.origin.epoch)).collect::<Vec<_>>())
+    .bind(with.iter().map(|(one, _)| to_bigint(one.origin.n)).collect::<Vec<_>>())
+    .bind(partition::id(partition))
+    .bind(to_bigint(first.epoch))
+    .bind(to_bigint(first.n))
+    .bind(to_bigint(epoch))
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().filter_map(|(op, k)| Some((op, u32::try_from(k).ok()?))).collect())
+}
+
 /// Which of them are in the ledger, in rows of their own or in one that stands for several.
-pub async fn known(connection: &mut PgConnection, answered: &[Answered]) -> Result<HashSet<(String, u32)>, Error> {
+pub async fn in_ledger(connection: &mut PgConnection, answered: &[Answered]) -> Result<HashSet<(String, u32)>, Error> {
     let rows: Vec<(String, i32)> = sqlx::query_as(
         "SELECT a.op, a.k FROM unnest($1::text[], $2::int[]) AS a (op, k) \
          WHERE EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.op = a.op AND l.k = a.k) \
@@ -212,7 +273,7 @@ struct Shelf {
 }
 
 impl Shelf {
-    async fn load(connection: &mut PgConnection, answered: &[&Answered]) -> Result<Self, Error> {
+    async fn load(connection: &mut PgConnection, partition: u32, answered: &[&Answered]) -> Result<Self, Error> {
         let products: BTreeSet<&str> = answered.iter().flat_map(|one| one.operation.products()).collect();
         let stock: Vec<(String, i64, bool)> = sqlx::query_as(
             "SELECT product_id, available, deleted_at IS NOT NULL FROM holdfast.stock WHERE product_id = ANY($1) ORDER BY product_id FOR UPDATE",
@@ -223,7 +284,7 @@ impl Shelf {
         Ok(Self {
             rows: stock.iter().map(|(product, ..)| product.clone()).collect(),
             stock: stock.into_iter().map(|(product, available, deleted)| (product, (!deleted).then_some(available))).collect(),
-            coupons: CouponShelf::load(connection, answered).await?,
+            coupons: CouponShelf::load(connection, partition, answered).await?,
         })
     }
 
@@ -324,7 +385,7 @@ impl Shelf {
                 if fits { Ok(()) } else { Err("Postgres no longer has these units".to_owned()) }
             }
             Effect::Coupon { coupon, change } => {
-                let taken = self.coupons.take(coupon, change);
+                let taken = self.coupons.take(coupon, change, place.origin.unwrap_or_default());
                 let line = CouponLine::new(place, coupon, change);
                 changes.coupon_lines.push(CouponLine { total_delta: taken.as_ref().copied().unwrap_or(line.total_delta), ..line });
                 taken.map(|_| changes.move_coupon(coupon, change, place.at_ms))
@@ -490,6 +551,18 @@ pub async fn settled(connection: &mut PgConnection, answered: &[Answered]) -> Re
     Ok(())
 }
 
+/// Takes back that these were handed over: they still stand in the outbox.
+pub async fn not_lost(connection: &mut PgConnection, answered: &[Answered]) -> Result<(), Error> {
+    sqlx::query(
+        "DELETE FROM holdfast.salvage s USING unnest($1::text[], $2::int[]) AS a (op, k) WHERE s.op = a.op AND s.k = a.k AND NOT s.done",
+    )
+    .bind(answered.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
 /// Whether a change that carried this REQUEST of the server's own is in the ledger.
 pub async fn is_request_known(connection: &mut PgConnection, request: &str) -> Result<bool, Error> {
     let known = sqlx::query_scalar(
@@ -646,10 +719,81 @@ mod tests {
         apply::apply(connection, 0, &entries).await.unwrap();
         let of_batch = |op: &str, k: u32| answered(op, u64::from(k) + 1, &format!("{k} decr | a -1 0"));
         let all: Vec<Answered> = (0..6).map(|k| of_batch("i:stock:2", k)).chain([of_batch("i:stock:3", 1)]).collect();
-        let known: BTreeSet<(String, u32)> = known(connection, &all).await.unwrap().into_iter().collect();
+        let known: BTreeSet<(String, u32)> = in_ledger(connection, &all).await.unwrap().into_iter().collect();
         assert_eq!(known, (1..5).map(|k| ("i:stock:2".to_owned(), k)).collect());
         assert_eq!(save(connection, 0, 1, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 4 });
         assert_eq!(number_of(connection, "SELECT available FROM holdfast.stock").await, 4);
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_up_or_done_again_by_its_client_is_not_saved_again() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        save(connection, 0, 1, &[answered("i:stock:1", 1, "0 set | a 100 100"), answered("i:stock:1", 2, "1 set | b 100 100")])
+            .await
+            .unwrap();
+        crate::ledger::testing::execute(
+            connection,
+            "INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after,
+             request_id, request_digest, at) VALUES
+             (0, 2, 40, 0, 'j:stock:1', 0, 'a', 'decr', -3, -3, 97, 'hf-i:stock:2-0', 'handed-over', now()),
+             (0, 2, 41, 0, 'j:stock:1', 1, 'a', 'decr', -4, -4, 93, 'r', 'd', now()),
+             (0, 2, 42, 0, 'j:stock:1', 2, 'a', 'decr', -5, -5, 88, 'r-other', 'other', now()),
+             (0, 1, 3, 0, 'j:stock:0', 0, 'a', 'decr', -6, -6, 82, 'r-before', 'd', now());
+             INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, serial, remaining_after, request_id, request_digest, at)
+             VALUES (0, 2, 43, 'j:coupon:1', 0, 'c', 'issue', 1, 0, 'hf-i:coupon:2-0', 'handed-over', now()),
+             (0, 2, 44, 'j:coupon:1', 1, 'c', 'issue', 2, 0, 'r-c', 'd', now())",
+        )
+        .await;
+        let all = [
+            answered("i:stock:2", 5, "0 decr | a -3 97"),
+            answered("i:stock:2", 6, "1 decr request=r digest=d | a -4 93"),
+            answered("i:coupon:2", 7, "0 coupon.issue coupon=c user=u serial=1 remaining=0 |"),
+            answered("i:coupon:2", 8, "1 coupon.issue request=r-c digest=d coupon=c user=v serial=2 remaining=0 |"),
+            answered("i:stock:2", 9, "2 reserve order=o expires=9 | a -1 92"),
+            answered("i:stock:2", 10, "3 decr request=r-other digest=d | b -1 99"),
+            answered("i:stock:2", 11, "4 decr request=r-before digest=d | b -1 98"),
+            answered("i:stock:2", 12, "5 decr | b -1 97"),
+        ];
+        hand_over(connection, 0, &all[..5]).await.unwrap();
+        taken_up(connection, 0, &all[4], Some("too few")).await.unwrap();
+        crate::ledger::testing::execute(connection, "UPDATE holdfast.partition SET epoch = 3, applied_epoch = 2, applied_n = 44").await;
+        assert_eq!(save(connection, 0, 3, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 5 });
+        assert!(!is_anything_handed_over(connection).await.unwrap());
+        let stock: Vec<(String, i64)> = rows(connection, "SELECT product_id, available FROM holdfast.stock ORDER BY product_id").await;
+        assert_eq!(stock, [("a".into(), 100), ("b".into(), 97)]);
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.dead_letter").await, 1);
+        let open = answered("i:stock:3", 13, "0 decr | a -3 7");
+        hand_over(connection, 0, std::slice::from_ref(&open)).await.unwrap();
+        not_lost(connection, std::slice::from_ref(&open)).await.unwrap();
+        assert!(!is_anything_handed_over(connection).await.unwrap());
+        assert!(known(connection, 0, 3, &[open]).await.unwrap().is_empty(), "it is still to be applied");
+    }
+
+    #[tokio::test]
+    async fn a_redemption_that_came_later_is_not_taken_back_by_what_is_saved() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let first = [
+            answered("i:coupon:1", 1, "0 coupon.create coupon=c total=9 peruser=1 |"),
+            answered("i:coupon:1", 2, "1 coupon.issue coupon=c user=u serial=1 remaining=8 |"),
+            answered("i:coupon:1", 3, "2 coupon.issue coupon=c user=v serial=2 remaining=7 |"),
+            answered("i:coupon:1", 4, "3 coupon.use coupon=c user=v order=o-2 serial=2 remaining=7 |"),
+        ];
+        assert_eq!(save(connection, 0, 1, &first).await.unwrap(), Saved { saved: 4, owed: 0, known: 0 });
+        crate::ledger::testing::execute(connection, "UPDATE holdfast.partition SET epoch = 2").await;
+        let later = answered("j:coupon:1", 30, "0 coupon.use coupon=c user=u order=o-9 serial=1 remaining=7 |");
+        assert_eq!(save(connection, 0, 2, &[later]).await.unwrap(), Saved { saved: 1, owed: 0, known: 0 });
+        let late = [
+            answered("i:coupon:2", 20, "0 coupon.unuse coupon=c user=u serial=1 remaining=7 |"),
+            answered("i:coupon:2", 21, "1 coupon.unuse coupon=c user=v serial=2 remaining=7 |"),
+            answered("i:coupon:2", 22, "2 coupon.use coupon=c user=v order=o-3 serial=2 remaining=7 |"),
+            answered("i:coupon:2", 23, "3 coupon.unuse coupon=c user=v serial=2 remaining=7 |"),
+        ];
+        assert_eq!(save(connection, 0, 2, &late).await.unwrap(), Saved { saved: 3, owed: 1, known: 0 });
+        let issues: Vec<(i64, String, Option<String>)> =
+            rows(connection, "SELECT serial, state, order_id FROM holdfast.coupon_issue ORDER BY serial").await;
+        assert_eq!(issues, [(1, "used".into(), Some("o-9".into())), (2, "issued".into(), None)]);
     }
 
     #[tokio::test]

@@ -44,7 +44,7 @@ pub async fn hand_over_all(partition: &Partition, postgres: &mut PgConnection, e
 
 async fn hand_over_these(partition: &Partition, postgres: &mut PgConnection, copies: &[Answered]) -> Result<(), ledger::Error> {
     for copies in copies.chunks(SALVAGE_CHANGES_MAX) {
-        let known = salvage::known(postgres, copies).await?;
+        let known = salvage::in_ledger(postgres, copies).await?;
         let lost: Vec<Answered> = copies.iter().filter(|copy| !known.contains(&(copy.op.clone(), copy.operation.k))).cloned().collect();
         if !lost.is_empty() {
             salvage::hand_over(postgres, partition.id, &lost).await?;
@@ -116,7 +116,7 @@ async fn has_reached_postgres(partition: &Partition) -> bool {
 /// Does a change again that was handed over, if it is not in the ledger by now.
 async fn done_again(partition: &Partition, postgres: &mut PgConnection, answered: &Answered) -> Result<Done, ledger::Error> {
     let id = format!("hf-{}-{}", answered.op, answered.operation.k);
-    let is_there = !salvage::known(postgres, std::slice::from_ref(answered)).await?.is_empty();
+    let is_there = !salvage::in_ledger(postgres, std::slice::from_ref(answered)).await?.is_empty();
     if is_there || salvage::is_request_known(postgres, &id).await? {
         return Ok(Done::AsAnswered);
     }
@@ -154,7 +154,12 @@ async fn coupon_done_again(
     if let Action::Step { step: CouponStep::Issue, serial: Some(serial), .. } = &op.action
         && ledger::coupon::is_issued(postgres, op.coupon.as_str(), *serial).await?
     {
-        return Ok(Done::Refused(format!(": serial {serial} has been given out again")));
+        // Its own client may have it by now, who tried again.
+        let known = salvage::known(postgres, partition.id, u64::MAX, std::slice::from_ref(answered)).await?;
+        return Ok(match known.is_empty() {
+            false => Done::AsAnswered,
+            true => Done::Refused(format!(": serial {serial} has been given out again")),
+        });
     }
     let (mut redeemed_for, mut takes_none_back) = (None, false);
     if let Action::Step { step: CouponStep::Unuse, serial: Some(serial), .. } = &op.action {
@@ -162,8 +167,7 @@ async fn coupon_done_again(
         if !has_reached_postgres(partition).await {
             return Ok(Done::Unknown);
         }
-        let (coupon, Answered { origin, at_ms, .. }) = (op.coupon.as_str(), answered);
-        let order = ledger::coupon::redeemed_before(postgres, partition.id, coupon, *serial, *origin, *at_ms).await?;
+        let order = ledger::coupon::redeemed_before(postgres, partition.id, op.coupon.as_str(), *serial, answered.origin).await?;
         takes_none_back = order.is_none();
         redeemed_for = order.map(|order| order.as_deref().map(Id::from));
     }

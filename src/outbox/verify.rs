@@ -321,13 +321,18 @@ impl Verifier {
         rebuild::wait_for_others(postgres, self.partition.id, &self.instance, epoch).await?;
         let handed = ledger::salvage::handed_over(postgres, self.partition.id, &[], i64::MAX).await;
         let handed = handed.map_err(|error| self.starting(&error))?;
-        let ops = handed.iter().map(|one| one.op.clone()).collect();
-        if self.misses(postgres, row, ops).await? {
+        let mut known = HashSet::new();
+        for handed in handed.chunks(limits::SALVAGE_CHANGES_MAX) {
+            known.extend(ledger::salvage::known(postgres, self.partition.id, epoch, handed).await.map_err(|error| self.starting(&error))?);
+        }
+        let (known, left): (Vec<_>, Vec<_>) = handed.into_iter().partition(|one| known.contains(&(one.op.clone(), one.operation.k)));
+        if self.misses(postgres, row, left.iter().map(|one| one.op.clone()).collect()).await? {
             self.partition.verify.notify_one();
             self.missed = Some(epoch);
             return Ok(false);
         }
-        ledger::salvage::settled(postgres, &handed).await.map_err(|error| self.starting(&error))?;
+        ledger::salvage::settled(postgres, &known).await.map_err(|error| self.starting(&error))?;
+        ledger::salvage::not_lost(postgres, &left).await.map_err(|error| self.starting(&error))?;
         let let_go = ledger::partition::let_go(postgres, self.partition.id, epoch, &self.instance, n).await;
         let_go.map_err(|error| self.starting(&error))
     }

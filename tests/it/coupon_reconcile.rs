@@ -442,5 +442,32 @@ fn what_waits_for_a_locked_coupon_keeps_nothing_else_from_being_taken_up() {
     late.stack.backing().ask("DEL coupon:issue:wide");
     late.wait_until_taken_up();
     assert_eq!(late.client.field("COUPON.INFO wide", "issued"), "300");
+    // As if whoever took it up had died just before it was noted, and then Redis.
+    late.stack.postgres.execute("UPDATE holdfast.salvage SET done = false");
+    late.stack.backing().ask("FLUSHALL");
+    assert_eq!(late.client.until_not("STOCK.GET a", "-"), "99");
+    assert_eq!(late.client.field("COUPON.INFO wide", "issued"), "300");
+    late.wait_until_taken_up();
+    assert_eq!(late.stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter"), "0");
+    late.end();
+}
+
+#[test]
+fn with_much_time_for_each_reply_a_locked_coupon_keeps_nothing_else_from_being_taken_up() {
+    let mut late = late(
+        20_000,
+        |others| {
+            others.ok("COUPON.CREATE wide 1000 ACK redis");
+            assert!(others.ask("COUPON.ISSUE wide u").starts_with("[ISSUED, 1, "));
+            assert!(others.ask("STOCK.DECR a 1").starts_with("[OK, 99, "));
+        },
+        |stack, _| {
+            stack.backing().ask("HSET coupon:issue:wide somebody:1 1");
+        },
+    );
+    late.client.until("STOCK.GET a", "99");
+    late.stack.backing().ask("DEL coupon:issue:wide");
+    late.wait_until_taken_up();
+    assert_eq!(late.client.field("COUPON.INFO wide", "issued"), "1");
     late.end();
 }
