@@ -421,7 +421,7 @@ fn what_a_client_sends_behind_an_issue_for_which_the_coupon_is_loaded_comes_behi
     ));
     // So that what is sent meanwhile finds each of the requests that a load takes under way.
     let proxy = Proxy::start(stack.redis.port(), b"");
-    let sidecar = Sidecar::start(&proxy.redis_url(), &stack.postgres.url);
+    let sidecar = Sidecar::with_settings(&proxy.redis_url(), &stack.postgres.url, &["--reply-within-ms", "20000"]);
     wait_until("it sells", || sidecar.get("/readyz").0 == 200);
     let (mut client, mut others) = (sidecar.connect(), sidecar.connect());
     proxy.slow_down(Duration::from_millis(2));
