@@ -212,6 +212,7 @@ impl Copies {
         }
         batch.parts.names.shrink_to_fit();
         batch.parts.parts.shrink_to_fit();
+        batch.copies.shrink_to_fit();
         let mut batches = self.batches();
         self.resized(self.bytes() + batch.bytes());
         batches.push_back(batch);
