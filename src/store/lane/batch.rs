@@ -90,7 +90,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// Takes what goes next, and parks what has to wait; `None` where nothing may go.
     fn take_next(&self) -> Option<Vec<Queued<F, W>>> {
         self.desk.returned();
-        let mut batch = Batch { operations: Vec::new(), keys: 0, bytes: 0 };
+        let most = self.queued().min(limits::BATCH_OPERATIONS_MAX);
+        let mut batch = Batch { operations: Vec::with_capacity(most), keys: 0, bytes: 0 };
         self.take_parked(&mut batch);
         // What comes later may come behind what is still to be asked about.
         if !self.more_to_ask.get() {
