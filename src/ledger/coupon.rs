@@ -66,12 +66,11 @@ pub async fn load(connection: &mut PgConnection, coupon: &str) -> Result<Option<
     Ok(row.bind(coupon).fetch_optional(connection).await?)
 }
 
-/// Whether a serial of a coupon was ever given to anybody, also by an issue that is parked or owed.
+/// Whether a serial of a coupon was ever given to anybody, also by an issue that Postgres refused: that has only its row in the ledger.
 pub async fn is_issued(connection: &mut PgConnection, coupon: &str, serial: i64) -> Result<bool, Error> {
     let issued = sqlx::query_scalar(
         "SELECT EXISTS (SELECT 1 FROM holdfast.coupon_issue WHERE coupon_id = $1 AND serial = $2) \
-         OR EXISTS (SELECT 1 FROM holdfast.dead_letter d JOIN holdfast.coupon_ledger l USING (op, k) \
-         WHERE d.kind = 'coupon.issue' AND l.coupon_id = $1 AND l.serial = $2)",
+         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger WHERE coupon_id = $1 AND serial = $2 AND kind = 'issue')",
     );
     Ok(issued.bind(coupon).bind(serial).fetch_one(connection).await?)
 }

@@ -13,7 +13,7 @@ use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 /// See the module.
 pub(super) struct CouponShelf {
     coupons: HashMap<String, Terms>,
-    /// By coupon and serial: the user, and the state; `parked` where it has only a dead letter.
+    /// By coupon and serial: the user, and the state; `parked` where Postgres refused the issue.
     issues: HashMap<(String, i64), (String, &'static str)>,
     /// Where redemptions are taken back of what has been redeemed since.
     overtaken: HashSet<Position>,
@@ -41,8 +41,7 @@ impl CouponShelf {
         let issues: Vec<(String, i64, String, String)> = sqlx::query_as(
             "SELECT coupon_id, serial, user_id, state FROM holdfast.coupon_issue WHERE coupon_id = ANY($1) AND serial = ANY($2) \
              UNION ALL SELECT l.coupon_id, l.serial, coalesce(l.user_id, ''), 'parked' \
-             FROM holdfast.dead_letter d JOIN holdfast.coupon_ledger l USING (op, k) \
-             WHERE d.kind = 'coupon.issue' AND l.coupon_id = ANY($1) AND l.serial = ANY($2) \
+             FROM holdfast.coupon_ledger l WHERE l.coupon_id = ANY($1) AND l.serial = ANY($2) AND l.kind = 'issue' \
              AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_issue i WHERE i.coupon_id = l.coupon_id AND i.serial = l.serial)",
         )
         .bind(&coupons)

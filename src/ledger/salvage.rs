@@ -848,6 +848,10 @@ mod tests {
         let serials: Vec<(String, i64, i64)> =
             rows(connection, "SELECT coupon_id, issued, last_serial FROM holdfast.coupon ORDER BY coupon_id").await;
         assert_eq!(serials, [("c".into(), 1, 4), ("d".into(), 0, 7)]);
+        // Whoever drops their dead letters gives up their places, not their serials.
+        crate::ledger::testing::execute(connection, "DELETE FROM holdfast.dead_letter").await;
+        assert!(crate::ledger::coupon::is_issued(connection, "d", 7).await.unwrap());
+        assert!(!crate::ledger::coupon::is_issued(connection, "d", 6).await.unwrap());
         let late = [
             answered("j:coupon:1", 5, "0 coupon.issue coupon=d user=w serial=7 remaining=8 |"),
             answered("j:coupon:1", 6, "1 coupon.issue coupon=d user=x serial=6 remaining=7 |"),
