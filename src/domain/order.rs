@@ -45,6 +45,29 @@ impl OrderState {
             _ => None,
         }
     }
+
+    /// Whether a change of this kind can be made of an order that is this.
+    pub const fn takes(self, kind: StockKind) -> bool {
+        match self {
+            Self::Held => matches!(kind, StockKind::Extend | StockKind::Confirm | StockKind::Cancel | StockKind::Expire),
+            Self::Confirmed => matches!(kind, StockKind::Cancel),
+            Self::Cancelled | Self::Expired => false,
+        }
+    }
+
+    /// Whether an order that is this is as whoever made a change of this kind earlier was told.
+    pub const fn is_as_after(self, kind: StockKind) -> bool {
+        match kind {
+            // Whatever became of it afterwards, it had begun.
+            StockKind::Reserve | StockKind::Sell => true,
+            StockKind::Extend => !matches!(self, Self::Expired),
+            // Either way the units were given back.
+            StockKind::Cancel | StockKind::Expire => matches!(self, Self::Cancelled | Self::Expired),
+            // An order that was paid and has expired since is not.
+            StockKind::Confirm => matches!(self, Self::Confirmed),
+            _ => false,
+        }
+    }
 }
 
 /// What a change did to an order.
@@ -68,6 +91,11 @@ impl OrderChange {
             (Some(OrderState::Held), Some(OrderState::Confirmed | OrderState::Cancelled | OrderState::Expired)) => -units,
             _ => 0,
         }
+    }
+
+    /// Whether the order was something that no change of this kind can be made of. Of a change that Redis made it never was.
+    pub fn is_too_late(&self, kind: StockKind) -> bool {
+        self.from.is_some_and(|from| !from.takes(kind))
     }
 }
 
@@ -126,6 +154,21 @@ mod tests {
         for (from, kind) in [(Some(OrderState::Held), Extend), (None, Sell), (None, Cancel), (Some(OrderState::Confirmed), Cancel)] {
             assert_eq!(held(from, kind), [0, 0, 0], "{from:?} {kind:?}");
         }
+    }
+
+    #[test]
+    fn a_change_is_made_of_an_order_or_is_what_it_is_or_comes_too_late() {
+        use OrderState::{Cancelled, Confirmed, Expired, Held};
+        use StockKind::{Cancel, Confirm, Decr, Expire, Extend, Reserve, Sell};
+        let which = |is_so: fn(OrderState, StockKind) -> bool| {
+            [Reserve, Sell, Extend, Confirm, Cancel, Expire, Decr]
+                .map(|kind| OrderState::ALL.into_iter().filter(|state| is_so(*state, kind)).collect::<Vec<_>>())
+        };
+        let all = || OrderState::ALL.to_vec();
+        assert_eq!(which(OrderState::takes), [vec![], vec![], vec![Held], vec![Held], vec![Held, Confirmed], vec![Held], vec![]]);
+        let over = || vec![Cancelled, Expired];
+        let as_after = [all(), all(), vec![Held, Confirmed, Cancelled], vec![Confirmed], over(), over(), vec![]];
+        assert_eq!(which(OrderState::is_as_after), as_after);
     }
 
     #[test]

@@ -220,7 +220,7 @@ mod tests {
             answered(2, "1 coupon.issue coupon=c user=u serial=1 remaining=0 |"),
             answered(3, "2 coupon.issue coupon=c user=v serial=2 remaining=0 |"),
         ];
-        assert_eq!(salvage::save(connection, 0, 1, &lines).await.unwrap().owed, 1);
+        assert_eq!(salvage::save(connection, 0, 1, 600_000, &lines).await.unwrap().owed, 1);
         assert!(differing(connection).await.is_empty());
         let mut adoption = Adoption::begin(connection, 0, 1, 9).await.unwrap();
         let coupon =

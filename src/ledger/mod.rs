@@ -22,6 +22,7 @@ pub mod inbox;
 pub mod lock;
 pub mod migrate;
 pub mod order;
+mod order_shelf;
 mod outside;
 pub mod partition;
 mod prune;

@@ -8,6 +8,7 @@ use super::changes::Place;
 use super::{Error, from_bigint, partition, to_bigint};
 use crate::domain::change::{Item, StockKind};
 use crate::domain::{Order, OrderChange, OrderState, Position};
+use crate::limits::ORDER_KEPT_MS;
 
 /// An order as the changes of a run leave it.
 #[derive(Clone, Debug)]
@@ -41,7 +42,7 @@ impl<'a> Orders<'a> {
 
     /// Takes in what a change did to an order.
     pub(super) fn add(&mut self, place: Place<'_>, kind: StockKind, items: &'a [Item], change: &'a OrderChange) {
-        let Some(state) = OrderState::after(kind) else { return };
+        let Some(state) = OrderState::after(kind).filter(|_| !change.is_too_late(kind)) else { return };
         let changed = place.origin.unwrap_or(Position::new(place.epoch, place.n));
         let known = self.latest.get(change.order.as_str()).and_then(|latest| self.moves.get_mut(*latest));
         if let Some(known) = known.filter(|_| change.from.is_some()) {
@@ -200,6 +201,12 @@ impl OrderRow {
         let position = Position::new(from_bigint(self.changed_epoch), from_bigint(self.changed_n));
         Ok(Order { state, expires_ms: self.expires_ms, items, position })
     }
+}
+
+/// Whether Redis had forgotten an order at `at_ms` that became this at `changed_ms` (both Unix ms by Redis's clock): then its id may have begun
+/// another one.
+pub fn is_forgotten(state: OrderState, changed_ms: i64, at_ms: i64) -> bool {
+    state != OrderState::Held && changed_ms < at_ms.saturating_sub(ORDER_KEPT_MS)
 }
 
 /// The columns of an [`OrderRow`].

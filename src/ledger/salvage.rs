@@ -1,11 +1,15 @@
 //! Saves changes that were answered out of a Redis that lost its data: they get new places in the ledger, and keep the old ones as origin.
 
+mod known;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use sqlx::{Connection, PgConnection};
 
+pub use self::known::{in_ledger, known};
 use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
 use super::coupon_shelf::CouponShelf;
+use super::order_shelf::{Made, OrderShelf};
 use super::{Error, apply, coupon_write, dead_letter, from_bigint, partition, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
@@ -26,6 +30,16 @@ pub struct Answered {
     pub operation: Operation,
 }
 
+/// By what a change is found: the op of its batch, and its place in there.
+pub type Name = (String, u32);
+
+impl Answered {
+    /// Its name.
+    pub fn name(&self) -> Name {
+        (self.op.clone(), self.operation.k)
+    }
+}
+
 /// What became of a run of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Saved {
@@ -38,22 +52,29 @@ pub struct Saved {
 }
 
 /// Saves them in their order, in one transaction, under `epoch`, which must be the partition's. A change that is [`known`] is passed over, so
-/// that a call whose outcome is not known is simply repeated. What the stock or the coupon does not permit is written all the same, and owed:
-/// nothing that was answered is hidden.
-pub async fn save(connection: &mut PgConnection, partition: u32, epoch: u64, answered: &[Answered]) -> Result<Saved, Error> {
+/// that a call whose outcome is not known is simply repeated; so is one of an order that is as was answered. What the stock, the order or the
+/// coupon does not permit is written all the same, and owed: nothing that was answered is hidden. `window_ms`: how long a REQUEST id is
+/// remembered.
+pub async fn save(
+    connection: &mut PgConnection,
+    partition: u32,
+    epoch: u64,
+    window_ms: i64,
+    answered: &[Answered],
+) -> Result<Saved, Error> {
     // The parts that are to be tried, the next one last.
     let mut parts = vec![answered];
     let mut all = Saved::default();
     while let Some(part) = parts.pop() {
-        let saved = match save_part(connection, partition, epoch, part, Refused::Nothing).await {
+        let saved = match save_part(connection, partition, epoch, window_ms, part, Refused::Nothing).await {
             // What Postgres refuses for its data is owed, once it stands alone.
             Err(Error::Data(_)) if part.len() > 1 => {
                 let (first, second) = part.split_at(part.len() / 2);
                 parts.extend([second, first]);
                 continue;
             }
-            Err(Error::Data(_)) => match save_part(connection, partition, epoch, part, Refused::Units).await {
-                Err(Error::Data(_)) => save_part(connection, partition, epoch, part, Refused::All).await?,
+            Err(Error::Data(_)) => match save_part(connection, partition, epoch, window_ms, part, Refused::Units).await {
+                Err(Error::Data(_)) => save_part(connection, partition, epoch, window_ms, part, Refused::All).await?,
                 saved => saved?,
             },
             saved => saved?,
@@ -79,11 +100,12 @@ async fn save_part(
     connection: &mut PgConnection,
     partition: u32,
     epoch: u64,
+    window_ms: i64,
     answered: &[Answered],
     refused: Refused,
 ) -> Result<Saved, Error> {
     let mut transaction = connection.begin().await?;
-    match save_in(&mut transaction, partition, epoch, answered, refused).await {
+    match save_in(&mut transaction, partition, epoch, window_ms, answered, refused).await {
         Ok(saved) => {
             transaction.commit().await?;
             Ok(saved)
@@ -99,23 +121,25 @@ async fn save_in(
     connection: &mut PgConnection,
     partition: u32,
     epoch: u64,
+    window_ms: i64,
     answered: &[Answered],
     refused: Refused,
 ) -> Result<Saved, Error> {
     let Some(row) = partition::lock(connection, partition).await?.filter(|row| row.epoch == epoch) else {
         return Err(taken_over(partition, epoch));
     };
-    let known = known(connection, partition, epoch, answered).await?;
-    let new: Vec<&Answered> = answered.iter().filter(|one| !known.contains(&(one.op.clone(), one.operation.k))).collect();
-    if new.is_empty() {
+    let known = known(connection, partition, window_ms, answered).await?;
+    let new: Vec<&Answered> = answered.iter().filter(|one| !known.contains(&one.name())).collect();
+    let mut shelf = Shelf::load(connection, partition, &new).await?;
+    let told = new.iter().filter_map(|one| shelf.told(one).map(|told| (*one, told)));
+    let told: Vec<(&Answered, (Operation, bool))> = told.collect();
+    if told.is_empty() {
         return Ok(Saved { known: answered.len(), ..Saved::default() });
     }
-    let mut shelf = Shelf::load(connection, partition, &new).await?;
     let mut changes = Changes::default();
     let mut owed = Vec::new();
-    let told: Vec<(Operation, bool)> = new.iter().map(|one| shelf.told(&one.operation)).collect();
     let mut n = row.applied.n;
-    for (one, (operation, fits)) in new.iter().zip(&told) {
+    for (one, (operation, fits)) in &told {
         n += 1;
         let remembered = operation.remembered.as_ref();
         let place = Place {
@@ -148,7 +172,7 @@ async fn save_in(
         apply::end_epochs(connection, partition, row.applied, epoch).await?;
     }
     partition::advance(connection, partition, Position::new(epoch, n), &format!("salvage:{epoch}"), None).await?;
-    Ok(Saved { saved: new.len() - owed.len(), owed: owed.len(), known: answered.len() - new.len() })
+    Ok(Saved { saved: told.len() - owed.len(), owed: owed.len(), known: answered.len() - told.len() })
 }
 
 /// Ends it: every epoch before `epoch` ended where Postgres is, and what a relay still holds of them is passed over. `give_up_inbox`: what other
@@ -175,106 +199,20 @@ fn taken_over(partition: u32, epoch: u64) -> Error {
     Error::Broken(format!("partition {partition} is no longer under epoch {epoch}: another sidecar took it"))
 }
 
-/// Which of them have had their effect before `epoch`: they are in the ledger, or what was done instead is. That is what was handed over and
-/// taken up, be it that it is owed, and what their client did again under the same REQUEST.
-pub async fn known(
-    connection: &mut PgConnection,
-    partition: u32,
-    epoch: u64,
-    answered: &[Answered],
-) -> Result<HashSet<(String, u32)>, Error> {
-    let mut known = in_ledger(connection, answered).await?;
-    let left: Vec<&Answered> = answered.iter().filter(|one| !known.contains(&(one.op.clone(), one.operation.k))).collect();
-    if left.is_empty() {
-        return Ok(known);
-    }
-    let taken_up: Vec<(String, i32)> = sqlx::query_as(
-        "SELECT a.op, a.k FROM unnest($1::text[], $2::int[]) AS a (op, k) \
-         WHERE EXISTS (SELECT 1 FROM holdfast.salvage s WHERE s.op = a.op AND s.k = a.k AND s.done) \
-         OR EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%') \
-         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%')",
-    )
-    .bind(left.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
-    .bind(left.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
-    .fetch_all(&mut *connection)
-    .await?;
-    known.extend(taken_up.into_iter().filter_map(|(op, k)| Some((op, u32::try_from(k).ok()?))));
-    known.extend(by_requests(connection, partition, epoch, &left).await?);
-    Ok(known)
-}
-
-/// Which of them carried a REQUEST that was executed later, before `epoch`, in a Redis that did not know of it.
-async fn by_requests(
-    connection: &mut PgConnection,
-    partition: u32,
-    epoch: u64,
-    answered: &[&Answered],
-) -> Result<Vec<(String, u32)>, Error> {
-    let with: Vec<_> = answered.iter().filter_map(|one| Some((*one, one.operation.remembered.as_ref()?))).collect();
-    let Some(first) = with.iter().map(|(one, _)| one.origin).min() else { return Ok(Vec::new()) };
-    let rows: Vec<(String, i32)> = sqlx::query_as(
-        "SELECT a.op, a.k FROM unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::bigint[], $6::bigint[]) \
-         AS a (op, k, request, digest, epoch, n) JOIN (\
-         SELECT request_id, request_digest, coalesce(origin_epoch, epoch) AS epoch, coalesce(origin_n, n) AS n FROM holdfast.stock_ledger \
-         WHERE partition = $7 AND (epoch, n) > ($8, $9) AND epoch < $10 AND request_id = ANY($3) UNION ALL \
-         SELECT request_id, request_digest, coalesce(origin_epoch, epoch), coalesce(origin_n, n) FROM holdfast.coupon_ledger \
-         WHERE partition = $7 AND (epoch, n) > ($8, $9) AND epoch < $10 AND request_id = ANY($3)) AS l \
-         ON l.request_id = a.request AND l.request_digest = a.digest AND (l.epoch, l.n) > (a.epoch, a.n)",
-    )
-    .bind(with.iter().map(|(one, _)| one.op.as_str()).collect::<Vec<_>>())
-    .bind(with.iter().map(|(one, _)| write::small(one.operation.k)).collect::<Vec<_>>())
-    .bind(with.iter().map(|(_, remembered)| remembered.request.as_str()).collect::<Vec<_>>())
-    .bind(with.iter().map(|(_, remembered)| remembered.digest.as_str()).collect::<Vec<_>>())
-    .bind(with.iter().map(|(one, _)| to_bigint(one.origin.epoch)).collect::<Vec<_>>())
-    .bind(with.iter().map(|(one, _)| to_bigint(one.origin.n)).collect::<Vec<_>>())
-    .bind(partition::id(partition))
-    .bind(to_bigint(first.epoch))
-    .bind(to_bigint(first.n))
-    .bind(to_bigint(epoch))
-    .fetch_all(connection)
-    .await?;
-    Ok(rows.into_iter().filter_map(|(op, k)| Some((op, u32::try_from(k).ok()?))).collect())
-}
-
-/// Which of them are in the ledger, in rows of their own or in one that stands for several.
-pub async fn in_ledger(connection: &mut PgConnection, answered: &[Answered]) -> Result<HashSet<(String, u32)>, Error> {
-    let rows: Vec<(String, i32)> = sqlx::query_as(
-        "SELECT a.op, a.k FROM unnest($1::text[], $2::int[]) AS a (op, k) \
-         WHERE EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.op = a.op AND l.k = a.k) \
-         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op AND l.k = a.k)",
-    )
-    .bind(answered.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
-    .bind(answered.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
-    .fetch_all(&mut *connection)
-    .await?;
-    let mut known: HashSet<(String, u32)> = rows.into_iter().filter_map(|(op, k)| Some((op, u32::try_from(k).ok()?))).collect();
-    let ops: BTreeSet<&str> = answered.iter().map(|one| one.op.as_str()).collect();
-    let summed: Vec<(String, String)> =
-        sqlx::query_as("SELECT op, runs FROM holdfast.stock_ledger WHERE op = ANY($1) AND runs IS NOT NULL")
-            .bind(ops.into_iter().collect::<Vec<_>>())
-            .fetch_all(connection)
-            .await?;
-    if cfg!(feature = "sabotage-blind-runs") {
-        return Ok(known);
-    }
-    for (op, runs) in summed {
-        known.extend(write::runs(&runs)?.each().map(|(k, _)| (op.clone(), k)));
-    }
-    Ok(known)
-}
-
-/// What Postgres has of the products and coupons that are touched, as far as it has been worked through.
+/// What Postgres has of the products, orders and coupons that are touched, as far as it has been worked through.
 struct Shelf {
     /// The available units; `None` where it was deleted. Missing where there is no row.
     stock: HashMap<String, Option<i64>>,
     /// The products that have a row, deleted or not.
     rows: HashSet<String>,
+    orders: OrderShelf,
     coupons: CouponShelf,
 }
 
 impl Shelf {
     async fn load(connection: &mut PgConnection, partition: u32, answered: &[&Answered]) -> Result<Self, Error> {
-        let products: BTreeSet<&str> = answered.iter().flat_map(|one| one.operation.products()).collect();
+        let orders = OrderShelf::load(connection, answered).await?;
+        let products: BTreeSet<&str> = answered.iter().flat_map(|one| one.operation.products()).chain(orders.products()).collect();
         let stock: Vec<(String, i64, bool)> = sqlx::query_as(
             "SELECT product_id, available, deleted_at IS NOT NULL FROM holdfast.stock WHERE product_id = ANY($1) ORDER BY product_id FOR UPDATE",
         )
@@ -285,13 +223,21 @@ impl Shelf {
             rows: stock.iter().map(|(product, ..)| product.clone()).collect(),
             stock: stock.into_iter().map(|(product, available, deleted)| (product, (!deleted).then_some(available))).collect(),
             coupons: CouponShelf::load(connection, partition, answered).await?,
+            orders,
         })
     }
 
-    /// The operation with its differences, which a SET and a DELETE out of a copy do not know, and whether the stock permits it.
-    fn told(&mut self, operation: &Operation) -> (Operation, bool) {
-        let mut told = operation.clone();
-        let Effect::Stock { kind, items, .. } = &mut told.effect else { return (told, true) };
+    /// The operation with its differences, which a SET and a DELETE out of a copy do not know, and whether the stock and the order permit it.
+    /// `None` where an order is as was answered already.
+    fn told(&mut self, answered: &Answered) -> Option<(Operation, bool)> {
+        let mut told = answered.operation.clone();
+        let Effect::Stock { kind, items, detail } = &mut told.effect else { return Some((told, true)) };
+        let made = detail.order.as_deref_mut().map_or(Made::Now, |order| self.orders.make(answered, *kind, items, order));
+        match made {
+            Made::Now => {}
+            Made::Before => return None,
+            Made::TooLate => return Some((told, false)),
+        }
         let before = |item: &Item| self.stock.get(&item.product).copied().flatten();
         let replaces = matches!(kind, StockKind::Set | StockKind::Delete);
         let fits = |item: &Item| item.delta == 0 || before(item).is_some_and(|before| (0..=TOTAL_MAX).contains(&(before + item.delta)));
@@ -308,12 +254,12 @@ impl Shelf {
                 item.delta = after.unwrap_or(0) - before.unwrap_or(0);
             }
             // A copy without a REQUEST does not know it.
-            if item.available == 0 && operation.remembered.is_none() {
+            if item.available == 0 && answered.operation.remembered.is_none() {
                 item.available = after.unwrap_or(0);
             }
             self.stock.insert(item.product.clone(), after);
         }
-        (told, fits)
+        Some((told, fits))
     }
 
     /// Adds only the ledger rows of an operation that Postgres refuses, its order, which is what it is, and what that holds, if it `moves_held`.
@@ -382,7 +328,11 @@ impl Shelf {
                         }
                     }
                 }
-                if fits { Ok(()) } else { Err("Postgres no longer has these units".to_owned()) }
+                match order {
+                    _ if fits => Ok(()),
+                    Some(order) if order.is_too_late(*kind) => Err(format!("order '{}' cannot become that any more", order.order)),
+                    _ => Err("Postgres no longer has these units".to_owned()),
+                }
             }
             Effect::Coupon { coupon, change } => {
                 let taken = self.coupons.take(coupon, change, place.origin.unwrap_or_default());
@@ -551,27 +501,6 @@ pub async fn settled(connection: &mut PgConnection, answered: &[Answered]) -> Re
     Ok(())
 }
 
-/// Takes back that these were handed over: they still stand in the outbox.
-pub async fn not_lost(connection: &mut PgConnection, answered: &[Answered]) -> Result<(), Error> {
-    sqlx::query(
-        "DELETE FROM holdfast.salvage s USING unnest($1::text[], $2::int[]) AS a (op, k) WHERE s.op = a.op AND s.k = a.k AND NOT s.done",
-    )
-    .bind(answered.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
-    .bind(answered.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
-    .execute(connection)
-    .await?;
-    Ok(())
-}
-
-/// Whether a change that carried this REQUEST of the server's own is in the ledger.
-pub async fn is_request_known(connection: &mut PgConnection, request: &str) -> Result<bool, Error> {
-    let known = sqlx::query_scalar(
-        "SELECT EXISTS (SELECT 1 FROM holdfast.stock_ledger WHERE request_id = $1 AND request_id LIKE 'hf-%') \
-         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger WHERE request_id = $1 AND request_id LIKE 'hf-%')",
-    );
-    Ok(known.bind(request).fetch_one(connection).await?)
-}
-
 /// Notes that a change which was handed over has been taken up, or why it is owed: then its products are frozen.
 pub async fn taken_up(connection: &mut PgConnection, partition: u32, answered: &Answered, owed: Option<&str>) -> Result<(), Error> {
     let mut transaction = connection.begin().await?;
@@ -605,10 +534,12 @@ pub async fn taken_up(connection: &mut PgConnection, partition: u32, answered: &
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::change::Entry;
-    use crate::ledger::testing::{database, number_of, rows};
+    use crate::ledger::testing::{database, execute, number_of, rows};
 
-    fn answered(op: &str, n: u64, line: &str) -> Answered {
+    pub const WINDOW_MS: i64 = 600_000;
+
+    /// What was answered under epoch 1.
+    pub fn answered(op: &str, n: u64, line: &str) -> Answered {
         Answered { op: op.into(), origin: Position::new(1, n), at_ms: 1_700_000_000_000, operation: Operation::decode(line).unwrap() }
     }
 
@@ -623,9 +554,9 @@ mod tests {
             answered("i:coupon:1", 4, "1 coupon.issue coupon=c user=u serial=1 remaining=0 |"),
         ];
         let all = Saved { saved: 4, owed: 0, known: 0 };
-        assert_eq!(save(connection, 0, 1, &first).await.unwrap(), all);
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &first).await.unwrap(), all);
         let again = Saved { saved: 0, owed: 0, known: 4 };
-        assert_eq!(save(connection, 0, 1, &first).await.unwrap(), again);
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &first).await.unwrap(), again);
         let more = [
             first[1].clone(),
             answered("j:stock:1", 9, "0 decr | a -8 0"),
@@ -636,7 +567,7 @@ mod tests {
             answered("j:stock:2", 14, "0 delete | a 0 0"),
             answered("j:stock:2", 15, "1 set new=1 | a 0 4"),
         ];
-        assert_eq!(save(connection, 0, 1, &more).await.unwrap(), Saved { saved: 3, owed: 4, known: 1 });
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &more).await.unwrap(), Saved { saved: 3, owed: 4, known: 1 });
         type Line = (i64, i64, String, i64, i64, Option<String>);
         let lines: Vec<Line> = rows(
             connection,
@@ -677,24 +608,22 @@ mod tests {
         let row = partition::load(connection, 0).await.unwrap();
         assert_eq!((row.applied, row.last_op.as_str()), (Position::new(1, 11), "salvage:1"));
         assert_eq!(origins(connection, 0).await.unwrap().saved[&1], [1, 2, 3, 4, 9, 10, 11, 12, 13, 14, 15]);
-        assert!(matches!(save(connection, 0, 7, &more).await, Err(Error::Broken(_))), "another sidecar took the partition");
+        assert!(matches!(save(connection, 0, 7, WINDOW_MS, &more).await, Err(Error::Broken(_))), "another sidecar took the partition");
     }
 
     #[tokio::test]
     async fn what_an_order_holds_moves_also_where_its_units_are_owed() {
         let mut database = database().await;
         let connection = &mut database.connection;
-        save(connection, 0, 1, &[answered("i:stock:1", 1, "0 set | a 10 10"), answered("i:stock:1", 2, "1 set | b 10 10")]).await.unwrap();
-        crate::ledger::testing::execute(
-            connection,
-            "ALTER TABLE holdfast.stock ADD CHECK (available > 8), ADD CHECK (product_id = 'a' OR held = 0)",
-        )
-        .await;
+        save(connection, 0, 1, WINDOW_MS, &[answered("i:stock:1", 1, "0 set | a 10 10"), answered("i:stock:1", 2, "1 set | b 10 10")])
+            .await
+            .unwrap();
+        execute(connection, "ALTER TABLE holdfast.stock ADD CHECK (available > 8), ADD CHECK (product_id = 'a' OR held = 0)").await;
         let orders = [
             answered("i:stock:2", 3, "0 reserve order=o expires=9 | a -3 7"),
             answered("i:stock:2", 4, "1 reserve order=p expires=9 | b -1 9"),
         ];
-        assert_eq!(save(connection, 0, 1, &orders).await.unwrap(), Saved { saved: 0, owed: 2, known: 0 });
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &orders).await.unwrap(), Saved { saved: 0, owed: 2, known: 0 });
         let stock: Vec<(i64, i64, bool)> =
             rows(connection, "SELECT available, held, frozen IS NOT NULL FROM holdfast.stock ORDER BY product_id").await;
         assert_eq!(stock, [(10, 3, true), (10, 0, true)], "of the second not even that is taken");
@@ -704,70 +633,99 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_in_a_row_with_others_is_known() {
+    async fn a_late_change_of_an_order_goes_by_what_the_order_has_become() {
         let mut database = database().await;
         let connection = &mut database.connection;
-        let entry = |prev: &str, op: &str, first_n, lines: &[&str]| {
-            let operations: Vec<Operation> = lines.iter().map(|line| Operation::decode(line).unwrap()).collect();
-            let last = Position::new(1, first_n + operations.iter().map(Operation::count).sum::<u64>() - 1);
-            Entry { last, first_n, prev: prev.into(), op: op.into(), at_ms: 7, operations }
+        let start = |k: u64, order: &str| answered("i:stock:1", 2 + k, &format!("{k} reserve order={order} expires=9 | a -3 0"));
+        let of = |n: u64, kind: &str, order: &str, delta: i64| {
+            answered("j:stock:1", n, &format!("{n} {kind} order={order} from=held units=3 | a {delta} 0"))
         };
-        let entries = [
-            entry("-", "i:stock:1", 1, &["0 set | a 10 10"]),
-            entry("i:stock:1", "i:stock:2", 2, &["1 mixed runs=1:-3,3-4:1 | a -1 9", "2 decr request=r digest=d | a -2 7"]),
+        let mut first = vec![answered("i:stock:1", 1, "100 set | a 100 100")];
+        first.extend(["gone", "expired", "paid", "kept", "held", "again"].into_iter().zip(1..).map(|(order, k)| start(k, order)));
+        first.extend([of(31, "cancel", "gone", 3), of(32, "expire", "expired", 3), of(33, "confirm", "paid", 0)]);
+        first.push(answered("j:stock:1", 34, "34 cancel order=never |"));
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &first).await.unwrap(), Saved { saved: 11, owed: 0, known: 0 });
+        let units = "SELECT available || ' ' || held FROM holdfast.stock";
+        assert_eq!(rows::<(String,)>(connection, units).await, [("88 9".to_owned(),)]);
+        // All of these were answered in front of those.
+        let late = [
+            of(21, "cancel", "gone", 3),
+            of(22, "expire", "gone", 3),
+            of(23, "cancel", "expired", 3),
+            answered("j:stock:2", 24, "0 reserve order=again expires=9 | a -3 0"),
+            answered("j:stock:2", 25, "1 sell order=paid | a -3 0"),
+            answered("j:stock:2", 26, "2 reserve order=never expires=9 | a -3 0"),
+            answered("j:stock:2", 27, "3 expire order=paid from=held units=3 | a 3 0"),
+            answered("j:stock:2", 28, "4 expire order=nowhere from=held units=3 | a 3 0"),
         ];
-        apply::apply(connection, 0, &entries).await.unwrap();
-        let of_batch = |op: &str, k: u32| answered(op, u64::from(k) + 1, &format!("{k} decr | a -1 0"));
-        let all: Vec<Answered> = (0..6).map(|k| of_batch("i:stock:2", k)).chain([of_batch("i:stock:3", 1)]).collect();
-        let known: BTreeSet<(String, u32)> = in_ledger(connection, &all).await.unwrap().into_iter().collect();
-        assert_eq!(known, (1..5).map(|k| ("i:stock:2".to_owned(), k)).collect());
-        assert_eq!(save(connection, 0, 1, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 4 });
-        assert_eq!(number_of(connection, "SELECT available FROM holdfast.stock").await, 4);
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &late).await.unwrap(), Saved { saved: 0, owed: 0, known: 8 });
+        assert_eq!(rows::<(String,)>(connection, units).await, [("88 9".to_owned(),)]);
+        // Paid since: it was not held any more. More, or less, than is held of it: what it has. And what was not there yet, and now is.
+        let late = [
+            of(51, "cancel", "paid", 3),
+            answered("j:stock:2", 52, "5 cancel order=kept from=held units=5 | a 5 0"),
+            answered("j:stock:2", 53, "6 cancel order=held |"),
+            answered("j:stock:2", 54, "7 cancel order=nowhere from=held units=3 | a 3 0"),
+            answered("j:stock:2", 55, "8 reserve order=new expires=9 | a -3 0"),
+            answered("j:stock:2", 56, "9 confirm order=new from=held units=3 | a 0 0"),
+        ];
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &late).await.unwrap(), Saved { saved: 6, owed: 0, known: 0 });
+        assert_eq!(rows::<(String,)>(connection, units).await, [("94 3".to_owned(),)]);
+        let late = [
+            of(61, "confirm", "gone", 0),
+            of(62, "confirm", "expired", 0),
+            answered("j:stock:2", 63, "10 extend order=expired expires=99 from=held units=3 | a 0 0"),
+            answered("j:stock:2", 64, "11 confirm order=lost from=held units=3 | a 0 0"),
+        ];
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &late).await.unwrap(), Saved { saved: 0, owed: 4, known: 0 });
+        assert_eq!(rows::<(String,)>(connection, units).await, [("94 3".to_owned(),)]);
+        let owed = "SELECT kind, delta, reason LIKE 'order ''%'' cannot become that any more' FROM holdfast.dead_letter ORDER BY n";
+        let expected = ["confirm", "confirm", "extend", "confirm"].map(|kind| (kind.to_owned(), 0, true));
+        assert_eq!(rows::<(String, i64, bool)>(connection, owed).await, expected);
+        let orders: Vec<(String, String)> = rows(connection, "SELECT order_id, state FROM holdfast.stock_order ORDER BY order_id").await;
+        let expected = [
+            ("again", "held"),
+            ("expired", "expired"),
+            ("gone", "cancelled"),
+            ("held", "cancelled"),
+            ("kept", "cancelled"),
+            ("never", "cancelled"),
+            ("new", "confirmed"),
+            ("nowhere", "cancelled"),
+            ("paid", "cancelled"),
+        ];
+        assert_eq!(orders, expected.map(|(order, state)| (order.to_owned(), state.to_owned())));
+        let sums = "SELECT sum(pg_delta)::bigint || ' ' || sum(held_delta)::bigint FROM holdfast.stock_ledger";
+        assert_eq!(rows::<(String,)>(connection, sums).await, [("94 3".to_owned(),)], "the ledger explains it");
     }
 
     #[tokio::test]
-    async fn what_was_taken_up_or_done_again_by_its_client_is_not_saved_again() {
+    async fn an_order_is_extended_by_the_newest_and_begun_anew_once_it_is_forgotten() {
         let mut database = database().await;
         let connection = &mut database.connection;
-        save(connection, 0, 1, &[answered("i:stock:1", 1, "0 set | a 100 100"), answered("i:stock:1", 2, "1 set | b 100 100")])
-            .await
-            .unwrap();
-        crate::ledger::testing::execute(
-            connection,
-            "INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after,
-             request_id, request_digest, at) VALUES
-             (0, 2, 40, 0, 'j:stock:1', 0, 'a', 'decr', -3, -3, 97, 'hf-i:stock:2-0', 'handed-over', now()),
-             (0, 2, 41, 0, 'j:stock:1', 1, 'a', 'decr', -4, -4, 93, 'r', 'd', now()),
-             (0, 2, 42, 0, 'j:stock:1', 2, 'a', 'decr', -5, -5, 88, 'r-other', 'other', now()),
-             (0, 1, 3, 0, 'j:stock:0', 0, 'a', 'decr', -6, -6, 82, 'r-before', 'd', now());
-             INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, serial, remaining_after, request_id, request_digest, at)
-             VALUES (0, 2, 43, 'j:coupon:1', 0, 'c', 'issue', 1, 0, 'hf-i:coupon:2-0', 'handed-over', now()),
-             (0, 2, 44, 'j:coupon:1', 1, 'c', 'issue', 2, 0, 'r-c', 'd', now())",
-        )
-        .await;
-        let all = [
-            answered("i:stock:2", 5, "0 decr | a -3 97"),
-            answered("i:stock:2", 6, "1 decr request=r digest=d | a -4 93"),
-            answered("i:coupon:2", 7, "0 coupon.issue coupon=c user=u serial=1 remaining=0 |"),
-            answered("i:coupon:2", 8, "1 coupon.issue request=r-c digest=d coupon=c user=v serial=2 remaining=0 |"),
-            answered("i:stock:2", 9, "2 reserve order=o expires=9 | a -1 92"),
-            answered("i:stock:2", 10, "3 decr request=r-other digest=d | b -1 99"),
-            answered("i:stock:2", 11, "4 decr request=r-before digest=d | b -1 98"),
-            answered("i:stock:2", 12, "5 decr | b -1 97"),
+        let extend =
+            |n: u64, expires: i64| answered("i:stock:1", n, &format!("{n} extend order=o expires={expires} from=held units=3 | a 0 0"));
+        let first = [
+            answered("i:stock:1", 1, "1 set | a 100 100"),
+            answered("i:stock:1", 2, "2 reserve order=o expires=9 | a -3 0"),
+            extend(9, 99),
         ];
-        hand_over(connection, 0, &all[..5]).await.unwrap();
-        taken_up(connection, 0, &all[4], Some("too few")).await.unwrap();
-        crate::ledger::testing::execute(connection, "UPDATE holdfast.partition SET epoch = 3, applied_epoch = 2, applied_n = 44").await;
-        assert_eq!(save(connection, 0, 3, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 5 });
-        assert!(!is_anything_handed_over(connection).await.unwrap());
-        let stock: Vec<(String, i64)> = rows(connection, "SELECT product_id, available FROM holdfast.stock ORDER BY product_id").await;
-        assert_eq!(stock, [("a".into(), 100), ("b".into(), 97)]);
-        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.dead_letter").await, 1);
-        let open = answered("i:stock:3", 13, "0 decr | a -3 7");
-        hand_over(connection, 0, std::slice::from_ref(&open)).await.unwrap();
-        not_lost(connection, std::slice::from_ref(&open)).await.unwrap();
-        assert!(!is_anything_handed_over(connection).await.unwrap());
-        assert!(known(connection, 0, 3, &[open]).await.unwrap().is_empty(), "it is still to be applied");
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &first).await.unwrap(), Saved { saved: 3, owed: 0, known: 0 });
+        let both = [extend(5, 55), extend(12, 44)];
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &both).await.unwrap(), Saved { saved: 1, owed: 0, known: 1 });
+        assert_eq!(number_of(connection, "SELECT expires_ms FROM holdfast.stock_order").await, 44);
+        let start_at = |n: u64, at_ms: i64| Answered { at_ms, ..answered("i:stock:1", n, &format!("{n} sell order=o | a -5 0")) };
+        let kept_ms = crate::limits::ORDER_KEPT_MS;
+        let all = [
+            start_at(20, 1_700_000_000_000 + kept_ms + 1),
+            answered("i:stock:1", 21, "21 cancel order=o from=held units=3 | a 3 0"),
+            start_at(22, 1_700_000_000_000 + kept_ms),
+            start_at(23, 1_700_000_000_000 + kept_ms + 1),
+        ];
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &all).await.unwrap(), Saved { saved: 2, owed: 0, known: 2 });
+        let orders: Vec<(String, i64)> = rows(connection, "SELECT state, units[1] FROM holdfast.stock_order ORDER BY n").await;
+        assert_eq!(orders, [("cancelled".into(), 3), ("confirmed".into(), 5)]);
+        assert_eq!(number_of(connection, "SELECT available FROM holdfast.stock").await, 95);
     }
 
     #[tokio::test]
@@ -780,17 +738,17 @@ mod tests {
             answered("i:coupon:1", 3, "2 coupon.issue coupon=c user=v serial=2 remaining=7 |"),
             answered("i:coupon:1", 4, "3 coupon.use coupon=c user=v order=o-2 serial=2 remaining=7 |"),
         ];
-        assert_eq!(save(connection, 0, 1, &first).await.unwrap(), Saved { saved: 4, owed: 0, known: 0 });
-        crate::ledger::testing::execute(connection, "UPDATE holdfast.partition SET epoch = 2").await;
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &first).await.unwrap(), Saved { saved: 4, owed: 0, known: 0 });
+        execute(connection, "UPDATE holdfast.partition SET epoch = 2").await;
         let later = answered("j:coupon:1", 30, "0 coupon.use coupon=c user=u order=o-9 serial=1 remaining=7 |");
-        assert_eq!(save(connection, 0, 2, &[later]).await.unwrap(), Saved { saved: 1, owed: 0, known: 0 });
+        assert_eq!(save(connection, 0, 2, WINDOW_MS, &[later]).await.unwrap(), Saved { saved: 1, owed: 0, known: 0 });
         let late = [
             answered("i:coupon:2", 20, "0 coupon.unuse coupon=c user=u serial=1 remaining=7 |"),
             answered("i:coupon:2", 21, "1 coupon.unuse coupon=c user=v serial=2 remaining=7 |"),
             answered("i:coupon:2", 22, "2 coupon.use coupon=c user=v order=o-3 serial=2 remaining=7 |"),
             answered("i:coupon:2", 23, "3 coupon.unuse coupon=c user=v serial=2 remaining=7 |"),
         ];
-        assert_eq!(save(connection, 0, 2, &late).await.unwrap(), Saved { saved: 3, owed: 1, known: 0 });
+        assert_eq!(save(connection, 0, 2, WINDOW_MS, &late).await.unwrap(), Saved { saved: 3, owed: 1, known: 0 });
         let issues: Vec<(i64, String, Option<String>)> =
             rows(connection, "SELECT serial, state, order_id FROM holdfast.coupon_issue ORDER BY serial").await;
         assert_eq!(issues, [(1, "used".into(), Some("o-9".into())), (2, "issued".into(), None)]);
@@ -805,7 +763,6 @@ mod tests {
         hand_over(connection, 0, std::slice::from_ref(&change)).await.unwrap();
         assert!(is_anything_handed_over(connection).await.unwrap());
         assert_eq!(handed_over(connection, 0, &[], 9).await.unwrap(), std::slice::from_ref(&change));
-        assert!(!is_request_known(connection, "hf-i:stock:2-0").await.unwrap());
         taken_up(connection, 0, &change, Some("too few")).await.unwrap();
         assert!(!is_anything_handed_over(connection).await.unwrap());
         hand_over(connection, 0, &[change]).await.unwrap();
@@ -837,26 +794,26 @@ mod tests {
             answered("i:coupon:1", 2, "1 coupon.issue coupon=c user=u serial=1 remaining=0 |"),
             answered("i:coupon:1", 3, "2 coupon.create coupon=d total=9 peruser=1 |"),
         ];
-        save(connection, 0, 1, &first).await.unwrap();
-        crate::ledger::testing::execute(connection, "ALTER TABLE holdfast.coupon_issue ADD CHECK (user_id <> 'refused')").await;
+        save(connection, 0, 1, WINDOW_MS, &first).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.coupon_issue ADD CHECK (user_id <> 'refused')").await;
         let lost = [
             answered("i:coupon:2", 4, "0 coupon.issue coupon=c user=v serial=4 remaining=0 |"),
             answered("i:coupon:2", 5, "1 coupon.issue coupon=d user=refused serial=7 remaining=8 |"),
             answered("i:coupon:2", 6, "2 coupon.issue coupon=ghost user=v serial=1 remaining=8 |"),
         ];
-        assert_eq!(save(connection, 0, 1, &lost).await.unwrap(), Saved { saved: 0, owed: 3, known: 0 });
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &lost).await.unwrap(), Saved { saved: 0, owed: 3, known: 0 });
         let serials: Vec<(String, i64, i64)> =
             rows(connection, "SELECT coupon_id, issued, last_serial FROM holdfast.coupon ORDER BY coupon_id").await;
         assert_eq!(serials, [("c".into(), 1, 4), ("d".into(), 0, 7)]);
         // Whoever drops their dead letters gives up their places, not their serials.
-        crate::ledger::testing::execute(connection, "DELETE FROM holdfast.dead_letter").await;
+        execute(connection, "DELETE FROM holdfast.dead_letter").await;
         assert!(crate::ledger::coupon::is_issued(connection, "d", 7).await.unwrap());
         assert!(!crate::ledger::coupon::is_issued(connection, "d", 6).await.unwrap());
         let late = [
             answered("j:coupon:1", 5, "0 coupon.issue coupon=d user=w serial=7 remaining=8 |"),
             answered("j:coupon:1", 6, "1 coupon.issue coupon=d user=x serial=6 remaining=7 |"),
         ];
-        assert_eq!(save(connection, 0, 1, &late).await.unwrap(), Saved { saved: 1, owed: 1, known: 0 });
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &late).await.unwrap(), Saved { saved: 1, owed: 1, known: 0 });
         let issued: Vec<(String, i64)> = rows(connection, "SELECT user_id, serial FROM holdfast.coupon_issue WHERE coupon_id = 'd'").await;
         assert_eq!(issued, [("x".into(), 6)], "to nobody else that was handed over late either");
     }

@@ -7,17 +7,17 @@ use std::sync::Arc;
 use metrics::counter;
 use tracing::{info, warn};
 
-use crate::domain::change::{Effect, Operation, StockKind};
+use crate::domain::change::{Effect, Operation, Remembered, StockKind};
 use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 use crate::domain::{Id, OrderState, Position, RequestId};
 use crate::ledger::salvage::{self, Answered};
 use crate::ledger::{self, PgConnection};
 use crate::limits::{HANDOVER_COUPONS_WAIT, HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
-use crate::store::Partition;
 use crate::store::coupon::{Action, CouponOp, CouponOutcome, Known, Part};
 use crate::store::partition::{EndedEpoch, LoadRequest, Wanted};
-use crate::store::requests::{HANDED_OVER, Remembered, Request};
-use crate::store::stock::{self, Items, StockOp, StockOutcome};
+use crate::store::requests::{HANDED_OVER, Remembered as Recalled, Request};
+use crate::store::stock::{self, Items, Looked, StockOp, StockOutcome};
+use crate::store::{Connection, Partition};
 
 /// Hands over the copies of these ended epochs that the ledger does not have. Those of an epoch that has not ended are still on their way.
 /// Returns whether there were any.
@@ -45,7 +45,7 @@ pub async fn hand_over_all(partition: &Partition, postgres: &mut PgConnection, e
 async fn hand_over_these(partition: &Partition, postgres: &mut PgConnection, copies: &[Answered]) -> Result<(), ledger::Error> {
     for copies in copies.chunks(SALVAGE_CHANGES_MAX) {
         let known = salvage::in_ledger(postgres, copies).await?;
-        let lost: Vec<Answered> = copies.iter().filter(|copy| !known.contains(&(copy.op.clone(), copy.operation.k))).cloned().collect();
+        let lost: Vec<Answered> = copies.iter().filter(|copy| !known.contains(&copy.name())).cloned().collect();
         if !lost.is_empty() {
             salvage::hand_over(postgres, partition.id, &lost).await?;
             warn!(partition = partition.id, changes = lost.len(), "handed over what was answered before redis lost its data");
@@ -55,55 +55,116 @@ async fn hand_over_these(partition: &Partition, postgres: &mut PgConnection, cop
     Ok(())
 }
 
-/// Takes off Redis what sidecars handed over, each once: under the name that the server gives to it, as a REQUEST. What cannot be taken
-/// off is owed.
-pub async fn take_up(partition: &Arc<Partition>, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
-    if !salvage::is_anything_handed_over(postgres).await? || !salvage::lock_handed_over(postgres, partition.id).await? {
+/// Takes off Redis what sidecars handed over, each once: under its client's REQUEST as long as that is remembered, for `window_ms`, else under
+/// the name that the server gives to it. What cannot be taken off is owed. Errors with what Redis or Postgres said, for the log.
+pub async fn take_up(
+    partition: &Arc<Partition>,
+    redis: &mut Connection,
+    postgres: &mut PgConnection,
+    window_ms: i64,
+) -> Result<(), String> {
+    let text = |error: ledger::Error| error.to_string();
+    if !salvage::is_anything_handed_over(postgres).await.map_err(text)? {
         return Ok(());
     }
-    let taken_up = take_up_locked(partition, postgres).await;
-    salvage::unlock_handed_over(postgres, partition.id).await?;
-    taken_up
+    let now_ms = redis.time_ms().await.map_err(|error| error.to_string())?;
+    if !salvage::lock_handed_over(postgres, partition.id).await.map_err(text)? {
+        return Ok(());
+    }
+    let taken_up = TakeUp { partition, window_ms, remembered_since_ms: now_ms.saturating_sub(window_ms) }.run(postgres).await;
+    salvage::unlock_handed_over(postgres, partition.id).await.map_err(text)?;
+    taken_up.map_err(text)
 }
 
-async fn take_up_locked(partition: &Arc<Partition>, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
-    // What still stands in the outbox is not in the ledger yet, and must not be done again.
-    if !has_reached_postgres(partition).await {
-        return Ok(());
-    }
-    let (mut left, mut wait) = (HANDOVER_MAX, HashSet::new());
-    while left > 0 {
-        let before = (left, wait.len());
-        let without: Vec<String> = wait.iter().cloned().collect();
-        for answered in salvage::handed_over(postgres, partition.id, &without, left).await? {
-            let coupon = answered.operation.coupon();
-            // What came later of a coupon comes behind that.
-            if coupon.is_some_and(|coupon| wait.contains(coupon)) {
-                continue;
+/// What it is taken up with.
+struct TakeUp<'a> {
+    partition: &'a Arc<Partition>,
+    /// How long a REQUEST id is remembered.
+    window_ms: i64,
+    /// Since when those are that are remembered now, by Redis's clock.
+    remembered_since_ms: i64,
+}
+
+impl TakeUp<'_> {
+    async fn run(&self, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
+        let partition = self.partition;
+        // What still stands in the outbox is not in the ledger yet, and must not be done again.
+        if !has_reached_postgres(partition).await {
+            return Ok(());
+        }
+        let (mut left, mut wait) = (HANDOVER_MAX, HashSet::new());
+        while left > 0 {
+            let before = (left, wait.len());
+            let without: Vec<String> = wait.iter().cloned().collect();
+            let handed = salvage::handed_over(postgres, partition.id, &without, left).await?;
+            let known = salvage::known(postgres, partition.id, self.window_ms, &handed).await?;
+            let (known, open): (Vec<_>, Vec<_>) = handed.into_iter().partition(|one| known.contains(&one.name()));
+            salvage::settled(postgres, &known).await?;
+            for answered in open {
+                let coupon = answered.operation.coupon();
+                // What came later of a coupon comes behind that.
+                if coupon.is_some_and(|coupon| wait.contains(coupon)) {
+                    continue;
+                }
+                let owed = match self.done_again(postgres, &answered).await? {
+                    Done::AsAnswered => None,
+                    Done::Refused(why) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
+                    Done::Forgotten => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
+                    Done::Unknown => match coupon {
+                        Some(coupon) if wait.len() < HANDOVER_COUPONS_WAIT => {
+                            wait.insert(coupon.to_owned());
+                            continue;
+                        }
+                        _ => return Ok(()),
+                    },
+                };
+                info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
+                salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
+                left -= 1;
+                if owed.is_some() {
+                    partition.parked.notify_one();
+                }
             }
-            let owed = match done_again(partition, postgres, &answered).await? {
-                Done::AsAnswered => None,
-                Done::Refused(why) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
-                Done::Unknown => match coupon {
-                    Some(coupon) if wait.len() < HANDOVER_COUPONS_WAIT => {
-                        wait.insert(coupon.to_owned());
-                        continue;
-                    }
-                    _ => return Ok(()),
-                },
-            };
-            info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
-            salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
-            left -= 1;
-            if owed.is_some() {
-                partition.parked.notify_one();
+            if known.is_empty() && (left, wait.len()) == before {
+                break;
             }
         }
-        if (left, wait.len()) == before {
-            break;
-        }
+        Ok(())
     }
-    Ok(())
+
+    /// Does a change again whose effect nothing has had.
+    async fn done_again(&self, postgres: &mut PgConnection, answered: &Answered) -> Result<Done, ledger::Error> {
+        let remembered = answered.operation.remembered.as_ref().filter(|_| answered.at_ms > self.remembered_since_ms);
+        if let Some(Remembered { request, digest }) = remembered {
+            let request = Request::new(RequestId::of_escaped(request), digest.clone());
+            match self.done_under(postgres, answered, request).await? {
+                Done::Forgotten => {}
+                done => return Ok(done),
+            }
+        }
+        let id = format!("hf-{}-{}", answered.op, answered.operation.k);
+        self.done_under(postgres, answered, Request::new(RequestId::of_escaped(&id), HANDED_OVER.to_owned())).await
+    }
+
+    async fn done_under(&self, postgres: &mut PgConnection, answered: &Answered, request: Request) -> Result<Done, ledger::Error> {
+        let partition = self.partition;
+        Ok(match again(&answered.operation, request.clone(), answered.at_ms) {
+            None => Done::Refused(String::new()),
+            Some(Again::Stock(mut op)) => {
+                if let Some(of) = &mut op.order {
+                    of.looked = looked(postgres, op.action, &of.order, answered.at_ms).await?;
+                }
+                match partition.change(op).await {
+                    Ok(StockOutcome::Done { .. }) => Done::AsAnswered,
+                    Ok(StockOutcome::Remembered(recalled)) => Done::recalled(&request, &recalled),
+                    Ok(outcome) if is_as_answered(&answered.operation, &outcome) => Done::AsAnswered,
+                    Ok(refused) => Done::Refused(format!(": {refused:?}")),
+                    Err(_) => Done::Unknown,
+                }
+            }
+            Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, &request, answered).await?,
+        })
+    }
 }
 
 /// Waits until Postgres has what Redis has decided by now. `false` where that takes too long.
@@ -113,23 +174,13 @@ async fn has_reached_postgres(partition: &Partition) -> bool {
     tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false)
 }
 
-/// Does a change again that was handed over, if it is not in the ledger by now.
-async fn done_again(partition: &Partition, postgres: &mut PgConnection, answered: &Answered) -> Result<Done, ledger::Error> {
-    let id = format!("hf-{}-{}", answered.op, answered.operation.k);
-    let is_there = !salvage::in_ledger(postgres, std::slice::from_ref(answered)).await?.is_empty();
-    if is_there || salvage::is_request_known(postgres, &id).await? {
-        return Ok(Done::AsAnswered);
-    }
-    Ok(match again(&answered.operation, &id, answered.at_ms) {
-        None => Done::Refused(String::new()),
-        Some(Again::Stock(op)) => match partition.change(op).await {
-            Ok(StockOutcome::Done { .. } | StockOutcome::Remembered(Remembered::Known(_))) => Done::AsAnswered,
-            Ok(outcome) if is_as_answered(&answered.operation, &outcome) => Done::AsAnswered,
-            Ok(refused) => Done::Refused(format!(": {refused:?}")),
-            Err(_) => Done::Unknown,
-        },
-        Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, answered).await?,
-    })
+/// What Postgres has of an order, for a Redis that has none. One that was forgotten when it began anew is another.
+async fn looked(postgres: &mut PgConnection, action: stock::Action, order: &Id, at_ms: i64) -> Result<Looked, ledger::Error> {
+    let begins = matches!(action, stock::Action::Change(StockKind::Reserve | StockKind::Sell));
+    let Some(row) = ledger::order::load(postgres, &[order.to_string()]).await?.pop() else { return Ok(Looked::Nowhere) };
+    let order = row.order()?;
+    let is_another = begins && ledger::order::is_forgotten(order.state, row.changed_at_ms, at_ms);
+    Ok(if is_another { Looked::Nowhere } else { Looked::Found(order) })
 }
 
 /// What became of something that was done again.
@@ -137,8 +188,20 @@ enum Done {
     AsAnswered,
     /// Why not.
     Refused(String),
+    /// Not under this REQUEST: it is out of its time, or stands for something else by now.
+    Forgotten,
     /// Perhaps it ran: under its name it runs once.
     Unknown,
+}
+
+impl Done {
+    /// What it means that its REQUEST was not executed. Under the server's own name only the change itself is done, whoever asks for it.
+    fn recalled(request: &Request, recalled: &Recalled) -> Self {
+        match recalled {
+            Recalled::Known(text) if request.id.sent().is_some() || request.reply_in(text).is_some() => Self::AsAnswered,
+            _ => Self::Forgotten,
+        }
+    }
 }
 
 /// Does something to a coupon again. A serial is given only if Postgres says that nobody has it, and a redemption is taken back only if
@@ -147,6 +210,7 @@ async fn coupon_done_again(
     partition: &Partition,
     postgres: &mut PgConnection,
     op: CouponOp,
+    request: &Request,
     answered: &Answered,
 ) -> Result<Done, ledger::Error> {
     let operation = &answered.operation;
@@ -154,12 +218,7 @@ async fn coupon_done_again(
     if let Action::Step { step: CouponStep::Issue, serial: Some(serial), .. } = &op.action
         && ledger::coupon::is_issued(postgres, op.coupon.as_str(), *serial).await?
     {
-        // Its own client may have it by now, who tried again.
-        let known = salvage::known(postgres, partition.id, u64::MAX, std::slice::from_ref(answered)).await?;
-        return Ok(match known.is_empty() {
-            false => Done::AsAnswered,
-            true => Done::Refused(format!(": serial {serial} has been given out again")),
-        });
+        return Ok(Done::Refused(format!(": serial {serial} has been given out again")));
     }
     let (mut redeemed_for, mut takes_none_back) = (None, false);
     if let Action::Step { step: CouponStep::Unuse, serial: Some(serial), .. } = &op.action {
@@ -195,7 +254,8 @@ async fn coupon_done_again(
         }
     }
     Ok(match outcome {
-        Ok(CouponOutcome::Done { .. } | CouponOutcome::Remembered(Remembered::Known(_))) => Done::AsAnswered,
+        Ok(CouponOutcome::Done { .. }) => Done::AsAnswered,
+        Ok(CouponOutcome::Remembered(recalled)) => Done::recalled(request, &recalled),
         Ok(outcome) if is_coupon_as_answered(operation, &outcome) => Done::AsAnswered,
         Ok(CouponOutcome::Moved) if takes_none_back => Done::Refused(": it has been redeemed since".to_owned()),
         Ok(CouponOutcome::Moved) | Err(_) => Done::Unknown,
@@ -215,7 +275,7 @@ async fn load(partition: &Partition, coupon: Id) -> bool {
     !found.more && matches!(partition.change_coupon(init(found)).await, Ok(CouponOutcome::Loaded | CouponOutcome::Exists))
 }
 
-/// Whether what was done again to an order left it as was answered then. An order that was paid and has expired since is not.
+/// Whether what was done again to an order left it as was answered then.
 fn is_as_answered(operation: &Operation, outcome: &StockOutcome) -> bool {
     let Effect::Stock { kind, .. } = &operation.effect else { return false };
     let became = match outcome {
@@ -226,14 +286,7 @@ fn is_as_answered(operation: &Operation, outcome: &StockOutcome) -> bool {
         StockOutcome::Stands(order) => Some(order.state),
         _ => None,
     };
-    match kind {
-        // Whatever became of it afterwards, it had begun.
-        StockKind::Reserve | StockKind::Sell => became.is_some(),
-        StockKind::Extend => became.is_some_and(|state| state != OrderState::Expired),
-        // Either way the units were given back.
-        StockKind::Cancel | StockKind::Expire => matches!(became, Some(OrderState::Cancelled | OrderState::Expired)),
-        _ => became == OrderState::after(*kind),
-    }
+    became.is_some_and(|state| state.is_as_after(*kind))
 }
 
 /// The same of a coupon. What was redeemed may have been so again since, and what was revoked may not be there to be revoked.
@@ -256,14 +309,9 @@ enum Again {
     Coupon(CouponOp),
 }
 
-/// The operation, to be done again under its client's REQUEST, else under the server's own name; `None` for what would overwrite. What is
-/// done already to an order, it stays, and a coupon is issued under the serial that was answered. `at_ms`: when it was done, which what is
-/// held is counted from.
-fn again(operation: &Operation, id: &str, at_ms: i64) -> Option<Again> {
-    let request = match &operation.remembered {
-        Some(of_client) => Request::new(RequestId::of_escaped(&of_client.request), of_client.digest.clone()),
-        None => Request::new(RequestId::of_escaped(id), HANDED_OVER.to_owned()),
-    };
+/// The operation, to be done again under this REQUEST; `None` for what would overwrite. What is done already to an order, it stays, and a coupon
+/// is issued under the serial that was answered. `at_ms`: when it was done, which what is held is counted from.
+fn again(operation: &Operation, request: Request, at_ms: i64) -> Option<Again> {
     let (kind, items, detail) = match &operation.effect {
         Effect::Stock { kind, items, detail } => (kind, items, detail),
         Effect::Coupon { coupon, change } => {
@@ -321,6 +369,10 @@ mod tests {
         }
         let reserved = Operation::decode("0 reserve order=o expires=9 | a -1 3").unwrap();
         assert!([Held, Confirmed, Cancelled, Expired].into_iter().all(|state| is_as_answered(&reserved, &stands(state))));
+        let sold = Operation::decode("0 decr | a -1 3").unwrap();
+        for refused in [StockOutcome::Short { item: 0, available: 0 }, StockOutcome::Absent { item: 0 }] {
+            assert!(!is_as_answered(&sold, &refused) && !is_as_answered(&reserved, &refused), "{refused:?}");
+        }
         let stepped = |serial| CouponOutcome::Stepped { serial, remaining: 0, position: Position::default() };
         for (line, outcome, is_so) in [
             ("issue", stepped(3), true),

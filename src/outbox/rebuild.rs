@@ -222,7 +222,7 @@ impl Rebuild<'_> {
 
     async fn save(&mut self, epoch: u64, answered: &[Answered], saved: &mut Saved) -> Result<(), String> {
         for answered in answered.chunks(SALVAGE_CHANGES_MAX) {
-            let more = step(salvage::save(self.postgres, self.partition.id, epoch, answered)).await?;
+            let more = step(salvage::save(self.postgres, self.partition.id, epoch, self.window_ms, answered)).await?;
             saved.saved += more.saved;
             saved.owed += more.owed;
             saved.known += more.known;

@@ -162,7 +162,7 @@ impl Verifier {
             match self.compare(&mut redis, &mut postgres, &sight).await? {
                 Finding::NextEpoch => self.next_epoch(&mut redis, &mut postgres, &sight).await?,
                 Finding::Live { epoch } => {
-                    self.go_live(&redis, &mut postgres, epoch, &sight.look).await?;
+                    self.go_live(&mut redis, &mut postgres, epoch, &sight.look).await?;
                     return Ok(Verified::Settled);
                 }
                 // Both sides cannot be read at one moment, and another sidecar may be at it: what shows twice is real.
@@ -323,22 +323,28 @@ impl Verifier {
         let handed = handed.map_err(|error| self.starting(&error))?;
         let mut known = HashSet::new();
         for handed in handed.chunks(limits::SALVAGE_CHANGES_MAX) {
-            known.extend(ledger::salvage::known(postgres, self.partition.id, epoch, handed).await.map_err(|error| self.starting(&error))?);
+            let of_these = ledger::salvage::known(postgres, self.partition.id, self.window_ms, handed).await;
+            known.extend(of_these.map_err(|error| self.starting(&error))?);
         }
-        let (known, left): (Vec<_>, Vec<_>) = handed.into_iter().partition(|one| known.contains(&(one.op.clone(), one.operation.k)));
+        let (known, left): (Vec<_>, Vec<_>) = handed.into_iter().partition(|one| known.contains(&one.name()));
         if self.misses(postgres, row, left.iter().map(|one| one.op.clone()).collect()).await? {
             self.partition.verify.notify_one();
             self.missed = Some(epoch);
             return Ok(false);
         }
         ledger::salvage::settled(postgres, &known).await.map_err(|error| self.starting(&error))?;
-        ledger::salvage::not_lost(postgres, &left).await.map_err(|error| self.starting(&error))?;
         let let_go = ledger::partition::let_go(postgres, self.partition.id, epoch, &self.instance, n).await;
         let_go.map_err(|error| self.starting(&error))
     }
 
     /// Both sides agree. What this process answered under an earlier epoch, and neither side has, is handed over first.
-    async fn go_live(&mut self, redis: &Connection, postgres: &mut ledger::PgConnection, epoch: u64, look: &Look) -> Result<(), String> {
+    async fn go_live(
+        &mut self,
+        redis: &mut Connection,
+        postgres: &mut ledger::PgConnection,
+        epoch: u64,
+        look: &Look,
+    ) -> Result<(), String> {
         let ended = self.partition.ended.borrow().clone();
         handover::hand_over(&self.partition, postgres, epoch, &ended).await.map_err(|error| self.starting(&error))?;
         let head = self.partition.head();
@@ -350,7 +356,7 @@ impl Verifier {
         }
         self.verified = Some((epoch, redis.run_id().to_owned()));
         self.set(State::Live { epoch, run_id: redis.run_id().to_owned() });
-        handover::take_up(&self.partition, postgres).await.map_err(|error| error.to_string())
+        handover::take_up(&self.partition, redis, postgres, self.window_ms).await
     }
 
     /// Before the first time, the reason is what a client is told; later the state stays, and the lanes see for themselves.

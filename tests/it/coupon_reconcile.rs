@@ -243,22 +243,22 @@ fn busy_coupons_show_no_false_difference() {
 }
 
 /// Two sidecars, of which one hands over late what it answered.
-struct Late {
-    stack: Stack,
-    client: Client,
+pub struct Late {
+    pub stack: Stack,
+    pub client: Client,
     _other: Sidecar,
     _to_postgres: Proxy,
 }
 
 impl Late {
-    fn wait_until_taken_up(&self) {
+    pub fn wait_until_taken_up(&self) {
         wait_until("everything is handed over and taken up", || {
             self.stack.postgres.value("SELECT count(*) > 0 AND bool_and(done) FROM holdfast.salvage") == "true"
         });
         self.stack.wait_until_applied();
     }
 
-    fn end(self) {
+    pub fn end(self) {
         let (said, code) = audit(&self.stack);
         assert_eq!(code, Some(0), "{said}");
     }
@@ -273,7 +273,7 @@ fn lost_and_handed_over_late(lost: impl FnOnce(&mut Client), meanwhile: impl FnO
 }
 
 /// The same, with so many ms for each reply, up to where it is handed over.
-fn late(reply_within_ms: u32, lost: impl FnOnce(&mut Client), meanwhile: impl FnOnce(&Stack, &mut Client)) -> Late {
+pub fn late(reply_within_ms: u32, lost: impl FnOnce(&mut Client), meanwhile: impl FnOnce(&Stack, &mut Client)) -> Late {
     let mut stack = Stack::with_own_postgres();
     let port = stack.postgres.own.as_ref().unwrap().port();
     let to_postgres = Proxy::start(port, b"COMMIT");
@@ -406,8 +406,8 @@ fn what_redis_gave_out_since_and_postgres_refused_stays_and_is_not_waited_for() 
         },
         |stack, client| {
             stack.postgres.execute("ALTER TABLE holdfast.coupon_issue ADD CHECK (user_id <> 'quick'), ADD CHECK (order_id <> 'refused')");
-            assert!(client.ask("COUPON.ISSUE c quick ACK postgres").starts_with("[ISSUED, 6, 94, "));
-            assert!(client.ask("COUPON.USE c u3 ORDER refused ACK postgres").starts_with("[USED, 3, "));
+            assert!(client.ask("COUPON.ISSUE c quick ACK postgres TIMEOUT 20000").starts_with("[ISSUED, 6, 94, "));
+            assert!(client.ask("COUPON.USE c u3 ORDER refused ACK postgres TIMEOUT 20000").starts_with("[USED, 3, "));
         },
     );
     late.wait_until_taken_up();

@@ -23,6 +23,7 @@ mod flows;
 mod hostile;
 mod http;
 mod inbox;
+mod late;
 mod lock_faults;
 mod locks;
 mod model;

@@ -1,0 +1,261 @@
+//! Which of the changes that were answered have had their effect: see [`salvage`](super).
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+
+use sqlx::PgConnection;
+
+use super::{Answered, Error, Name, partition, to_bigint, write};
+use crate::domain::RequestId;
+
+/// By how much the clocks of two Redis hosts may differ, in ms.
+const CLOCKS_DIFFER_MS: i64 = 60_000;
+
+/// Which of them have had their effect: they are in the ledger, or what was done instead is, or stands in front of them here. That is what was
+/// handed over and taken up, be it that it is owed, and what their client did again under the same REQUEST in a Redis that did not know of
+/// it: under another epoch, and within `window_ms`, for which an id is remembered.
+pub async fn known(connection: &mut PgConnection, partition: u32, window_ms: i64, answered: &[Answered]) -> Result<HashSet<Name>, Error> {
+    let within_ms = window_ms.saturating_add(CLOCKS_DIFFER_MS);
+    let mut known = in_ledger(connection, answered).await?;
+    let instead: Vec<(&Answered, Name)> = answered.iter().filter_map(|one| Some((one, stands_for(one)?))).collect();
+    let there = are_in_ledger(connection, &instead.iter().map(|(_, name)| name).collect::<Vec<_>>()).await?;
+    known.extend(instead.into_iter().filter(|(_, name)| there.contains(name)).map(|(one, _)| one.name()));
+    known.extend(taken_up(connection, &left(answered, &known)).await?);
+    known.extend(by_requests(connection, partition, within_ms, &left(answered, &known)).await?);
+    known.extend(repeated(answered, within_ms));
+    Ok(known)
+}
+
+fn left<'a>(answered: &'a [Answered], known: &HashSet<Name>) -> Vec<&'a Answered> {
+    answered.iter().filter(|one| !known.contains(&one.name())).collect()
+}
+
+/// What a change that was taken up does again.
+fn stands_for(answered: &Answered) -> Option<Name> {
+    let sent = RequestId::of_escaped(&answered.operation.remembered.as_ref()?.request).sent()?;
+    Some((sent.op(), sent.k))
+}
+
+/// Those that come to the same as one in front of them.
+fn repeated(answered: &[Answered], within_ms: i64) -> HashSet<Name> {
+    let (mut here, mut done_again, mut requests, mut repeated) = (HashSet::new(), HashSet::new(), HashMap::new(), HashSet::new());
+    for one in answered {
+        let (name, instead) = (one.name(), stands_for(one));
+        let remembered = one.operation.remembered.as_ref().map(|of| (of.request.as_str(), of.digest.as_str()));
+        let before: Option<&Answered> = remembered.and_then(|remembered| requests.get(&remembered).copied());
+        let is_asked_again = before.is_some_and(|before| {
+            before.origin.epoch != one.origin.epoch && before.at_ms.saturating_sub(one.at_ms).saturating_abs() <= within_ms
+        });
+        let is_instead = instead.as_ref().is_some_and(|instead| here.contains(instead) || done_again.contains(instead));
+        if is_asked_again || is_instead || done_again.contains(&name) {
+            repeated.insert(name);
+            continue;
+        }
+        here.insert(name);
+        done_again.extend(instead);
+        requests.extend(remembered.map(|remembered| (remembered, one)));
+    }
+    repeated
+}
+
+/// Those that were handed over and are settled, or were done again under the server's own name.
+async fn taken_up(connection: &mut PgConnection, answered: &[&Answered]) -> Result<Vec<Name>, Error> {
+    if answered.is_empty() {
+        return Ok(Vec::new());
+    }
+    let taken_up: Vec<(String, i32)> = sqlx::query_as(
+        "SELECT a.op, a.k FROM unnest($1::text[], $2::int[]) AS a (op, k) \
+         WHERE EXISTS (SELECT 1 FROM holdfast.salvage s WHERE s.op = a.op AND s.k = a.k AND s.done) \
+         OR EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%') \
+         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%')",
+    )
+    .bind(answered.iter().map(|one| one.op.as_str()).collect::<Vec<_>>())
+    .bind(answered.iter().map(|one| write::small(one.operation.k)).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    Ok(taken_up.into_iter().filter_map(name).collect())
+}
+
+/// Those that carried a REQUEST which was executed under another epoch as well, within so many ms. Found by the time, which the ledgers have an
+/// index on.
+async fn by_requests(connection: &mut PgConnection, partition: u32, within_ms: i64, answered: &[&Answered]) -> Result<Vec<Name>, Error> {
+    let with: Vec<_> = answered.iter().filter_map(|one| Some((*one, one.operation.remembered.as_ref()?))).collect();
+    let times = || with.iter().map(|(one, _)| one.at_ms);
+    let (Some(first_ms), Some(last_ms)) = (times().min(), times().max()) else { return Ok(Vec::new()) };
+    let rows: Vec<(String, i32)> = sqlx::query_as(
+        "SELECT a.op, a.k FROM unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::bigint[], $6::bigint[]) \
+         AS a (op, k, request, digest, epoch, at_ms) JOIN (\
+         SELECT request_id, request_digest, coalesce(origin_epoch, epoch) AS epoch, at FROM holdfast.stock_ledger \
+         WHERE partition = $7 AND request_id IS NOT NULL AND request_id = ANY($3) AND at BETWEEN timestamptz 'epoch' \
+         + $8::bigint * interval '1 millisecond' AND timestamptz 'epoch' + $9::bigint * interval '1 millisecond' UNION ALL \
+         SELECT request_id, request_digest, coalesce(origin_epoch, epoch), at FROM holdfast.coupon_ledger \
+         WHERE partition = $7 AND request_id IS NOT NULL AND request_id = ANY($3) AND at BETWEEN timestamptz 'epoch' \
+         + $8::bigint * interval '1 millisecond' AND timestamptz 'epoch' + $9::bigint * interval '1 millisecond') AS l \
+         ON l.request_id = a.request AND l.request_digest = a.digest AND l.epoch <> a.epoch \
+         AND abs(extract(epoch FROM l.at) * 1000 - a.at_ms) <= $10::bigint",
+    )
+    .bind(with.iter().map(|(one, _)| one.op.as_str()).collect::<Vec<_>>())
+    .bind(with.iter().map(|(one, _)| write::small(one.operation.k)).collect::<Vec<_>>())
+    .bind(with.iter().map(|(_, remembered)| remembered.request.as_str()).collect::<Vec<_>>())
+    .bind(with.iter().map(|(_, remembered)| remembered.digest.as_str()).collect::<Vec<_>>())
+    .bind(with.iter().map(|(one, _)| to_bigint(one.origin.epoch)).collect::<Vec<_>>())
+    .bind(with.iter().map(|(one, _)| one.at_ms).collect::<Vec<_>>())
+    .bind(partition::id(partition))
+    .bind(first_ms.saturating_sub(within_ms))
+    .bind(last_ms.saturating_add(within_ms))
+    .bind(within_ms)
+    .fetch_all(connection)
+    .await?;
+    Ok(rows.into_iter().filter_map(name).collect())
+}
+
+/// Which of them are in the ledger, in rows of their own or in one that stands for several.
+pub async fn in_ledger(connection: &mut PgConnection, answered: &[Answered]) -> Result<HashSet<Name>, Error> {
+    let names: Vec<Name> = answered.iter().map(Answered::name).collect();
+    are_in_ledger(connection, &names.iter().collect::<Vec<_>>()).await
+}
+
+/// The same by their names; perhaps more of the same batches.
+async fn are_in_ledger(connection: &mut PgConnection, names: &[&Name]) -> Result<HashSet<Name>, Error> {
+    if names.is_empty() {
+        return Ok(HashSet::new());
+    }
+    let rows: Vec<(String, i32)> = sqlx::query_as(
+        "SELECT a.op, a.k FROM unnest($1::text[], $2::int[]) AS a (op, k) \
+         WHERE EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.op = a.op AND l.k = a.k) \
+         OR EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op AND l.k = a.k)",
+    )
+    .bind(names.iter().map(|(op, _)| op.as_str()).collect::<Vec<_>>())
+    .bind(names.iter().map(|(_, k)| write::small(*k)).collect::<Vec<_>>())
+    .fetch_all(&mut *connection)
+    .await?;
+    let mut known: HashSet<Name> = rows.into_iter().filter_map(name).collect();
+    let ops: BTreeSet<&str> = names.iter().map(|(op, _)| op.as_str()).collect();
+    let summed: Vec<(String, String)> =
+        sqlx::query_as("SELECT op, runs FROM holdfast.stock_ledger WHERE op = ANY($1) AND runs IS NOT NULL")
+            .bind(ops.into_iter().collect::<Vec<_>>())
+            .fetch_all(connection)
+            .await?;
+    if cfg!(feature = "sabotage-blind-runs") {
+        return Ok(known);
+    }
+    for (op, runs) in summed {
+        known.extend(write::runs(&runs)?.each().map(|(k, _)| (op.clone(), k)));
+    }
+    Ok(known)
+}
+
+fn name((op, k): (String, i32)) -> Option<Name> {
+    Some((op, u32::try_from(k).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Position;
+    use crate::domain::change::{Entry, Operation};
+    use crate::ledger::apply;
+    use crate::ledger::salvage::tests::{WINDOW_MS, answered};
+    use crate::ledger::salvage::{self, Saved, hand_over, is_anything_handed_over, save};
+    use crate::ledger::testing::{database, execute, number_of, rows};
+
+    #[tokio::test]
+    async fn what_is_in_a_row_with_others_is_known() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let entry = |prev: &str, op: &str, first_n, lines: &[&str]| {
+            let operations: Vec<Operation> = lines.iter().map(|line| Operation::decode(line).unwrap()).collect();
+            let last = Position::new(1, first_n + operations.iter().map(Operation::count).sum::<u64>() - 1);
+            Entry { last, first_n, prev: prev.into(), op: op.into(), at_ms: 7, operations }
+        };
+        let entries = [
+            entry("-", "i:stock:1", 1, &["0 set | a 10 10"]),
+            entry("i:stock:1", "i:stock:2", 2, &["1 mixed runs=1:-3,3-4:1 | a -1 9", "2 decr request=r digest=d | a -2 7"]),
+        ];
+        apply::apply(connection, 0, &entries).await.unwrap();
+        let of_batch = |op: &str, k: u32| answered(op, u64::from(k) + 1, &format!("{k} decr | a -1 0"));
+        let all: Vec<Answered> = (0..6).map(|k| of_batch("i:stock:2", k)).chain([of_batch("i:stock:3", 1)]).collect();
+        let known: BTreeSet<(String, u32)> = in_ledger(connection, &all).await.unwrap().into_iter().collect();
+        assert_eq!(known, (1..5).map(|k| ("i:stock:2".to_owned(), k)).collect());
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 4 });
+        assert_eq!(number_of(connection, "SELECT available FROM holdfast.stock").await, 4);
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_up_or_done_again_by_its_client_is_not_saved_again() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        save(connection, 0, 1, WINDOW_MS, &[answered("i:stock:1", 1, "0 set | a 100 100"), answered("i:stock:1", 2, "1 set | b 100 100")])
+            .await
+            .unwrap();
+        execute(
+            connection,
+            "INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after,
+             request_id, request_digest, at) VALUES
+             (0, 2, 40, 0, 'j:stock:1', 0, 'a', 'decr', -3, -3, 97, 'hf-i:stock:2-0', 'handed-over', to_timestamp(1700000000)),
+             (0, 2, 41, 0, 'j:stock:1', 1, 'a', 'decr', -4, -4, 93, 'r', 'd', to_timestamp(1700000000)),
+             (0, 2, 42, 0, 'j:stock:1', 2, 'a', 'decr', -5, -5, 88, 'r-other', 'other', to_timestamp(1700000000)),
+             (0, 1, 3, 0, 'j:stock:0', 0, 'a', 'decr', -6, -6, 82, 'r-before', 'd', to_timestamp(1700000000));
+             INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, serial, remaining_after, request_id, request_digest, at)
+             VALUES (0, 2, 43, 'j:coupon:1', 0, 'c', 'issue', 1, 0, 'hf-i:coupon:2-0', 'handed-over', to_timestamp(1700000000)),
+             (0, 2, 44, 'j:coupon:1', 1, 'c', 'issue', 2, 0, 'r-c', 'd', to_timestamp(1700000000))",
+        )
+        .await;
+        let all = [
+            answered("i:stock:2", 5, "0 decr | a -3 97"),
+            answered("i:stock:2", 6, "1 decr request=r digest=d | a -4 93"),
+            answered("i:coupon:2", 7, "0 coupon.issue coupon=c user=u serial=1 remaining=0 |"),
+            answered("i:coupon:2", 8, "1 coupon.issue request=r-c digest=d coupon=c user=v serial=2 remaining=0 |"),
+            answered("i:stock:2", 9, "2 reserve order=o expires=9 | a -1 92"),
+            answered("i:stock:2", 10, "3 decr request=r-other digest=d | b -1 99"),
+            answered("i:stock:2", 11, "4 decr request=r-before digest=d | b -1 98"),
+            answered("i:stock:2", 12, "5 decr | b -1 97"),
+        ];
+        hand_over(connection, 0, &all[..5]).await.unwrap();
+        salvage::taken_up(connection, 0, &all[4], Some("too few")).await.unwrap();
+        execute(connection, "UPDATE holdfast.partition SET epoch = 3, applied_epoch = 2, applied_n = 44").await;
+        assert_eq!(save(connection, 0, 3, WINDOW_MS, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 5 });
+        assert!(!is_anything_handed_over(connection).await.unwrap());
+        let stock: Vec<(String, i64)> = rows(connection, "SELECT product_id, available FROM holdfast.stock ORDER BY product_id").await;
+        assert_eq!(stock, [("a".into(), 100), ("b".into(), 97)]);
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.dead_letter").await, 1);
+    }
+
+    #[tokio::test]
+    async fn what_was_done_twice_is_saved_once_whichever_is_saved_first() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let first =
+            [answered("i:stock:1", 1, "0 set | a 100 100"), answered("i:coupon:1", 2, "0 coupon.create coupon=c total=9 peruser=1 |")];
+        save(connection, 0, 1, WINDOW_MS, &first).await.unwrap();
+        execute(connection, "UPDATE holdfast.partition SET epoch = 3").await;
+        let sent = |counter: u64| format!("0123456789abcdef0123456789abcdef:stock:{counter}");
+        let later = |n: u64, line: &str| Answered { origin: Position::new(2, n), ..answered("j:stock:1", n, line) };
+        let up = |n: u64, counter: u64| later(n, &format!("{n} decr request=hf-{}-0 digest=handed-over | a -7 0", sent(counter)));
+        let done_once = Saved { saved: 3, owed: 0, known: 3 };
+        let all = [
+            answered("i:stock:2", 20, "0 decr request=r digest=d | a -3 97"),
+            answered(&sent(7), 21, "0 decr | a -7 90"),
+            answered("i:coupon:2", 22, "0 coupon.issue request=r-c digest=d coupon=c user=u serial=1 remaining=8 |"),
+            later(40, "40 decr request=r digest=d | a -3 97"),
+            up(41, 7),
+            later(42, "42 coupon.issue request=r-c digest=d coupon=c user=u serial=2 remaining=7 |"),
+        ];
+        assert_eq!(save(connection, 0, 3, WINDOW_MS, &all).await.unwrap(), done_once, "in one piece");
+        let nothing = Saved { saved: 0, owed: 0, known: 2 };
+        let saved = Saved { saved: 2, owed: 0, known: 0 };
+        let of_clients = [later(43, "43 decr request=s digest=d | a -3 87"), up(44, 8)];
+        assert_eq!(save(connection, 0, 3, WINDOW_MS, &of_clients).await.unwrap(), saved);
+        let lost = [answered("i:stock:2", 23, "1 decr request=s digest=d | a -3 87"), answered(&sent(8), 24, "0 decr | a -7 80")];
+        assert_eq!(save(connection, 0, 3, WINDOW_MS, &lost).await.unwrap(), nothing, "what was done again was saved by this very rebuild");
+        let lost = [answered(&sent(9), 25, "0 decr | a -7 73"), answered("i:stock:2", 26, "2 decr request=t digest=d | a -3 70")];
+        assert_eq!(save(connection, 0, 3, WINDOW_MS, &lost).await.unwrap(), saved);
+        let again = [up(45, 9), later(46, "46 decr request=t digest=d | a -3 67")];
+        assert_eq!(save(connection, 0, 3, WINDOW_MS, &again).await.unwrap(), nothing, "the other way round");
+        assert_eq!(number_of(connection, "SELECT available FROM holdfast.stock").await, 100 - 3 * (3 + 7));
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.coupon_issue").await, 1);
+        let much_later =
+            Answered { at_ms: 1_700_000_000_000 + WINDOW_MS + CLOCKS_DIFFER_MS + 1, ..later(47, "47 decr request=t digest=d | a -3 64") };
+        let once = Saved { saved: 1, owed: 0, known: 0 };
+        assert_eq!(save(connection, 0, 3, WINDOW_MS, &[much_later]).await.unwrap(), once, "it had been forgotten, and was another");
+    }
+}

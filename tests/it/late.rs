@@ -1,0 +1,176 @@
+//! What a sidecar answered before Redis lost it, and handed over when others had gone on: by then its client has done it again, or what it was
+//! about has become something else.
+
+use std::cell::Cell;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use crate::coupon_reconcile::{Late, late};
+use crate::harness::{Client, Program, Stack, UNHURRIED, wait_until};
+
+fn now_ms() -> u64 {
+    u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
+}
+
+fn dead_letters(late: &Late) -> Vec<String> {
+    late.stack.postgres.column("SELECT concat_ws(' ', kind, delta, in_redis) FROM holdfast.dead_letter ORDER BY n, i")
+}
+
+/// What Redis and Postgres have of the product `a`: available and held.
+fn units(late: &mut Late) -> [String; 2] {
+    let in_redis = format!("{} {}", late.client.field("STOCK.INFO a", "available"), late.client.field("STOCK.INFO a", "held"));
+    late.stack.wait_until_applied();
+    [in_redis, late.stack.postgres.value("SELECT available || ' ' || held FROM holdfast.stock")]
+}
+
+/// Sends what the others answered once more.
+fn again(client: &mut Client, commands: &[&str]) {
+    for command in commands {
+        let reply = client.ask(command);
+        assert!(["[OK, ", "[HELD, ", "[ISSUED, "].iter().any(|word| reply.starts_with(word)), "{command}: {reply}");
+    }
+}
+
+/// Cancels an order. One that is not there has to come first: it is looked up in Postgres, behind all that there was by then.
+fn cancel(client: &mut Client, order: &str) {
+    let reply = client.ask(&format!("STOCK.CANCEL {order} ACK redis"));
+    assert!(reply.starts_with("[CANCELLED, "), "{order}: {reply}");
+}
+
+#[test]
+fn a_rebuild_leaves_orders_as_they_have_become_since() {
+    const BOTH: &[&str] = &["STOCK.RESERVE again 600000 a 3", "STOCK.DECR a 5 ORDER sold"];
+    let mut nobody_takes_up = None;
+    let mut late = late(
+        UNHURRIED,
+        |others| {
+            cancel(others, "never");
+            again(others, BOTH);
+        },
+        |stack, client| {
+            again(client, BOTH);
+            let mut program = Program::new(&stack.postgres);
+            program.run("SELECT pg_advisory_lock(x'686f6c64'::int, 0)");
+            nobody_takes_up = Some(program);
+        },
+    );
+    wait_until("it is handed over", || late.stack.postgres.value("SELECT count(*) FROM holdfast.salvage WHERE NOT done") == "3");
+    late.stack.backing().ask("FLUSHALL");
+    assert_eq!(late.client.until_not("STOCK.GET a", "-"), "92");
+    drop(nobody_takes_up);
+    late.wait_until_taken_up();
+    assert_eq!(units(&mut late), ["92 3"; 2]);
+    assert_eq!(late.client.ask("STOCK.RESERVE never 600000 a 1"), "[CANCELLED]");
+    assert_eq!(dead_letters(&late), [""; 0]);
+    late.end();
+}
+
+#[test]
+fn what_a_client_did_again_counts_once_where_both_are_saved_at_once() {
+    const BOTH: &[&str] = &["STOCK.DECR a 3 REQUEST r", "COUPON.ISSUE c late REQUEST r-c"];
+    let mut nobody_rebuilds = None;
+    let mut late = late(
+        UNHURRIED,
+        |others| again(others, BOTH),
+        |stack, client| {
+            stack.wait_until_applied();
+            let mut program = Program::new(&stack.postgres);
+            program.run("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE");
+            nobody_rebuilds = Some(program);
+            again(client, BOTH);
+            stack.backing().ask("FLUSHALL");
+        },
+    );
+    let running = "SELECT count(*) FROM holdfast.sidecar WHERE lease_until > now()";
+    wait_until("the other is back", || late.stack.postgres.value(running) == "2");
+    drop(nobody_rebuilds);
+    assert_eq!(late.client.until_not("STOCK.GET a", "-"), "97");
+    late.wait_until_taken_up();
+    assert_eq!(units(&mut late), ["97 0"; 2]);
+    let issued = "SELECT count(*) FROM holdfast.coupon_issue WHERE user_id = 'late'";
+    assert_eq!(late.stack.postgres.value(issued), "1");
+    assert_eq!(dead_letters(&late), [""; 0]);
+    late.end();
+}
+
+/// A UUIDv7 of that time in Unix ms.
+fn uuid(ms: u64, last: u8) -> String {
+    format!("{:08x}-{:04x}-7cc3-98c4-dc0c0c07{last:04x}", ms >> 16, ms & 0xffff)
+}
+
+fn forget_requests(stack: &Stack) {
+    let mut backing = stack.backing();
+    for key in backing.ask("KEYS holdfast:request:*").trim_matches(['[', ']']).split(", ").filter(|key| !key.is_empty()) {
+        backing.ask(&format!("DEL {key}"));
+    }
+}
+
+#[test]
+fn what_comes_when_its_request_is_forgotten_is_done_unless_its_client_did_it_again() {
+    let stale_at = Cell::new(0);
+    let mut late = late(
+        UNHURRIED,
+        |others| {
+            // For ten seconds more, of the ten minutes that it is remembered.
+            stale_at.set(now_ms() + 10_000);
+            let id = |last| uuid(stale_at.get() - 600_000, last);
+            again(others, &["STOCK.DECR a 3 REQUEST r", &format!("STOCK.DECR a 7 REQUEST {}", id(1))]);
+            again(others, &[&format!("COUPON.ISSUE c late REQUEST {}", id(2))]);
+        },
+        |stack, client| {
+            again(client, &["STOCK.DECR a 3 REQUEST r ACK postgres TIMEOUT 20000"]);
+            forget_requests(stack);
+            std::thread::sleep(Duration::from_millis((stale_at.get() + 500).saturating_sub(now_ms())));
+        },
+    );
+    late.wait_until_taken_up();
+    assert_eq!(units(&mut late), ["90 0"; 2]);
+    assert!(late.client.ask("COUPON.GET c late").contains("serial, 6, state, issued"));
+    assert_eq!(dead_letters(&late), [""; 0]);
+    late.end();
+}
+
+#[test]
+fn an_order_that_redis_has_forgotten_is_looked_up_for_what_comes_late() {
+    let mut late = late(
+        UNHURRIED,
+        |others| {
+            cancel(others, "never");
+            again(others, &["STOCK.DECR a 2 ORDER twice", "STOCK.DECR a 5 ORDER sold"]);
+            cancel(others, "sold");
+        },
+        |stack, client| {
+            for order in ["twice 2", "sold 5"] {
+                let (order, units) = order.split_once(' ').unwrap();
+                again(client, &[&format!("STOCK.DECR a {units} ORDER {order} ACK postgres TIMEOUT 20000")]);
+                // As if it had been over for a day.
+                stack.backing().ask(&format!("DEL stock:order:{order}"));
+            }
+        },
+    );
+    late.wait_until_taken_up();
+    assert_eq!(units(&mut late), ["98 0"; 2]);
+    let states = "SELECT order_id || ' ' || state FROM holdfast.stock_order ORDER BY 1";
+    assert_eq!(late.stack.postgres.column(states), ["never cancelled", "sold cancelled", "twice confirmed"]);
+    assert_eq!(late.client.ask("STOCK.RESERVE never 600000 a 1"), "[CANCELLED]");
+    assert_eq!(dead_letters(&late), [""; 0]);
+    late.end();
+}
+
+#[test]
+fn what_others_have_by_now_is_owed_to_whom_it_was_promised() {
+    let mut late = late(
+        UNHURRIED,
+        |others| again(others, &["COUPON.ISSUE c late", "STOCK.DECR a 60"]),
+        |stack, client| {
+            stack.postgres.execute("ALTER TABLE holdfast.coupon_issue ADD CHECK (user_id <> 'quick')");
+            again(client, &["COUPON.ISSUE c quick ACK postgres TIMEOUT 20000", "STOCK.DECR a 70"]);
+            let letter = stack.postgres.value("SELECT id FROM holdfast.dead_letter");
+            assert_eq!(client.ask(&format!("HOLDFAST.DEADLETTER DROP {letter}")), "[OK]");
+        },
+    );
+    late.wait_until_taken_up();
+    assert_eq!(dead_letters(&late), ["coupon.issue 0 f", "decr -60 f"]);
+    assert_eq!(late.client.ask("COUPON.GET c late"), "[]", "quick has its serial, in Redis");
+    assert!(late.client.ask("COUPON.GET c quick").contains("serial, 6, state, issued"));
+    assert_eq!(units(&mut late), ["30 0"; 2]);
+}
