@@ -59,9 +59,14 @@ impl Random {
             }
             24..29 => format!("COUPON.UNUSE {coupon} {user}{serial}"),
             29..35 => format!("COUPON.REVOKE {coupon} {user}{serial}"),
-            _ => format!("COUPON.GET {coupon} {user}"),
+            35..38 => format!("COUPON.GET {coupon} {user}"),
+            _ => format!("COUPON.INFO {coupon}"),
         }
     }
+}
+
+fn is_read(command: &str) -> bool {
+    command.starts_with("COUPON.GET") || command.starts_with("COUPON.INFO")
 }
 
 #[derive(Clone, Debug, Default)]
@@ -83,6 +88,16 @@ impl Coupon {
 
     fn remaining(&self) -> i64 {
         (self.total - self.issued()).max(0)
+    }
+
+    fn state(&self) -> &'static str {
+        match self {
+            _ if self.deleted => "deleted",
+            _ if self.start == FAR => "notstarted",
+            _ if self.end == PAST => "ended",
+            _ if self.remaining() == 0 => "soldout",
+            _ => "open",
+        }
     }
 
     /// The user's serials, and whether each was used; only the one asked for, where one is.
@@ -127,6 +142,23 @@ impl Model {
             };
             self.coupons.insert(id.into(), coupon);
             return Expected::Done("[OK".into());
+        }
+        if name == "COUPON.INFO" {
+            let time = |ms: i64| if ms == 0 { "nil".to_owned() } else { ms.to_string() };
+            let shown = self.coupons.get(id).map(|coupon| {
+                let used = coupon.held.values().filter(|(_, used, _)| *used).count();
+                format!(
+                    "[coupon, {id}, total, {}, issued, {}, used, {used}, remaining, {}, peruser, {}, start, {}, end, {}, state, {}",
+                    coupon.total,
+                    coupon.issued(),
+                    coupon.remaining(),
+                    coupon.per_user,
+                    time(coupon.start),
+                    time(coupon.end),
+                    coupon.state()
+                )
+            });
+            return said(shown.unwrap_or_else(|| "nil".into()));
         }
         let found = self.coupons.get_mut(id).filter(|coupon| !coupon.deleted);
         let Some(coupon) = found else {
@@ -203,6 +235,12 @@ impl Model {
 }
 
 impl Model {
+    /// What a scan finds.
+    fn scanned(&self) -> BTreeMap<String, i64> {
+        let there = self.coupons.iter().filter(|(_, coupon)| !coupon.deleted);
+        there.map(|(id, coupon)| (id.clone(), coupon.remaining())).collect()
+    }
+
     /// Whether that is its reply to a command that changes nothing now.
     fn would_say(&self, command: &str, reply: &str) -> bool {
         let id = command.split(' ').nth(1).unwrap();
@@ -211,8 +249,9 @@ impl Model {
     }
 }
 
-/// A GET's reply without the times.
+/// A GET's reply without the times, an INFO's without where it was read.
 fn without_times(reply: &str) -> String {
+    let reply = reply.split(", lock, ").next().unwrap();
     let mut parts = reply.split(", issued_at_ms, ");
     let first = parts.next().unwrap().to_owned();
     parts.fold(first, |all, part| all + &part[part.find(',').unwrap()..])
@@ -229,6 +268,7 @@ fn accepted(reply: &str) -> Option<(String, u64)> {
 fn both_sides_are_as(model: &Model, stack: &Stack) {
     stack.wait_until_applied();
     let mut client = stack.connect();
+    assert_eq!(client.scan("COUPON"), model.scanned());
     for (id, coupon) in &model.coupons {
         let used = coupon.held.values().filter(|(_, used, _)| *used).count();
         let expected = format!("{} {} {used} {}", coupon.total, coupon.issued(), coupon.serial);
@@ -279,8 +319,11 @@ fn every_reply_in_a_random_sequence_is_the_models() {
             continue;
         }
         let command = random.command();
-        if command.starts_with("COUPON.GET") || random.below(2) == 0 {
-            let options = if command.starts_with("COUPON.GET") { "" } else { " ACK redis" };
+        if step % 500 == 0 {
+            assert_eq!(clients[at].scan("COUPON"), model.scanned(), "step {step}");
+        }
+        if is_read(&command) || random.below(2) == 0 {
+            let options = if is_read(&command) { "" } else { " ACK redis" };
             let reply = clients[at].ask(&format!("{command}{options}"));
             check(&mut model, &command, &reply, step, None);
         } else {
@@ -319,7 +362,7 @@ fn what_many_clients_were_told_at_once_is_one_history_of_the_model() {
                     let mut told = Vec::new();
                     for i in 0..600 {
                         let command = random.command();
-                        if command.starts_with("COUPON.GET") {
+                        if is_read(&command) {
                             continue;
                         }
                         let whole = format!("{command} ACK redis REQUEST c-{number}-{i}");
@@ -360,7 +403,7 @@ fn placed(reply: &str) -> Option<((u64, u64), String)> {
 }
 
 /// Eight clients send a command each and wait for all replies: a round. What was accepted has a position: in that order the model has to
-/// say the same. A refusal or a GET has to be what it says at some point of its round.
+/// say the same. A refusal or a read has to be what it says at some point of its round.
 #[test]
 fn every_reply_of_clients_at_once_is_the_models_though_sidecars_are_killed() {
     let mut stack = Stack::start();
@@ -375,7 +418,7 @@ fn every_reply_of_clients_at_once_is_the_models_though_sidecars_are_killed() {
             let command = random.command();
             batch.push(match random.below(12) {
                 0 if !named.is_empty() => named[usize::try_from(random.below(named.len() as u64)).unwrap()].clone(),
-                _ if command.starts_with("COUPON.GET") => command,
+                _ if is_read(&command) => command,
                 chance if dies || chance < 6 => format!("{command} ACK redis REQUEST m-{round}-{}", batch.len()),
                 _ => format!("{command} ACK redis"),
             });
@@ -404,7 +447,7 @@ fn every_reply_of_clients_at_once_is_the_models_though_sidecars_are_killed() {
                 Some((plain, request)) => (plain, request.strip_prefix(" REQUEST ")),
                 None => (command.as_str(), None),
             };
-            let Some((place, said)) = placed(reply).filter(|_| !plain.starts_with("COUPON.GET")) else {
+            let Some((place, said)) = placed(reply).filter(|_| !is_read(plain)) else {
                 others.push((plain, without_times(reply)));
                 continue;
             };

@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each of the test binaries uses its own part")]
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -264,6 +265,20 @@ impl Client {
         }
     }
 
+    /// Everything that a scan finds from its beginning to its end, `family` its command: ids with their numbers.
+    pub fn scan(&mut self, family: &str) -> BTreeMap<String, i64> {
+        let (mut found, mut cursor) = (BTreeMap::new(), "0".to_owned());
+        loop {
+            let reply = self.ask(&format!("{family}.SCAN {cursor} COUNT 1000"));
+            let (next, page) = scanned(&reply).unwrap_or_else(|| panic!("{reply}"));
+            found.extend(page);
+            cursor = next;
+            if cursor == "0" {
+                return found;
+            }
+        }
+    }
+
     /// A field of a map reply.
     pub fn field(&mut self, command: &str, name: &str) -> String {
         let reply = self.ask(command);
@@ -271,6 +286,14 @@ impl Client {
         let at = words.iter().position(|word| *word == name).unwrap_or_else(|| panic!("no {name} in {reply}"));
         words[at + 1].to_owned()
     }
+}
+
+/// Reads a scan's reply: where it goes on, and what it found.
+pub fn scanned(reply: &str) -> Option<(String, Vec<(String, i64)>)> {
+    let (cursor, found) = reply.strip_prefix('[')?.strip_suffix("]]")?.split_once(", [")?;
+    let words: Vec<&str> = found.split(", ").filter(|word| !word.is_empty()).collect();
+    let pairs = words.chunks(2).map(|pair| Some((pair[0].to_owned(), pair.get(1)?.parse().ok()?)));
+    Some((cursor.to_owned(), pairs.collect::<Option<_>>()?))
 }
 
 fn show(value: &Value) -> String {

@@ -11,7 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use proptest::prelude::Rng as _;
 use proptest::test_runner::{RngAlgorithm, TestRng};
 
-use crate::harness::{Client, Stack, wait_until};
+use crate::harness::{Client, Stack, scanned, wait_until};
 
 const CLIENTS: usize = 8;
 const PRODUCTS: [&str; 5] = ["a", "b", "c", "d", "e"];
@@ -51,6 +51,12 @@ impl Step {
         let (rest, last) = inner.rsplit_once(", ")?;
         Some((place(last)?, format!("[{rest}]")))
     }
+
+    /// What a reply without a position of its own says, and where it was read, if it is an INFO.
+    fn said(&self) -> (&str, Option<Place>) {
+        let info = if self.words[0] == "INFO" { self.reply.split_once(", position, ") } else { None };
+        info.map_or((self.reply.as_str(), None), |(said, read)| (said, read.split(',').next().and_then(place)))
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -65,11 +71,12 @@ struct Order {
 struct Model {
     units: BTreeMap<String, i64>,
     held: BTreeMap<String, i64>,
+    low: BTreeMap<String, i64>,
     orders: HashMap<String, Order>,
 }
 
 /// What the model says to a command.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 enum Answer {
     /// The reply without its position.
     Accepted(String),
@@ -123,6 +130,13 @@ impl Model {
             "MGET" => {
                 Refused(format!("[{}]", words[1..].iter().map(|product| shown(self.units.get(product))).collect::<Vec<_>>().join(", ")))
             }
+            "INFO" => Refused(self.units.get(&words[1]).map_or_else(
+                || "nil".into(),
+                |available| {
+                    let (held, low) = (self.held.get(&words[1]).copied().unwrap_or_default(), shown(self.low.get(&words[1])));
+                    format!("[product, {}, available, {available}, held, {held}, low, {low}", words[1])
+                },
+            )),
             "SET" => Accepted(format!("[OK, {}]", words[2])),
             "DEL" => {
                 if self.units.contains_key(&words[1]) {
@@ -183,6 +197,11 @@ impl Model {
         }
     }
 
+    /// Whether a step of a scan may have found this: it reads the units of what it finds at one moment.
+    fn has(&self, scan: &str) -> bool {
+        scanned(scan).is_some_and(|(_, found)| found.iter().all(|(product, units)| self.units.get(product) == Some(units)))
+    }
+
     fn give_back(&mut self, order: &Order) {
         for (product, units) in &order.items {
             if let Some(available) = self.units.get_mut(product) {
@@ -201,8 +220,14 @@ impl Model {
             items.iter().for_each(|(product, units)| *model.units.get_mut(product).unwrap() -= units);
         };
         match words[0].as_str() {
-            "SET" => _ = self.units.insert(words[1].clone(), words[2].parse().unwrap()),
-            "DEL" => _ = self.units.remove(&words[1]),
+            "SET" => {
+                self.units.insert(words[1].clone(), words[2].parse().unwrap());
+                self.low.extend(option(words, "LOW").map(|low| (words[1].clone(), low.parse().unwrap())));
+            }
+            "DEL" => {
+                self.units.remove(&words[1]);
+                self.low.remove(&words[1]);
+            }
             "INCR" => *self.units.get_mut(&words[1]).unwrap() += words[2].parse::<i64>().unwrap(),
             "DECR" => {
                 let items = pairs(&words[1..]);
@@ -276,9 +301,14 @@ impl Commands {
         let word = |word: &str| word.to_owned();
         let ttl = [2, 15, 3_600_000][usize::try_from(self.below(3)).unwrap()].to_string();
         let mut words = match self.below(100) {
-            0..10 => vec![word("GET"), self.product()],
+            0..6 => vec![word("GET"), self.product()],
+            6..9 => vec![word("INFO"), self.product()],
+            9..10 => vec![word("SCAN"), word("0"), word("COUNT"), word("1000")],
             10..13 => vec![word("MGET"), self.product(), self.product()],
-            13..16 => vec![word("SET"), self.product(), self.below(40).to_string()],
+            13..16 => {
+                let set = vec![word("SET"), self.product(), self.below(40).to_string()];
+                if self.below(2) == 0 { set } else { [set, vec![word("LOW"), self.below(9).to_string()]].concat() }
+            }
             16..18 => vec![word("DEL"), self.product()],
             18..30 => vec![word("INCR"), self.product(), (1 + self.below(8)).to_string()],
             30..48 => [vec![word("DECR")], self.items()].concat(),
@@ -295,7 +325,7 @@ impl Commands {
             89..93 => vec![word("EXTEND"), self.order(), ttl],
             _ => return vec![word("ORDER"), self.order()],
         };
-        if matches!(words[0].as_str(), "GET" | "MGET") {
+        if matches!(words[0].as_str(), "GET" | "MGET" | "INFO" | "SCAN") {
             return words;
         }
         if matches!(words[0].as_str(), "SET" | "DEL" | "CANCEL") && self.below(20) > 0 {
@@ -459,12 +489,15 @@ fn every_reply_is_the_models() {
         }
         open.retain(|i| {
             let step = &steps[*i];
-            let said = [step.from_ms, step.to_ms].map(|now| model.answer(&step.words, now, None));
-            let is_it = said.iter().any(|answer| match answer {
-                Answer::Refused(text) => *text == step.reply,
-                Answer::Again(text, at) => step.position() == Some((*at, text.clone())),
-                Answer::Accepted(_) => false,
-            });
+            let is_scan = step.words[0] == "SCAN";
+            let said =
+                if is_scan { Vec::new() } else { [step.from_ms, step.to_ms].map(|now| model.answer(&step.words, now, None)).to_vec() };
+            let is_it = (is_scan && model.has(&step.reply))
+                || said.iter().any(|answer| match answer {
+                    Answer::Refused(text) => step.said().0 == text && step.said().1.is_none_or(|read| read == at),
+                    Answer::Again(text, at) => step.position() == Some((*at, text.clone())),
+                    Answer::Accepted(_) => false,
+                });
             refusals += usize::from(is_it);
             let is_over = places.peek().is_none_or(|next| *next >= lowest[step.round + 1]);
             assert!(is_it || !is_over, "{step:?}: the model says {said:?} at {at:?}");
@@ -475,15 +508,17 @@ fn every_reply_is_the_models() {
     assert!(refusals > steps.len() / 10, "{refusals} of {} were refusals or reads", steps.len());
 
     let mut client = stack.connect();
+    assert_eq!(client.scan("STOCK"), model.units);
     for product in PRODUCTS {
         let (units, held) = (model.units.get(product), model.held.get(product).copied().unwrap_or_default());
         assert_eq!(client.ask(&format!("STOCK.GET {product}")), units.map_or_else(|| "nil".into(), i64::to_string));
+        let numbers = [units.copied(), Some(held), model.low.get(product).copied()].into_iter().flatten();
+        // Orders may hold units of what was deleted.
         let row = format!(
-            "SELECT CASE WHEN deleted_at IS NULL THEN available END || ' ' || held FROM holdfast.stock WHERE product_id = '{product}'"
+            "SELECT concat_ws(' ', CASE WHEN deleted_at IS NULL THEN available END, held, low) FROM holdfast.stock \
+             WHERE product_id = '{product}' UNION ALL SELECT '0' LIMIT 1"
         );
-        if let Some(units) = units {
-            assert_eq!(stack.postgres.value(&row), format!("{units} {held}"), "{product}");
-        }
+        assert_eq!(stack.postgres.value(&row), numbers.map(|number| number.to_string()).collect::<Vec<_>>().join(" "), "{product}");
         let in_redis = stack.backing().ask(&format!("HGET stock:held {product}"));
         assert_eq!(in_redis, if held == 0 { "nil".into() } else { held.to_string() }, "{product}");
     }
