@@ -124,7 +124,7 @@ impl Grant {
 
     /// It is not held any more: there is nothing to release.
     pub fn lost(mut self) {
-        self.locks.0.holds.remove(self.token);
+        self.locks.0.holds.remove(&self.name, self.token);
         self.taken = true;
     }
 
@@ -280,18 +280,18 @@ impl Locks {
     /// token.
     pub async fn extend(&self, name: &LockName, token: u64, lease: Duration, within: Duration) -> Result<Option<Duration>, Refusal> {
         let sent = Instant::now();
-        let Some(lease) = self.0.holds.bounded(token, lease, sent) else { return Ok(None) };
+        let Some(lease) = self.0.holds.bounded(name, token, lease, sent) else { return Ok(None) };
         match self.0.extend(&[(name.clone(), token, lease)], true, sent + within).await {
             Ok(extended) => {
                 let extended = extended.first() == Some(&true);
                 if extended {
-                    self.0.holds.extended(token, sent, lease);
+                    self.0.holds.extended(name, token, sent, lease);
                 }
                 Ok(extended.then_some(lease))
             }
             Err(refusal) => {
                 if refusal == Refusal::InDoubt {
-                    self.0.holds.may_be_extended(token, sent, lease);
+                    self.0.holds.may_be_extended(name, token, sent, lease);
                 }
                 Err(refusal)
             }
@@ -628,16 +628,16 @@ impl Inner {
         match result? {
             Released::Kept => Ok(true),
             Released::ForAll { .. } => {
-                self.holds.remove(token);
+                self.holds.remove(&name, token);
                 Ok(true)
             }
             Released::Passed { token: next, lease, sent } => {
-                self.holds.remove(token);
+                self.holds.remove(&name, token);
                 self.grant(&name, passed_to, next, lease, sent, By::Passed);
                 Ok(true)
             }
             Released::Lost => {
-                self.holds.remove(token);
+                self.holds.lose(&name, token);
                 // By now Redis may have forgotten that it was done the first time.
                 if began.elapsed() > limits::LOCK_KNOWN_FOR { Err(Refusal::InDoubt) } else { Ok(false) }
             }

@@ -356,6 +356,45 @@ fn a_session_that_loses_its_lock_is_told() {
 }
 
 #[test]
+fn a_token_that_is_given_with_the_name_of_another_lock_changes_nothing_of_its_own() {
+    let stack = Stack::with_settings(&["--lock-session-lease-ms", "1000", "--reply-within-ms", "20000"]);
+    let (mut session, mut client, mut redis) = (stack.connect(), stack.connect(), stack.backing());
+    acquire(&mut session, "m", "SESSION");
+    let held = acquire(&mut session, "n", "SESSION");
+    for command in ["LOCK.RELEASE m {}", "LOCK.RELEASE free {}", "LOCK.EXTEND m {} 1000", "LOCK.CHECK m {}"] {
+        assert_eq!(client.ask(&command.replace("{}", &held.to_string())), "[LOST]", "{command}");
+    }
+    // Without being renewed it would end.
+    thread::sleep(Duration::from_millis(2_500));
+    assert!(client.ask(&format!("LOCK.CHECK n {held}")).starts_with("[VALID, "));
+    assert_eq!(redis.ask("EXISTS m n"), "2");
+    assert_eq!(metric(&stack.sidecar, "holdfast_lock_lost_total"), 0.0);
+    drop(session);
+    wait_until("both are released", || redis.ask("EXISTS m n") == "0");
+}
+
+#[test]
+fn a_session_is_told_of_a_loss_that_another_clients_release_finds() {
+    // Its renewal would find it minutes later.
+    let stack = Stack::with_settings(&["--lock-session-lease-ms", "600000", "--reply-within-ms", "20000"]);
+    let mut session = stack.sidecar.raw();
+    session.write_all(b"HELLO 3\r\nLOCK.ACQUIRE l SESSION\r\n").unwrap();
+    let (mut client, mut redis) = (stack.connect(), stack.backing());
+    wait_until("it is held", || client.ask("LOCK.INFO l") != "nil");
+    let held = client.field("LOCK.INFO l", "token");
+    redis.ask("DEL l");
+    assert_eq!(client.ask(&format!("LOCK.RELEASE l {held}")), "[LOST]");
+    let mut text = String::new();
+    while !text.contains("lock-lost") {
+        let mut some = [0; 1024];
+        let read = session.read(&mut some).unwrap();
+        assert_ne!(read, 0, "{text}");
+        text.push_str(std::str::from_utf8(&some[..read]).unwrap());
+    }
+    assert_eq!(metric(&stack.sidecar, "holdfast_lock_lost_total"), 1.0);
+}
+
+#[test]
 fn a_shutdown_releases_what_sessions_hold_and_ends_all_waits() {
     let mut stack = Stack::start();
     let mut session = stack.connect();

@@ -55,7 +55,15 @@ impl Holds {
         self.all().contains_key(&token)
     }
 
-    /// Notes a lock that was asked for at `sent`. For a session, given how it holds, returns what tells when it is lost.
+    /// The hold of this lock under this token.
+    fn take(&self, name: &LockName, token: u64) -> Option<Hold> {
+        let mut all = self.all();
+        all.get(&token).filter(|hold| hold.name == *name)?;
+        all.remove(&token)
+    }
+
+    /// Notes a lock that was asked for at `sent`. For a session, given how it holds, returns what tells when it is lost. What no session holds is
+    /// noted to count how it ends, and not where there is a great deal of it.
     pub fn add(
         &self,
         name: &LockName,
@@ -77,9 +85,16 @@ impl Holds {
         lost
     }
 
-    /// It was released, or is held no more.
-    pub fn remove(&self, token: u64) {
-        self.all().remove(&token);
+    /// It was released, or whoever held it knows that it is held no more.
+    pub fn remove(&self, name: &LockName, token: u64) {
+        drop(self.take(name, token));
+    }
+
+    /// It was found to be held no more.
+    pub fn lose(&self, name: &LockName, token: u64) {
+        if let Some(hold) = self.take(name, token) {
+            lose(hold);
+        }
     }
 
     /// Its client has left.
@@ -90,16 +105,16 @@ impl Holds {
     }
 
     /// How long it may last from `now` on where somebody asks for `lease`; `None` where its session may hold it no longer.
-    pub fn bounded(&self, token: u64, lease: Duration, now: Instant) -> Option<Duration> {
-        let all = self.all();
-        let Some(session) = all.get(&token).and_then(|hold| hold.session.as_ref()) else { return Some(lease) };
+    pub fn bounded(&self, name: &LockName, token: u64, lease: Duration, now: Instant) -> Option<Duration> {
+        let mut all = self.all();
+        let Some(session) = of(&mut all, name, token).and_then(|hold| hold.session.as_ref()) else { return Some(lease) };
         let left = session.ends.saturating_duration_since(now);
         (left >= Duration::from_millis(1)).then(|| lease.min(left))
     }
 
     /// It was asked at `sent` to last so long from then on. A session's is renewed in time for that.
-    pub fn extended(&self, token: u64, sent: Instant, lease: Duration) {
-        if let Some(hold) = self.all().get_mut(&token) {
+    pub fn extended(&self, name: &LockName, token: u64, sent: Instant, lease: Duration) {
+        if let Some(hold) = of(&mut self.all(), name, token) {
             (hold.until, hold.said) = (sent + lease, sent);
             if let Some(session) = &mut hold.session {
                 session.renew_at = session.renew_at.min(sent + lease / 3);
@@ -108,8 +123,8 @@ impl Holds {
     }
 
     /// It was asked at `sent` to last so long from then on, and may have been: a session's may end by that, and is renewed at once.
-    pub fn may_be_extended(&self, token: u64, sent: Instant, lease: Duration) {
-        if let Some(hold) = self.all().get_mut(&token)
+    pub fn may_be_extended(&self, name: &LockName, token: u64, sent: Instant, lease: Duration) {
+        if let Some(hold) = of(&mut self.all(), name, token)
             && let Some(session) = &mut hold.session
         {
             (hold.until, hold.said) = (hold.until.min(sent + lease), sent);
@@ -134,10 +149,9 @@ impl Holds {
 
     /// What became of a renewal: when it was sent, or `None` where the lock was held no more.
     pub fn renewed(&self, renewal: &Renewal, sent: Option<Instant>) {
-        let mut all = self.all();
         match sent {
             Some(sent) => {
-                if let Some(hold) = all.get_mut(&renewal.token) {
+                if let Some(hold) = self.all().get_mut(&renewal.token) {
                     let is_news = sent >= hold.said;
                     if is_news {
                         hold.until = hold.until.max(sent + renewal.lease);
@@ -150,11 +164,7 @@ impl Holds {
                     }
                 }
             }
-            None => {
-                if let Some(hold) = all.remove(&renewal.token) {
-                    lose(hold);
-                }
-            }
+            None => self.lose(&renewal.name, renewal.token),
         }
     }
 
@@ -186,6 +196,11 @@ impl Holds {
         let all = self.all();
         all.iter().filter(|(_, hold)| hold.session.is_some()).map(|(token, hold)| (hold.name.clone(), *token)).collect()
     }
+}
+
+/// The hold of this lock under this token, among all.
+fn of<'a>(all: &'a mut HashMap<u64, Hold>, name: &LockName, token: u64) -> Option<&'a mut Hold> {
+    all.get_mut(&token).filter(|hold| hold.name == *name)
 }
 
 /// Tells a session that its lock is gone.
@@ -230,7 +245,7 @@ mod tests {
         let last = holds.due(at(12)).pop();
         assert_eq!(last, None, "its lease had ended: it is not brought back");
         holds.add(&name, 8, start, LEASE, Some(&settings()));
-        holds.extended(8, start, Duration::from_secs(18));
+        holds.extended(&name, 8, start, Duration::from_secs(18));
         let last = holds.due(at(15)).pop().unwrap();
         assert_eq!((last.token, last.lease), (8, Duration::from_secs(5)));
         holds.renewed(&last, Some(at(15)));
@@ -247,12 +262,12 @@ mod tests {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let _lost = holds.add(&name, 7, start, LEASE, Some(&settings()));
-        assert_eq!(holds.bounded(7, Duration::from_secs(60), at(2)), Some(Duration::from_secs(18)));
-        assert_eq!(holds.bounded(7, Duration::from_secs(5), at(2)), Some(Duration::from_secs(5)));
-        assert_eq!(holds.bounded(7, Duration::from_secs(60), at(20)), None);
-        assert_eq!(holds.bounded(8, Duration::from_secs(60), at(20)), Some(Duration::from_secs(60)), "no session's");
+        assert_eq!(holds.bounded(&name, 7, Duration::from_secs(60), at(2)), Some(Duration::from_secs(18)));
+        assert_eq!(holds.bounded(&name, 7, Duration::from_secs(5), at(2)), Some(Duration::from_secs(5)));
+        assert_eq!(holds.bounded(&name, 7, Duration::from_secs(60), at(20)), None);
+        assert_eq!(holds.bounded(&name, 8, Duration::from_secs(60), at(20)), Some(Duration::from_secs(60)), "no session's");
         // Longer than a renewal gives.
-        holds.extended(7, at(2), Duration::from_secs(16));
+        holds.extended(&name, 7, at(2), Duration::from_secs(16));
         let renewal = holds.due(at(3)).pop().unwrap();
         holds.renewed(&renewal, Some(at(3)));
         holds.end(at(17), false);
@@ -262,20 +277,20 @@ mod tests {
         // Shorter, while a renewal of before is under way.
         let _lost = holds.add(&name, 9, start, LEASE, Some(&settings()));
         let renewal = holds.due(at(3)).pop().unwrap();
-        holds.extended(9, at(4), Duration::from_secs(3));
+        holds.extended(&name, 9, at(4), Duration::from_secs(3));
         holds.renewed(&renewal, Some(at(3)));
         assert_eq!(holds.due(at(5)).len(), 1, "it is renewed in time");
         holds.end(at(7), false);
         assert!(!holds.has(9));
         // Shorter or not, that is not known; and longer or not.
         let _lost = holds.add(&name, 10, start, LEASE, Some(&settings()));
-        holds.may_be_extended(10, at(1), Duration::from_secs(2));
+        holds.may_be_extended(&name, 10, at(1), Duration::from_secs(2));
         let renewal = holds.due(at(1)).pop().expect("it is renewed at once");
         holds.end(at(3), false);
         assert!(!holds.has(10), "it may have ended");
         holds.renewed(&renewal, Some(at(1)));
         let _lost = holds.add(&name, 11, start, LEASE, Some(&settings()));
-        holds.may_be_extended(11, at(1), Duration::from_secs(12));
+        holds.may_be_extended(&name, 11, at(1), Duration::from_secs(12));
         holds.end(at(9), false);
         assert!(!holds.has(11), "it may not have been extended");
     }
@@ -299,9 +314,24 @@ mod tests {
         let start = Instant::now();
         let mut lost = holds.add(&name, 7, start, LEASE, Some(&settings())).unwrap();
         let renewal = holds.due(start + LEASE / 2).pop().unwrap();
-        holds.remove(7);
+        holds.remove(&name, 7);
         holds.renewed(&renewal, None);
         holds.end(start + LEASE * 2, true);
         assert_eq!(lost.try_recv(), Err(oneshot::error::TryRecvError::Closed));
+    }
+    #[test]
+    fn a_token_changes_nothing_of_a_lock_of_another_name() {
+        let (holds, name, other) = (Holds::default(), LockName::of(Id::from("l")).unwrap(), LockName::of(Id::from("m")).unwrap());
+        let start = Instant::now();
+        let mut lost = holds.add(&name, 7, start, LEASE, Some(&settings())).unwrap();
+        holds.remove(&other, 7);
+        holds.lose(&other, 7);
+        assert_eq!(holds.bounded(&other, 7, LEASE * 9, start), Some(LEASE * 9), "its session says nothing of the other");
+        holds.extended(&other, 7, start, LEASE / 9);
+        holds.may_be_extended(&other, 7, start, LEASE / 9);
+        assert_eq!((holds.end(start + LEASE / 2, true), lost.try_recv()), (Vec::new(), Err(oneshot::error::TryRecvError::Empty)));
+        assert_eq!(holds.due(start), [], "it is not renewed early");
+        holds.lose(&name, 7);
+        assert!(lost.try_recv().is_ok() && !holds.has(7));
     }
 }
