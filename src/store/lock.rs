@@ -263,13 +263,18 @@ impl Locks {
         Waiting { locks: self.clone(), name, id, answered }
     }
 
-    /// Releases it once. `false` where it is not held under this token. Done even if nobody waits for the answer; `within`: how long that
-    /// takes at most.
+    /// Releases it once. `false` where it is not held under this token. `within`: how long that takes at most. Where nothing can be sent by then
+    /// it is not done; once it is sent, it is done even if nobody waits for the answer.
     pub async fn release(&self, name: LockName, token: u64, within: Duration) -> Result<bool, Refusal> {
+        let until = Instant::now() + within;
+        // Nothing but the client waits for a Redis that is away.
+        if tokio::time::timeout_at(until.into(), self.0.link.node()).await.is_err() {
+            return Err(self.0.silent());
+        }
         let (answer, answered) = oneshot::channel();
         let releasing = Arc::clone(&self.0);
-        self.0.spawn(async move { _ = answer.send(releasing.release(name, token, false).await) });
-        match tokio::time::timeout(within, answered).await {
+        self.0.spawn(async move { _ = answer.send(releasing.release(name, token, Some(until)).await) });
+        match tokio::time::timeout_at(until.into(), answered).await {
             Ok(Ok(released)) => released,
             // It goes on, and may be done yet.
             _ => Err(Refusal::InDoubt),
@@ -423,8 +428,8 @@ impl Inner {
                 }
                 Step::Try { id, asked } => {
                     tried = true;
-                    // However long Redis is away, what became of a try is found out before the next: nothing is held for nobody.
-                    let result = self.attempt(&name, &asked, true, Instant::now() + limits::LOCK_TRY_WITHIN).await;
+                    // What became of a try is found out before the next: nothing is held for nobody.
+                    let result = self.attempt(&name, &asked, true).await;
                     let held = matches!(result, Ok(Tried::Held(..)));
                     self.settle(&name, id, result, by);
                     // Whoever releases it from now on is heard.
@@ -531,7 +536,7 @@ impl Inner {
     async fn ask_beside_the_line(self: &Arc<Self>, name: &LockName, waiter: Waiter) {
         let asked = Asked::of(&waiter);
         // Also for a client that has gone: what it got is released.
-        match self.attempt(name, &asked, false, Instant::now() + limits::LOCK_TRY_WITHIN).await {
+        match self.attempt(name, &asked, false).await {
             Ok(Tried::Got { token, lease, sent }) => self.grant(name, Some(waiter), token, lease, sent, By::Again),
             Ok(Tried::Held(ms, _)) => _ = waiter.answer.send(Answer::Held(ms)),
             Ok(Tried::Free) => _ = waiter.answer.send(Answer::Held(0)),
@@ -542,8 +547,7 @@ impl Inner {
     /// Tries whether a waiter's owner holds the lock already.
     async fn ask_once_more(self: &Arc<Self>, name: &LockName, id: u64, lease: Duration, owner: Option<Id>) {
         let asked = Asked::once_more(self.op(), lease, owner);
-        let until = Instant::now() + limits::LOCK_TRY_WITHIN;
-        if let Ok(Tried::Got { token, lease, sent }) = self.attempt(name, &asked, false, until).await {
+        if let Ok(Tried::Got { token, lease, sent }) = self.attempt(name, &asked, false).await {
             let waiter = self.lines().get_mut(name).and_then(|line| line.waiters.remove(&id));
             self.grant(name, waiter, token, lease, sent, By::Again);
         }
@@ -551,7 +555,7 @@ impl Inner {
 
     fn release_soon(self: &Arc<Self>, name: LockName, token: u64) {
         let inner = Arc::clone(self);
-        self.spawn(async move { _ = inner.release(name, token, true).await });
+        self.spawn(async move { _ = inner.release(name, token, None).await });
     }
 
     /// Finds out whether a release of which nothing is known has passed the lock on: it is its heir's, or given back where they have gone. Until
@@ -559,7 +563,7 @@ impl Inner {
     fn look_for_heir(self: &Arc<Self>, name: LockName, id: u64, heir: Asked) {
         let inner = Arc::clone(self);
         self.spawn(async move {
-            let result = inner.ask(&name, &heir, false, Instant::now() + limits::LOCK_TRY_WITHIN).await;
+            let result = inner.ask_whether(&name, &heir).await;
             inner.settle(&name, id, result, By::Passed);
             if let Some(line) = inner.lines().get_mut(&name) {
                 line.rouse(By::Release);
@@ -567,8 +571,8 @@ impl Inner {
         });
     }
 
-    /// Releases it once, and passes it on to the next in line where it may. `persists`: as of [`Inner::let_go`].
-    async fn release(self: &Arc<Self>, name: LockName, token: u64, persists: bool) -> Result<bool, Refusal> {
+    /// Releases it once, and passes it on to the next in line where it may. `unsent_until`: as of [`Inner::let_go`].
+    async fn release(self: &Arc<Self>, name: LockName, token: u64, unsent_until: Option<Instant>) -> Result<bool, Refusal> {
         let began = Instant::now();
         let told_us = self.subscriber.hears(&name);
         let heir = {
@@ -589,12 +593,13 @@ impl Inner {
             }
         };
         let until = began + limits::LOCK_RESEND_WITHIN;
-        let result = self.let_go(&name, token, &self.op(), heir.as_ref().map(|(_, asked)| asked), until, persists).await;
+        let result = self.let_go(&name, token, &self.op(), heir.as_ref().map(|(_, asked)| asked), until, unsent_until).await;
         let now = Instant::now();
         let mut lines = self.lines();
         let mut passed_to = None;
         // What was passed on may be known no more by the name of the release, and still is by that of the heir's own try.
-        let in_doubt = heir.is_some() && matches!(result, Err(_) | Ok(Released::Lost));
+        let in_doubt = heir.is_some() && matches!(result, Err(Refusal::InDoubt) | Ok(Released::Lost));
+        let refused = result.as_ref().is_err_and(|refusal| *refusal != Refusal::InDoubt);
         if let Some(line) = lines.get_mut(&name) {
             if heir.is_some() && !in_doubt {
                 line.trying = None;
@@ -612,7 +617,8 @@ impl Inner {
                 }
                 _ => line.turn.not_released(),
             }
-            if !matches!(result, Ok(Released::Passed { .. } | Released::Kept)) {
+            // By a refusal nothing has changed. Who looks because of it may be refused as well, and wait no more.
+            if !refused && !matches!(result, Ok(Released::Passed { .. } | Released::Kept)) {
                 line.rouse(By::Release);
             }
             let unwanted = line.waiters.is_empty() && !line.contending && line.trying.is_none() && line.turn.keeps_out(now).is_none();

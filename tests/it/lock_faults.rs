@@ -430,3 +430,67 @@ fn an_extension_that_was_never_sent_ends_no_session() {
     assert!(session.until_not(&format!("LOCK.CHECK l {held}"), "-").starts_with("[VALID, "));
     assert_eq!(metric(&sidecar, "holdfast_lock_lost_total"), 0.0);
 }
+
+#[test]
+fn a_release_that_was_never_sent_is_not_done_later() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"", &["--reply-within-ms", "500"]);
+    let (mut client, mut redis) = (sidecar.connect(), stack.backing());
+    let held = token(&client.until_not("LOCK.ACQUIRE l OWNER o LEASE 600000", "-"));
+    assert_eq!(token(&client.until_not("LOCK.ACQUIRE l OWNER o LEASE 600000", "-")), held);
+    let release = format!("LOCK.RELEASE l {held}");
+    let returned = |client: &mut Client, redis: &mut Client, after: &str| {
+        assert!(client.until_not(&format!("LOCK.CHECK l {held}"), "-").starts_with("[VALID, "), "{after}");
+        // What had waited for it would have run by now.
+        thread::sleep(Duration::from_millis(500));
+        assert_eq!(count(redis, "l"), 2, "{after}");
+    };
+    // Nobody listens there.
+    let nowhere = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    proxy.lead_to(nowhere);
+    proxy.cut();
+    client.until_not("LOCK.INFO l", "[");
+    for _ in 0..3 {
+        let refused = client.ask(&release);
+        assert!(refused.starts_with("-TRYAGAIN "), "{refused}");
+    }
+    proxy.lead_to(stack.redis.port());
+    returned(&mut client, &mut redis, "a cut link");
+    // It goes to a Redis that cannot write any more, and is there again only after its client has gone.
+    redis.ask("REPLICAOF 127.0.0.1 1");
+    for _ in 0..3 {
+        let refused = client.ask(&release);
+        assert!(refused.starts_with("-TRYAGAIN ") || refused.starts_with("-INDOUBT "), "{refused}");
+    }
+    redis.ask("REPLICAOF NO ONE");
+    returned(&mut client, &mut redis, "a replica");
+    assert_eq!(client.ask(&release), "[RELEASED]");
+    assert_eq!(count(&mut redis, "l"), 1);
+}
+
+#[test]
+fn a_release_that_redis_refuses_for_a_moment_leaves_who_waits_in_line() {
+    let stack = Stack::with_settings(&["--reply-within-ms", "20000", "--lock-max-turn-ms", "10000"]);
+    let (mut client, mut redis) = (stack.connect(), stack.backing());
+    // Whoever waits also looks by itself, and is refused: the moment has to be between two looks.
+    wait_until("the release alone is refused", || {
+        let held = acquire(&mut client, "l", "LEASE 600000");
+        let release = format!("LOCK.RELEASE l {held}");
+        let waiter = waiting(&stack.sidecar, "LOCK.ACQUIRE l LEASE 600000 WAIT 60000");
+        wait_until("somebody waits", || waiters(&mut client, "l") == 1);
+        thread::sleep(Duration::from_millis(30));
+        refuse_writes(&mut redis);
+        let refused = client.ask(&release);
+        assert!(refused.starts_with("-TRYAGAIN Redis refused: "), "{refused}");
+        // Long enough for whatever it has set off.
+        thread::sleep(Duration::from_millis(50));
+        take_writes(&mut redis);
+        let waits = waiters(&mut client, "l") == 1;
+        assert_eq!(client.ask(&release), "[RELEASED]");
+        let reply = waiter.join().unwrap().1;
+        if waits {
+            assert_eq!(client.ask(&format!("LOCK.RELEASE l {}", token(&reply))), "[RELEASED]");
+        }
+        waits
+    });
+}

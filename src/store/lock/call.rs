@@ -91,17 +91,20 @@ enum Again {
 }
 
 impl Inner {
-    /// Tries to acquire; where not `fresh`, only for an owner that holds the lock.
-    pub(super) async fn attempt(&self, name: &LockName, asked: &Asked, fresh: bool, until: Instant) -> Result<Tried, Refusal> {
-        // Nothing has been sent yet: whoever wants it may have gone by the time Redis is there.
-        if tokio::time::timeout(limits::LOCK_CALL_WITHIN, self.link.node()).await.is_err() {
-            return Err(self.silent());
-        }
-        self.ask(name, asked, fresh, until).await
+    /// Tries to acquire; where not `fresh`, only for an owner that holds the lock. However long Redis is away, what became of it is found out.
+    pub(super) async fn attempt(&self, name: &LockName, asked: &Asked, fresh: bool) -> Result<Tried, Refusal> {
+        // Whoever wants it may have gone by the time Redis is there.
+        self.ask(name, asked, fresh, Some(Instant::now() + limits::LOCK_CALL_WITHIN)).await
     }
 
-    /// The same, also where Redis is away.
-    pub(super) async fn ask(&self, name: &LockName, asked: &Asked, fresh: bool, until: Instant) -> Result<Tried, Refusal> {
+    /// Finds out whether something was acquired by the name of this try, however long Redis is away or refuses to say.
+    pub(super) async fn ask_whether(&self, name: &LockName, asked: &Asked) -> Result<Tried, Refusal> {
+        self.ask(name, asked, false, None).await
+    }
+
+    /// `unsent_until`: as of [`Inner::call_on`].
+    async fn ask(&self, name: &LockName, asked: &Asked, fresh: bool, unsent_until: Option<Instant>) -> Result<Tried, Refusal> {
+        let until = Instant::now() + limits::LOCK_TRY_WITHIN;
         let mut keys = vec![
             keys::LOCKS.to_owned(),
             keys::lock(name),
@@ -113,7 +116,7 @@ impl Inner {
         let lease = millis(asked.lease).to_string();
         let mut sent = Instant::now();
         let mut words = self
-            .call(&script::LOCK_ACQUIRE, &keys, &asked.op, until, |node| {
+            .call_on(&script::LOCK_ACQUIRE, &keys, &asked.op, until, unsent_until, |node| {
                 sent = Instant::now();
                 let mut args = self.of_node(node, sent);
                 args.push(node.epoch.installation.clone().into_bytes());
@@ -139,7 +142,7 @@ impl Inner {
         read(&mut words).map_err(|error| refused(&error))
     }
 
-    /// Releases, and passes on to `next`. `persists`: tries again while Redis refuses it for a while, for nobody else would.
+    /// Releases, and passes on to `next`. `unsent_until`: as of [`Inner::call_on`].
     pub(super) async fn let_go(
         &self,
         name: &LockName,
@@ -147,7 +150,7 @@ impl Inner {
         op: &str,
         next: Option<&Asked>,
         until: Instant,
-        persists: bool,
+        unsent_until: Option<Instant>,
     ) -> Result<Released, Refusal> {
         let keys = [
             keys::LOCKS.to_owned(),
@@ -161,7 +164,7 @@ impl Inner {
         let lease = next.map_or(0, |next| millis(next.lease)).to_string();
         let mut sent = Instant::now();
         let mut words = self
-            .call_on(&script::LOCK_RELEASE, &keys, op, until, persists, |node| {
+            .call_on(&script::LOCK_RELEASE, &keys, op, until, unsent_until, |node| {
                 sent = Instant::now();
                 let mut args = self.of_node(node, sent);
                 args.extend([node.epoch.installation.clone().into_bytes(), token.clone().into_bytes()]);
@@ -246,7 +249,7 @@ impl Inner {
         read(&mut words).map_err(|error| refused(&error))
     }
 
-    /// [`Inner::call_on`] of what is given up where Redis refuses it.
+    /// [`Inner::call_on`] of what is given up at the same time whether or not it was sent.
     async fn call(
         &self,
         script: &Script,
@@ -255,26 +258,29 @@ impl Inner {
         until: Instant,
         args: impl FnMut(&Node) -> Vec<Vec<u8>>,
     ) -> Result<Words, Refusal> {
-        self.call_on(script, keys, op, until, false, args).await
+        self.call_on(script, keys, op, until, Some(until), args).await
     }
 
     /// Calls a script, on another connection where one breaks. Its first argument, and the first word of its answer, is `op`: an answer to
-    /// something else says that this connection is off by one. `persists`: also while Redis refuses it for now, though it has never run.
+    /// something else says that this connection is off by one. `until`: until when it is sent again where it may have run. `unsent_until`: until
+    /// when it may be sent for the first time, if that is earlier, and then Redis refuses it but once; `None`: nobody else would do it, so it is
+    /// tried again also where Redis refuses it for now.
     async fn call_on(
         &self,
         script: &Script,
         keys: &[String],
         op: &str,
         until: Instant,
-        persists: bool,
+        unsent_until: Option<Instant>,
         mut args: impl FnMut(&Node) -> Vec<Vec<u8>>,
     ) -> Result<Words, Refusal> {
         let keys: Vec<&str> = keys.iter().map(String::as_str).collect();
         let mut sent = false;
         let may_have_run = |sent: bool| sent && script.name != script::LOCK_LOOK.name;
         let over = |sent: bool| if may_have_run(sent) { Refusal::InDoubt } else { self.silent() };
+        let ends = |sent: bool| unsent_until.filter(|at| !sent && *at < until).unwrap_or(until);
         loop {
-            let Ok(node) = tokio::time::timeout_at(until.into(), self.link.node()).await else { return Err(over(sent)) };
+            let Ok(node) = tokio::time::timeout_at(ends(sent).into(), self.link.node()).await else { return Err(over(sent)) };
             let args = args(&node);
             let args: Vec<&[u8]> = std::iter::once(op.as_bytes()).chain(args.iter().map(Vec::as_slice)).collect();
             let mut connection = node.connection.clone();
@@ -302,7 +308,7 @@ impl Inner {
                     Again::Now
                 }
                 // It may have run when it was sent before.
-                Ok(Err(error)) if error.is_for_now() && (may_have_run(sent) || persists) => {
+                Ok(Err(error)) if error.is_for_now() && (may_have_run(sent) || unsent_until.is_none()) => {
                     tracing::debug!(%error, script = script.name, "Redis refuses a lock's script for now");
                     Again::Later(limits::LOCK_POLL)
                 }
@@ -312,15 +318,16 @@ impl Inner {
             sent |= matches!(again, Again::Lost);
             match again {
                 Again::Never(refusal) => return Err(refusal),
-                Again::Now | Again::Lost if Instant::now() >= until => return Err(over(sent)),
-                Again::Later(pause) if Instant::now() + pause >= until => return Err(over(sent)),
+                Again::Now | Again::Lost if Instant::now() >= ends(sent) => return Err(over(sent)),
+                Again::Later(pause) if Instant::now() + pause >= ends(sent) => return Err(over(sent)),
                 Again::Now | Again::Lost => {}
                 Again::Later(pause) => tokio::time::sleep(pause).await,
             }
         }
     }
 
-    fn silent(&self) -> Refusal {
+    /// Why nothing was sent.
+    pub(super) fn silent(&self) -> Refusal {
         Refusal::TryAgain(self.link.trouble().unwrap_or_else(|| "Redis does not answer".to_owned()))
     }
 
