@@ -202,7 +202,7 @@ impl Locks {
     /// Keeps the connections, on the runtime that [`Locks::run_on`] has named. After `shutdown` nobody gets a lock any more; once the last user is gone and what sessions held is released, it
     /// ends.
     pub async fn run(&self, shutdown: CancellationToken) {
-        let serving = async { tokio::join!(self.0.link.run(), self.0.subscriber.run(), self.0.look_after()) };
+        let serving = async { tokio::join!(self.0.link.run(), self.0.subscriber.run(), self.0.look_after(), self.0.forget_idle()) };
         let closing = async {
             shutdown.cancelled().await;
             self.0.close();
@@ -232,7 +232,7 @@ impl Locks {
 
     /// How many clients of this sidecar wait.
     pub fn waiting(&self) -> usize {
-        self.0.lines().values().map(|line| line.waiters.len()).sum()
+        self.0.waiting()
     }
 
     /// Who holds it, as far as this sidecar was told when it tried for it, and for how many ms.
@@ -355,6 +355,10 @@ impl Inner {
         self.lines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn waiting(&self) -> usize {
+        self.lines().values().map(|line| line.waiters.len()).sum()
+    }
+
     fn number(&self) -> u64 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
@@ -432,9 +436,12 @@ impl Inner {
                     let result = self.attempt(&name, &asked, true).await;
                     let held = matches!(result, Ok(Tried::Held(..)));
                     self.settle(&name, id, result, by);
-                    // Whoever releases it from now on is heard.
+                    // Whoever releases it from now on is heard. A subscription that hangs keeps nobody from looking.
                     if held && self.lines().get(&name).is_some_and(|line| !line.waiters.is_empty()) {
-                        tried = self.subscriber.hear(&name).await != Heard::FromNow;
+                        match tokio::time::timeout(limits::LOCK_POLL, self.subscriber.hear(&name)).await {
+                            Ok(heard) => tried = heard != Heard::FromNow,
+                            Err(_) => (tried, by) = (false, By::Timer),
+                        }
                     }
                 }
             }
@@ -666,7 +673,7 @@ impl Inner {
         }
     }
 
-    /// Renews what sessions hold, notices what is lost, and forgets what nobody wants. Never returns.
+    /// Renews what sessions hold, and notices what is lost. Nothing in it waits for Redis. Never returns.
     async fn look_after(self: &Arc<Self>) {
         let mut looked = Instant::now();
         loop {
@@ -689,16 +696,17 @@ impl Inner {
             }
             looked = now;
             gauge!("holdfast_locks_held").set(self.holds.len() as f64);
-            let mut waiting = 0;
-            let mut idle = Vec::new();
-            for (name, line) in self.lines().iter() {
-                waiting += line.waiters.len();
-                let long_idle = line.idle_since.is_some_and(|since| now.saturating_duration_since(since) >= limits::LOCK_LINGER);
-                if line.waiters.is_empty() && !line.contending && long_idle {
-                    idle.push(name.clone());
-                }
-            }
-            gauge!("holdfast_lock_waiters").set(waiting as f64);
+            gauge!("holdfast_lock_waiters").set(self.waiting() as f64);
+        }
+    }
+
+    /// Forgets lines in which nobody has stood for a while. Never returns.
+    async fn forget_idle(&self) {
+        loop {
+            tokio::time::sleep(limits::LOCK_LOOK_THOROUGHLY_EVERY).await;
+            let now = Instant::now();
+            let long_idle = |line: &Line| line.idle_since.is_some_and(|since| now.saturating_duration_since(since) >= limits::LOCK_LINGER);
+            let idle = self.lines().iter().filter(|(_, line)| long_idle(line)).map(|(name, _)| name.clone()).collect();
             self.forget(idle).await;
         }
     }

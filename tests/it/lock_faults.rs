@@ -494,3 +494,62 @@ fn a_release_that_redis_refuses_for_a_moment_leaves_who_waits_in_line() {
         waits
     });
 }
+
+/// A lock for which somebody waits.
+struct Awaited {
+    name: String,
+    held: u64,
+    waiter: thread::JoinHandle<(Client, String)>,
+}
+
+/// Acquires locks through the stack's own sidecar for which clients of the other one wait then: each of them has looked, and wants to hear of it.
+fn awaited(stack: &Stack, sidecar: &Sidecar) -> Vec<Awaited> {
+    let (mut client, mut there) = (stack.connect(), sidecar.connect());
+    let names: Vec<String> = (0..10).map(|number| format!("awaited-{number}")).collect();
+    let tokens: Vec<u64> = names.iter().map(|name| acquire(&mut client, name, "LEASE 600000")).collect();
+    let waits: Vec<_> = names.iter().map(|name| waiting(sidecar, &format!("LOCK.ACQUIRE {name} LEASE 600000 WAIT 60000"))).collect();
+    wait_until("all wait", || names.iter().all(|name| waiters(&mut there, name) == 1));
+    thread::sleep(Duration::from_millis(200));
+    names.into_iter().zip(tokens).zip(waits).map(|((name, held), waiter)| Awaited { name, held, waiter }).collect()
+}
+
+#[test]
+fn a_subscription_that_hangs_keeps_no_line_from_looking() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"", &[]);
+    let mut client = stack.connect();
+    proxy.hold_subscribers();
+    let awaited = awaited(&stack, &sidecar);
+    for Awaited { name, held, .. } in &awaited {
+        assert_eq!(client.ask(&format!("LOCK.RELEASE {name} {held}")), "[RELEASED]");
+    }
+    let released = Instant::now();
+    for Awaited { name, held, waiter } in awaited {
+        assert!(token(&waiter.join().unwrap().1) > held, "{name}");
+    }
+    // By looking: a quarter of a second. One time-out after the other it would be ten seconds.
+    println!("all had theirs {:?} after the release", released.elapsed());
+    assert!(released.elapsed() < Duration::from_secs(3), "{:?}", released.elapsed());
+}
+
+#[test]
+fn a_subscription_that_hangs_ends_no_session() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"", &["--lock-session-lease-ms", "1000"]);
+    let (mut client, mut session, mut redis) = (stack.connect(), sidecar.connect(), stack.backing());
+    let kept = acquire(&mut session, "kept", "SESSION");
+    // A line that is left, to be forgotten while the subscription hangs.
+    let held = acquire(&mut client, "left", "LEASE 600000");
+    let waiter = waiting(&sidecar, "LOCK.ACQUIRE left LEASE 600000 WAIT 60000");
+    wait_until("that sidecar listens", || redis.ask("PUBSUB NUMSUB redisson_lock__channel:{left}").ends_with(" 1]"));
+    assert_eq!(client.ask(&format!("LOCK.RELEASE left {held}")), "[RELEASED]");
+    let (mut waiter, reply) = waiter.join().unwrap();
+    assert_eq!(waiter.ask(&format!("LOCK.RELEASE left {}", token(&reply))), "[RELEASED]");
+    thread::sleep(Duration::from_secs(4));
+    proxy.hold_subscribers();
+    let _awaited = awaited(&stack, &sidecar);
+    // It is forgotten five seconds after it was left; then a lease ends.
+    thread::sleep(Duration::from_secs(5));
+    assert!(session.ask(&format!("LOCK.CHECK kept {kept}")).starts_with("[VALID, "));
+    assert_eq!(metric(&sidecar, "holdfast_lock_lost_total"), 0.0);
+}

@@ -3,7 +3,7 @@
 
 #![allow(dead_code, reason = "each of the test binaries uses its own part")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
@@ -37,12 +37,22 @@ struct Shared {
     passed: AtomicUsize,
     /// The number of the next connection.
     next: AtomicU64,
-    held: Mutex<Vec<Direction>>,
+    held: Mutex<Held>,
     /// The connections before this one have their requests kept back.
     old: AtomicU64,
     released: Condvar,
     connections: Mutex<HashMap<u64, [TcpStream; 2]>>,
     ended: AtomicBool,
+}
+
+/// What is kept back.
+#[derive(Default)]
+struct Held {
+    directions: Vec<Direction>,
+    /// Whether what goes over the connections of subscribers is.
+    of_subscribers: bool,
+    /// Those that have sent a SUBSCRIBE.
+    subscribers: HashSet<u64>,
 }
 
 impl Proxy {
@@ -126,7 +136,13 @@ impl Proxy {
 
     /// Keeps back what goes this way, until [`Proxy::release`].
     pub fn hold(&self, direction: Direction) {
-        self.shared.held.lock().unwrap().push(direction);
+        self.shared.held.lock().unwrap().directions.push(direction);
+    }
+
+    /// Keeps back what goes either way over the connections that have sent a SUBSCRIBE, and over each that does from now on, until
+    /// [`Proxy::release`].
+    pub fn hold_subscribers(&self) {
+        self.shared.held.lock().unwrap().of_subscribers = true;
     }
 
     /// Keeps back the requests of the connections that there are, until [`Proxy::release`].
@@ -142,7 +158,8 @@ impl Proxy {
     pub fn release(&self) {
         let mut held = self.shared.held.lock().unwrap();
         self.shared.old.store(0, Ordering::SeqCst);
-        held.clear();
+        held.directions.clear();
+        held.of_subscribers = false;
         drop(held);
         self.shared.released.notify_all();
     }
@@ -176,7 +193,9 @@ impl Shared {
     fn wait_if_told(&self, direction: Direction, number: u64) {
         let held = self.held.lock().unwrap();
         let is_old = || direction == Direction::Requests && number < self.old.load(Ordering::SeqCst);
-        drop(self.released.wait_while(held, |held| held.contains(&direction) || is_old()).unwrap());
+        let is_held =
+            |held: &mut Held| held.directions.contains(&direction) || held.of_subscribers && held.subscribers.contains(&number) || is_old();
+        drop(self.released.wait_while(held, is_held).unwrap());
         match self.delay_us.load(Ordering::SeqCst) {
             0 => {}
             delay => thread::sleep(Duration::from_micros(delay)),
@@ -184,8 +203,12 @@ impl Shared {
     }
 
     fn is_marked(&self, bytes: &[u8]) -> bool {
-        self.marked.is_empty() || bytes.windows(self.marked.len()).any(|window| window == self.marked)
+        self.marked.is_empty() || contains(bytes, self.marked)
     }
+}
+
+fn contains(bytes: &[u8], what: &[u8]) -> bool {
+    bytes.windows(what.len()).any(|window| window == what)
 }
 
 /// An answer without the messages of a release in it.
@@ -217,6 +240,9 @@ fn pass(number: u64, client: TcpStream, server: TcpStream, shared: &Arc<Shared>)
         let mut buffer = [0; 65536];
         while let Ok(read @ 1..) = from_client.read(&mut buffer) {
             let request = &buffer[..read];
+            if contains(request, b"SUBSCRIBE") {
+                all.held.lock().unwrap().subscribers.insert(number);
+            }
             all.wait_if_told(Direction::Requests, number);
             let marked = all.is_marked(request);
             if marked && take_one(&all.to_lose) {

@@ -63,30 +63,35 @@ impl Subscriber {
     /// Hears of releases of this lock from now on.
     pub async fn hear(&self, name: &LockName) -> Heard {
         let channel = keys::lock_channel(name);
-        let mut connection = self.connection.lock().await;
+        let mut current = self.connection.lock().await;
         let confirmed = self.channels().entry(channel.clone()).or_insert_with(|| (name.clone(), false)).1;
         if confirmed {
             return Heard::Already;
         }
-        let Some(connection) = connection.as_mut() else { return Heard::Not };
+        let Some(connection) = current.as_mut() else { return Heard::Not };
         match self.ask(connection, std::slice::from_ref(&channel)).await {
             Ok(()) => Heard::FromNow,
-            Err(_) => Heard::Not,
+            Err(_) => {
+                // Whoever stands behind this does not wait for it once more.
+                *current = None;
+                Heard::Not
+            }
         }
     }
 
     /// No longer hears of these.
     pub async fn forget(&self, names: &[LockName]) {
-        let mut connection = self.connection.lock().await;
+        let mut current = self.connection.lock().await;
         let channels: Vec<String> = names.iter().map(keys::lock_channel).collect();
         {
             let mut known = self.channels();
             channels.iter().for_each(|channel| _ = known.remove(channel));
         }
-        let Some(connection) = connection.as_mut() else { return };
+        let Some(connection) = current.as_mut() else { return };
         for some in channels.chunks(LOCK_CHANNELS_AT_ONCE) {
             if !matches!(tokio::time::timeout(HEARTBEAT_WITHIN, connection.unsubscribe(some)).await, Ok(Ok(()))) {
                 self.broken.notify_one();
+                *current = None;
                 return;
             }
         }
