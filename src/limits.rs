@@ -155,8 +155,12 @@ pub const LOCK_EPOCH_MAX: u64 = 1 << 20;
 /// Requests for an epoch that may wait: there is one at a time, and those that were given up.
 pub const LOCK_EPOCH_REQUESTS_MAX: usize = 4;
 
-/// Locks that clients of one sidecar may hold at a time, as far as it knows: some 200 bytes each.
+/// Locks that one sidecar knows its clients to hold at a time: some 200 bytes each. Beyond that no session gets one, as it could not be renewed.
 pub const LOCKS_HELD_MAX: usize = 1_000_000;
+
+/// From so many on one that no session holds is not noted: then nobody counts that its lease has ended. The rest is left for sessions.
+pub const LOCKS_COUNTED_MAX: usize = 900_000;
+const _: () = assert!(LOCKS_COUNTED_MAX < LOCKS_HELD_MAX);
 
 /// Channels in one SUBSCRIBE: Redis serves nobody else meanwhile.
 pub const LOCK_CHANNELS_AT_ONCE: usize = 500;

@@ -113,6 +113,8 @@ pub struct Grant {
     pub lease_ms: i64,
     /// Of a session: told when it was lost.
     pub lost: Option<oneshot::Receiver<()>>,
+    /// Whether it is noted whether it is still held.
+    noted: bool,
     taken: bool,
 }
 
@@ -141,7 +143,7 @@ impl Grant {
 
 impl Drop for Grant {
     fn drop(&mut self) {
-        if !self.taken && self.lasts() {
+        if !self.taken && (!self.noted || self.lasts()) {
             // Whether or not Redis can be told, nobody is there to renew it for.
             self.locks.0.holds.renew_no_more(self.token);
             self.locks.0.release_soon(self.name.clone(), self.token);
@@ -166,6 +168,7 @@ struct Inner {
     lines: Mutex<HashMap<LockName, Line>>,
     holds: Holds,
     numbers: AtomicU64,
+    /// Read and written while `lines` is locked.
     closing: AtomicBool,
     /// Where tasks run.
     runtime: OnceLock<Handle>,
@@ -371,13 +374,14 @@ impl Inner {
     }
 
     fn enqueue(self: &Arc<Self>, name: &LockName, id: u64, waiter: Waiter) {
-        if self.closing.load(Ordering::Relaxed) && !waiter.of_the_server {
-            return refuse(waiter, Refusal::Loading("shutting down".to_owned()));
-        }
-        if self.holds.len() >= limits::LOCKS_HELD_MAX {
+        if waiter.session && self.holds.len() >= limits::LOCKS_HELD_MAX {
             return refuse(waiter, Refusal::Failed("this sidecar's clients hold too many locks".to_owned()));
         }
         let mut lines = self.lines();
+        if self.closing.load(Ordering::Relaxed) && !waiter.of_the_server {
+            drop(lines);
+            return refuse(waiter, Refusal::Loading("shutting down".to_owned()));
+        }
         let line = lines.entry(name.clone()).or_default();
         if !line.waiters.is_empty() && !waiter.patient {
             drop(lines);
@@ -534,7 +538,8 @@ impl Inner {
         if !matches!(by, By::Free | By::Again) {
             histogram!("holdfast_lock_wait_seconds").record(waiter.arrived.elapsed().as_secs_f64());
         }
-        let grant = Grant { locks: Locks(Arc::clone(self)), name: name.clone(), token, lease_ms: millis(lease), lost, taken: false };
+        let (locks, noted) = (Locks(Arc::clone(self)), self.holds.has(token));
+        let grant = Grant { locks, name: name.clone(), token, lease_ms: millis(lease), lost, noted, taken: false };
         // Where nobody hears it any more, the grant is dropped and releases itself.
         _ = waiter.answer.send(Answer::Got(grant));
     }
@@ -745,13 +750,15 @@ impl Inner {
 
     /// Nobody gets a lock any more, and nobody waits.
     fn close(&self) {
+        let mut lines = self.lines();
+        // While nobody can enter a line.
         self.closing.store(true, Ordering::Relaxed);
-        let waiters: Vec<Waiter> = self
-            .lines()
+        let waiters: Vec<Waiter> = lines
             .values_mut()
             .flat_map(|line| line.waiters.extract_if(.., |_, waiter| !waiter.of_the_server))
             .map(|(_, waiter)| waiter)
             .collect();
+        drop(lines);
         for waiter in waiters {
             refuse(waiter, Refusal::Loading("shutting down".to_owned()));
         }
@@ -791,8 +798,10 @@ mod tests {
     use crate::domain::lock::Epoch;
     use crate::ledger::testing::RedisServer;
 
-    #[tokio::test]
-    async fn a_channel_that_redis_never_confirmed_is_forgotten_with_its_line() {
+    const LEASE: Duration = Duration::from_secs(60);
+
+    /// Locks on a Redis of their own, without the subscription.
+    fn without_messages() -> (RedisServer, Locks) {
         let server = RedisServer::start();
         let settings = Settings {
             redis_url: server.url(),
@@ -805,34 +814,78 @@ mod tests {
         let (locks, mut epochs) = Locks::new(settings);
         locks.run_on(&Handle::current());
         let serving = locks.clone();
-        // Without the subscription.
         tokio::spawn(async move { serving.0.link.run().await });
         tokio::spawn(async move {
             while let Some(request) = epochs.recv().await {
                 _ = request.answer.send(Epoch { number: 1, installation: "i".into() });
             }
         });
-        let name = LockName::of(Id::from("l")).unwrap();
-        let lease = Duration::from_secs(60);
-        let ask = || Ask { name: name.clone(), lease, owner: None, session: false, patient: true, of_the_server: false };
-        let got = async |waiting: Waiting| match waiting.answer(Instant::now() + lease).await {
-            Answer::Got(grant) => (grant.token, grant.take()).0,
+        (server, locks)
+    }
+
+    fn ask(name: &LockName) -> Ask {
+        Ask { name: name.clone(), lease: LEASE, owner: None, session: false, patient: true, of_the_server: false }
+    }
+
+    async fn got(waiting: Waiting) -> Grant {
+        match waiting.answer(Instant::now() + LEASE).await {
+            Answer::Got(grant) => grant,
             other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_channel_that_redis_never_confirmed_is_forgotten_with_its_line() {
+        let (_server, locks) = without_messages();
+        let name = LockName::of(Id::from("l")).unwrap();
+        let got = async |waiting: Waiting| {
+            let grant = got(waiting).await;
+            (grant.token, grant.take()).0
         };
-        let first = got(locks.acquire(ask())).await;
-        let second = locks.acquire(ask());
+        let first = got(locks.acquire(ask(&name))).await;
+        let second = locks.acquire(ask(&name));
         while !locks.0.subscriber.wants(&name) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         assert!(!locks.0.subscriber.hears(&name));
-        assert_eq!(locks.release(name.clone(), first, lease).await, Ok(true));
+        assert_eq!(locks.release(name.clone(), first, LEASE).await, Ok(true));
         let second = got(second).await;
         while locks.0.lines().get(&name).is_some_and(|line| line.contending) {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
-        assert_eq!(locks.release(name.clone(), second, lease).await, Ok(true));
+        assert_eq!(locks.release(name.clone(), second, LEASE).await, Ok(true));
         assert!(locks.0.lines().contains_key(&name), "its line is forgotten with its channel");
         locks.0.forget(vec![name.clone()]).await;
         assert!(locks.0.lines().is_empty() && !locks.0.subscriber.wants(&name));
+    }
+
+    #[tokio::test]
+    async fn however_many_are_held_only_sessions_are_refused_and_what_nobody_takes_is_released() {
+        let (_server, locks) = without_messages();
+        let (held, now) = (LockName::of(Id::from("held")).unwrap(), Instant::now());
+        // Beyond all tokens that are given out here.
+        let tokens = 1 << 40..;
+        for token in tokens.take(limits::LOCKS_HELD_MAX) {
+            let session = (token - (1 << 40) >= limits::LOCKS_COUNTED_MAX as u64).then_some(locks.settings());
+            locks.0.holds.add(&held, token, now, LEASE, session);
+        }
+        assert_eq!(locks.0.holds.len(), limits::LOCKS_HELD_MAX);
+        let (of_a_client, of_the_server) = (LockName::of(Id::from("l")).unwrap(), LockName::of(Id::from("m")).unwrap());
+        for grant in
+            [got(locks.acquire(ask(&of_a_client))).await, got(locks.acquire(Ask { of_the_server: true, ..ask(&of_the_server) })).await]
+        {
+            let (name, token) = (grant.name.clone(), grant.token);
+            assert!(locks.check(&name, token, LEASE).await.unwrap().is_some());
+            drop(grant);
+            let released = async {
+                while locks.check(&name, token, LEASE).await.unwrap().is_some() {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            };
+            tokio::time::timeout(LEASE / 2, released).await.expect("it is released before its lease ends");
+        }
+        assert_eq!(locks.0.holds.len(), limits::LOCKS_HELD_MAX, "nothing was noted of them");
+        let refused = locks.acquire(Ask { session: true, ..ask(&of_a_client) }).answer(Instant::now() + LEASE).await;
+        assert!(matches!(refused, Answer::Refused(Refusal::Failed(_))), "{refused:?}");
     }
 }

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 
 use super::Settings;
 use crate::domain::LockName;
+use crate::limits;
 
 struct Hold {
     name: LockName,
@@ -79,6 +80,9 @@ impl Holds {
             })
             .unzip();
         let mut all = self.all();
+        if session.is_none() && all.len() >= limits::LOCKS_COUNTED_MAX && !all.contains_key(&token) {
+            return None;
+        }
         let hold = all.entry(token).or_insert_with(|| Hold { name: name.clone(), until: sent, said: sent, session: None });
         hold.until = hold.until.max(sent + lease);
         hold.session = session.or(hold.session.take());
