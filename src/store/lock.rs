@@ -691,6 +691,10 @@ impl Inner {
             }
             let thorough = now.saturating_duration_since(looked) >= limits::LOCK_LOOK_THOROUGHLY_EVERY;
             let ended = self.holds.end(now, thorough);
+            for ended in ended.iter().filter(|ended| ended.session) {
+                // Something of which nothing is known may have let it last longer, now for nobody.
+                self.release_soon(ended.name.clone(), ended.token);
+            }
             if !ended.is_empty() {
                 let inner = Arc::clone(self);
                 // Not one that a shutdown would wait for.

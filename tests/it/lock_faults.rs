@@ -469,6 +469,23 @@ fn a_release_that_was_never_sent_is_not_done_later() {
 }
 
 #[test]
+fn what_a_session_may_hold_after_it_was_told_of_its_loss_is_released() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"", &["--reply-within-ms", "500", "--lock-session-lease-ms", "1000"]);
+    let (mut session, mut redis) = (sidecar.connect(), stack.backing());
+    let held = token(&session.until_not("LOCK.ACQUIRE l SESSION", "-"));
+    // It is given far more than anybody waits here, and whether it was is not known before its lease may have ended.
+    proxy.hold(Direction::Answers);
+    let reply = session.ask(&format!("LOCK.EXTEND l {held} 3000000"));
+    assert!(reply.starts_with("-INDOUBT "), "{reply}");
+    wait_until("it has run", || redis.ask("PTTL l").parse::<i64>().unwrap() > 2_000_000);
+    wait_until("it is lost", || metric(&sidecar, "holdfast_lock_lost_total") == 1.0);
+    proxy.release();
+    wait_until("it is free", || redis.ask("EXISTS l") == "0");
+    assert_eq!(session.until_not(&format!("LOCK.CHECK l {held}"), "-"), "[LOST]");
+}
+
+#[test]
 fn a_release_that_redis_refuses_for_a_moment_leaves_who_waits_in_line() {
     let stack = Stack::with_settings(&["--reply-within-ms", "20000", "--lock-max-turn-ms", "10000"]);
     let (mut client, mut redis) = (stack.connect(), stack.backing());

@@ -6,6 +6,7 @@ use super::super::pack::Pack;
 use super::super::script::{self, Script};
 use super::super::words::Words;
 use super::super::{Error, keys};
+use super::hold::Ended;
 use super::line::Waiter;
 use super::link::Node;
 use super::{Inner, Refusal, millis};
@@ -209,15 +210,15 @@ impl Inner {
     }
 
     /// Counts those of these that ended by their leases. What was released, through whichever sidecar, did not.
-    pub(super) async fn count_ended(&self, holds: &[(LockName, u64)]) {
+    pub(super) async fn count_ended(&self, holds: &[Ended]) {
         // Their leases began in Redis a little later than they count here.
         tokio::time::sleep(limits::LOCK_ENDED_AFTER).await;
         for some in holds.chunks(limits::LOCK_RENEWALS_AT_ONCE) {
-            let keys: Vec<String> = some.iter().flat_map(|(name, _)| [keys::lock(name), keys::lock_owner(name)]).collect();
+            let keys: Vec<String> = some.iter().flat_map(|ended| [keys::lock(&ended.name), keys::lock_owner(&ended.name)]).collect();
             let mut batch = Pack::default();
             batch.array(some.len());
-            for (_, token) in some {
-                batch.text(&token.to_string());
+            for ended in some {
+                batch.text(&ended.token.to_string());
             }
             let batch = batch.into_bytes();
             let until = Instant::now() + limits::LOCK_CALL_WITHIN;

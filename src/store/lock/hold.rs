@@ -38,7 +38,16 @@ pub(super) struct Renewal {
     pub lease: Duration,
 }
 
-/// See the module. By token: no two holds have the same.
+/// One hold whose lease has ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Ended {
+    pub name: LockName,
+    pub token: u64,
+    /// Whether it was a session's.
+    pub session: bool,
+}
+
+/// See the module. By token: no two holds have the same. A token that comes from a client may be that of another lock, so the name has to fit.
 #[derive(Default)]
 pub(super) struct Holds(Mutex<HashMap<u64, Hold>>);
 
@@ -181,16 +190,16 @@ impl Holds {
 
     /// Removes the holds whose leases have ended, and returns them; of `all` or only of sessions. They may have been released through
     /// another sidecar before.
-    pub fn end(&self, now: Instant, all: bool) -> Vec<(LockName, u64)> {
+    pub fn end(&self, now: Instant, all: bool) -> Vec<Ended> {
         let mut holds = self.all();
         let ended: Vec<u64> =
             holds.iter().filter(|(_, hold)| now >= hold.until && (all || hold.session.is_some())).map(|(token, _)| *token).collect();
         let ended: Vec<(u64, Hold)> = ended.iter().filter_map(|token| holds.remove_entry(token)).collect();
         drop(holds);
         let gone = |(token, hold): (u64, Hold)| {
-            let name = hold.name.clone();
+            let ended = Ended { name: hold.name.clone(), token, session: hold.session.is_some() };
             lose(hold);
-            (name, token)
+            ended
         };
         ended.into_iter().map(gone).collect()
     }
