@@ -194,6 +194,7 @@ mod tests {
              (0, 2, 40, 0, 'j:stock:1', 0, 'a', 'decr', -3, -3, 97, 'hf-i:stock:2-0', 'handed-over', to_timestamp(1700000000)),
              (0, 2, 41, 0, 'j:stock:1', 1, 'a', 'decr', -4, -4, 93, 'r', 'd', to_timestamp(1700000000)),
              (0, 2, 42, 0, 'j:stock:1', 2, 'a', 'decr', -5, -5, 88, 'r-other', 'other', to_timestamp(1700000000)),
+             (0, 2, 45, 0, 'j:stock:1', 3, 'a', 'decr', -5, -5, 77, 'r-old', 'd', to_timestamp(1700000000 + 661)),
              (0, 1, 3, 0, 'j:stock:0', 0, 'a', 'decr', -6, -6, 82, 'r-before', 'd', to_timestamp(1700000000));
              INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, serial, remaining_after, request_id, request_digest, at)
              VALUES (0, 2, 43, 'j:coupon:1', 0, 'c', 'issue', 1, 0, 'hf-i:coupon:2-0', 'handed-over', to_timestamp(1700000000)),
@@ -209,14 +210,15 @@ mod tests {
             answered("i:stock:2", 10, "3 decr request=r-other digest=d | b -1 99"),
             answered("i:stock:2", 11, "4 decr request=r-before digest=d | b -1 98"),
             answered("i:stock:2", 12, "5 decr | b -1 97"),
+            answered("i:stock:2", 13, "6 decr request=r-old digest=d | b -1 96"),
         ];
         hand_over(connection, 0, &all[..5]).await.unwrap();
         salvage::taken_up(connection, 0, &all[4], Some("too few")).await.unwrap();
-        execute(connection, "UPDATE holdfast.partition SET epoch = 3, applied_epoch = 2, applied_n = 44").await;
-        assert_eq!(save(connection, 0, 3, WINDOW_MS, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 5 });
+        execute(connection, "UPDATE holdfast.partition SET epoch = 3, applied_epoch = 2, applied_n = 45").await;
+        assert_eq!(save(connection, 0, 3, WINDOW_MS, &all).await.unwrap(), Saved { saved: 4, owed: 0, known: 5 });
         assert!(!is_anything_handed_over(connection).await.unwrap());
         let stock: Vec<(String, i64)> = rows(connection, "SELECT product_id, available FROM holdfast.stock ORDER BY product_id").await;
-        assert_eq!(stock, [("a".into(), 100), ("b".into(), 97)]);
+        assert_eq!(stock, [("a".into(), 100), ("b".into(), 96)]);
         assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.dead_letter").await, 1);
     }
 
