@@ -629,12 +629,16 @@ fn nobody_hangs_when_the_subscription_is_cut() {
         let held = acquire(&mut client, "l", "WAIT 60000");
         let waiter = waiting(&sidecar, "LOCK.ACQUIRE l WAIT 60000");
         wait_until("somebody waits", || waiters(&mut there, "l") == 1);
+        wait_until("that sidecar listens", || !redis.ask("PUBSUB NUMSUB redisson_lock__channel:{l}").ends_with(" 0]"));
+        // Released before it listens again: nobody hears that.
         redis.ask("CLIENT KILL TYPE pubsub");
         client.ask(&format!("LOCK.RELEASE l {held}"));
         let (mut waiter, reply) = waiter.join().unwrap();
         assert!(token(&reply) > held, "round {round}");
         waiter.ask(&format!("LOCK.RELEASE l {}", token(&reply)));
     }
+    // The safety look comes first now and then, and far from always.
+    assert!(acquired_by(&sidecar, "resubscribed") > 0.0, "{} by looking", acquired_by(&sidecar, "timer"));
 }
 
 #[test]
