@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::spec::{ADMIN, Arg, READONLY, SHOWS, Spec, text};
 use super::{Call, Step};
 use crate::domain::quantity::parse;
-use crate::limits::{PASSED_ITEMS_MAX, PASSED_REPLY_MAX, REQUEST_BULK_MAX};
+use crate::limits::{PASSED_ITEMS_MAX, PASSED_REPLY_MAX, PATTERN_MAX, REQUEST_BULK_MAX};
 use crate::resp::Reply;
 use crate::store::Error;
 
@@ -88,9 +88,12 @@ fn bound(name: &str, words: &mut [Bytes]) -> Result<(), String> {
     let within = |at: usize, least: i64| words.get(at).and_then(|word| parse(word, least, PASSED_ITEMS_MAX));
     let refused = |what: &str| Err(format!("ERR name {what} of at most {PASSED_ITEMS_MAX}: sales wait while Redis works on it"));
     match name {
-        // How many keys it looks at is only a hint.
+        // How many keys it looks at is only a hint; each of them is compared with the pattern.
         "SCAN" => {
             for option in words.get_mut(2..).unwrap_or_default().chunks_exact_mut(2) {
+                if option[0].eq_ignore_ascii_case(b"MATCH") && option[1].len() > PATTERN_MAX {
+                    return Err(format!("ERR name a MATCH of at most {PATTERN_MAX} bytes: sales wait while Redis works on it"));
+                }
                 if option[0].eq_ignore_ascii_case(b"COUNT") && parse(&option[1], PASSED_ITEMS_MAX, i64::MAX).is_some() {
                     option[1] = PASSED_ITEMS_MAX.to_string().into();
                 }
@@ -171,6 +174,13 @@ mod tests {
                 assert_eq!(bounded(request), Err(refusal), "{request}");
             }
         }
+    }
+
+    #[test]
+    fn what_redis_would_compare_with_many_keys_is_short() {
+        let scan = |pattern: usize| bound("SCAN", &mut words(&format!("SCAN 0 COUNT 10 match {}", "*a".repeat(pattern / 2))));
+        assert_eq!(scan(PATTERN_MAX), Ok(()));
+        assert_eq!(scan(PATTERN_MAX + 2).unwrap_err(), "ERR name a MATCH of at most 256 bytes: sales wait while Redis works on it");
     }
 
     #[test]
