@@ -58,7 +58,7 @@ static GETUSER: Spec = sub("ACL|GETUSER", "Describes a user, without its passwor
         let name = String::from_utf8_lossy(call.args.text("username"));
         let Some(user) = users.find(&name) else { return Step::Reply(Reply::Nil) };
         Step::Reply(Reply::map([
-            ("flags", Reply::Set(user.flags().map(Reply::simple).collect())),
+            ("flags", Reply::Set(user.flags().map(Reply::word).collect())),
             ("passwords", Reply::Array(vec![Reply::word("(redacted)"); user.secrets()])),
             ("commands", Reply::text(user.show_commands())),
             ("keys", Reply::text(user.show_ids())),
@@ -91,6 +91,8 @@ fn dry_run(call: &mut Call<'_>) -> Step {
         Reply::text(format!("User {} has no permissions to run the '{}' command", user.name, spec.lower_name()))
     } else if !rights::touches_only_its_own(user, spec, &args) {
         Reply::text(format!("User {} has no permissions to access a key of this command", user.name))
+    } else if !rights::watches_only_its_own(user, spec, &args) {
+        Reply::text(format!("User {} has no permissions to access a channel of this command", user.name))
     } else {
         Reply::ok()
     })
@@ -137,7 +139,7 @@ mod tests {
     use crate::command::tests::{Wire, answers};
     use crate::session::users::Users;
 
-    const FILE: &str = "user default on nopass ~* &* +@all\nuser shop on #2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b ~shop-* +@stock";
+    const FILE: &str = "user default on nopass ~* &* +@all\nuser shop on #2bb80d537b1da3e38bd30361aa855686bde0eacd7162fef6a25fe97bf527a25b ~shop-* &stock:events:shop-* +@stock +@pubsub";
 
     #[test]
     fn users_are_shown_without_their_passwords() {
@@ -146,14 +148,29 @@ mod tests {
         assert_eq!(wire.send("ACL USERS"), "*2\r\n$7\r\ndefault\r\n$4\r\nshop\r\n");
         let list = wire.send("ACL LIST");
         assert!(list.contains("user default on nopass ~* &* +@all\r\n"), "{list}");
-        assert!(list.contains("user shop on #(redacted) ~shop-* +@stock\r\n") && !list.contains("2bb8"), "{list}");
+        assert!(
+            list.contains("user shop on #(redacted) ~shop-* &stock:events:shop-* +@stock +@pubsub\r\n") && !list.contains("2bb8"),
+            "{list}"
+        );
         let user = wire.send("ACL GETUSER shop");
-        assert!(user.starts_with("*12\r\n$5\r\nflags\r\n*1\r\n+on\r\n$9\r\npasswords\r\n*1\r\n$10\r\n(redacted)\r\n"), "{user}");
+        assert!(user.starts_with("*12\r\n$5\r\nflags\r\n*1\r\n$2\r\non\r\n$9\r\npasswords\r\n*1\r\n$10\r\n(redacted)\r\n"), "{user}");
         assert_eq!(wire.send("ACL GETUSER nobody"), "$-1\r\n");
         assert_eq!(wire.send("ACL DRYRUN shop STOCK.GET shop-mug"), "+OK\r\n");
         assert!(wire.send("ACL DRYRUN shop STOCK.GET mug").contains("no permissions to access a key"));
         assert!(wire.send("ACL DRYRUN shop INFO").contains("no permissions to run the 'info' command"));
+        for (subscription, may) in [
+            ("SUBSCRIBE stock:events:shop-mug", true),
+            ("SUBSCRIBE stock:events:shop-mug stock:events:cup", false),
+            ("PSUBSCRIBE stock:events:shop-*", true),
+            ("PSUBSCRIBE stock:events:*", false),
+            ("UNSUBSCRIBE stock:events:cup", true),
+        ] {
+            let said = wire.send(&format!("ACL DRYRUN shop {subscription}"));
+            assert_eq!(said == "+OK\r\n", may, "{said}");
+            assert_eq!(said.contains("no permissions to access a channel"), !may, "{said}");
+        }
         assert_eq!(wire.send("AUTH shop secret"), "+OK\r\n");
+        assert_eq!(wire.send("SUBSCRIBE stock:events:cup"), "-NOPERM No permissions to access a channel\r\n");
         assert_eq!(wire.send("ACL WHOAMI"), "-NOPERM User shop has no permissions to run the 'acl|whoami' command\r\n");
     }
 

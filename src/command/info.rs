@@ -83,7 +83,7 @@ fn server(cx: &Context, text: &mut String) {
 fn clients(cx: &Context, text: &mut String) {
     line(text, "connected_clients", cx.registry.connected());
     line(text, "maxclients", cx.registry.clients_max());
-    line(text, "blocked_clients", 0);
+    line(text, "blocked_clients", cx.registry.blocked());
 }
 
 fn memory(_: &Context, text: &mut String) {
@@ -163,6 +163,8 @@ fn keyspace(_: &Context, _: &mut String) {}
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::Section;
     use crate::command::tests::Wire;
 
@@ -195,6 +197,16 @@ mod tests {
         assert!(text.ends_with("# Replication\r\nrole:master\r\nconnected_slaves:0\r\n\r\n# Backend\r\nstate:live\r\n\r\n"), "{text}");
         assert!(wire.send("INFO everything").contains("cmdstat_info:calls=1,"));
         assert_eq!(wire.send("INFO nothing"), "$0\r\n\r\n");
+    }
+
+    #[test]
+    fn clients_that_wait_are_counted_until_they_do_not() {
+        let mut wire = Wire::new();
+        let words = |request: &str| request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
+        let waiting = ["LOCK.ACQUIRE a WAIT 1000", "HOLDFAST.AWAIT 1-1", "LOCK.INFO a"].map(|request| wire.begin(words(request)));
+        assert!(super::render(&wire.cx, &[]).contains("\r\nblocked_clients:2\r\n"));
+        drop(waiting);
+        assert!(super::render(&wire.cx, &[]).contains("\r\nblocked_clients:0\r\n"));
     }
 
     #[test]

@@ -68,7 +68,7 @@ use crate::session::chatter::{self, Line};
 use crate::session::client::{Replies, Session};
 use crate::session::guesses::{Guesses, Waited};
 use crate::session::hub::Subscribers;
-use crate::session::registry::Registry;
+use crate::session::registry::{Blocked, Registry};
 use crate::session::user::User;
 use crate::session::users::{Directory, Users};
 use crate::store::reads::Reads;
@@ -209,6 +209,8 @@ pub struct Waiting {
     pub closes: bool,
     /// The rights that it needs; a stranger's needs none.
     needed: Option<Box<rights::Needed>>,
+    /// That it is counted among those that may wait long, if it is.
+    _blocked: Option<Blocked>,
 }
 
 impl Waiting {
@@ -279,11 +281,13 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
         Step::Reply(reply) => pipeline.push_ready(reply),
         Step::Later => {}
         Step::Wait(future) => {
-            let gives_up = spec.is(spec::BLOCKING) || is_stranger;
-            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up, closes: false, needed });
+            let is_blocking = spec.is(spec::BLOCKING);
+            let (gives_up, blocked) = (is_blocking || is_stranger, is_blocking.then(|| cx.registry.block()));
+            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up, closes: false, needed, _blocked: blocked });
         }
         Step::CloseAfter(future) => {
-            return After::Wait(Waiting { ticket: pipeline.ticket(), future, gives_up: is_stranger, closes: true, needed });
+            let ticket = pipeline.ticket();
+            return After::Wait(Waiting { ticket, future, gives_up: is_stranger, closes: true, needed, _blocked: None });
         }
         Step::Close(reply) => {
             pipeline.push_ready(reply);

@@ -72,9 +72,7 @@ const fn words(kind: Kind) -> (&'static str, &'static str, &'static str) {
 fn subscribe(call: &mut Call<'_>, kind: Kind) -> Step {
     let (argument, word, _) = words(kind);
     let names: Vec<Bytes> = call.args.list(argument).cloned().collect();
-    let user = call.session.user();
-    let may = |name: &Bytes| if kind == Kind::Channel { user.may_watch(name) } else { user.may_watch_pattern(name) };
-    if !names.iter().all(may) {
+    if !rights::watches_only_its_own(call.session.user(), call.args.spec(), &call.args) {
         rights::denied(call.session, call.args.spec(), "channel");
         return Step::Reply(Reply::error("NOPERM No permissions to access a channel"));
     }

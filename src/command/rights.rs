@@ -70,6 +70,15 @@ pub fn touches_only_its_own(user: &User, spec: &Spec, args: &Args) -> bool {
     user.may_touch_all() || named(spec, args).is_some_and(|ids| ids.into_iter().all(|id| user.may_touch(id)))
 }
 
+/// Whether the user may watch every channel and pattern that the command subscribes to.
+pub fn watches_only_its_own(user: &User, spec: &Spec, args: &Args) -> bool {
+    match spec.name {
+        "SUBSCRIBE" => args.list("channel").all(|channel| user.may_watch(channel)),
+        "PSUBSCRIBE" => args.list("pattern").all(|pattern| user.may_watch_pattern(pattern)),
+        _ => true,
+    }
+}
+
 /// The ids that a command names and its user needs the right to; `None` where it needs the right to all.
 fn named<'a>(spec: &Spec, args: &'a Args) -> Option<Vec<&'a Bytes>> {
     // What is passed through names keys of Redis, whoever's they are.

@@ -16,6 +16,7 @@ pub struct Registry {
     clients_max: AtomicUsize,
     next_id: AtomicU64,
     connected: AtomicUsize,
+    blocked: AtomicUsize,
     received_total: AtomicU64,
     rejected_total: AtomicU64,
 }
@@ -28,6 +29,7 @@ impl Registry {
             clients_max: AtomicUsize::new(clients_max),
             next_id: AtomicU64::new(1),
             connected: AtomicUsize::new(0),
+            blocked: AtomicUsize::new(0),
             received_total: AtomicU64::new(0),
             rejected_total: AtomicU64::new(0),
         }
@@ -78,6 +80,17 @@ impl Registry {
         self.connected.load(Ordering::Relaxed)
     }
 
+    /// How many wait for what may take long, such as a lock.
+    pub fn blocked(&self) -> usize {
+        self.blocked.load(Ordering::Relaxed)
+    }
+
+    /// Counts one more that waits, until what is returned is dropped.
+    pub fn block(self: &Arc<Self>) -> Blocked {
+        self.blocked.fetch_add(1, Ordering::Relaxed);
+        Blocked(Arc::clone(self))
+    }
+
     pub fn clients_max(&self) -> usize {
         self.clients_max.load(Ordering::Relaxed)
     }
@@ -109,6 +122,15 @@ impl Drop for Admission {
         self.registry.clients.remove(&self.client.id);
         metrics::gauge!("holdfast_connected_clients").decrement(1.0);
         self.registry.connected.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// See [`Registry::block`].
+pub struct Blocked(Arc<Registry>);
+
+impl Drop for Blocked {
+    fn drop(&mut self) {
+        self.0.blocked.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
