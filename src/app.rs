@@ -359,10 +359,12 @@ struct Sessions {
 impl Sessions {
     fn new(config: &Config) -> Result<Self, Error> {
         let users = access::users(config)?;
-        let limits = &config.limits;
+        let (limits, auth) = (&config.limits, &config.auth);
         let mut bounds = Bounds::default();
         bounds.known = bounds.known.with(limits.args, limits.bulk, limits.request);
-        (bounds.auth_within, bounds.auth_failures, bounds.auth_delay) = (config.auth.within, config.auth.failures, config.auth.delay);
+        let (args, bulk, request) = (auth.args.min(limits.args), auth.bulk.min(limits.bulk), auth.request.min(limits.request));
+        bounds.stranger = bounds.stranger.with(args, bulk, request);
+        (bounds.auth_within, bounds.auth_failures, bounds.auth_delay) = (auth.within, auth.failures, auth.delay);
         (bounds.in_flight, bounds.output) = (limits.in_flight, limits.output);
         // One alone is always taken whole.
         bounds.input = limits.input.max(limits.request);

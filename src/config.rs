@@ -78,6 +78,12 @@ pub struct Auth {
     pub failures: u32,
     #[serde(rename = "delay_ms", deserialize_with = "milliseconds")]
     pub delay: Duration,
+    /// These three: what a request may hold before AUTH, where `[limits]` does not say less.
+    pub args: usize,
+    #[serde(rename = "bulk_kib", deserialize_with = "kibibytes")]
+    pub bulk: usize,
+    #[serde(rename = "request_kib", deserialize_with = "kibibytes")]
+    pub request: usize,
 }
 
 impl Auth {
@@ -559,6 +565,7 @@ mod tests {
         assert_eq!(config.idempotency.window, Duration::from_mins(10));
         assert_eq!(config.shutdown_timeout, Duration::from_secs(10));
         assert_eq!(config.max_clients, 10_000);
+        assert_eq!((config.auth.args, config.auth.bulk, config.auth.request), (10, 16 << 10, 1 << 20));
         assert_eq!((config.coupon.lock, config.coupon.lease), (CouponLock::Held, Duration::from_secs(1)));
         assert_eq!((config.reconcile.sync_every, config.reconcile.initialise_every), (Duration::from_mins(1), Duration::from_mins(5)));
         assert_eq!((config.reconcile.prefer, config.reconcile.auto_limit), (Prefer::Postgres, 100));

@@ -472,10 +472,14 @@ pub const KEEPALIVE: Duration = Duration::from_secs(60);
 pub const KEEPALIVE_PROBES: u32 = 3;
 pub const KEEPALIVE_EVERY: Duration = Duration::from_secs(10);
 
-/// The same three before AUTH, as in Redis: strangers may say little.
+/// The defaults of the same three before AUTH, as in Redis: strangers may say little.
 pub const STRANGER_ARGS_MAX: usize = 10;
 pub const STRANGER_BULK_MAX: usize = 16_384;
 pub const STRANGER_BYTES_MAX: usize = 1 << 20;
+
+/// What these may be set to: `HELLO 3 AUTH user password SETNAME name` has seven words.
+pub const SETTABLE_STRANGER_ARGS: (u64, u64) = (7, SETTABLE_ARGS.1);
+pub const SETTABLE_STRANGER_REQUEST_KIB: (u64, u64) = (1, SETTABLE_REQUEST_KIB.1);
 
 /// Bytes in an inline command, as in Redis.
 pub const INLINE_MAX: usize = 64 << 10;

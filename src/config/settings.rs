@@ -115,22 +115,40 @@ pub const SETTINGS: &[Setting] = &[
         doc: "How much longer each further wrong password from one address waits for its answer, from the fourth on, up to twenty times that; 0: none waits.",
     },
     Setting {
+        key: "auth.args",
+        kind: Kind::Integer(limits::SETTABLE_STRANGER_ARGS.0, limits::SETTABLE_STRANGER_ARGS.1),
+        default: "10",
+        doc: "How many words a request may have before AUTH, where `limits.args` permits as many.",
+    },
+    Setting {
+        key: "auth.bulk_kib",
+        kind: Kind::Integer(limits::SETTABLE_BULK_KIB.0, limits::SETTABLE_BULK_KIB.1),
+        default: "16",
+        doc: "How long a word of a request may be before AUTH, where `limits.bulk_kib` permits as much.",
+    },
+    Setting {
+        key: "auth.request_kib",
+        kind: Kind::Integer(limits::SETTABLE_STRANGER_REQUEST_KIB.0, limits::SETTABLE_STRANGER_REQUEST_KIB.1),
+        default: "1024",
+        doc: "How long a request may be as a whole before AUTH, where `limits.request_kib` permits as much.",
+    },
+    Setting {
         key: "limits.args",
         kind: Kind::Integer(limits::SETTABLE_ARGS.0, limits::SETTABLE_ARGS.1),
         default: "1024",
-        doc: "How many words a request may have; 10 before AUTH.",
+        doc: "How many words a request may have; before AUTH `auth.args`.",
     },
     Setting {
         key: "limits.bulk_kib",
         kind: Kind::Integer(limits::SETTABLE_BULK_KIB.0, limits::SETTABLE_BULK_KIB.1),
         default: "64",
-        doc: "How long a word of a request may be; 16 before AUTH.",
+        doc: "How long a word of a request may be; before AUTH `auth.bulk_kib`.",
     },
     Setting {
         key: "limits.request_kib",
         kind: Kind::Integer(limits::SETTABLE_REQUEST_KIB.0, limits::SETTABLE_REQUEST_KIB.1),
         default: "1024",
-        doc: "How long a request may be as a whole.",
+        doc: "How long a request may be as a whole; before AUTH `auth.request_kib`.",
     },
     Setting {
         key: "limits.in_flight",

@@ -143,6 +143,33 @@ fn strangers_may_say_little_for_a_short_time_and_guess_three_times() {
 }
 
 #[test]
+fn what_strangers_may_send_is_set_and_never_more_than_what_others_may() {
+    let file = TempFile::new("settable", &users());
+    let known = format!("AUTH shop {PASSWORD}\r\n");
+    let words = |count: usize| format!("*{count}\r\n");
+    let word = |length: usize| format!("*1\r\n${length}\r\n");
+    let of_a_stranger =
+        ["-ERR Protocol error: unauthenticated multibulk length\r\n", "-ERR Protocol error: unauthenticated bulk length\r\n"];
+    let of_all = ["+OK\r\n-ERR Protocol error: invalid multibulk length\r\n", "+OK\r\n-ERR Protocol error: invalid bulk length\r\n"];
+    let more = ["--auth-args", "20", "--auth-bulk-kib", "32", "--limits-args", "20", "--limits-bulk-kib", "64"];
+    let less = ["--auth-args", "100", "--auth-bulk-kib", "64", "--limits-args", "20", "--limits-bulk-kib", "1"];
+    for (flags, strangers_kib, kib) in [(more, 32, 64), (less, 1, 1)] {
+        let stack = Stack::with_settings(&[&["--auth-users-file", file.path(), "--auth-within-ms", "300"], &flags[..]].concat());
+        let said = |request: &str| until_closed(stack.sidecar.raw(), request);
+        // Too little is no error, but the client is late with the rest.
+        assert_eq!(said(&words(20)), "");
+        assert_eq!(said(&words(21)), of_a_stranger[0]);
+        assert_eq!(said(&word(strangers_kib << 10)), "");
+        assert_eq!(said(&word((strangers_kib << 10) + 1)), of_a_stranger[1]);
+        assert_eq!(said(&format!("{known}{}", words(21))), of_all[0]);
+        assert_eq!(said(&format!("{known}{}", word((kib << 10) + 1))), of_all[1]);
+    }
+    let stack = Stack::with_settings(&["--auth-users-file", file.path(), "--auth-request-kib", "1"]);
+    let large = "*2\r\n$4\r\nPING\r\n$1024\r\n";
+    assert_eq!(until_closed(stack.sidecar.raw(), large), "-ERR Protocol error: invalid bulk length\r\n");
+}
+
+#[test]
 fn whoever_guesses_on_waits_longer_whatever_is_wrong_and_nobody_else_does() {
     let file = TempFile::new("guesses", &users());
     let stack = Stack::with_settings(&["--auth-users-file", file.path(), "--auth-delay-ms", "100", "--auth-failures", "2"]);
