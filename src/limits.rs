@@ -579,6 +579,10 @@ pub const PATTERNS_TOGETHER_MAX: usize = 1_024;
 pub const PATTERN_TAILS_MAX: usize = 2 << 10;
 pub const DELIVERING_MAX: Duration = Duration::from_millis(1);
 
+/// How many of these bytes one connection may have: any one pattern, so that one does not take those of all.
+pub const PATTERN_TAILS_EACH_MAX: usize = CHANNEL_MAX;
+const _: () = assert!(8 * PATTERN_TAILS_EACH_MAX <= PATTERN_TAILS_MAX);
+
 /// Different channels that all clients may have subscribed to together: with names of 256 bytes some 100 MB.
 pub const CHANNELS_TOGETHER_MAX: usize = 1 << 18;
 
@@ -586,9 +590,14 @@ pub const CHANNELS_TOGETHER_MAX: usize = 1 << 18;
 pub const SUBSCRIPTIONS_TOGETHER_MAX: usize = 1_000_000;
 
 /// Of them, what PUBSUB CHANNELS shows, in bytes of memory, and how many bytes of its pattern it looks at, those at which it looks again included: as many
-/// as a pattern of 16 bytes takes with as many channels as there may be, which is some ms. Nobody else subscribes meanwhile.
+/// as a pattern of 8 bytes takes with as many channels as there may be.
 pub const CHANNELS_SHOWN_BYTES_MAX: usize = 1 << 20;
 pub const CHANNELS_STEPS_MAX: usize = 16 * CHANNELS_TOGETHER_MAX;
+
+/// How many of these bytes a channel costs beside them: it is read from wherever it is in memory. And how many are looked at before others have their
+/// turn: less than a ms' work, in which nobody else subscribes.
+pub const CHANNEL_STEPS: usize = 8;
+pub const CHANNELS_STEPS_AT_ONCE: usize = 1 << 16;
 
 /// Bytes of a reply buffer that an idle connection may keep; a goal of 12 KiB an idle connection leaves little more.
 pub const OUTPUT_KEEP_MAX: usize = 1 << 10;

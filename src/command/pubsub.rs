@@ -10,7 +10,7 @@ use bytes::Bytes;
 
 use super::spec::{ADMIN, LOADING, PUBSUB, SECRET, Spec, text};
 use super::{Call, Context, Step, rights};
-use crate::limits::{CHANNEL_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX};
+use crate::limits::{CHANNEL_MAX, PATTERN_TAILS_EACH_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX};
 use crate::resp::{Protocol, Reply};
 use crate::session::Session;
 use crate::session::hub::{Kind, Subscriptions};
@@ -83,6 +83,11 @@ fn subscribe(call: &mut Call<'_>, kind: Kind) -> Step {
     if kind == Kind::Pattern && subscriptions.count_of(kind) + names.len() > PATTERNS_MAX {
         return Step::Reply(Reply::error(format!("ERR too many patterns: a connection may have {PATTERNS_MAX}")));
     }
+    if subscriptions.tails() + names.iter().map(|name| kind.tail(name)).sum::<usize>() > PATTERN_TAILS_EACH_MAX {
+        return Step::Reply(Reply::error(format!(
+            "ERR too many patterns: a connection may have {PATTERN_TAILS_EACH_MAX} bytes behind the first star of each"
+        )));
+    }
     confirmed(call, names, move |name| match subscriptions.add(kind, &name) {
         Ok(()) => confirmation(word, Reply::Bulk(name), &subscriptions),
         Err(full) => Reply::error(format!("ERR {full}")),
@@ -148,9 +153,8 @@ static CHANNELS: Spec = Spec::new("PUBSUB|CHANNELS", "Lists the channels subscri
     .run(|call| {
         let pattern = call.args.maybe_text("pattern").map(|pattern| Bytes::copy_from_slice(pattern));
         let hub = Arc::clone(call.cx.subscribers.hub());
-        // Alone, so that after each others have their turn.
         Step::Wait(Box::pin(async move {
-            match hub.channels(pattern.as_deref()) {
+            match hub.channels(pattern.as_deref()).await {
                 Some(channels) => Reply::Array(channels.into_iter().map(Reply::Bulk).collect()),
                 None => Reply::error("ERR too many channels: name a narrower pattern"),
             }

@@ -37,6 +37,12 @@ pub fn matches_within(pattern: &[u8], text: &[u8], any_case: bool, steps: &mut u
     Some(pattern[p.min(pattern.len())..].iter().all(|&b| b == b'*'))
 }
 
+/// What every text that matches begins with, as far as it is easily seen.
+pub fn prefix(pattern: &[u8]) -> &[u8] {
+    let end = pattern.iter().position(|byte| b"*?[\\".contains(byte)).unwrap_or(pattern.len());
+    &pattern[..end]
+}
+
 /// Matches one byte against the front of the pattern; returns whether it fits and how much of the pattern that was.
 fn one(pattern: &[u8], byte: u8, any_case: bool) -> (bool, usize) {
     let same = |a: u8| if any_case { a.eq_ignore_ascii_case(&byte) } else { a == byte };
@@ -139,6 +145,13 @@ mod tests {
         assert!(taken(&pattern, &text).is_some_and(|(matched, steps)| !matched && steps > 10_000));
         let mut few = 100;
         assert_eq!(matches_within(pattern.as_bytes(), text.as_bytes(), false, &mut few), None);
+    }
+
+    #[test]
+    fn what_matches_begins_with_the_prefix() {
+        for (pattern, expected) in [("abc", "abc"), ("ab*c", "ab"), ("a?c", "a"), ("a[b]", "a"), (r"a\*b", "a"), ("*", ""), ("", "")] {
+            assert_eq!(prefix(pattern.as_bytes()), expected.as_bytes(), "{pattern}");
+        }
     }
 
     proptest! {

@@ -5,7 +5,7 @@
 //! and counted, as a message to a client that is not connected would be. A client that reads too slowly is cut off.
 
 use std::cell::{Cell, RefCell};
-use std::collections::hash_map::Entry;
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::rc::{Rc, Weak};
@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 use super::client::{Client, Names, Profile};
 use crate::domain::glob;
 use crate::limits::{
-    CHANNELS_SHOWN_BYTES_MAX, CHANNELS_STEPS_MAX, CHANNELS_TOGETHER_MAX, DELIVERING_MAX, HUB_QUEUE_MAX, PATTERN_TAILS_MAX,
-    PATTERNS_TOGETHER_MAX, SUBSCRIPTIONS_TOGETHER_MAX,
+    CHANNEL_STEPS, CHANNELS_SHOWN_BYTES_MAX, CHANNELS_STEPS_AT_ONCE, CHANNELS_STEPS_MAX, CHANNELS_TOGETHER_MAX, DELIVERING_MAX,
+    HUB_QUEUE_MAX, PATTERN_TAILS_MAX, PATTERNS_TOGETHER_MAX, SUBSCRIPTIONS_TOGETHER_MAX,
 };
 use crate::resp::{Pipeline, Reply};
 
@@ -51,7 +51,7 @@ pub struct Hub {
 #[derive(Debug, Default)]
 struct Known {
     /// The channels and the patterns, with how many clients each.
-    names: [HashMap<Bytes, usize, foldhash::fast::RandomState>; 2],
+    names: [BTreeMap<Bytes, usize>; 2],
     /// Bytes of the patterns behind the first star of each.
     tails: usize,
 }
@@ -98,15 +98,31 @@ impl Hub {
         self.subscriptions.load(Ordering::Relaxed) > 0
     }
 
-    /// The channels that anybody has subscribed to and that match the pattern, if there is one. `None` where they take more than
-    /// [`CHANNELS_SHOWN_BYTES_MAX`], or finding them takes more than [`CHANNELS_STEPS_MAX`].
-    pub fn channels(&self, pattern: Option<&[u8]>) -> Option<Vec<Bytes>> {
+    /// The channels that anybody has subscribed to and that match the pattern, if there is one, in order. `None` where they take more than
+    /// [`CHANNELS_SHOWN_BYTES_MAX`], or finding them takes more than [`CHANNELS_STEPS_MAX`]. Others have their turn every now and then.
+    pub async fn channels(&self, pattern: Option<&[u8]>) -> Option<Vec<Bytes>> {
         let (mut bytes, mut steps) = (CHANNELS_SHOWN_BYTES_MAX, CHANNELS_STEPS_MAX);
         let mut found = Vec::new();
-        for channel in self.known().names[Kind::Channel as usize].keys() {
-            if pattern.map_or(Some(true), |pattern| glob::matches_within(pattern, channel, false, &mut steps))? {
-                bytes = bytes.checked_sub(channel.len() + size_of::<Bytes>())?;
-                found.push(channel.clone());
+        let prefix = pattern.map_or(&[][..], glob::prefix);
+        let mut next = Some(Bytes::copy_from_slice(prefix));
+        while let Some(first) = next.take() {
+            let left_at = steps.saturating_sub(CHANNELS_STEPS_AT_ONCE);
+            for channel in self.known().names[Kind::Channel as usize].range(first..).map(|(channel, _)| channel) {
+                if !channel.starts_with(prefix) {
+                    break;
+                }
+                if steps < left_at {
+                    next = Some(channel.clone());
+                    break;
+                }
+                steps = steps.checked_sub(CHANNEL_STEPS)?;
+                if pattern.map_or(Some(true), |pattern| glob::matches_within(pattern, channel, false, &mut steps))? {
+                    bytes = bytes.checked_sub(channel.len() + size_of::<Bytes>())?;
+                    found.push(channel.clone());
+                }
+            }
+            if next.is_some() {
+                yield_now().await;
             }
         }
         Some(found)
@@ -220,7 +236,7 @@ impl Kind {
     }
 
     /// Bytes of one that may have to be compared again at each place of a channel.
-    fn tail(self, name: &[u8]) -> usize {
+    pub fn tail(self, name: &[u8]) -> usize {
         match self {
             Self::Channel => 0,
             Self::Pattern => name.iter().position(|&byte| byte == b'*').map_or(0, |star| name.len() - star - 1),
@@ -322,6 +338,11 @@ impl Subscriptions {
         names(&mut self.client.profile(), kind).len()
     }
 
+    /// Bytes of its patterns that may have to be compared again at each place of a channel.
+    pub fn tails(&self) -> usize {
+        self.client.profile().patterns.keys().map(|pattern| Kind::Pattern.tail(pattern)).sum()
+    }
+
     /// The names of one kind, in the order subscribed to.
     pub fn names(&self, kind: Kind) -> Vec<Bytes> {
         let mut numbered: Vec<(u64, Bytes)> =
@@ -401,6 +422,32 @@ mod tests {
         assert_eq!((add("new"), add("newer")), (Ok(()), Err(Full::Names(Kind::Channel))));
         let told = "too many channels: all clients together may have 262144 different ones";
         assert_eq!(Full::Names(Kind::Channel).to_string(), told);
+    }
+
+    #[test]
+    fn others_have_their_turn_while_channels_are_looked_for_and_those_that_begin_otherwise_are_not_looked_at() {
+        let hub = Hub::default();
+        (0..50_000).for_each(|n| assert!(hub.added(Kind::Channel, &name(&format!("c-{n:05}"))).is_ok()));
+        let found = |pattern: &str| {
+            let mut turns = 1;
+            let mut search = std::pin::pin!(hub.channels(Some(pattern.as_bytes())));
+            let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+            let found = loop {
+                match search.as_mut().poll(&mut cx) {
+                    std::task::Poll::Ready(found) => break found.unwrap(),
+                    std::task::Poll::Pending => turns += 1,
+                }
+                assert!(hub.known.try_lock().is_ok());
+            };
+            (turns, found)
+        };
+        let all_that_end_so = (0..500).map(|n| name(&format!("c-{n:03}77"))).collect::<Vec<_>>();
+        let (turns, ending) = found("*77");
+        assert_eq!(ending, all_that_end_so);
+        assert!(turns > 50_000 * CHANNEL_STEPS / CHANNELS_STEPS_AT_ONCE, "{turns}");
+        assert_eq!(found("c-00077"), (1, vec![name("c-00077")]));
+        assert_eq!(found("c-0007[78]"), (1, vec![name("c-00077"), name("c-00078")]));
+        assert_eq!(found("d*"), (1, vec![]));
     }
 
     #[test]
