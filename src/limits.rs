@@ -491,9 +491,6 @@ pub const HEADER_MAX: usize = 32;
 pub const READ_MIN: usize = 4 << 10;
 pub const READ_MAX: usize = 64 << 10;
 
-/// Bytes read ahead while a command waits alone on its connection. Reading goes on only to notice that the client left.
-pub const READ_AHEAD_MAX: usize = 256 << 10;
-
 /// Of the time that an operation has, the part that a connection is not read for after a refusal for want of time. A refusal costs little beside
 /// reading and writing for it alone: so several are read at once.
 pub const REFUSED_REST_PART: u32 = 5;
@@ -531,7 +528,8 @@ pub const OUTPUT_STRANGER_MAX: usize = 8 << 10;
 pub const OUTPUT_TOGETHER_MAX: usize = 32 << 20;
 
 /// The default of `limits.input_mib`: bytes that all clients of one thread may have sent of requests that are not complete. A thousand that send all
-/// but the last byte of the largest request would take a GiB. And how much of that each may have whatever the others have: nearly every request.
+/// but the last byte of the largest request would take a GiB. And how much of that each may have whatever the others have: nearly every request. No
+/// more is read ahead of a command that waits alone on its connection, which is done only to notice that the client has left.
 pub const INPUT_TOGETHER_MAX: usize = 32 << 20;
 pub const INPUT_ALWAYS_MAX: usize = 16 << 10;
 
@@ -539,15 +537,23 @@ pub const INPUT_ALWAYS_MAX: usize = 16 << 10;
 /// known clients lose nothing by them.
 pub const INPUT_STRANGER_MAX: usize = 1 << 10;
 
+/// Bytes of a handshake, or of a record or message of TLS behind it, that is not complete: a record has 18 KiB at most, and the certificates of nearly
+/// every client less.
+pub const TLS_INCOMPLETE_MAX: usize = 32 << 10;
+
 /// What `limits.input_mib` may be.
 pub const SETTABLE_INPUT_MIB: (u64, u64) = (1, 1 << 20);
 
 /// How long a client may take no bytes while replies wait for it. It is stuck or gone: its memory goes to others.
 pub const OUTPUT_STALL_MAX: Duration = Duration::from_secs(60);
 
-/// Messages (subscriptions, lost locks) that wait on one connection. They come unasked, so a reader that falls behind is cut off.
+/// Messages (subscriptions, lost locks) that wait on one connection. They come unasked, so a reader that falls behind is cut off: once all clients of
+/// one thread leave more than [`OUTPUT_TOGETHER_MAX`], also who has more than [`OUTPUT_STRANGER_MAX`] of them.
 pub const MESSAGES_MAX: usize = 4096;
 pub const MESSAGES_BYTES_MAX: usize = 1 << 20;
+
+/// Bytes of messages with which a subscription may then still add its confirmations, which are not to have their client cut off.
+pub const CONFIRMED_AT_ONCE_MAX: usize = OUTPUT_STRANGER_MAX / 2;
 
 /// Messages on their way from where they are published to a thread that serves clients, as many as a burst of sales may make while the thread
 /// is busy for a few milliseconds.
@@ -630,7 +636,7 @@ pub const TIMEOUT_MS_MAX: i64 = 600_000;
 /// Error words that Errorstats tells apart. They come from this program, but a backend's words may pass through.
 pub const ERROR_WORDS_MAX: usize = 64;
 
-const _: () = assert!(READ_MIN <= READ_MAX && READ_MAX <= READ_AHEAD_MAX && READ_AHEAD_MAX <= REQUEST_BYTES_MAX);
+const _: () = assert!(READ_MIN <= READ_MAX && READ_MAX <= REQUEST_BYTES_MAX);
 const _: () = assert!(REQUEST_BULK_MAX <= REQUEST_BYTES_MAX && STRANGER_BULK_MAX <= STRANGER_BYTES_MAX);
 const _: () = assert!(TURN_COMMANDS_MAX <= IN_FLIGHT_MAX && REQUEST_ARGS_MAX <= u16::MAX as usize);
 

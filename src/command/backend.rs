@@ -196,7 +196,7 @@ mod tests {
 
     #[test]
     fn who_waits_for_nothing_goes_where_less_waits_and_everybody_else_stays() {
-        let (backend, pipeline) = (Backend::unconnected(), Pipeline::new());
+        let (backend, pipeline) = (Backend::unconnected(), Pipeline::new(Rc::default()));
         let mut session = crate::session::client::tests::session();
         let is_beside = |session: &mut Session| Rc::ptr_eq(backend.stock_for(session, &pipeline), &backend.beside);
         backend.stock.pretend(100, 100, false);

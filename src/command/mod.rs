@@ -134,8 +134,8 @@ pub struct Context {
     pub guesses: Arc<Guesses>,
     /// The subscribers of this thread.
     pub subscribers: Rc<Subscribers>,
-    /// Bytes that the clients of this thread leave unread, all together.
-    pub unread: Cell<usize>,
+    /// Bytes that the clients of this thread leave unread, all together: replies and messages.
+    pub unread: Rc<Cell<usize>>,
     /// Bytes that they have sent and that are no request yet, none that could be taken, or one that waits for its turn.
     pub half_sent: Cell<usize>,
     /// The same of all threads, for people.
@@ -167,7 +167,7 @@ impl Context {
             bounds: Arc::new(Bounds::default()),
             guesses: Arc::default(),
             subscribers: Subscribers::new(Arc::default()),
-            unread: Cell::new(0),
+            unread: Rc::default(),
             half_sent: Cell::new(0),
             half_sent_gauge: metrics::gauge!("holdfast_half_sent_bytes"),
             stats,
@@ -395,7 +395,8 @@ pub(crate) mod tests {
             let mut cx = Context::new(commands, Arc::new(Registry::new(10)), stats, Backend::unconnected());
             cx.users = Arc::new(Directory::new(users));
             let session = crate::session::client::tests::session_of(&cx.users);
-            Self { cx: Rc::new(cx), session, pipeline: Pipeline::new() }
+            let pipeline = Pipeline::new(Rc::clone(&cx.unread));
+            Self { cx: Rc::new(cx), session, pipeline }
         }
 
         /// The client whose requests these are.

@@ -2,8 +2,10 @@
 //!
 //! Each of these runs alone on its connection, after every earlier reply, so that no message overtakes the confirmation of its subscription.
 
+use std::future::poll_fn;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -114,11 +116,15 @@ fn confirmation(word: &'static str, name: Reply, subscriptions: &Subscriptions) 
     Reply::Push(vec![Reply::word(word), name, Reply::Integer(i64::try_from(subscriptions.count()).unwrap_or(i64::MAX))])
 }
 
-/// Does `one` for each name when every earlier reply is on its way, and says so in the same queue as the messages: so none comes before.
+/// Does `one` for each name when every earlier reply is on its way, and says so in the same queue as the messages: so none comes before. While all
+/// clients leave much unread, a few at a time.
 fn confirmed(call: &Call<'_>, names: Vec<Bytes>, mut one: impl FnMut(Bytes) -> Reply + 'static) -> Step {
     let pipeline = Rc::downgrade(call.pipeline());
     Step::Wait(Box::pin(async move {
         for name in names {
+            let has_room = || pipeline.upgrade().is_none_or(|pipeline| pipeline.has_room_for_message());
+            // Whoever takes messages polls this again.
+            poll_fn(|_| if has_room() { Poll::Ready(()) } else { Poll::Pending }).await;
             let said = one(name);
             if let Some(pipeline) = pipeline.upgrade() {
                 pipeline.push_message(said);

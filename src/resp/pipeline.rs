@@ -3,14 +3,14 @@
 //! A command that answers later takes a [`Ticket`]; commands behind it run meanwhile and their replies wait in line. However many
 //! tickets are completed between two turns of the connection, it is woken once and writes once.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::{Protocol, Reply};
-use crate::limits::{MESSAGES_BYTES_MAX, MESSAGES_MAX};
+use crate::limits::{CONFIRMED_AT_ONCE_MAX, MESSAGES_BYTES_MAX, MESSAGES_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX};
 
 /// Slots of the queue that an idle connection keeps.
 const SLOTS_KEPT_MAX: usize = 8;
@@ -74,12 +74,16 @@ impl State {
 #[derive(Debug)]
 pub struct Pipeline {
     state: RefCell<State>,
+    /// Bytes that the clients of this thread leave unread, all together.
+    unread: Rc<Cell<usize>>,
 }
 
 impl Pipeline {
-    pub fn new() -> Rc<Self> {
+    /// No replies yet. What its messages take is counted in `unread`, in bytes, with what else the clients of this thread leave unread.
+    pub fn new(unread: Rc<Cell<usize>>) -> Rc<Self> {
         let stamp = Stamp { tag: 0, arrived: Instant::now(), due: None, protocol: Protocol::Resp2, silent: false };
         Rc::new(Self {
+            unread,
             state: RefCell::new(State {
                 slots: VecDeque::new(),
                 first: 0,
@@ -119,26 +123,45 @@ impl Pipeline {
     }
 
     /// Sends a message that answers no request (a subscription's, a lost lock's): it goes out before the next reply. A client that
-    /// lets too many gather is cut off.
+    /// lets too many gather is cut off: sooner while all clients together leave too much.
     pub fn push_message(&self, message: Reply) {
         let mut state = self.state.borrow_mut();
         if state.closed {
             return;
         }
-        state.message_bytes += message.weight();
-        if state.messages.len() >= MESSAGES_MAX || state.message_bytes > MESSAGES_BYTES_MAX {
+        let weight = message.weight();
+        let is_too_much = state.messages.len() >= MESSAGES_MAX || state.message_bytes + weight > MESSAGES_BYTES_MAX;
+        if is_too_much || (self.is_crowded() && state.message_bytes > OUTPUT_STRANGER_MAX) {
             state.overrun = true;
         } else {
+            state.message_bytes += weight;
+            self.unread.set(self.unread.get() + weight);
             state.messages.push_back(message);
         }
         Self::wake(state);
+    }
+
+    /// Whether one more message that was asked for may be added without having its client cut off. If not, there is as soon as the connection has
+    /// taken some, upon which it polls the command that runs alone once more.
+    pub fn has_room_for_message(&self) -> bool {
+        !self.is_crowded() || self.state.borrow().message_bytes <= CONFIRMED_AT_ONCE_MAX
+    }
+
+    fn is_crowded(&self) -> bool {
+        self.unread.get() > OUTPUT_TOGETHER_MAX
+    }
+
+    /// Counts that so many bytes of messages have gone.
+    fn let_go(&self, state: &mut State, bytes: usize) {
+        state.message_bytes -= bytes;
+        self.unread.set(self.unread.get() - bytes);
     }
 
     /// Takes the next reply if its turn has come; messages go first.
     pub fn pop_ready(&self) -> Option<Ready> {
         let mut state = self.state.borrow_mut();
         if let Some(reply) = state.messages.pop_front() {
-            state.message_bytes = state.message_bytes.saturating_sub(reply.weight());
+            self.let_go(&mut state, reply.weight());
             return Some(Ready { stamp: Stamp { silent: false, due: None, tag: usize::MAX, ..state.stamp }, reply });
         }
         let reply = state.slots.front_mut()?.reply.take()?;
@@ -205,6 +228,8 @@ impl Pipeline {
         state.slots = VecDeque::new();
         state.bytes = 0;
         state.messages = VecDeque::new();
+        let bytes = state.message_bytes;
+        self.let_go(&mut state, bytes);
     }
 
     /// Gives back memory that a burst needed.
@@ -296,7 +321,7 @@ mod tests {
 
     #[test]
     fn replies_leave_in_the_order_of_requests() {
-        let pipeline = Pipeline::new();
+        let pipeline = Pipeline::new(Rc::default());
         let (first, second) = (pipeline.ticket(), pipeline.ticket());
         pipeline.push_ready(Reply::Integer(3));
         second.complete(Reply::Integer(2));
@@ -309,7 +334,7 @@ mod tests {
 
     #[test]
     fn many_completions_wake_the_connection_once_and_only_for_its_first_reply() {
-        let pipeline = Pipeline::new();
+        let pipeline = Pipeline::new(Rc::default());
         let count = Arc::new(Count(AtomicUsize::new(0)));
         let waker = Waker::from(Arc::clone(&count));
         let mut cx = Context::from_waker(&waker);
@@ -327,7 +352,7 @@ mod tests {
 
     #[test]
     fn what_waits_behind_another_reply_is_weighed() {
-        let pipeline = Pipeline::new();
+        let pipeline = Pipeline::new(Rc::default());
         let (first, second) = (pipeline.ticket(), pipeline.ticket());
         pipeline.push_ready(Reply::bulk(vec![0; 1_000]));
         second.complete(Reply::Array(vec![Reply::Nil; 100]));
@@ -338,14 +363,14 @@ mod tests {
 
     #[test]
     fn a_dropped_ticket_answers_an_error() {
-        let pipeline = Pipeline::new();
+        let pipeline = Pipeline::new(Rc::default());
         drop(pipeline.ticket());
         assert_eq!(taken(&pipeline), [Reply::error("ERR internal error: the command was dropped")]);
     }
 
     #[test]
     fn a_ticket_outlives_its_connection_quietly() {
-        let pipeline = Pipeline::new();
+        let pipeline = Pipeline::new(Rc::default());
         let (completed, dropped) = (pipeline.ticket(), pipeline.ticket());
         pipeline.close();
         assert!(completed.is_abandoned());
@@ -356,7 +381,7 @@ mod tests {
 
     #[test]
     fn messages_overtake_waiting_replies_and_are_bounded() {
-        let pipeline = Pipeline::new();
+        let pipeline = Pipeline::new(Rc::default());
         let ticket = pipeline.ticket();
         pipeline.push_message(Reply::Integer(7));
         assert_eq!(taken(&pipeline), [Reply::Integer(7)]);
@@ -368,8 +393,35 @@ mod tests {
     }
 
     #[test]
+    fn messages_are_counted_with_what_all_leave_unread_and_are_few_where_that_is_too_much() {
+        let others = OUTPUT_TOGETHER_MAX + 1;
+        let unread = Rc::new(Cell::new(0));
+        let (first, second) = (Pipeline::new(Rc::clone(&unread)), Pipeline::new(Rc::clone(&unread)));
+        let message = || Reply::bulk(vec![b'x'; 1_000]);
+        let weight = message().weight();
+        (0..20).for_each(|_| first.push_message(message()));
+        assert_eq!((unread.get(), first.is_overrun()), (20 * weight, false));
+        assert!(first.has_room_for_message());
+        unread.set(unread.get() + others);
+        assert!(!first.has_room_for_message() && second.has_room_for_message());
+        first.push_message(message());
+        assert!(first.is_overrun(), "who has much already");
+        let mut pushed = 0;
+        while !second.is_overrun() {
+            second.push_message(message());
+            pushed += 1;
+        }
+        assert_eq!(pushed, OUTPUT_STRANGER_MAX / weight + 2, "the last of them is not kept");
+        while first.pop_ready().is_some() {}
+        second.close();
+        assert_eq!(unread.get(), others);
+        second.push_message(message());
+        assert_eq!(unread.get(), others, "it is closed");
+    }
+
+    #[test]
     fn a_reply_keeps_the_dialect_its_request_came_in() {
-        let pipeline = Pipeline::new();
+        let pipeline = Pipeline::new(Rc::default());
         let ticket = pipeline.ticket();
         pipeline.stamp(Stamp { tag: 5, arrived: Instant::now(), due: None, protocol: Protocol::Resp3, silent: true });
         pipeline.push_ready(Reply::Nil);

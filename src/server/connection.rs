@@ -37,7 +37,7 @@ pub async fn run(stream: Stream, session: Session, cx: Rc<Context>) {
     let mut connection = Connection {
         stream,
         session,
-        pipeline: Pipeline::new(),
+        pipeline: Pipeline::new(Rc::clone(&cx.unread)),
         input: Input::new(Rc::clone(&cx)),
         output: Output::new(Rc::clone(&cx)),
         cx,
@@ -304,6 +304,10 @@ impl Connection {
                 self.phase == Phase::Gone
             }
             Poll::Ready(Received::Bytes) => true,
+            Poll::Ready(Received::Kept) => {
+                self.settle_input();
+                self.phase == Phase::Gone
+            }
             Poll::Ready(Received::Failure) => {
                 self.phase = Phase::Gone;
                 true

@@ -1,7 +1,7 @@
 //! A client's bytes: plain, or through TLS.
 //!
 //! TLS is driven here on the socket's readiness, as everything else of a connection is: a record that is not complete waits in the session, and
-//! what the socket does not take waits there, too.
+//! what the socket does not take waits there, too. Both are told, so that they are counted as what waits elsewhere is.
 
 use std::future::poll_fn;
 use std::io::{self, Read as _, Write as _};
@@ -13,6 +13,8 @@ use bytes::{BufMut as _, BytesMut};
 use rustls::{ServerConfig, ServerConnection};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+
+use crate::limits::{READ_MIN, TLS_INCOMPLETE_MAX};
 
 /// See the module.
 pub enum Stream {
@@ -26,7 +28,8 @@ impl Stream {
         Ok(match tls {
             None => Self::Plain(tcp),
             Some(config) => {
-                Self::Tls(Box::new(Tls { tcp, session: ServerConnection::new(config)?, readable: 0, moved: false, ended: false }))
+                let session = ServerConnection::new(config)?;
+                Self::Tls(Box::new(Tls { tcp, session, incomplete: 0, readable: 0, unsent: 0, moved: false, ended: false }))
             }
         })
     }
@@ -36,7 +39,28 @@ impl Stream {
         matches!(self, Self::Tls(tls) if tls.session.is_handshaking())
     }
 
-    /// Whether bytes that were taken have not left yet.
+    /// Bytes that the client has sent and that wait here: of what is not complete, beyond what a session has room for anyway, and decrypted ones.
+    pub fn kept(&self) -> usize {
+        match self {
+            Self::Plain(_) => 0,
+            Self::Tls(tls) => tls.incomplete.saturating_sub(READ_MIN) + tls.readable,
+        }
+    }
+
+    /// Whether the next read finds something without the socket.
+    pub fn has_more(&self) -> bool {
+        matches!(self, Self::Tls(tls) if tls.readable > 0)
+    }
+
+    /// Bytes of the client's replies that were taken and have not left yet.
+    pub fn unsent(&self) -> usize {
+        match self {
+            Self::Plain(_) => 0,
+            Self::Tls(tls) => tls.unsent,
+        }
+    }
+
+    /// Whether bytes that were taken, or that belong to TLS itself, have not left yet.
     pub fn has_unsent(&self) -> bool {
         matches!(self, Self::Tls(tls) if tls.session.wants_write())
     }
@@ -101,8 +125,13 @@ impl Stream {
 pub struct Tls {
     tcp: TcpStream,
     session: ServerConnection,
+    /// Bytes that were read since the handshake, or a record, was last complete. What was read of the next one with the end of that one is left out: it
+    /// is no more than one read.
+    incomplete: usize,
     /// Decrypted bytes that nobody has taken yet.
     readable: usize,
+    /// Bytes that were taken and have not left yet.
+    unsent: usize,
     /// Whether the socket has taken anything.
     moved: bool,
     /// Whether nothing more comes, be it well or badly.
@@ -116,16 +145,7 @@ impl Tls {
             _ = ready!(self.tcp.poll_read_ready(cx));
             match self.session.read_tls(&mut Direct(&self.tcp)) {
                 Ok(0) => self.ended = true,
-                Ok(_) => match self.session.process_new_packets() {
-                    Ok(state) => {
-                        self.readable = state.plaintext_bytes_to_read();
-                        self.ended = state.peer_has_closed() && self.readable == 0;
-                    }
-                    Err(error) => {
-                        tracing::debug!(%error, "TLS failed");
-                        self.ended = true;
-                    }
-                },
+                Ok(read) => self.process(read),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
                 Err(_) => self.ended = true,
             }
@@ -133,6 +153,27 @@ impl Tls {
             _ = self.flush();
         }
         Poll::Ready(())
+    }
+
+    /// Decrypts what is complete, now that so many more bytes were read.
+    fn process(&mut self, read: usize) {
+        let was_shaking_hands = self.session.is_handshaking();
+        let state = match self.session.process_new_packets() {
+            Ok(state) => state,
+            Err(error) => {
+                tracing::debug!(%error, "TLS failed");
+                self.ended = true;
+                return;
+            }
+        };
+        self.readable = state.plaintext_bytes_to_read();
+        let is_complete = self.readable > 0 || (was_shaking_hands && !self.session.is_handshaking());
+        self.incomplete = if is_complete { 0 } else { self.incomplete + read };
+        self.ended = state.peer_has_closed() && self.readable == 0;
+        if self.incomplete > TLS_INCOMPLETE_MAX {
+            tracing::debug!("TLS failed: more than {TLS_INCOMPLETE_MAX} bytes without an end");
+            self.ended = true;
+        }
     }
 
     fn poll_read(&mut self, cx: &mut Context<'_>, buffer: &mut BytesMut, most: usize) -> Poll<io::Result<usize>> {
@@ -153,6 +194,7 @@ impl Tls {
     fn try_write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.flush()?;
         let taken = self.session.writer().write(bytes)?;
+        self.unsent += taken;
         match self.flush() {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
             _ => Ok(taken),
@@ -161,21 +203,26 @@ impl Tls {
 
     fn flush(&mut self) -> io::Result<()> {
         while self.session.wants_write() {
-            if self.session.write_tls(&mut Direct(&self.tcp))? == 0 {
+            let sent = self.session.write_tls(&mut Direct(&self.tcp))?;
+            if sent == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
+            // What TLS adds to the bytes leaves with them.
+            self.unsent = self.unsent.saturating_sub(sent);
             self.moved = true;
         }
+        self.unsent = 0;
         Ok(())
     }
 }
 
-/// A socket that is read and written at once or not at all.
+/// A socket that is read and written at once or not at all, and read a little at a time.
 struct Direct<'a>(&'a TcpStream);
 
 impl io::Read for Direct<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.try_read(buffer)
+        let most = buffer.len().min(READ_MIN);
+        self.0.try_read(&mut buffer[..most])
     }
 }
 

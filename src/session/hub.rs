@@ -488,7 +488,7 @@ mod tests {
         let subscribers = Subscribers::new(Arc::default());
         let hub = Arc::clone(subscribers.hub());
         // As many listeners as would be, all but the last of which take no memory.
-        let (many, last) = (Pipeline::new(), Pipeline::new());
+        let (many, last) = (Pipeline::new(Rc::default()), Pipeline::new(Rc::default()));
         let listeners = (0..5_000).map(|n| (n, Rc::downgrade(if n < 4_999 { &many } else { &last }))).collect();
         subscribers.channels.borrow_mut().insert(name("a"), listeners);
         hub.subscriptions.fetch_add(1, Ordering::Relaxed);

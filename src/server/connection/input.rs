@@ -1,9 +1,10 @@
 //! What a client sent and nobody has looked at yet.
 //!
 //! A request that is not complete takes memory: twice what was sent of it at most, and [`READ_MIN`]. Once all clients of a thread together have sent
-//! more than `limits.input_mib` of such, who has sent more than [`INPUT_ALWAYS_MAX`] of one is closed as it sends more, and no more than that is read
-//! ahead: to wait for others would be to wait for what they may never send. For strangers half of that is too much, and [`INPUT_STRANGER_MAX`], also of
-//! what is complete and has to wait; they are read in small pieces, and hardly ahead. So they cannot have known clients closed.
+//! more than `limits.input_mib` of such, who has sent more than [`INPUT_ALWAYS_MAX`] of one is closed as it sends more: to wait for others would be to
+//! wait for what they may never send. No more than that is ever read ahead of a command that waits. For strangers half of that is too much, and
+//! [`INPUT_STRANGER_MAX`], also of what is complete and has to wait; they are read in small pieces, and hardly ahead. So they cannot have known clients
+//! closed. What a TLS session keeps counts, too.
 
 use std::pin::Pin;
 use std::rc::Rc;
@@ -13,13 +14,15 @@ use std::time::{Duration, Instant};
 use tokio::time::Sleep;
 
 use crate::command::Context as Shared;
-use crate::limits::{INPUT_ALWAYS_MAX, INPUT_STRANGER_MAX, READ_AHEAD_MAX, READ_MAX, READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART};
+use crate::limits::{INPUT_ALWAYS_MAX, INPUT_STRANGER_MAX, READ_MAX, READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART};
 use crate::resp::{Limits, ProtocolError, Reader, Request};
 use crate::server::stream::Stream;
 
 /// What came of reading once.
 pub enum Received {
     Bytes,
+    /// Some that the stream keeps, for they are not complete.
+    Kept,
     /// The client has closed its side.
     End,
     Failure,
@@ -31,6 +34,9 @@ pub struct Input {
     reader: Reader,
     /// Bytes of the request that was taken and waits for its turn.
     pub set_aside: usize,
+    /// Bytes that the stream keeps, and whether the next read finds some of them.
+    kept: usize,
+    has_more: bool,
     /// What it takes of the memory that all clients share.
     counted: usize,
     /// Bytes to ask for in the next read.
@@ -53,7 +59,18 @@ struct Rest {
 impl Input {
     /// Nothing yet.
     pub fn new(shared: Rc<Shared>) -> Self {
-        Self { shared, reader: Reader::default(), set_aside: 0, counted: 0, read_size: READ_MIN, backlog: false, ended: false, rest: None }
+        Self {
+            shared,
+            reader: Reader::default(),
+            set_aside: 0,
+            kept: 0,
+            has_more: false,
+            counted: 0,
+            read_size: READ_MIN,
+            backlog: false,
+            ended: false,
+            rest: None,
+        }
     }
 
     /// Bytes that are no request yet.
@@ -94,10 +111,18 @@ impl Input {
     /// Reads once, when there is something. Of a known client it asks for twice as much while reads come back full, and for less again afterwards.
     /// `ahead`: of a command that waits, and then also while it rests, so that it is noticed that the client has left.
     pub fn poll_receive(&mut self, stream: &mut Stream, ahead: bool, is_known: bool, cx: &mut Context<'_>) -> Poll<Received> {
-        if (!ahead && self.poll_rest(cx).is_pending()) || stream.poll_readable(cx).is_pending() {
+        if !ahead && self.poll_rest(cx).is_pending() {
             return Poll::Pending;
         }
-        if !is_known {
+        let kept = self.kept;
+        let received = self.poll_stream(stream, ahead, is_known, cx);
+        (self.kept, self.has_more) = (stream.kept(), stream.has_more());
+        if received.is_pending() && self.kept != kept { Poll::Ready(Received::Kept) } else { received }
+    }
+
+    fn poll_stream(&mut self, stream: &mut Stream, ahead: bool, is_known: bool, cx: &mut Context<'_>) -> Poll<Received> {
+        std::task::ready!(stream.poll_readable(cx));
+        if !is_known || ahead {
             self.read_size = self.read_size.min(READ_MIN);
         }
         let buffer = &mut self.reader.buffer;
@@ -125,7 +150,11 @@ impl Input {
 
     /// Brings its part of what all have sent and nobody could take yet up to date.
     pub fn settle(&mut self) {
-        self.count(self.len() + self.set_aside);
+        self.count(self.held());
+    }
+
+    fn held(&self) -> usize {
+        self.len() + self.set_aside + self.kept
     }
 
     fn count(&mut self, held: usize) {
@@ -136,30 +165,28 @@ impl Input {
         }
     }
 
-    /// What it may have sent, if all clients together have sent too much that nobody could take yet. A stranger's bounds are narrower.
-    fn crowded_max(&self, is_known: bool) -> Option<usize> {
-        let (together, always) = match is_known {
-            true => (self.shared.bounds.input, INPUT_ALWAYS_MAX),
-            false => (self.shared.bounds.input / 2, INPUT_STRANGER_MAX),
-        };
-        (self.shared.half_sent.get() > together).then_some(always)
-    }
-
     /// Whether more may be read ahead of a command that waits: as long as it is, it is noticed that the client has left.
     pub fn reads_ahead(&self, is_known: bool) -> bool {
-        let max = if is_known { READ_AHEAD_MAX } else { INPUT_STRANGER_MAX };
-        self.len() < self.crowded_max(is_known).unwrap_or(max)
+        self.len() + self.kept < always_max(is_known)
     }
 
-    /// Whether this one has to go because all have sent too much. A known client may have sent complete requests that have to wait.
+    /// Whether this one has to go because all have sent too much. A known client may have sent complete requests that have to wait, or that the next
+    /// read finds.
     pub fn is_too_much(&self, is_known: bool) -> bool {
-        !(is_known && self.backlog) && self.crowded_max(is_known).is_some_and(|max| self.len() + self.set_aside > max)
+        let together = if is_known { self.shared.bounds.input } else { self.shared.bounds.input / 2 };
+        let may_be_complete = is_known && (self.backlog || self.has_more);
+        !may_be_complete && self.shared.half_sent.get() > together && self.held() > always_max(is_known)
     }
 
     /// Gives memory back that is not in use.
     pub fn release(&mut self) {
         self.reader.release();
     }
+}
+
+/// What a client may have sent that nobody could take yet, whatever the others have.
+const fn always_max(is_known: bool) -> usize {
+    if is_known { INPUT_ALWAYS_MAX } else { INPUT_STRANGER_MAX }
 }
 
 impl Drop for Input {

@@ -1,8 +1,8 @@
 //! Replies on their way to the client: encoded in the order of requests, counted, sent as far as the socket takes them.
 //!
-//! What a client leaves unread takes memory. Each may leave as much as its bound; but once all clients of a thread together leave more than
-//! [`OUTPUT_TOGETHER_MAX`], each gets only as much as a stranger does, until they have read some. Nobody stands still by that: what a client
-//! may always have is one reply more than nothing.
+//! What a client leaves unread takes memory, also where it waits in a TLS session. Each may leave as much as its bound; but once all clients of a
+//! thread together leave more than [`OUTPUT_TOGETHER_MAX`], messages included, each gets only as much as a stranger does, until they have read some.
+//! Nobody stands still by that: what a client may always have is one reply more than nothing.
 
 use std::io;
 use std::pin::Pin;
@@ -24,7 +24,9 @@ pub struct Output {
     cx: Rc<Context>,
     /// Encoded and not yet sent.
     bytes: BytesMut,
-    /// What `bytes` takes of the memory that all clients share.
+    /// Bytes that the stream has taken and the socket has not.
+    taken: usize,
+    /// What all of them take of the memory that all clients share.
     counted: usize,
     /// Runs while bytes wait for the client to take them.
     stall: Option<Pin<Box<Sleep>>>,
@@ -52,12 +54,12 @@ impl Output {
     /// Nothing yet.
     pub fn new(cx: Rc<Context>) -> Self {
         let now = Instant::now();
-        Self { cx, bytes: BytesMut::new(), counted: 0, stall: None, answered: now, held_until: now }
+        Self { cx, bytes: BytesMut::new(), taken: 0, counted: 0, stall: None, answered: now, held_until: now }
     }
 
     /// Bytes that wait for the socket.
     pub fn len(&self) -> usize {
-        self.bytes.len()
+        self.bytes.len() + self.taken
     }
 
     /// Unread bytes beyond which nothing more is encoded.
@@ -79,7 +81,7 @@ impl Output {
         let max = self.max(session.authenticated);
         let mut now = None;
         let mut alike: Option<Alike> = None;
-        while self.bytes.len() <= max {
+        while self.len() <= max {
             let Some(Ready { stamp, reply }) = pipeline.pop_ready() else { break };
             let now = *now.get_or_insert_with(Instant::now);
             match &mut alike {
@@ -129,7 +131,8 @@ impl Output {
     /// Sends what the socket takes; returns whether it can go on.
     pub fn write(&mut self, stream: &mut Stream) -> bool {
         let goes_on = self.send(stream);
-        let unread = if self.bytes.is_empty() { 0 } else { self.bytes.capacity() };
+        self.taken = stream.unsent();
+        let unread = self.taken + if self.bytes.is_empty() { 0 } else { self.bytes.capacity() };
         if unread != self.counted {
             self.settle(unread);
         }

@@ -15,12 +15,14 @@ use super::*;
 use crate::command::spec::{BLOCKING, Spec, integer, text};
 use crate::command::{Backend, Commands, Handler, Stats, Step, client, connection, pubsub};
 use crate::limits::{
-    GUESSES_FREE, IN_FLIGHT_MAX, INPUT_STRANGER_MAX, INPUT_TOGETHER_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX,
-    PATTERNS_MAX, PATTERNS_TOGETHER_MAX, READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART, TURN_COMMANDS_MAX,
+    GUESSES_FREE, IN_FLIGHT_MAX, INPUT_ALWAYS_MAX, INPUT_STRANGER_MAX, INPUT_TOGETHER_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX,
+    OUTPUT_TOGETHER_MAX, PATTERN_TAILS_EACH_MAX, PATTERNS_MAX, PATTERNS_TOGETHER_MAX, READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART,
+    TLS_INCOMPLETE_MAX, TURN_COMMANDS_MAX,
 };
 use crate::resp::Ticket;
 use crate::session::client::HeldBack;
 use crate::session::registry::Registry;
+use crate::session::users::Users;
 
 thread_local! {
     static HELD: RefCell<Vec<(Bytes, Ticket)>> = const { RefCell::new(Vec::new()) };
@@ -115,7 +117,7 @@ async fn served_to(users: &str, auth_delay: Duration, test: impl AsyncFnOnce(Ser
 async fn served_with(users: &str, auth_delay: Duration, auth_failures: u32, test: impl AsyncFnOnce(Server)) {
     let commands = Rc::new(Commands::new(TABLE));
     let stats = Arc::new(Stats::new(&commands));
-    let users = crate::session::users::Users::read(Some(users), None, &*commands).unwrap();
+    let users = Users::read(Some(users), None, &*commands).unwrap();
     let mut cx = Context::new(commands, Arc::new(Registry::new(100)), stats, Backend::unconnected());
     cx.users = Arc::new(crate::session::users::Directory::new(users));
     let mut bounds = crate::session::Bounds::default();
@@ -462,10 +464,10 @@ impl Drop for Certificate {
     }
 }
 
-#[tokio::test]
-async fn who_reads_slowly_through_tls_is_not_closed_as_one_that_does_not_read() {
+/// Runs the test beside a server that is reached through TLS, where these are the users and a client may take nothing for so long. The test is given what
+/// a client needs to know of it.
+async fn served_through_tls(users: Users, stall: Duration, test: impl AsyncFnOnce(Rc<Context>, SocketAddr, Arc<rustls::ClientConfig>)) {
     let certificate = Certificate::new();
-    let stall = Duration::from_millis(1_000);
     let listening = tokio::net::TcpSocket::new_v4().unwrap();
     listening.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     // Small, so that it shows soon what the client takes.
@@ -474,19 +476,32 @@ async fn who_reads_slowly_through_tls_is_not_closed_as_one_that_does_not_read() 
     let address = listener.local_addr().unwrap();
     let commands = Rc::new(Commands::new(TABLE));
     let stats = Arc::new(Stats::new(&commands));
-    let mut cx = Context::new(commands, Arc::new(Registry::new(10)), stats, crate::command::Backend::unconnected());
+    let mut cx = Context::new(commands, Arc::new(Registry::new(10)), stats, Backend::unconnected());
     let mut bounds = crate::session::Bounds::default();
-    bounds.stall = stall;
+    (bounds.stall, bounds.auth_within) = (stall, Duration::from_secs(60));
     cx.bounds = Arc::new(bounds);
+    cx.users = Arc::new(crate::session::users::Directory::new(users));
+    let cx = Rc::new(cx);
     let certificates = Arc::new(crate::tls::Certificates::load(certificate.files()).unwrap());
     let local = LocalSet::new();
-    local.spawn_local(crate::server::serve(listener, Some(certificates), Rc::new(cx), CancellationToken::new()));
-    let config = crate::tls::own_client(&certificate.files()).unwrap();
-    let test = async {
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.set_recv_buffer_size(8 << 10).unwrap();
-        let tcp = socket.connect(address).await.unwrap();
-        let mut client = tokio_rustls::TlsConnector::from(config).connect("localhost".try_into().unwrap(), tcp).await.unwrap();
+    local.spawn_local(crate::server::serve(listener, Some(certificates), Rc::clone(&cx), CancellationToken::new()));
+    let test = test(cx, address, crate::tls::own_client(&certificate.files()).unwrap());
+    tokio::time::timeout(Duration::from_secs(30), local.run_until(test)).await.unwrap();
+}
+
+/// A client through TLS that takes little at a time.
+async fn connect_through_tls(address: SocketAddr, config: Arc<rustls::ClientConfig>) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(8 << 10).unwrap();
+    let tcp = socket.connect(address).await.unwrap();
+    tokio_rustls::TlsConnector::from(config).connect("localhost".try_into().unwrap(), tcp).await.unwrap()
+}
+
+#[tokio::test]
+async fn who_reads_slowly_through_tls_is_not_closed_as_one_that_does_not_read() {
+    let stall = Duration::from_millis(1_000);
+    served_through_tls(Users::open(), stall, async |_, address, config| {
+        let mut client = connect_through_tls(address, config).await;
         client.write_all(b"T.BIG 1000000\r\n").await.unwrap();
         client.flush().await.unwrap();
         // Less than the 64 KiB that wait in the session in each stretch of that length, for several of them.
@@ -504,8 +519,84 @@ async fn who_reads_slowly_through_tls_is_not_closed_as_one_that_does_not_read() 
         let mut rest = Vec::new();
         let _ = tcp.read_to_end(&mut rest).await;
         assert!(rest.len() < 100_000, "{}", rest.len());
-    };
-    tokio::time::timeout(Duration::from_secs(30), local.run_until(test)).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_waits_in_a_tls_session_counts_as_unread() {
+    served_through_tls(Users::open(), Duration::from_secs(60), async |cx, address, config| {
+        // As much as a session takes, so that nothing waits elsewhere.
+        let length = 60_000;
+        let mut client = connect_through_tls(address, config).await;
+        client.write_all(format!("T.BIG {length}\r\nPING\r\n").as_bytes()).await.unwrap();
+        client.flush().await.unwrap();
+        until(|| cx.unread.get() > OUTPUT_STRANGER_MAX).await;
+        // Nothing more is answered for one that may leave only so much.
+        cx.unread.set(cx.unread.get() + OUTPUT_TOGETHER_MAX);
+        let answered = cx.stats.commands_total();
+        client.write_all(&b"PING\r\n".repeat(100)).await.unwrap();
+        client.flush().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(cx.stats.commands_total(), answered);
+        let mut read = vec![0; format!("${length}\r\n\r\n").len() + length + 101 * "+PONG\r\n".len()];
+        client.read_exact(&mut read).await.unwrap();
+        assert!(read.ends_with(b"+PONG\r\n"));
+        until(|| cx.unread.get() == OUTPUT_TOGETHER_MAX).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_a_tls_session_keeps_of_what_is_not_complete_is_bounded_and_counted() {
+    let users = Users::read(Some(&format!("user known on #{HASH} +@all")), None, &Commands::new(TABLE)).unwrap();
+    served_through_tls(users, Duration::from_secs(60), async |cx, address, config| {
+        let (connected, half_sent) = (|| cx.registry.connected(), || cx.half_sent.get());
+        // A hello of the greatest length, in many records, none of which is the last.
+        let record = [&b"\x16\x03\x01\x03\xe8"[..], &[0; 1_000]].concat();
+        let hello = [&b"\x16\x03\x01\x03\xe8\x01\x00\xff\xff"[..], &[0; 996], &record.repeat(64)].concat();
+        let mut stranger = TcpStream::connect(address).await.unwrap();
+        stranger.write_all(&hello[..20_000]).await.unwrap();
+        until(|| half_sent() == 20_000 - READ_MIN).await;
+        let _ = stranger.write_all(&hello[20_000..TLS_INCOMPLETE_MAX + 2_000]).await;
+        let _ = stranger.read_to_end(&mut Vec::new()).await;
+        until(|| connected() == 0 && half_sent() == 0).await;
+
+        // After the handshake, which is over where something was answered.
+        let mut client = connect_through_tls(address, Arc::clone(&config)).await;
+        client.write_all(b"PING\r\n").await.unwrap();
+        let mut read = [0; 34];
+        client.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"-NOAUTH Authentication required.\r\n");
+        let (mut tcp, _) = client.into_inner();
+        let half = [&b"\x17\x03\x03\x40\x00"[..], &[0; 10_000]].concat();
+        tcp.write_all(&half).await.unwrap();
+        until(|| half_sent() == half.len() - READ_MIN).await;
+
+        // Now other strangers have half-sent so much that there is only little for each, but as much as nearly every hello has.
+        let others = INPUT_TOGETHER_MAX / 2;
+        cx.half_sent.set(others + half_sent());
+        let mut little = TcpStream::connect(address).await.unwrap();
+        little.write_all(&hello[..READ_MIN]).await.unwrap();
+        let mut much = TcpStream::connect(address).await.unwrap();
+        let _ = much.write_all(&hello[..READ_MIN + INPUT_STRANGER_MAX + 1]).await;
+        let _ = much.read_to_end(&mut Vec::new()).await;
+        let _ = tcp.write_all(b"x").await;
+        let _ = tcp.read_to_end(&mut Vec::new()).await;
+        until(|| connected() == 1 && half_sent() == others).await;
+
+        // A known client has more, and who connects to become one is let in.
+        let mut known = connect_through_tls(address, config).await;
+        known.write_all(b"AUTH known secret\r\n").await.unwrap();
+        let mut read = [0; 5];
+        known.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"+OK\r\n");
+        let (mut tcp, _) = known.into_inner();
+        tcp.write_all(&half).await.unwrap();
+        until(|| half_sent() == others + half.len() - READ_MIN).await;
+        assert_eq!(connected(), 2);
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -687,6 +778,29 @@ async fn what_strangers_send_with_a_password_that_waits_and_behind_it_is_little_
         little.write_all(much.as_bytes()).await.unwrap();
         until(|| connected() == 0).await;
         assert_eq!(half_sent(), others);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn little_is_read_ahead_of_a_command_that_waits() {
+    served(10, async |server| {
+        let half_sent = || server.cx.half_sent.get();
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        // With reads that come back full, which ask for more each time.
+        talk(&mut stream, &b"PING\r\n".repeat(50_000), &"+PONG\r\n".repeat(50_000)).await;
+        stream.write_all(b"T.SLEEP 60000\r\n").await.unwrap();
+        until(|| server.cx.registry.clients()[0].profile().last_command == "T.SLEEP").await;
+        let behind = tokio::task::spawn_local(async move {
+            let _ = stream.write_all(&b"PING\r\n".repeat(50_000)).await;
+            stream
+        });
+        until(|| half_sent() >= INPUT_ALWAYS_MAX).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(half_sent() < INPUT_ALWAYS_MAX + READ_MIN, "{}", half_sent());
+        server.cx.registry.clients()[0].kill("killed");
+        drop(behind.await.unwrap());
+        until(|| half_sent() == 0).await;
     })
     .await;
 }
@@ -874,6 +988,28 @@ async fn patterns_are_bounded_a_client_and_together_and_given_back() {
 }
 
 #[tokio::test]
+async fn no_connection_takes_the_patterns_of_all() {
+    served(10, async |server| {
+        let mut greedy = TcpStream::connect(server.address).await.unwrap();
+        let pattern = |n: usize| format!("*{}{n:03}", "x".repeat(100));
+        let refused =
+            format!("-ERR too many patterns: a connection may have {PATTERN_TAILS_EACH_MAX} bytes behind the first star of each\r\n");
+        let request = (0..3).map(|n| format!(" {}", pattern(n))).collect::<String>();
+        talk(&mut greedy, format!("PSUBSCRIBE{request}\r\n").as_bytes(), &refused).await;
+        for n in 0..2 {
+            let confirmed = format!("*3\r\n$10\r\npsubscribe\r\n$104\r\n{}\r\n:{}\r\n", pattern(n), n + 1);
+            talk(&mut greedy, format!("PSUBSCRIBE {}\r\n", pattern(n)).as_bytes(), &confirmed).await;
+        }
+        talk(&mut greedy, format!("PSUBSCRIBE {}\r\n", pattern(2)).as_bytes(), &refused).await;
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        let most = format!("*{}", "y".repeat(PATTERN_TAILS_EACH_MAX - 1));
+        let confirmed = format!("*3\r\n$10\r\npsubscribe\r\n${}\r\n{most}\r\n:1\r\n", most.len());
+        talk(&mut other, format!("PSUBSCRIBE {most}\r\n").as_bytes(), &confirmed).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_pubsub_channels_shows_and_compares_is_bounded() {
     served(10, async |server| {
         let name = |client: usize, n: usize| format!("{:x<250}", format!("c-{client}-{n}-"));
@@ -933,6 +1069,55 @@ async fn a_subscriber_that_reads_nothing_is_cut_off_and_forgotten() {
             assert!(began.elapsed() < Duration::from_secs(20));
         }
         until(|| !server.cx.subscribers.hub().has_subscribers()).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn once_all_leave_much_unread_a_subscriber_that_reads_nothing_is_cut_off_soon_and_one_that_reads_is_not() {
+    served(10, async |server| {
+        let connected = || server.cx.registry.connected();
+        let mut deaf = TcpStream::connect(server.address).await.unwrap();
+        let mut reading = TcpStream::connect(server.address).await.unwrap();
+        for stream in [&mut deaf, &mut reading] {
+            talk(stream, b"SUBSCRIBE a\r\n", "*3\r\n$9\r\nsubscribe\r\n$1\r\na\r\n:1\r\n").await;
+        }
+        let message = format!("*3\r\n$7\r\nmessage\r\n$1\r\na\r\n$1000\r\n{}\r\n", "x".repeat(1_000));
+        let payload = Bytes::from(vec![b'x'; 1_000]);
+        let others = OUTPUT_TOGETHER_MAX + 1;
+        server.cx.unread.set(others);
+        let mut published = 0;
+        let mut unread_since = None;
+        while connected() == 2 {
+            server.cx.subscribers.hub().publish("a", || payload.clone());
+            published += 1;
+            expect(&mut reading, &message).await;
+            // What the kernel takes does not count.
+            if server.cx.unread.get() > others + OUTPUT_STRANGER_MAX {
+                unread_since.get_or_insert(published);
+            }
+            assert!(published < 100_000);
+        }
+        let after = published - unread_since.unwrap();
+        assert!(after <= 3 * OUTPUT_STRANGER_MAX / 1_000, "{after}");
+        talk(&mut reading, b"PING\r\n", "*2\r\n$4\r\npong\r\n$0\r\n\r\n").await;
+        assert_eq!((connected(), server.cx.unread.get()), (1, others));
+        drop(deaf);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_subscribes_to_much_at_once_is_told_so_whole_however_much_others_leave_unread() {
+    served(10, async |server| {
+        let others = OUTPUT_TOGETHER_MAX + 1;
+        server.cx.unread.set(others);
+        let mut stream = TcpStream::connect(server.address).await.unwrap();
+        let (channels, confirmations): (String, String) =
+            (1..=1_000).map(|n| (format!(" c{n:04}"), format!("*3\r\n$9\r\nsubscribe\r\n$5\r\nc{n:04}\r\n:{n}\r\n"))).unzip();
+        talk(&mut stream, format!("SUBSCRIBE{channels}\r\nPING\r\n").as_bytes(), &confirmations).await;
+        expect(&mut stream, "*2\r\n$4\r\npong\r\n$0\r\n\r\n").await;
+        until(|| server.cx.unread.get() == others).await;
     })
     .await;
 }
