@@ -20,8 +20,17 @@ fn crowd() -> usize {
 
 /// The sidecar's memory, in bytes.
 pub fn memory(sidecar: &Sidecar) -> u64 {
+    status(sidecar, "VmRSS:")
+}
+
+/// The most that it ever was.
+pub fn memory_peak(sidecar: &Sidecar) -> u64 {
+    status(sidecar, "VmHWM:")
+}
+
+fn status(sidecar: &Sidecar, name: &str) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", sidecar.pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status.lines().find(|line| line.starts_with(name)).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
@@ -99,37 +108,46 @@ fn clients_that_do_not_read_take_bounded_memory_get_all_once_they_read_and_are_c
     });
 }
 
-/// The least of some 99th percentiles of how long clients wait that do as clients should: what else the machine does meanwhile is left out.
+/// The 99th percentile of how long clients wait that do as clients should, in one window.
 fn p99(stack: &Stack) -> Duration {
-    let window = || {
-        let mut took: Vec<Duration> = std::thread::scope(|scope| {
-            let buyers: Vec<_> = (0..4)
-                .map(|_| {
-                    scope.spawn(|| {
-                        let mut client = stack.connect();
-                        let ask = |client: &mut crate::harness::Client| {
-                            let began = Instant::now();
-                            client.ok("STOCK.DECR a 1");
-                            began.elapsed()
-                        };
-                        (0..1_000).map(|_| ask(&mut client)).collect::<Vec<_>>()
-                    })
+    let mut took: Vec<Duration> = std::thread::scope(|scope| {
+        let buyers: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut client = stack.connect();
+                    let ask = |client: &mut crate::harness::Client| {
+                        let began = Instant::now();
+                        client.ok("STOCK.DECR a 1");
+                        began.elapsed()
+                    };
+                    (0..1_000).map(|_| ask(&mut client)).collect::<Vec<_>>()
                 })
-                .collect();
-            buyers.into_iter().flat_map(|buyer| buyer.join().unwrap()).collect()
-        });
-        took.sort();
-        took[took.len() * 99 / 100]
-    };
-    (0..8).map(|_| window()).min().unwrap()
+            })
+            .collect();
+        buyers.into_iter().flat_map(|buyer| buyer.join().unwrap()).collect()
+    });
+    took.sort();
+    took[took.len() * 99 / 100]
 }
+
+fn median(mut of: Vec<Duration>) -> Duration {
+    of.sort();
+    of[of.len() / 2]
+}
+
+/// Below this nothing is said about the server: it is what the machine's timers and its scheduler leave open.
+const P99_FLOOR: Duration = Duration::from_millis(1);
 
 #[test]
 fn idle_connections_are_cheap_and_those_that_trickle_hold_up_nobody() {
-    let stack = Stack::with_settings(&["--max-clients", "20000", "--reply-within-ms", "20000"]);
+    let settings = ["--max-clients", "20000", "--reply-within-ms", "20000"];
+    let (stack, without) = (Stack::with_settings(&settings), Stack::with_settings(&settings));
     let tenth = crowd() / 10;
-    stack.connect().ok("STOCK.SET a 1000000");
-    let alone = p99(&stack);
+    for stack in [&stack, &without] {
+        stack.connect().ok("STOCK.SET a 1000000");
+    }
+    // So that the crowd alone is what comes after it.
+    p99(&stack);
     let before = memory(&stack.sidecar);
     let sitting: Vec<_> = (0..crowd()).map(|_| idle(&stack.sidecar)).collect();
     let each = memory(&stack.sidecar).saturating_sub(before) / sitting.len() as u64;
@@ -137,26 +155,35 @@ fn idle_connections_are_cheap_and_those_that_trickle_hold_up_nobody() {
 
     let silent: Vec<_> = (0..tenth).map(|_| deaf(&stack.sidecar, 50)).collect();
     let mut trickling: Vec<_> = (0..tenth).map(|_| stack.sidecar.raw()).collect();
-    let over = AtomicBool::new(false);
-    let among = std::thread::scope(|scope| {
+    let (over, paused) = (AtomicBool::new(false), AtomicBool::new(false));
+    let (alone, among) = std::thread::scope(|scope| {
         scope.spawn(|| {
             let request = b"*3\r\n$10\r\nSTOCK.MGET\r\n$1\r\na\r\n$1\r\nb\r\n";
             for byte in request.iter().cycle() {
+                while paused.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
                 for stream in &mut trickling {
                     stream.write_all(&[*byte]).unwrap();
                 }
                 std::thread::sleep(Duration::from_millis(100));
-                if over.load(Ordering::Relaxed) {
-                    break;
-                }
             }
         });
-        let among = p99(&stack);
+        // One window of each after the other: whatever else the machine does is in both.
+        let windows = (0..9).map(|_| {
+            paused.store(true, Ordering::Relaxed);
+            let alone = p99(&without);
+            paused.store(false, Ordering::Relaxed);
+            (alone, p99(&stack))
+        });
+        let (alone, among): (Vec<_>, Vec<_>) = windows.unzip();
         over.store(true, Ordering::Relaxed);
-        among
+        (median(alone), median(among))
     });
     eprintln!("{} idle: {each} bytes each; p99 {alone:?} alone, {among:?} among them", sitting.len());
-    // A ms is what the machine's timers leave open.
-    assert!(among <= alone * 2 + Duration::from_millis(1), "p99 {alone:?} alone, {among:?} among the crowd");
+    assert!(among <= (alone * 2).max(P99_FLOOR), "p99 {alone:?} alone, {among:?} among the crowd");
     assert_eq!((sitting.len(), silent.len(), trickling.len()), (crowd(), tenth, tenth));
 }
