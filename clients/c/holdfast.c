@@ -2,7 +2,7 @@
  *
  * With a third argument it is a client for tests: each line of the standard input is a command, its words in hexadecimal digits; the reply is
  * printed as JSON. `pipeline N` in place of it sends N times STOCK.GET in one go, `pool N` opens N connections and asks on each,
- * `subscribe channel` subscribes on a connection of its own. */
+ * `subscribe channel` subscribes on a connection of its own and prints the first message. It logs in as $CLIENT_USER, if there is one. */
 
 #include <hiredis/hiredis.h>
 #include <stdio.h>
@@ -132,12 +132,28 @@ static int confirms(redisContext *connection, const char *word, const char *chan
     return good;
 }
 
-static int subscribe(const char *host, int port, const char *channel) {
+/* Prints the first message. */
+static void subscribe(const char *host, int port, const char *channel) {
     redisContext *own = redisConnect(host, port);
-    int good = own != NULL && !own->err && redisAppendCommand(own, "SUBSCRIBE %s", channel) == REDIS_OK && confirms(own, "subscribe", channel) &&
-               redisAppendCommand(own, "UNSUBSCRIBE %s", channel) == REDIS_OK && confirms(own, "unsubscribe", channel);
+    redisReply *message;
+    if (own == NULL || own->err || redisAppendCommand(own, "SUBSCRIBE %s", channel) != REDIS_OK || !confirms(own, "subscribe", channel) ||
+        redisGetReply(own, (void **)&message) != REDIS_OK) {
+        printf("false");
+    } else {
+        if (message->type == REDIS_REPLY_ARRAY && message->elements == 3 && strcmp(message->element[0]->str, "message") == 0)
+            print_reply(message->element[2]);
+        else
+            printf("false");
+        freeReplyObject(message);
+    }
     redisFree(own);
-    return good;
+}
+
+/* What the server says to the user and the password of the environment; NULL where there are none. */
+static redisReply *log_in(redisContext *connection) {
+    const char *user = getenv("CLIENT_USER"), *password = getenv("CLIENT_PASSWORD");
+    if (user == NULL || password == NULL) return NULL;
+    return redisCommand(connection, "AUTH %s %s", user, password);
 }
 
 int main(int arguments, char **argument) {
@@ -152,16 +168,23 @@ int main(int arguments, char **argument) {
     }
     srand((unsigned int)time(NULL));
     if (arguments == 3) return example(connection);
+    redisReply *refused = log_in(connection);
+    if (refused != NULL && refused->type != REDIS_REPLY_ERROR) {
+        freeReplyObject(refused);
+        refused = NULL;
+    }
     static char line[1 << 20];
     while (fgets(line, sizeof line, stdin) != NULL) {
         int number;
         char channel[256];
-        if (sscanf(line, "pipeline %d", &number) == 1) {
+        if (refused != NULL) {
+            print_reply(refused);
+        } else if (sscanf(line, "pipeline %d", &number) == 1) {
             printf("%s", pipeline(connection, number) ? "true" : "false");
         } else if (sscanf(line, "pool %d", &number) == 1) {
             printf("%s", pool(argument[1], atoi(argument[2]), number) ? "true" : "false");
         } else if (sscanf(line, "subscribe %255s", channel) == 1) {
-            printf("%s", subscribe(argument[1], atoi(argument[2]), channel) ? "true" : "false");
+            subscribe(argument[1], atoi(argument[2]), channel);
         } else {
             redisReply *reply = command_of(connection, line);
             if (reply == NULL) {
@@ -176,6 +199,7 @@ int main(int arguments, char **argument) {
         putchar('\n');
         fflush(stdout);
     }
+    freeReplyObject(refused);
     redisFree(connection);
     return 0;
 }

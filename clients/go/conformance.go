@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -97,7 +98,8 @@ func conformance(ctx context.Context) int {
 	cell("pipeline of 10,000", func() error { return deep(ctx, client) })
 	cell("reconnects", func() error { return reconnects(ctx, client) })
 	cell("pub/sub", func() error { return subscribes(ctx, client) })
-	cell("error words", func() error { return words(ctx, client) })
+	cell("error words", func() error { return words(ctx, client, proxy) })
+	cell("logs in", func() error { return logsIn(ctx) })
 	cell("one effect", func() error { return oneEffect(ctx, client, proxy) })
 	cell("without REQUEST=3", func() error { return effects(ctx, client, proxy, 3) })
 	if failed {
@@ -176,22 +178,103 @@ func reconnects(ctx context.Context, client *redis.Client) error {
 	return nil
 }
 
+// Hears an event of a product that is sold out and restocked again and again.
 func subscribes(ctx context.Context, client *redis.Client) error {
+	if err := client.Do(ctx, "STOCK.SET", "go-event", 1).Err(); err != nil {
+		return err
+	}
 	bounded, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	subscription := client.Subscribe(bounded, "stock:events:go-mug")
+	subscription := client.Subscribe(bounded, "stock:events:go-event")
 	defer subscription.Close()
 	if _, err := subscription.Receive(bounded); err != nil {
 		return err
 	}
+	heard, sold := make(chan struct{}), make(chan error, 1)
+	go func() {
+		for {
+			err := client.Do(ctx, "STOCK.DECR", "go-event", 1).Err()
+			if err == nil {
+				err = client.Do(ctx, "STOCK.INCR", "go-event", 1).Err()
+			}
+			select {
+			case <-heard:
+				sold <- err
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+	}()
+	message, err := subscription.ReceiveMessage(bounded)
+	close(heard)
+	if err := errors.Join(err, <-sold); err != nil {
+		return err
+	}
+	var event struct {
+		Event, Product, Position string
+		Available                int
+	}
+	err = json.Unmarshal([]byte(message.Payload), &event)
+	expected, known := map[string]int{"soldout": 0, "back": 1}[event.Event]
+	if err != nil || !known || event.Available != expected || event.Product != "go-event" || !patterns["<position>"].MatchString(event.Position) {
+		return fmt.Errorf("%v %s", err, message.Payload)
+	}
 	return subscription.Ping(bounded)
 }
 
-func words(ctx context.Context, client *redis.Client) error {
-	err := client.Do(ctx, "STOCK.INCR", "go-unknown", 1).Err()
+func refusedWith(word string, err error) error {
 	var refused redis.Error
-	if !errors.As(err, &refused) || !strings.HasPrefix(refused.Error(), "NOTFOUND ") {
-		return fmt.Errorf("not a redis.Error that begins with NOTFOUND: %v", err)
+	if !errors.As(err, &refused) || !strings.HasPrefix(refused.Error(), word+" ") {
+		return fmt.Errorf("not a redis.Error that begins with %s: %v", word, err)
+	}
+	return nil
+}
+
+// Each of these the proxy says once. After LOADING and TRYAGAIN go-redis itself sends the command again.
+func words(ctx context.Context, client *redis.Client, proxy string) error {
+	if err := refusedWith("NOTFOUND", client.Do(ctx, "STOCK.INCR", "go-unknown", 1).Err()); err != nil {
+		return err
+	}
+	through := redis.NewClient(&redis.Options{Addr: proxy})
+	defer through.Close()
+	if err := through.Ping(ctx).Err(); err != nil {
+		return err
+	}
+	for _, word := range []string{"LOADING", "TRYAGAIN", "INDOUBT"} {
+		product := strings.ToLower(word) + "-go"
+		if err := client.Do(ctx, "STOCK.SET", product, 1).Err(); err != nil {
+			return err
+		}
+		if word == "INDOUBT" {
+			if err := refusedWith(word, through.Do(ctx, "STOCK.DECR", product, 1, "REQUEST", product).Err()); err != nil {
+				return err
+			}
+		}
+		reply, err := through.Do(ctx, "STOCK.DECR", product, 1, "REQUEST", product).Slice()
+		if err != nil || reply[0] != "OK" {
+			return fmt.Errorf("%v %w", reply, err)
+		}
+	}
+	return nil
+}
+
+func logsIn(ctx context.Context) error {
+	for _, protocol := range []int{2, 3} {
+		options := func(user, password string) *redis.Options {
+			return &redis.Options{Addr: "127.0.0.1:" + os.Getenv("USERS_PORT"), Protocol: protocol, Username: user, Password: password}
+		}
+		user, password := os.Getenv("LOGIN_USER"), os.Getenv("LOGIN_PASSWORD")
+		known, nobody, wrong := redis.NewClient(options(user, password)), redis.NewClient(options("", "")), redis.NewClient(options(user, "wrong"))
+		err := errors.Join(
+			known.Do(ctx, "STOCK.INCR", "users", 1).Err(),
+			refusedWith("NOPERM", known.Do(ctx, "STOCK.SET", "users", 1).Err()),
+			refusedWith("NOAUTH", nobody.Do(ctx, "STOCK.GET", "users").Err()),
+			refusedWith("WRONGPASS", wrong.Do(ctx, "STOCK.GET", "users").Err()),
+			known.Close(), nobody.Close(), wrong.Close(),
+		)
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }

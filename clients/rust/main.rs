@@ -1,7 +1,7 @@
 //! Holdfast from Rust, with the crate redis: `cargo run --release --example client` after `make run`.
 //!
 //! With a port and a protocol (2, 3, or 0 for the client's own choice) it is a client for the tests: each line of the standard input is a
-//! command, its words in hexadecimal digits; the reply is printed as JSON.
+//! command, its words in hexadecimal digits; the reply is printed as JSON. It logs in as `$CLIENT_USER`, if there is one.
 
 #![allow(clippy::print_stdout, reason = "it is a program for a terminal")]
 
@@ -10,7 +10,7 @@ use std::fmt::Write as _;
 use std::io::{BufRead as _, Write as _};
 use std::time::Duration;
 
-use redis::{Client, Cmd, Connection, ConnectionLike as _, IntoConnectionInfo as _, ProtocolVersion, Value};
+use redis::{Client, Cmd, Connection, ConnectionLike as _, ErrorKind, IntoConnectionInfo as _, ProtocolVersion, RedisError, Value};
 
 /// How long a reply may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -59,19 +59,32 @@ fn main() -> Result<(), Box<dyn Error>> {
         "3" => info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3),
         _ => info.redis_settings().clone(),
     };
+    let settings = match (std::env::var("CLIENT_USER"), std::env::var("CLIENT_PASSWORD")) {
+        (Ok(user), Ok(password)) => settings.set_username(user).set_password(password),
+        _ => settings,
+    };
     let client = Client::open(info.set_redis_settings(settings))?;
-    let mut connection = open(&client)?;
+    let mut connection = match open(&client) {
+        Ok(connection) => connection,
+        Err(error) => {
+            // It is not let in: that is the answer to whatever is asked.
+            for _ in std::io::stdin().lock().lines() {
+                println!("{}", refused(&error));
+            }
+            return Ok(());
+        }
+    };
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         let words: Vec<&str> = line.split(' ').collect();
         let said = match words[..] {
             ["pipeline", depth] => pipeline(&mut connection, depth.parse()?)?.to_string(),
             ["pool", size] => pool(&client, size.parse()?)?.to_string(),
-            ["subscribe", channel] => subscribe(&client, channel)?.to_string(),
+            ["subscribe", channel] => quoted(&subscribe(&client, channel)?),
             _ => match command(&words)?.query::<Value>(&mut connection) {
                 Ok(reply) => json(&reply),
                 Err(error) => match error.code() {
-                    Some(word) => format!("{{\"error\":{}}}", quoted(&format!("{word} {}", error.detail().unwrap_or_default()))),
+                    Some(_) => refused(&error),
                     None => {
                         // A connection of this crate's own does not come back by itself.
                         connection = open(&client)?;
@@ -86,7 +99,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn open(client: &Client) -> Result<Connection, Box<dyn Error>> {
+fn refused(error: &RedisError) -> String {
+    let word = match error.kind() {
+        // So the crate has it, whose error is without the server's word.
+        ErrorKind::AuthenticationFailed => "WRONGPASS",
+        _ => error.code().unwrap_or_default(),
+    };
+    format!("{{\"error\":{}}}", quoted(&format!("{word} {}", error.detail().unwrap_or_default())))
+}
+
+fn open(client: &Client) -> Result<Connection, RedisError> {
     let connection = client.get_connection()?;
     connection.set_read_timeout(Some(PATIENCE))?;
     Ok(connection)
@@ -120,12 +142,14 @@ fn pool(client: &Client, size: usize) -> Result<bool, Box<dyn Error>> {
     Ok(good)
 }
 
-fn subscribe(client: &Client, channel: &str) -> Result<bool, Box<dyn Error>> {
+/// The first message.
+fn subscribe(client: &Client, channel: &str) -> Result<String, Box<dyn Error>> {
     let mut connection = open(client)?;
     let mut subscription = connection.as_pubsub();
     subscription.subscribe(channel)?;
+    let message = subscription.get_message()?.get_payload()?;
     subscription.unsubscribe(channel)?;
-    Ok(true)
+    Ok(message)
 }
 
 fn json(value: &Value) -> String {

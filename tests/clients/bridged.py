@@ -2,7 +2,8 @@
 so that the cases and what is expected of them stand in one place.
 
 Arguments: the client's name, whether it shows maps as `map` or `flat` in its own choice of protocol, the protocols it can be told to speak
-(`2`, `3`, both or neither, as `23` and `-`), and the program's words, in which PORT and PROTOCOL stand for these.
+(`2`, `3`, both or neither, as `23` and `-`), and the program's words, in which PORT and PROTOCOL stand for these. It logs in as $CLIENT_USER
+with $CLIENT_PASSWORD, if there is one.
 """
 
 import json
@@ -10,9 +11,9 @@ import os
 import subprocess
 import sys
 
-from cases import ErrorReply, Failure, Report, drops, run_cases
+from cases import REFUSED_ONCE, ErrorReply, Failure, Report, check_event, drops, run_cases, selling
 
-PORT, PROXY = os.environ["PORT"], os.environ["PROXY_PORT"]
+PORT, PROXY, USERS = os.environ["PORT"], os.environ["PROXY_PORT"], os.environ["USERS_PORT"]
 report = Report()
 
 
@@ -24,9 +25,10 @@ def check_that(is_so, what):
 class Bridge:
     """One running program."""
 
-    def __init__(self, port, protocol):
+    def __init__(self, port, protocol, login=()):
         filled = [word.replace("PORT", port).replace("PROTOCOL", protocol) for word in PROGRAM]
-        self.process = subprocess.Popen(filled, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        environment = os.environ | dict(zip(("CLIENT_USER", "CLIENT_PASSWORD"), login, strict=False))
+        self.process = subprocess.Popen(filled, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment)
 
     def line(self, text):
         self.process.stdin.write(text + "\n")
@@ -55,9 +57,9 @@ def plain(reply):
     return reply
 
 
-def with_bridge(function, port=PORT, protocol="0"):
+def with_bridge(function, port=PORT, protocol="0", login=()):
     def run():
-        bridge = Bridge(port, protocol)
+        bridge = Bridge(port, protocol, login)
         try:
             return function(bridge)
         finally:
@@ -92,16 +94,55 @@ def reconnects(bridge):
     check_that(replies[-1] == "PONG", replies)
 
 
-def error_words(bridge):
-    reply = bridge.ask("STOCK.INCR", f"{LANGUAGE}-unknown", 1)
-    check_that(isinstance(reply, dict) and reply.get("error", "").startswith("NOTFOUND no product"), reply)
+def subscribes(bridge):
+    product = f"{LANGUAGE}-event"
+    with selling(product):
+        message = bridge.line(f"subscribe stock:events:{product}")
+    check_event(message, product)
+
+
+def refused_with(reply, word):
+    """Whether it is the error with this word."""
+    return isinstance(reply, dict) and reply.get("error", "").startswith(f"{word} ")
+
+
+def error_words(through):
+    """A program does not meet those after which its client itself sends the command again."""
+    direct = Bridge(PORT, "0")
+    reply = direct.ask("STOCK.INCR", f"{LANGUAGE}-unknown", 1)
+    check_that(refused_with(reply, "NOTFOUND"), reply)
+    through.ask("PING")
+    for word in REFUSED_ONCE:
+        product = f"{word.lower()}-{LANGUAGE}"
+        direct.ask("STOCK.SET", product, 1)
+        command = ("STOCK.DECR", product, 1, "REQUEST", product)
+        if word not in SENT_AGAIN:
+            reply = through.ask(*command)
+            check_that(refused_with(reply, word), reply)
+        reply = through.ask(*command)
+        check_that(isinstance(reply, list) and reply[:2] == ["OK", 0], reply)
+    direct.close()
+
+
+def logs_in():
+    user, password = os.environ["LOGIN_USER"], os.environ["LOGIN_PASSWORD"]
+    for protocol in PROTOCOLS.replace("-", "0"):
+        bridge = Bridge(USERS, protocol, (user, password))
+        reply = bridge.ask("STOCK.INCR", "users", 1)
+        check_that(isinstance(reply, list) and reply[0] == "OK", reply)
+        reply = bridge.ask("STOCK.SET", "users", 1)
+        check_that(refused_with(reply, "NOPERM"), reply)
+        bridge.close()
+    for word, login in (("NOAUTH", ()), ("WRONGPASS", (user, "wrong"))):
+        reply = with_bridge(lambda bridge: bridge.ask("STOCK.GET", "users"), port=USERS, login=login)()
+        check_that(refused_with(reply, word), reply)
 
 
 def one_effect(bridge):
     """Each connection is lost twice after the command was executed; where the client does not send it again, its program does."""
     product = f"{LANGUAGE}-lost"
-    with_bridge(lambda direct: direct.ask("STOCK.SET", product, 100))()
-    for number in range(100):
+    with_bridge(lambda direct: direct.ask("STOCK.SET", product, LOST))()
+    for number in range(LOST):
         request = f"{LANGUAGE}-lost-{number}"
         for _ in range(4):
             reply = bridge.ask("STOCK.DECR", product, 1, "REQUEST", request)
@@ -118,7 +159,7 @@ def effects(expected):
 
     def run(bridge):
         direct = Bridge(PORT, "0")
-        for number in range(100):
+        for number in range(LOST):
             product = f"bare-{LANGUAGE}-{number}"
             direct.ask("STOCK.SET", product, 10, "ACK", "redis")
             bridge.ask("STOCK.DECR", product, 1)
@@ -131,6 +172,10 @@ def effects(expected):
 
 
 NAME, MAPS, PROTOCOLS, LANGUAGE, *PROGRAM = sys.argv[1:]
+# After these errors the client itself sends a command again.
+SENT_AGAIN = ("LOADING", "TRYAGAIN") if LANGUAGE == "redisson" else ()
+# Redisson takes no notice of a lost connection before its time-out, 3 s, and waits for up to 2 s more.
+LOST = 3 if LANGUAGE == "redisson" else 100
 for protocol in PROTOCOLS.replace("-", "0"):
     maps = MAPS if protocol != "2" else "flat"
     client = NAME if protocol == "0" else f"{NAME} RESP{protocol}"
@@ -147,10 +192,11 @@ for protocol in "23":
 cell("pool of 50", with_bridge(says_true("pool 50")))
 cell("pipeline of 10,000", with_bridge(says_true("pipeline 10000")))
 cell("reconnects", with_bridge(reconnects))
-cell("pub/sub", with_bridge(says_true("subscribe stock:events:mug")))
-cell("error words", with_bridge(error_words))
+cell("pub/sub", with_bridge(subscribes))
+cell("error words", with_bridge(error_words, port=PROXY))
+cell("logs in", logs_in)
 cell("one effect", with_bridge(one_effect, port=PROXY))
-# Of these Lettuce alone sends a command again that was under way when its connection was lost.
-count = 3 if LANGUAGE == "lettuce" else 1
+# These send a command again that was under way when its connection was lost.
+count = 3 if LANGUAGE in ("lettuce", "redisson") else 1
 cell(f"without REQUEST={count}", with_bridge(effects(count), port=PROXY))
 raise SystemExit(report.failed)

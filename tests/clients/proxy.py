@@ -1,5 +1,7 @@
 """A proxy that loses replies: it forwards everything, except the first two replies to each STOCK.DECR with a REQUEST, or of a product whose
 name begins with `bare-`. In place of such a reply the client sees its connection end: the first time reset, the second time closed.
+The first STOCK.DECR of a product whose name begins with `loading-`, `tryagain-` or `indoubt-` it answers itself, with that error, and forwards
+the next.
 
 Prints its port, and appends the REQUEST, or the product, of each lost reply to the file $DROPS.
 """
@@ -11,8 +13,15 @@ import signal
 
 SOLD = re.compile(rb"STOCK\.DECR\r\n.*REQUEST\r\n\$\d+\r\n([^\r]+)\r\n", re.DOTALL | re.IGNORECASE)
 BARE = re.compile(rb"STOCK\.DECR\r\n\$\d+\r\n(bare-[^\r]+)\r\n", re.IGNORECASE)
+REFUSED = re.compile(rb"\*\d+\r\n\$10\r\nSTOCK\.DECR\r\n\$\d+\r\n((loading|tryagain|indoubt)-[^\r]+)\r\n")
+ERRORS = {
+    b"loading": b"-LOADING starting: waiting for Redis and Postgres, see /readyz\r\n",
+    b"tryagain": b"-TRYAGAIN overloaded: more operations wait for Redis than it does in time; nothing was changed\r\n",
+    b"indoubt": b"-INDOUBT %s it is not known yet whether it was executed: ask again with REQUEST %s\r\n",
+}
 LOST_MAX = 2
 lost = {}
+refused = set()
 
 
 async def serve(client_reader, client_writer):
@@ -22,7 +31,11 @@ async def serve(client_reader, client_writer):
     async def requests():
         nonlocal losing
         while data := await client_reader.read(65536):
-            sold = SOLD.search(data) or BARE.search(data)
+            if (sale := REFUSED.match(data)) and sale[1] not in refused:
+                refused.add(sale[1])
+                client_writer.write(ERRORS[sale[2]].replace(b"%s", sale[1]))
+                continue
+            sold = not sale and (SOLD.search(data) or BARE.search(data))
             if sold and lost.get(sold[1], 0) < LOST_MAX:
                 losing = sold[1]
             server_writer.write(data)

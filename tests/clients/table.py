@@ -14,6 +14,7 @@ COLUMNS = (
     "reconnects",
     "pub/sub",
     "error words",
+    "logs in",
     "one effect",
     "without REQUEST",
 )

@@ -13,9 +13,9 @@ import termios
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent / "python"))
-from cases import ErrorReply, Failure, Report, drops, run_cases  # noqa: E402
+from cases import REFUSED_ONCE, ErrorReply, Failure, Report, check_event, drops, run_cases, selling  # noqa: E402
 
-PORT, PROXY = os.environ["PORT"], os.environ["PROXY_PORT"]
+PORT, PROXY, USERS = os.environ["PORT"], os.environ["PROXY_PORT"], os.environ["USERS_PORT"]
 # For a machine where something hangs; nothing here takes longer than two seconds.
 PATIENCE = 60
 MARK = "-- end of reply --"
@@ -253,12 +253,45 @@ def pool():
 
 
 def subscribes():
-    child = subprocess.Popen(["redis-cli", "-p", PORT, "SUBSCRIBE", "stock:events:mug"], stdout=subprocess.PIPE, text=True)
-    shown = [child.stdout.readline() for _ in range(3)]
-    child.kill()
-    child.wait()
-    child.stdout.close()
-    check_that("subscribe\n" in shown and "stock:events:mug\n" in shown, shown)
+    command = ["redis-cli", "-p", PORT, "SUBSCRIBE", "stock:events:cli-event"]
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    try:
+        confirmed = [child.stdout.readline() for _ in range(3)]
+        with selling("cli-event"):
+            shown = [child.stdout.readline() for _ in range(3)]
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    check_that(confirmed == ["subscribe\n", "stock:events:cli-event\n", "1\n"], confirmed)
+    check_that(shown[:2] == ["message\n", "stock:events:cli-event\n"], shown)
+    check_event(shown[2], "cli-event")
+
+
+def error_words():
+    shown = run("STOCK.INCR", "cli-unknown", "1").stdout
+    check_that(shown.startswith("NOTFOUND no product"), shown)
+    for word in REFUSED_ONCE:
+        product = f"{word.lower()}-cli"
+        cli("STOCK.SET", product, "1")
+        command = ("STOCK.DECR", product, "1", "REQUEST", product)
+        shown = run(*command, port=PROXY).stdout
+        check_that(shown.startswith(f"{word} "), shown)
+        shown = run(*command, port=PROXY).stdout
+        check_that(shown.startswith("OK\n0\n"), shown)
+
+
+def logs_in():
+    right = ("--no-auth-warning", "--user", os.environ["LOGIN_USER"], "--pass", os.environ["LOGIN_PASSWORD"])
+    for flags in ((), ("-3",)):
+        shown = run(*flags, *right, "STOCK.INCR", "users", "1", port=USERS)
+        check_that(shown.stdout.startswith("OK\n"), shown)
+        shown = run(*flags, *right, "STOCK.SET", "users", "1", port=USERS)
+        check_that(shown.stdout.startswith("NOPERM "), shown)
+        shown = run(*flags, "STOCK.GET", "users", port=USERS)
+        check_that("NOAUTH " in shown.stdout + shown.stderr, shown)
+        shown = run(*flags, *right[:-1], "wrong", "STOCK.GET", "users", port=USERS)
+        check_that("WRONGPASS " in shown.stdout + shown.stderr, shown)
 
 
 report.check(f"{name}: MONITOR", monitor)
@@ -271,7 +304,8 @@ for column, check in (
     ("pipeline of 10,000", deep),
     ("reconnects", reconnects),
     ("pub/sub", subscribes),
-    ("error words", lambda: check_that(run("STOCK.INCR", "cli-unknown", "1").stdout.startswith("NOTFOUND no product"), "an error")),
+    ("error words", error_words),
+    ("logs in", logs_in),
     ("one effect", one_effect),
     ("without REQUEST=1", effects),
 ):

@@ -7,6 +7,9 @@ export const CASES = JSON.parse(readFileSync(new URL("../cases.json", import.met
 export const HOST = "127.0.0.1";
 export const PORT = Number(process.env.PORT);
 export const PROXY_PORT = Number(process.env.PROXY_PORT);
+/** Where a client has to log in, as this user. */
+export const USERS_PORT = Number(process.env.USERS_PORT);
+export const LOGIN = { username: process.env.LOGIN_USER, password: process.env.LOGIN_PASSWORD };
 
 /** An error reply as the server has sent it. */
 export class ErrorReply {

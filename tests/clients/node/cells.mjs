@@ -1,16 +1,20 @@
 // The table of clients: what each column means, run with the clients for Node.js.
 
 import assert from "node:assert/strict";
-import { PORT, PROXY_PORT, check } from "./cases.mjs";
+import { setTimeout } from "node:timers/promises";
+import { LOGIN, PORT, PROXY_PORT, USERS_PORT, check } from "./cases.mjs";
 
 const LOST = 100;
+// For a machine where something hangs.
+const TURNS_MAX = 1500;
 
 /**
  * Runs the table's row of a client. `connect` takes a port and options and resolves to a client, as a first program makes it; `call` sends
- * words on it; `close` ends it; `subscribe` resolves once a channel is subscribed to; `protocol` makes the options for one; `retries`: whether
- * the client sends a command again by itself.
+ * words on it; `close` ends it; `subscribe` resolves to the first message of a channel; `refused` to the error that a client is told which
+ * these options do not let in; `protocol` makes the options for one; `retries`: whether the client sends a command again by itself when its
+ * connection was lost.
  */
-export async function runCells(name, { connect, call, close, subscribe, protocol, retries }) {
+export async function runCells(name, { connect, call, close, subscribe, refused, protocol, retries }) {
   const cell = (column, run, options) =>
     check(`cell ${name} | ${column}`, async () => {
       const client = await connect(PORT, options);
@@ -50,8 +54,46 @@ export async function runCells(name, { connect, call, close, subscribe, protocol
       }
     }
   });
-  await cell("pub/sub", (client) => subscribe(client, "stock:events:mug"));
-  await cell("error words", (client) => assert.rejects(call(client, "STOCK.INCR", `${name}-unknown`, "1"), { message: /^NOTFOUND no product/ }));
+  await cell("pub/sub", async (client) => {
+    const product = `${name}-event`;
+    await call(client, "STOCK.SET", product, "1");
+    let listens = true;
+    const heard = subscribe(client, `stock:events:${product}`).finally(() => (listens = false));
+    heard.catch(() => {});
+    // Events are told only while somebody listens, so a first one may come too early.
+    for (let turn = 0; listens && turn < TURNS_MAX; turn++) {
+      await call(client, "STOCK.DECR", product, "1");
+      await call(client, "STOCK.INCR", product, "1");
+      await setTimeout(20);
+    }
+    assert.ok(!listens, "no event");
+    const { position, ...event } = JSON.parse(await heard);
+    assert.match(position, /^\d+-\d+$/);
+    assert.deepEqual(event, { event: event.event, product, available: { soldout: 0, back: 1 }[event.event] });
+  });
+  await cell("error words", async (client) => {
+    await assert.rejects(call(client, "STOCK.INCR", `${name}-unknown`, "1"), { message: /^NOTFOUND no product/ });
+    const through = await connect(PROXY_PORT);
+    await call(through, "PING");
+    for (const word of ["LOADING", "TRYAGAIN", "INDOUBT"]) {
+      const product = `${word.toLowerCase()}-${name}`;
+      await call(client, "STOCK.SET", product, "1");
+      const command = ["STOCK.DECR", product, "1", "REQUEST", product];
+      await assert.rejects(call(through, ...command), { message: new RegExp(`^${word} `) });
+      assert.deepEqual((await call(through, ...command)).slice(0, 2), ["OK", 0]);
+    }
+    await close(through);
+  });
+  await check(`cell ${name} | logs in`, async () => {
+    for (const number of [2, 3]) {
+      const client = await connect(USERS_PORT, { ...protocol(number), ...LOGIN });
+      assert.equal((await call(client, "STOCK.INCR", "users", "1"))[0], "OK");
+      await assert.rejects(call(client, "STOCK.SET", "users", "1"), { message: /^NOPERM / });
+      await close(client);
+      assert.match((await refused(USERS_PORT, protocol(number))).message, /^NOAUTH /);
+      assert.match((await refused(USERS_PORT, { ...protocol(number), ...LOGIN, password: "wrong" })).message, /^WRONGPASS /);
+    }
+  });
   await cell("one effect", async (client) => {
     await call(client, "STOCK.SET", `${name}-lost`, String(LOST));
     const through = await connect(PROXY_PORT);

@@ -85,9 +85,20 @@ await runCells("ioredis", {
   close: (client) => client.quit(),
   async subscribe(client, channel) {
     const subscriber = client.duplicate();
+    const message = once(subscriber, "message");
     assert.equal(await subscriber.subscribe(channel), 1);
+    const [, text] = await message;
     assert.equal(await subscriber.unsubscribe(channel), 0);
     await subscriber.quit();
+    return text;
+  },
+  async refused(port, options) {
+    const client = new Redis(port, HOST, { ...options, retryStrategy: null });
+    const told = once(client, "error").then(([error]) => error, (error) => error);
+    const replied = client.call("STOCK.GET", "users").catch((error) => error);
+    const error = await Promise.race([told, replied]);
+    client.disconnect();
+    return error;
   },
   protocol: (number) => ({ protocol: number }),
   retries: true,

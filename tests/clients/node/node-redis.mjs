@@ -90,9 +90,22 @@ await runCells("node-redis", {
     const subscriber = client.duplicate();
     subscriber.on("error", () => {});
     await subscriber.connect();
-    await subscriber.subscribe(channel, () => {});
+    const text = await new Promise((heard, failed) => subscriber.subscribe(channel, heard).catch(failed));
     await subscriber.unsubscribe(channel);
     await subscriber.close();
+    return text;
+  },
+  async refused(port, options) {
+    const client = createClient({ socket: { host: HOST, port, reconnectStrategy: false }, ...options });
+    client.on("error", () => {});
+    try {
+      await client.connect();
+      await client.sendCommand(["STOCK.GET", "users"]);
+    } catch (error) {
+      return error;
+    } finally {
+      if (client.isOpen) client.destroy();
+    }
   },
   protocol: (number) => ({ RESP: number }),
   retries: false,

@@ -5,12 +5,18 @@ a JSON value, in which a text in angle brackets stands for many: see `matches`. 
 expected ones.
 """
 
+import contextlib
 import json
 import os
 import re
 import sys
+import threading
 from pathlib import Path
 
+import redis
+
+# To each of these the proxy's answer is the error, once, for a product that is named after it.
+REFUSED_ONCE = ("LOADING", "TRYAGAIN", "INDOUBT")
 CASES = json.loads((Path(__file__).parent.parent / "cases.json").read_text())
 # One call of a scan sees all keys only while there are few.
 if os.environ.get("MANY_KEYS"):
@@ -135,3 +141,33 @@ def run_cases(report, client, prefix, maps, send):
 def drops(request):
     """How many replies to this REQUEST the proxy has swallowed."""
     return Path(os.environ["DROPS"]).read_text().split().count(request)
+
+
+@contextlib.contextmanager
+def selling(product):
+    """Sells the only unit of a product and puts it back, again and again: who listens to its events hears one before long. Events are told
+    only while somebody listens, so a first one may come too early."""
+    ended = threading.Event()
+    with redis.Redis("127.0.0.1", int(os.environ["PORT"])) as client:
+        client.execute_command("STOCK.SET", product, 1)
+
+        def sell():
+            while not ended.wait(0.02):
+                client.execute_command("STOCK.DECR", product, 1)
+                client.execute_command("STOCK.INCR", product, 1)
+
+        thread = threading.Thread(target=sell)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def check_event(text, product):
+    """Fails where this is not what is told of a product that `selling` sells."""
+    event = json.loads(text)
+    available = {"soldout": 0, "back": 1}[event["event"]]
+    if not matches({"event": "<text>", "product": product, "available": available, "position": "<position>"}, event, "map"):
+        raise Failure(f"{text} of {product}")

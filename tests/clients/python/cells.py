@@ -6,16 +6,30 @@ from concurrent.futures import ThreadPoolExecutor
 
 import redis
 import redis.asyncio
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
-from cases import Failure, drops
+from cases import REFUSED_ONCE, Failure, check_event, drops, selling
 
-HOST, PORT, PROXY = "127.0.0.1", int(os.environ["PORT"]), int(os.environ["PROXY_PORT"])
+HOST, PORT, PROXY, USERS = "127.0.0.1", *(int(os.environ[name]) for name in ("PORT", "PROXY_PORT", "USERS_PORT"))
+USER, PASSWORD = os.environ["LOGIN_USER"], os.environ["LOGIN_PASSWORD"]
 LOST = 100
+# After this error redis-py itself sends a command again.
+SENT_AGAIN = "LOADING"
+PATIENCE = 30
+# What is said to who has not logged in, to a wrong password, and about what the user may not do: each client's cell "logs in" meets them.
+OF_LOGINS = ("NOAUTH", "WRONGPASS", "NOPERM")
 
 
 def check_that(is_so, what):
     if not is_so:
         raise Failure(what)
+
+
+def word(error):
+    """redis-py keeps the word apart where it knows it, and in the text where it does not."""
+    return getattr(error, "status_code", None) or str(error).split(" ")[0]
 
 
 def synchronous(report, name):
@@ -53,20 +67,54 @@ def synchronous(report, name):
 
     def subscribes(client):
         with client.pubsub() as subscription:
-            subscription.subscribe("stock:events:mug")
-            check_that(subscription.get_message(timeout=30)["type"] == "subscribe", "not confirmed")
-            subscription.psubscribe("coupon:events:*")
-            check_that(subscription.get_message(timeout=30)["type"] == "psubscribe", "not confirmed")
+            subscription.subscribe("stock:events:cell-event")
+            check_that(subscription.get_message(timeout=PATIENCE)["type"] == "subscribe", "not confirmed")
+            subscription.psubscribe("stock:*:cell-event")
+            check_that(subscription.get_message(timeout=PATIENCE)["type"] == "psubscribe", "not confirmed")
+            with selling("cell-event"):
+                messages = {}
+                while messages.keys() != {"message", "pmessage"}:
+                    message = subscription.get_message(timeout=PATIENCE)
+                    messages[message["type"]] = message["data"]
+            for data in messages.values():
+                check_event(data, "cell-event")
             subscription.unsubscribe()
-            check_that(subscription.get_message(timeout=30)["type"] == "unsubscribe", "not confirmed")
+            while subscription.get_message(timeout=PATIENCE)["type"] != "unsubscribe":
+                pass
+
+    def refused_with(client, *command):
+        """The word of the error, or nothing."""
+        try:
+            client.execute_command(*command)
+        except redis.RedisError as error:
+            return word(error)
+        return None
 
     def words(client):
-        try:
-            client.execute_command("STOCK.INCR", "cell-unknown", 1)
-        except redis.ResponseError as error:
-            check_that("no product 'cell-unknown'" in str(error), error)
-        else:
-            raise Failure("no error")
+        found = refused_with(client, "STOCK.INCR", "cell-unknown", 1)
+        check_that(found == "NOTFOUND", found)
+        with redis.Redis(HOST, PROXY) as through:
+            through.ping()
+            for expected in REFUSED_ONCE:
+                product = f"{expected.lower()}-cell"
+                client.execute_command("STOCK.SET", product, 1)
+                command = ("STOCK.DECR", product, 1, "REQUEST", product)
+                found = refused_with(through, *command)
+                check_that(found == (expected if expected != SENT_AGAIN else None), f"{found}, not {expected}")
+                reply = through.execute_command(*command)
+                check_that(reply[:2] == [b"OK", 0], reply)
+
+    def logs_in():
+        at_once = {"retry": Retry(NoBackoff(), 0)}
+        for protocol in (2, 3):
+            with redis.Redis(HOST, USERS, username=USER, password=PASSWORD, protocol=protocol) as client:
+                check_that(client.execute_command("STOCK.INCR", "users", 1)[0] == b"OK", "INCR")
+                found = refused_with(client, "STOCK.SET", "users", 1)
+                check_that(found == "NOPERM", found)
+            for expected, options in (("NOAUTH", {}), ("WRONGPASS", {"username": USER, "password": "wrong"})):
+                with redis.Redis(HOST, USERS, **options, **at_once, protocol=protocol) as client:
+                    found = refused_with(client, "STOCK.GET", "users")
+                    check_that(found == expected, f"{found}, not {expected}")
 
     def one_effect(client):
         client.execute_command("STOCK.SET", "cell-lost", LOST)
@@ -98,13 +146,14 @@ def synchronous(report, name):
     cell("reconnects", reconnects)
     cell("pub/sub", subscribes)
     cell("error words", words)
+    report.check(f"cell {name} | logs in", logs_in)
     cell("one effect", one_effect)
     cell("without REQUEST=3", effects(3))
 
 
 async def asynchronous(report, name):
-    async def cell(column, run, **options):
-        client = redis.asyncio.Redis(host=HOST, port=PORT, **options)
+    async def cell(column, run, port=PORT, **options):
+        client = redis.asyncio.Redis(host=HOST, port=port, **options)
         problem = None
         try:
             await run(client)
@@ -148,17 +197,42 @@ async def asynchronous(report, name):
 
     async def subscribes(client):
         async with client.pubsub() as subscription:
-            await subscription.subscribe("stock:events:mug")
-            message = await subscription.get_message(timeout=30)
+            await subscription.subscribe("stock:events:cella-event")
+            message = await subscription.get_message(timeout=PATIENCE)
             check_that(message["type"] == "subscribe", message)
+            with selling("cella-event"):
+                message = await subscription.get_message(timeout=PATIENCE)
+            check_event(message["data"], "cella-event")
+
+    async def refused_with(client, *command):
+        try:
+            await client.execute_command(*command)
+        except redis.RedisError as error:
+            return word(error)
+        return None
 
     async def words(client):
-        try:
-            await client.execute_command("STOCK.INCR", "cella-unknown", 1)
-        except redis.ResponseError as error:
-            check_that("no product 'cella-unknown'" in str(error), error)
-        else:
-            raise Failure("no error")
+        found = await refused_with(client, "STOCK.INCR", "cella-unknown", 1)
+        check_that(found == "NOTFOUND", found)
+        async with redis.asyncio.Redis(host=HOST, port=PROXY) as through:
+            await through.ping()
+            for expected in REFUSED_ONCE:
+                product = f"{expected.lower()}-cella"
+                await client.execute_command("STOCK.SET", product, 1)
+                command = ("STOCK.DECR", product, 1, "REQUEST", product)
+                found = await refused_with(through, *command)
+                check_that(found == (expected if expected != SENT_AGAIN else None), f"{found}, not {expected}")
+                reply = await through.execute_command(*command)
+                check_that(reply[:2] == [b"OK", 0], reply)
+
+    async def logs_in(client):
+        check_that((await client.execute_command("STOCK.INCR", "users", 1))[0] == b"OK", "INCR")
+        found = await refused_with(client, "STOCK.SET", "users", 1)
+        check_that(found == "NOPERM", found)
+        for expected, options in (("NOAUTH", {}), ("WRONGPASS", {"username": USER, "password": "wrong"})):
+            async with redis.asyncio.Redis(host=HOST, port=USERS, **options, retry=AsyncRetry(NoBackoff(), 0)) as other:
+                found = await refused_with(other, "STOCK.GET", "users")
+                check_that(found == expected, f"{found}, not {expected}")
 
     async def one_effect(client):
         await client.execute_command("STOCK.SET", "cella-lost", LOST)
@@ -190,5 +264,6 @@ async def asynchronous(report, name):
     await cell("reconnects", reconnects)
     await cell("pub/sub", subscribes)
     await cell("error words", words)
+    await cell("logs in", logs_in, port=USERS, username=USER, password=PASSWORD)
     await cell("one effect", one_effect)
     await cell("without REQUEST=3", effects(3))

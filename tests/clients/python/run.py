@@ -2,14 +2,25 @@
 
 import asyncio
 import os
+import re
+from pathlib import Path
 
 import redis
 import redis.asyncio
 
 import cells
-from cases import CASES, ErrorReply, Failure, Report, drops, run_cases
+from cases import CASES, REFUSED_ONCE, ErrorReply, Failure, Report, drops, run_cases
 
 HOST, PORT, PROXY = "127.0.0.1", int(os.environ["PORT"]), int(os.environ["PROXY_PORT"])
+README = (Path(__file__).parent.parent.parent.parent / "README.md").read_text()
+# These end the server, or what they need there is once: tests/it has them.
+NOT_HERE = {
+    ("HOLDFAST.AWAIT", "LOST"),
+    ("HOLDFAST.DRAIN", "OK"),
+    ("HOLDFAST.DRAIN", "PENDING"),
+    ("HOLDFAST.DEADLETTER RETRY", "OK"),
+    ("HOLDFAST.DEADLETTER DROP", "OK"),
+}
 report = Report()
 
 
@@ -101,6 +112,30 @@ def every_command_has_a_case():
     check_that(set(there) <= tried, f"none has {sorted(set(there) - tried)}: add to cases.json")
 
 
+def every_outcome_has_a_case():
+    """Of each command, as the README's table of commands has them."""
+    table = README.split("<!-- commands -->")[1].split("<!-- /commands -->")[0]
+    rows = [re.split(r"(?<!\\)\|", row) for row in table.splitlines() if row.startswith("| `")]
+    replies = {re.match(r" `([A-Z.]+( (LIST|RETRY|DROP|HELP))?)", row[1])[1]: row[3] for row in rows}
+    promised = {(name, outcome) for name, reply in replies.items() for outcome in re.findall(r"`([A-Z]+)[,`]", reply)}
+    tried = set()
+    for case in CASES:
+        for step in case["steps"]:
+            expected = step.get("expect")
+            if isinstance(expected, list) and expected and isinstance(expected[0], str):
+                name = " ".join(step["send"][:2]).upper()
+                tried.add((name if name in replies else name.split(" ")[0], expected[0]))
+    check_that(promised - NOT_HERE <= tried, f"none has {sorted(promised - NOT_HERE - tried)}: add to cases.json")
+
+
+def every_error_word_is_met():
+    """In a case or, as what the proxy says and what is said to who has not logged in, in a cell of each client."""
+    table = {row[0] for row in re.findall(r"^\| `([A-Z]+)( <[a-z ]+>)?` \|", README, re.MULTILINE)}
+    promised = table | set(re.findall("[A-Z]+", re.search("^(`NOAUTH`.*) are as in Redis", README, re.MULTILINE)[1]))
+    met = {step["error"].split(" ")[0] for case in CASES for step in case["steps"] if "error" in step} | {*REFUSED_ONCE, *cells.OF_LOGINS}
+    check_that(len(promised) > 10 and promised <= met, f"nobody meets {sorted(promised - met)}")
+
+
 def synchronous(name, prefix, maps, options):
     # As in a first program: with nothing but an address.
     client = redis.Redis(HOST, PORT, **options)
@@ -137,6 +172,8 @@ async def asynchronous(name, prefix):
 
 version = redis.__version__
 report.check("every command of Holdfast has a case", every_command_has_a_case)
+report.check("every outcome of a command has a case", every_outcome_has_a_case)
+report.check("every error word is met", every_error_word_is_met)
 synchronous(f"redis-py {version}", "py3", "map", {})
 synchronous(f"redis-py {version} decoding", "py3d", "map", {"decode_responses": True})
 synchronous(f"redis-py {version} RESP2", "py2", "flat", {"protocol": 2})

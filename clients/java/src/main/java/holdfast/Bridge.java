@@ -5,12 +5,14 @@ import io.lettuce.core.RedisClient;
 import io.lettuce.core.RedisCommandExecutionException;
 import io.lettuce.core.RedisFuture;
 import io.lettuce.core.RedisURI;
+import io.lettuce.core.StaticCredentialsProvider;
 import io.lettuce.core.api.StatefulRedisConnection;
 import io.lettuce.core.codec.StringCodec;
 import io.lettuce.core.output.CommandOutput;
 import io.lettuce.core.protocol.CommandArgs;
 import io.lettuce.core.protocol.ProtocolKeyword;
 import io.lettuce.core.protocol.ProtocolVersion;
+import io.lettuce.core.pubsub.RedisPubSubAdapter;
 import java.io.BufferedReader;
 import java.io.InputStreamReader;
 import java.nio.ByteBuffer;
@@ -21,24 +23,38 @@ import java.util.HexFormat;
 import java.util.LinkedHashMap;
 import java.util.List;
 import java.util.Map;
+import java.util.concurrent.CompletableFuture;
 import java.util.concurrent.TimeUnit;
 import java.util.logging.Level;
 import java.util.logging.Logger;
+import java.util.regex.Pattern;
+import java.util.stream.Stream;
+import org.redisson.Redisson;
+import org.redisson.api.RFuture;
+import org.redisson.client.RedisException;
+import org.redisson.client.protocol.RedisCommand;
+import org.redisson.client.protocol.decoder.ObjectListReplayDecoder;
+import org.redisson.command.CommandAsyncExecutor;
+import org.redisson.command.CommandBatchService;
+import org.redisson.config.Config;
+import org.redisson.config.Protocol;
 import redis.clients.jedis.DefaultJedisClientConfig;
 import redis.clients.jedis.JedisPool;
 import redis.clients.jedis.JedisPubSub;
 import redis.clients.jedis.Jedis;
 import redis.clients.jedis.RedisProtocol;
 import redis.clients.jedis.commands.ProtocolCommand;
-import redis.clients.jedis.exceptions.JedisConnectionException;
 import redis.clients.jedis.exceptions.JedisDataException;
+import redis.clients.jedis.exceptions.JedisException;
 import redis.clients.jedis.util.KeyValue;
 
 /**
  * A client for the tests: each line of the standard input is a command, its words in hexadecimal digits, and its reply is printed as JSON.
- * {@code pipeline N} sends N reads in one go, {@code pool N} asks on N connections at once, {@code subscribe channel} subscribes.
+ * {@code pipeline N} sends N reads in one go, {@code pool N} asks on N connections at once, {@code subscribe channel} subscribes and prints the
+ * first message.
  *
- * <p>Arguments: {@code jedis} or {@code lettuce}, the port, and the protocol, 2 or 3, or 0 for what the client does by itself.
+ * <p>Arguments: {@code jedis}, {@code lettuce} or {@code redisson}, the port, and the protocol, 2 or 3, or 0 for what the client does by itself.
+ * It logs in as {@code $CLIENT_USER}, if there is one.
  */
 public final class Bridge {
     private interface Client {
@@ -49,8 +65,13 @@ public final class Bridge {
 
         boolean pool(int size) throws Exception;
 
-        boolean subscribe(String channel) throws Exception;
+        String subscribe(String channel) throws Exception;
     }
+
+    private static final int PATIENCE_S = 60;
+    private static final String USER = System.getenv("CLIENT_USER");
+    private static final String PASSWORD = System.getenv("CLIENT_PASSWORD");
+    private static final Pattern SAID = Pattern.compile("[A-Z]+ ");
 
     private record Refused(String text) {}
 
@@ -64,12 +85,24 @@ public final class Bridge {
         lettuce.setLevel(Level.SEVERE);
         int port = Integer.parseInt(arguments[1]);
         int protocol = Integer.parseInt(arguments[2]);
-        Client client = arguments[0].equals("jedis") ? new OfJedis(port, protocol) : new OfLettuce(port, protocol);
+        Client client = null;
+        Object refused = null;
+        try {
+            client =
+                    switch (arguments[0]) {
+                        case "jedis" -> new OfJedis(port, protocol);
+                        case "lettuce" -> new OfLettuce(port, protocol);
+                        default -> new OfRedisson(port, protocol);
+                    };
+        } catch (RuntimeException error) {
+            // It is not let in: that is the answer to whatever is asked.
+            refused = refusal(error);
+        }
         var input = new BufferedReader(new InputStreamReader(System.in, StandardCharsets.US_ASCII));
         for (String line = input.readLine(); line != null; line = input.readLine()) {
             String[] words = line.split(" ");
             Object reply =
-                    switch (words[0]) {
+                    client == null ? refused : switch (words[0]) {
                         case "pipeline" -> client.pipeline(Integer.parseInt(words[1]));
                         case "pool" -> client.pool(Integer.parseInt(words[1]));
                         case "subscribe" -> client.subscribe(words[1]);
@@ -87,6 +120,17 @@ public final class Bridge {
             System.out.flush();
         }
         System.exit(0);
+    }
+
+    /** What the server has said, where an error is for that. */
+    private static Object refusal(Throwable error) {
+        for (Throwable at = error; at != null; at = at.getCause()) {
+            boolean isReply = at instanceof JedisDataException || at instanceof RedisCommandExecutionException || at instanceof RedisException;
+            if (isReply && SAID.matcher(at.getMessage()).lookingAt()) {
+                return new Refused(at.getMessage());
+            }
+        }
+        return new Lost(String.valueOf(error));
     }
 
     private static void write(Object reply, StringBuilder out) {
@@ -155,6 +199,9 @@ public final class Bridge {
             if (protocol > 0) {
                 config.protocol(protocol == 3 ? RedisProtocol.RESP3 : RedisProtocol.RESP2);
             }
+            if (USER != null) {
+                config.user(USER).password(PASSWORD);
+            }
             jedis = redis.clients.jedis.RedisClient.builder().hostAndPort("127.0.0.1", port).clientConfig(config.build()).build();
         }
 
@@ -163,10 +210,8 @@ public final class Bridge {
             ProtocolCommand name = () -> words.get(0);
             try {
                 return jedis.sendCommand(name, words.subList(1, words.size()).toArray(byte[][]::new));
-            } catch (JedisDataException refused) {
-                return new Refused(refused.getMessage());
-            } catch (JedisConnectionException lost) {
-                return new Lost(String.valueOf(lost.getMessage()));
+            } catch (JedisException error) {
+                return refusal(error);
             }
         }
 
@@ -200,20 +245,20 @@ public final class Bridge {
         }
 
         @Override
-        public boolean subscribe(String channel) throws Exception {
-            var confirmed = new boolean[1];
+        public String subscribe(String channel) {
+            var heard = new String[1];
             var listener =
                     new JedisPubSub() {
                         @Override
-                        public void onSubscribe(String name, int count) {
-                            confirmed[0] = name.equals(channel) && count == 1;
+                        public void onMessage(String name, String message) {
+                            heard[0] = message;
                             unsubscribe();
                         }
                     };
             try (var one = new Jedis("127.0.0.1", port)) {
                 one.subscribe(listener, channel);
             }
-            return confirmed[0];
+            return heard[0];
         }
     }
 
@@ -305,12 +350,15 @@ public final class Bridge {
     }
 
     private static final class OfLettuce implements Client {
-        private static final int PATIENCE_S = 60;
         private final RedisClient client;
         private final StatefulRedisConnection<String, String> connection;
 
         OfLettuce(int port, int protocol) {
-            client = RedisClient.create(RedisURI.create("127.0.0.1", port));
+            RedisURI address = RedisURI.create("127.0.0.1", port);
+            if (USER != null) {
+                address.setCredentialsProvider(new StaticCredentialsProvider(USER, PASSWORD.toCharArray()));
+            }
+            client = RedisClient.create(address);
             if (protocol > 0) {
                 var version = protocol == 3 ? ProtocolVersion.RESP3 : ProtocolVersion.RESP2;
                 client.setOptions(ClientOptions.builder().protocolVersion(version).build());
@@ -340,10 +388,7 @@ public final class Bridge {
             try {
                 return future.get(PATIENCE_S, TimeUnit.SECONDS);
             } catch (Exception error) {
-                if (error.getCause() instanceof RedisCommandExecutionException refused) {
-                    return new Refused(refused.getMessage());
-                }
-                return new Lost(String.valueOf(error.getMessage()));
+                return refusal(error);
             }
         }
 
@@ -377,12 +422,86 @@ public final class Bridge {
         }
 
         @Override
-        public boolean subscribe(String channel) throws Exception {
+        public String subscribe(String channel) throws Exception {
+            var heard = new CompletableFuture<String>();
             try (var subscription = client.connectPubSub()) {
+                subscription.addListener(
+                        new RedisPubSubAdapter<>() {
+                            @Override
+                            public void message(String name, String message) {
+                                heard.complete(message);
+                            }
+                        });
                 subscription.async().subscribe(channel).get(PATIENCE_S, TimeUnit.SECONDS);
+                String message = heard.get(PATIENCE_S, TimeUnit.SECONDS);
                 subscription.async().unsubscribe(channel).get(PATIENCE_S, TimeUnit.SECONDS);
+                return message;
             }
-            return true;
+        }
+    }
+
+    /** Redisson has no method for a command that it does not know; this is what its own objects send theirs with. */
+    private static final class OfRedisson implements Client {
+        private final Redisson redisson;
+
+        OfRedisson(int port, int protocol) {
+            var config = new Config();
+            if (protocol > 0) {
+                config.setProtocol(protocol == 3 ? Protocol.RESP3 : Protocol.RESP2);
+            }
+            if (USER != null) {
+                config.setUsername(USER).setPassword(PASSWORD);
+            }
+            config.useSingleServer().setAddress("redis://127.0.0.1:" + port);
+            redisson = (Redisson) Redisson.create(config);
+        }
+
+        private static RFuture<Object> send(CommandAsyncExecutor executor, String name, Object... arguments) {
+            return executor.writeAsync("", org.redisson.client.codec.StringCodec.INSTANCE, new RedisCommand<>(name, new ObjectListReplayDecoder<>()), arguments);
+        }
+
+        private static Object reply(RFuture<Object> future) {
+            try {
+                return future.get(PATIENCE_S, TimeUnit.SECONDS);
+            } catch (Exception error) {
+                return refusal(error);
+            }
+        }
+
+        @Override
+        public Object send(List<byte[]> words) {
+            String name = new String(words.get(0), StandardCharsets.UTF_8);
+            return reply(send(redisson.getCommandExecutor(), name, words.subList(1, words.size()).toArray()));
+        }
+
+        @Override
+        public boolean pipeline(int depth) {
+            var batch = new CommandBatchService(redisson.getCommandExecutor());
+            for (int at = 0; at < depth; at++) {
+                send(batch, "STOCK.GET", "java-mug");
+            }
+            List<?> replies = batch.execute().getResponses();
+            return replies.size() == depth && replies.stream().allMatch(reply -> reply instanceof Long);
+        }
+
+        @Override
+        public boolean pool(int size) {
+            // It has as many connections as there are commands under way, up to 64.
+            return Stream.generate(() -> send(redisson.getCommandExecutor(), "STOCK.GET", "java-mug"))
+                    .limit(size)
+                    .toList()
+                    .stream()
+                    .allMatch(one -> reply(one) instanceof Long);
+        }
+
+        @Override
+        public String subscribe(String channel) throws Exception {
+            var heard = new CompletableFuture<String>();
+            var topic = redisson.getTopic(channel, org.redisson.client.codec.StringCodec.INSTANCE);
+            topic.addListener(String.class, (name, message) -> heard.complete(message));
+            String message = heard.get(PATIENCE_S, TimeUnit.SECONDS);
+            topic.removeAllListeners();
+            return message;
         }
     }
 }
