@@ -3,7 +3,8 @@
 import { readFileSync } from "node:fs";
 import { isDeepStrictEqual } from "node:util";
 
-export const CASES = JSON.parse(readFileSync(new URL("../cases.json", import.meta.url)));
+// One call of a scan sees all keys only while there are few.
+export const CASES = JSON.parse(readFileSync(new URL("../cases.json", import.meta.url))).filter((one) => !(one.few_keys && process.env.MANY_KEYS));
 export const HOST = "127.0.0.1";
 export const PORT = Number(process.env.PORT);
 export const PROXY_PORT = Number(process.env.PROXY_PORT);
