@@ -155,7 +155,8 @@ def a_coupons_lock_stops_issuing():
     check_that("TRYAGAIN" in str(reply), reply)
     is_("unlocked", java.ask("unlock", "coupon:issue:redisson"))
     is_("ISSUED", ask("COUPON.ISSUE", "redisson", "u1")[0])
-    token = acquire("coupon:issue:redisson")
+    # The sidecar gives it back after the reply, so it may have it yet.
+    token = acquire("coupon:issue:redisson", "WAIT", 30_000)
     is_("false", java.ask("try", "coupon:issue:redisson"))
     ask("LOCK.RELEASE", "coupon:issue:redisson", token)
 
