@@ -14,7 +14,7 @@
 -- have a sign.
 -- Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason · 'corrupt' item ·
 -- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'; of orders 'told' line · 'stands' state, position, expires,
--- items · 'unknown' · 'nowhere' · 'stuck' key · 'later'.
+-- items · 'unknown' · 'nowhere' · 'stuck' key · 'later', and so is all that is behind that.
 local FIXED = 7
 window, generation = tonumber(window), tonumber(generation)
 
@@ -181,7 +181,12 @@ end
 for _, operation in ipairs(operations) do
   local kind, text, items, request = operation[1], operation[2], operation[3], operation[4]
   local word, known
-  if request then word, known = recall(head, request, window, generation) end
+  -- What stands behind it may count on it.
+  if shelf.later then
+    word = 'later'
+  elseif request then
+    word, known = recall(head, request, window, generation)
+  end
   if word then
     reply[#reply + 1] = word
     if known then reply[#reply + 1] = known end

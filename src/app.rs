@@ -91,7 +91,7 @@ fn error(why: impl fmt::Display) -> Error {
 /// Serves until `shutdown` is cancelled; says through `ready` when it sells for the first time.
 pub async fn run(config: Config, shutdown: CancellationToken, ready: Option<oneshot::Sender<Ready>>) -> Result<(), Error> {
     let metrics = metrics::install().map_err(error)?;
-    listener::allow_files(config.max_clients);
+    listener::allow_files(config.max_clients, threads(&config));
     let sessions = Sessions::new(&config)?;
     let hub = Arc::clone(&sessions.hub);
     let http_listener = http::bind(config.http.listen).await.map_err(error)?;

@@ -198,6 +198,9 @@ pub const MAX_CLIENTS_MAX: u64 = 1_000_000;
 /// File descriptors that are needed besides those of clients: connections to Redis and Postgres, listeners, timers, the log; and HTTP's.
 pub const FILES_BESIDES_CLIENTS: u64 = 128;
 
+/// And for each thread: its connections to Redis, its listener, and what it waits with.
+pub const FILES_OF_A_THREAD: u64 = 12;
+
 /// The longest `shutdown_timeout_ms`: five minutes. What takes longer is killed by whoever supervises us anyway.
 pub const SHUTDOWN_TIMEOUT_MAX_MS: u64 = 300_000;
 

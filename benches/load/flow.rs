@@ -82,7 +82,7 @@ pub fn sustained(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
                     applied.push((Instant::now(), position));
                     let (from, to) = (applied[applied.len().saturating_sub(100)], applied[applied.len() - 1]);
                     let rate = (to.1 - from.1) / (to.0 - from.0).as_secs_f64();
-                    let seconds = if rate > 0.0 { lag / rate } else { 0.0 };
+                    let seconds = if lag == 0.0 { 0.0 } else { lag / rate };
                     if began.elapsed() > Duration::from_secs(1) {
                         behind = behind.max(seconds);
                     }
@@ -103,7 +103,8 @@ pub fn sustained(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
         let rate = (tally.operations as f64 - lag) / took.as_secs_f64();
         let detail = format!("{what}, for {:.0} s, at most {behind:.2} s behind", took.as_secs_f64());
         if number == 0 {
-            report.figure(slug, Some(rate), &detail);
+            // What is further behind was not sustained.
+            report.figure(slug, Some(if behind < 1.0 { rate } else { 0.0 }), &detail);
         } else {
             report.line(format_args!("    {slug}: {rate:.0} /s ({detail})"));
         }

@@ -133,7 +133,10 @@ local function decide_order(head, shelf, operation, reply, refused, position)
     become(order, known, 'cancelled', 0, '', position)
     return text .. ' |', 'CANCELLED'
   end
-  if kind ~= 'look' and shelf.settled >= SETTLED_MAX then return say('later') end
+  if kind ~= 'look' and shelf.settled >= SETTLED_MAX then
+    shelf.later = true
+    return say('later')
+  end
   local is_due = known.state == 'held' and known.expires <= head.now
   if kind == 'look' then return stands(is_due and 'expired' or nil) end
   if is_due then

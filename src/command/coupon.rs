@@ -195,12 +195,15 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
     let ticket = call.ticket_with(confirmation.waits_for_postgres());
     // It takes a look-up first, which what follows it must not overtake.
     let held = matches!(op.action, Action::Create(_)).then(|| call.session.hold_back(call.pipeline));
-    let waiter = ClientWaiter { cx: Rc::clone(call.cx), ticket, confirmation, arrived: call.arrived, has_looked: false, _held: held };
-    if waiter.comes_behind_a_look_up(&op) {
-        waiter.look(op);
-        return Step::Later;
-    }
-    let waiter = CouponWaiter::Client(waiter);
+    let waiter = CouponWaiter::Client(ClientWaiter {
+        cx: Rc::clone(call.cx),
+        ticket,
+        confirmation,
+        arrived: call.arrived,
+        has_looked: false,
+        is_back: false,
+        _held: held,
+    });
     doubt::submit(call, &call.cx.backend.coupon, op, confirmation.waits_for_postgres(), waiter);
     Step::Later
 }
@@ -220,6 +223,8 @@ pub struct ClientWaiter {
     arrived: Instant,
     /// Whether the coupon was looked up in Postgres for it.
     has_looked: bool,
+    /// Whether it was submitted again behind a look-up.
+    is_back: bool,
     /// What holds back the commands behind it.
     _held: Option<HeldBack>,
 }
@@ -231,6 +236,17 @@ impl Waiter<Coupon> for CouponWaiter {
             Self::Server(answer) => _ = answer.send(result),
             Self::Client(client) if matches!(result, Ok(CouponOutcome::Absent)) && client.may_look(op) => client.look(op.clone()),
             Self::Client(client) => client.answer(op, result),
+        }
+    }
+
+    fn comes_behind(&self, op: &CouponOp) -> bool {
+        matches!(self, Self::Client(client) if !client.is_back && client.comes_behind_a_look_up(op))
+    }
+
+    fn take_back(self, op: CouponOp) {
+        match self {
+            Self::Client(client) => client.look(op),
+            Self::Server(_) => {}
         }
     }
 }
@@ -256,7 +272,7 @@ impl ClientWaiter {
         let waits = WaitsForCoupon::new(&self.cx, &op.coupon, op.client);
         spawn_local(async move {
             // Until it has been submitted again.
-            let _waits = waits;
+            let waits = waits;
             let (cx, within) = (Rc::clone(&self.cx), self.cx.backend.within);
             let deadline = self.arrived + within + self.confirmation.waits_for_postgres();
             if matches!(op.action, Action::Create(_)) {
@@ -273,9 +289,10 @@ impl ClientWaiter {
                     return self.ticket.complete(Reply::error(NOT_KNOWN));
                 }
             }
-            // In the order in which they came, as long as there is time.
+            // In the order in which they came.
             let (soon, late) = (self.arrived + within, Instant::now() + limits::LOCKED_RETRY_WITHIN);
-            let until = if soon > late { soon } else { deadline.min(Instant::now() + within) };
+            let until = waits.submitted_until(if soon > late { soon } else { deadline.min(Instant::now() + within) });
+            self.is_back = true;
             cx.backend.coupon.submit_until(op, until, CouponWaiter::Client(self));
         });
     }

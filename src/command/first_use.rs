@@ -26,8 +26,8 @@ pub struct FirstUse {
     /// Who waits for what somebody is looking up already.
     loading: RefCell<HashMap<Id, Vec<oneshot::Sender<bool>>>>,
     absent: RefCell<HashMap<Id, Instant>>,
-    /// How many operations wait for it, by what they are about and the client that sent them.
-    waiting: RefCell<HashMap<(Id, u64), usize>>,
+    /// Those that wait for it, by what they are about and the client that sent them.
+    waiting: RefCell<HashMap<(Id, u64), Waiting>>,
 }
 
 impl FirstUse {
@@ -64,6 +64,14 @@ impl FirstUse {
     }
 }
 
+/// The operations of one client that wait for the look-up of a coupon.
+#[derive(Default)]
+struct Waiting {
+    count: usize,
+    /// Until when the last of them that was submitted again has time.
+    until: Option<Instant>,
+}
+
 /// One operation that waits for the look-up of a coupon, until this is dropped.
 pub struct WaitsForCoupon {
     cx: Rc<Context>,
@@ -74,17 +82,26 @@ impl WaitsForCoupon {
     /// `client`: who has sent it.
     pub fn new(cx: &Rc<Context>, coupon: &Id, client: u64) -> Self {
         let of = (coupon.detached(), client);
-        *cx.backend.first_coupons.waiting.borrow_mut().entry(of.clone()).or_default() += 1;
+        cx.backend.first_coupons.waiting.borrow_mut().entry(of.clone()).or_default().count += 1;
         Self { cx: Rc::clone(cx), of }
+    }
+
+    /// Until when it has time as it is submitted again: what has more is served later, so none has less than those in front of it.
+    pub fn submitted_until(&self, until: Instant) -> Instant {
+        let mut waiting = self.cx.backend.first_coupons.waiting.borrow_mut();
+        let Some(waiting) = waiting.get_mut(&self.of) else { return until };
+        let until = waiting.until.map_or(until, |before| before.max(until));
+        waiting.until = Some(until);
+        until
     }
 }
 
 impl Drop for WaitsForCoupon {
     fn drop(&mut self) {
         let mut waiting = self.cx.backend.first_coupons.waiting.borrow_mut();
-        if let Some(count) = waiting.get_mut(&self.of) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(of_the_client) = waiting.get_mut(&self.of) {
+            of_the_client.count -= 1;
+            if of_the_client.count == 0 {
                 waiting.remove(&self.of);
             }
         }

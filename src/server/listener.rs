@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use super::connection;
 use super::stream::Stream;
 use crate::command::Context;
-use crate::limits::{ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN, FILES_BESIDES_CLIENTS, KEEPALIVE_EVERY, KEEPALIVE_PROBES};
+use crate::limits::{ACCEPT_PAUSE_MAX, ACCEPT_PAUSE_MIN, FILES_BESIDES_CLIENTS, FILES_OF_A_THREAD, KEEPALIVE_EVERY, KEEPALIVE_PROBES};
 use crate::session::bounds::Bounds;
 use crate::session::client::Session;
 use crate::tls::Certificates;
@@ -52,11 +52,11 @@ pub async fn serve(listener: TcpListener, certificates: Option<Arc<Certificates>
 }
 
 /// Takes as many file descriptors as this process may have: each client needs one, and shells give few.
-pub fn allow_files(clients_max: usize) {
+pub fn allow_files(clients_max: usize, threads: usize) {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, ..limit };
     let files = if setrlimit(Resource::Nofile, raised).is_ok() { raised.current } else { limit.current };
-    let needed = clients_max as u64 + FILES_BESIDES_CLIENTS;
+    let needed = clients_max as u64 + FILES_BESIDES_CLIENTS + threads as u64 * FILES_OF_A_THREAD;
     if files.is_some_and(|files| files < needed) {
         tracing::warn!(files, needed, "too few open files are allowed for max_clients: raise the limit (ulimit -n, LimitNOFILE)");
     }

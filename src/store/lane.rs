@@ -54,6 +54,8 @@ pub enum Verdict<O> {
     Decided(O),
     /// Not executed, worth another try within the deadline; the reason goes to the client if there is none.
     Again(String),
+    /// The same, and so is all that is behind it in its batch: that goes with the next one.
+    Later(String),
     /// The same, and what its client asks for behind it comes behind it again.
     SentBack(String),
     /// The same, for what it was admitted by is lost.
@@ -151,19 +153,28 @@ pub struct Bell {
     work: Notify,
     /// When what is parked is asked about again.
     again_at: Cell<Option<Instant>>,
+    /// Not before that, unless something has changed.
+    not_before: Cell<Option<Instant>>,
 }
 
 impl Bell {
     /// What is parked may go now.
     pub fn ring(&self) {
+        self.not_before.set(None);
         self.ring_by(Instant::now());
         self.work.notify_one();
     }
 
     /// What is parked is asked about again at this time, if not before.
     fn ring_by(&self, at: Instant) {
+        let at = self.not_before.get().map_or(at, |earliest| earliest.max(at));
         let earliest = self.again_at.get().map_or(at, |known| known.min(at));
         self.again_at.set(Some(earliest));
+    }
+
+    /// What is parked is not asked about before this time, unless something has changed until then.
+    fn rest_until(&self, at: Instant) {
+        self.not_before.set(Some(at));
     }
 
     /// Whether what is parked is to be asked about again; says so once.
@@ -199,6 +210,8 @@ pub trait Family: 'static {
     fn is_of_a_client(_: &Self::Op) -> bool {
         true
     }
+    /// Whether of some operations anything is.
+    const FOREKNOWS: bool = false;
     /// What is known of an operation without asking Redis.
     fn foreknown(_: &SoldOut, _: &Self::Op) -> Option<Self::Outcome> {
         None
@@ -237,6 +250,20 @@ pub trait Family: 'static {
 /// Who waits for an operation.
 pub trait Waiter<F: Family>: 'static {
     fn done(self, op: &F::Op, result: Result<F::Outcome, Failure>);
+
+    /// Whether an operation that is about to go to Redis has to come behind another one of its client, which is not in the lane now: then it is
+    /// given back, with [`Self::take_back`].
+    fn comes_behind(&self, _op: &F::Op) -> bool {
+        false
+    }
+
+    /// Takes back what was submitted and did not go to Redis; it may be submitted again.
+    fn take_back(self, op: F::Op)
+    where
+        Self: Sized,
+    {
+        self.done(&op, Err(Failure::TryAgain("it comes behind something that is not done yet; nothing was changed".into())));
+    }
 }
 
 /// An operation on its way. Once its client has been answered it has no waiter any more, but its part of the script's answer still
@@ -273,6 +300,17 @@ impl<F: Family, W: Waiter<F>> Queued<F, W> {
     fn finish(&mut self, result: Result<F::Outcome, Failure>) {
         if let Some(waiter) = self.waiter.take() {
             waiter.done(&self.op, result);
+        }
+    }
+
+    /// Gives it back where it has to come behind another one; `None` if it was.
+    fn unless_taken_back(mut self) -> Option<Self> {
+        match self.waiter.take_if(|waiter| waiter.comes_behind(&self.op)) {
+            None => Some(self),
+            Some(waiter) => {
+                waiter.take_back(self.op);
+                None
+            }
         }
     }
 
@@ -407,7 +445,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// Whether what a client asks for now is refused, whatever it is: more waits than is served in time. Where notes of sold-out products may
     /// answer it without Redis it is not. What is parked keeps nothing else from being served.
     pub fn is_crowded(&self) -> bool {
-        self.queue.borrow().len() >= self.pace.queue_max() && self.partition.sold_out.is_empty() && self.is_open()
+        let may_be_foreknown = F::FOREKNOWS && !self.partition.sold_out.refuses_nobody();
+        self.queue.borrow().len() >= self.pace.queue_max() && !may_be_foreknown && self.is_open()
     }
 
     /// How many operations have gone to Redis.
@@ -645,7 +684,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 continue;
             }
             let Some(sent) = self.next_batch(epoch, connection.run_id()) else {
-                if cancel.is_cancelled() {
+                if cancel.is_cancelled() && self.queued() == 0 {
                     return Ok(());
                 }
                 let again_at = self.bell.again_at.get().filter(|_| !self.parked.borrow().is_empty());
@@ -654,7 +693,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                         () = self.bell.work.notified() => Ok(()),
                         () = tokio::time::sleep_until(again_at.unwrap_or_else(Instant::now).into()), if again_at.is_some() => Ok(()),
                         _ = state.changed() => Ok(()),
-                        () = cancel.cancelled() => Ok(()),
+                        () = cancel.cancelled(), if !cancel.is_cancelled() => Ok(()),
                         () = tokio::time::sleep(limits::HEARTBEAT_EVERY) => self.heartbeat(connection).await,
                     }
                 };
@@ -865,6 +904,52 @@ mod tests {
         assert_eq!((issued.len(), lane.queued()), (5_000, 0));
         let at = |step: &str| issued.iter().position(|name| name.contains(step) && name.contains("u-4000")).unwrap();
         assert!(at("Issue") < at("Use"), "what is behind an issue comes behind it");
+    }
+
+    #[test]
+    fn what_comes_behind_something_that_is_not_in_the_lane_is_given_back_and_does_not_go_to_redis() {
+        #[derive(Clone)]
+        struct Behind(&'static str, Rc<RefCell<Vec<String>>>);
+
+        impl Waiter<Stock> for Behind {
+            fn done(self, op: &StockOp, result: Result<StockOutcome, Failure>) {
+                panic!("{op:?}: {result:?}");
+            }
+
+            fn comes_behind(&self, op: &StockOp) -> bool {
+                op.items[0].0 == Id::from(self.0)
+            }
+
+            fn take_back(self, op: StockOp) {
+                self.1.borrow_mut().push(op.items[0].0.to_string());
+            }
+        }
+
+        let partition = Arc::new(Partition::new(0, 1 << 20).0);
+        let lane = Lane::<Stock, Behind>::new(partition, "redis://127.0.0.1:1", "i:stock".into(), 600_000, Duration::from_secs(60), ());
+        *lane.gate.borrow_mut() = Gate::Open;
+        let taken_back = Rc::default();
+        for product in ["a", "b", "a", "c"] {
+            let op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from(product), 1)]);
+            lane.submit(op, Instant::now(), Behind("a", Rc::clone(&taken_back)));
+        }
+        let goes: Vec<String> =
+            lane.next_batch(1, "run").unwrap().operations.iter().map(|queued| queued.op.items[0].0.to_string()).collect();
+        assert_eq!((goes, taken_back.take()), (vec!["b".to_owned(), "c".to_owned()], vec!["a".to_owned(), "a".to_owned()]));
+    }
+
+    #[test]
+    fn what_is_parked_is_not_asked_about_before_its_time_unless_something_has_changed() {
+        let (bell, now) = (Bell::default(), Instant::now());
+        let at = |ms| now + Duration::from_millis(ms);
+        bell.rest_until(at(50));
+        bell.ring_by(at(5));
+        assert!(!bell.has_rung(at(49)) && bell.has_rung(at(50)) && !bell.has_rung(at(50)));
+        bell.ring_by(at(5));
+        bell.ring();
+        assert!(bell.has_rung(Instant::now()), "something has changed");
+        bell.ring_by(at(5));
+        assert!(bell.has_rung(at(5)));
     }
 
     #[test]

@@ -18,8 +18,8 @@ pub struct SoldOut {
     /// How long a note counts; zero switches all of this off.
     lasts: Duration,
     notes: Mutex<Notes>,
-    /// Whether there are any, so that what sells well needs no lock.
-    any: AtomicBool,
+    /// Whether any of them may refuse, so that what sells well needs no lock.
+    some_refuse: AtomicBool,
 }
 
 type Notes = HashMap<Id, Note, foldhash::fast::RandomState>;
@@ -37,21 +37,21 @@ enum Note {
 impl SoldOut {
     /// `lasts`: how long a note counts; zero for never.
     pub fn new(lasts: Duration) -> Self {
-        Self { lasts, notes: Mutex::default(), any: AtomicBool::new(false) }
+        Self { lasts, notes: Mutex::default(), some_refuse: AtomicBool::new(false) }
     }
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether nothing is noted of any product.
-    pub fn is_empty(&self) -> bool {
-        !self.any.load(Ordering::Relaxed)
+    /// Whether nobody is refused from here.
+    pub fn refuses_nobody(&self) -> bool {
+        !self.some_refuse.load(Ordering::Relaxed)
     }
 
     /// What was available moments ago, if it is less than `wanted`.
     pub fn refuses(&self, product: &Id, wanted: i64) -> Option<i64> {
-        if self.is_empty() {
+        if self.refuses_nobody() {
             return None;
         }
         match self.notes().get(product) {
@@ -66,7 +66,6 @@ impl SoldOut {
             return;
         }
         let (now, mut notes) = (Instant::now(), self.notes());
-        self.any.store(true, Ordering::Relaxed);
         for product in products {
             let note = match notes.get(product) {
                 Some(Note::MayRise { pending, until: other }) if now < *other => {
@@ -93,7 +92,7 @@ impl SoldOut {
                 Some(Note::MayRise { pending, until }) if *pending > 1 => Note::MayRise { pending: pending - 1, until: *until },
                 _ => Note::Rose { at: Instant::now() },
             };
-            self.put(&mut notes, product, note);
+            Self::put(&mut notes, product, note);
         }
     }
 
@@ -104,7 +103,7 @@ impl SoldOut {
         }
         let (product, mut notes) = (Id::from(product), self.notes());
         if !matches!(notes.get(&product), Some(Note::MayRise { .. })) {
-            self.put(&mut notes, &product, Note::Rose { at: Instant::now() });
+            Self::put(&mut notes, &product, Note::Rose { at: Instant::now() });
         }
     }
 
@@ -123,13 +122,14 @@ impl SoldOut {
             None => false,
         };
         if !is_older {
-            self.put(&mut notes, product, Note::Had { available, until });
+            Self::put(&mut notes, product, Note::Had { available, until });
+            self.some_refuse.store(true, Ordering::Relaxed);
         }
     }
 
     /// Redis, asked at `asked`, had so many units of a product, or had no such product: what is noted of it is put right.
     pub fn saw(&self, product: &Id, available: Option<i64>, asked: Instant) {
-        if self.is_empty() {
+        if self.refuses_nobody() {
             return;
         }
         let mut notes = self.notes();
@@ -145,14 +145,13 @@ impl SoldOut {
 
     /// Forgets what refuses.
     pub fn clear(&self) {
-        self.notes().retain(|_, note| !matches!(note, Note::Had { .. }));
+        let mut notes = self.notes();
+        notes.retain(|_, note| !matches!(note, Note::Had { .. }));
+        self.some_refuse.store(false, Ordering::Relaxed);
     }
 
     /// Removes what no longer counts. Called now and then.
     pub fn purge(&self) {
-        if self.is_empty() {
-            return;
-        }
         let (now, lasts, mut notes) = (Instant::now(), self.lasts, self.notes());
         notes.retain(|_, note| match note {
             Note::Had { until, .. } | Note::MayRise { until, .. } => now < *until,
@@ -160,15 +159,15 @@ impl SoldOut {
         });
         if notes.is_empty() {
             notes.shrink_to(limits::SOLD_OUT_NOTES_KEPT);
-            self.any.store(false, Ordering::Relaxed);
         }
+        let some_refuse = notes.values().any(|note| matches!(note, Note::Had { .. }));
+        self.some_refuse.store(some_refuse, Ordering::Relaxed);
     }
 
-    fn put(&self, notes: &mut Notes, product: &Id, note: Note) {
+    fn put(notes: &mut Notes, product: &Id, note: Note) {
         if let Some(known) = notes.get_mut(product) {
             *known = note;
         } else if notes.len() < limits::SOLD_OUT_NOTES_MAX {
-            self.any.store(true, Ordering::Relaxed);
             notes.insert(product.detached(), note);
         }
     }
@@ -258,7 +257,22 @@ mod tests {
         short.had(&rising, 0, Instant::now());
         short.may_rise([&id(1)].into_iter(), Instant::now());
         std::thread::sleep(Duration::from_millis(2));
+        assert!(!short.refuses_nobody());
         short.purge();
-        assert!(short.is_empty());
+        assert!(short.refuses_nobody() && short.notes().is_empty());
+    }
+
+    #[test]
+    fn what_may_rise_refuses_nobody() {
+        let (notes, now, product) = (SoldOut::new(LASTS), Instant::now(), Id::from("a"));
+        notes.may_rise([&product].into_iter(), now + LASTS);
+        assert!(notes.refuses_nobody());
+        notes.purge();
+        notes.rose([&product].into_iter());
+        assert!(notes.refuses_nobody());
+        notes.had(&product, 0, Instant::now() + Duration::from_millis(1));
+        assert!(!notes.refuses_nobody());
+        notes.purge();
+        assert!(!notes.refuses_nobody());
     }
 }

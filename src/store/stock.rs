@@ -337,6 +337,8 @@ impl Family for Stock {
         }
     }
 
+    const FOREKNOWS: bool = true;
+
     fn foreknown(sold_out: &SoldOut, op: &StockOp) -> Option<StockOutcome> {
         let (product, delta) = sums::part(op).filter(|(_, delta)| *delta < 0)?;
         let available = sold_out.refuses(product, -delta)?;
@@ -369,7 +371,7 @@ impl Family for Stock {
                     sold_out.had(product, *available, asked);
                 }
             }
-            _ if sold_out.is_empty() => {}
+            _ if sold_out.refuses_nobody() => {}
             StockOutcome::Told { line, .. } => {
                 if let Effect::Stock { items, .. } = &line.effect {
                     products.zip(items).for_each(|(product, item)| sold_out.saw(product, Some(item.available), asked));
@@ -560,7 +562,7 @@ fn decided(op: &StockOp, words: &mut Words, positions: &mut Positions) -> Result
         "unknown" => StockOutcome::Unknown,
         "nowhere" => StockOutcome::Nowhere,
         "stuck" => StockOutcome::Stuck { key: words.text()? },
-        "later" => return Ok(Verdict::Again("overloaded: too many orders are being settled; nothing was changed".into())),
+        "later" => return Ok(Verdict::Later("overloaded: too many orders are being settled; nothing was changed".into())),
         other => return requests::verdict(other, words, StockOutcome::Remembered),
     };
     Ok(Verdict::Decided(outcome))

@@ -28,6 +28,7 @@ mod lock_faults;
 mod locks;
 mod model;
 mod orders;
+mod overload;
 mod protocol;
 mod proxy;
 mod pubsub;

@@ -311,6 +311,28 @@ fn what_an_order_gives_back_is_there_for_what_comes_after_it_in_one_pipeline() {
 }
 
 #[test]
+fn what_comes_behind_more_orders_than_one_script_settles_is_decided_behind_them() {
+    let (orders, products) = (6, 250);
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    let names: Vec<String> = (0..products).map(|number| format!("p-{number}")).collect();
+    names.iter().for_each(|name| client.ok(&format!("STOCK.SET {name} {orders} ACK redis")));
+    let items = names.join(" 1 ") + " 1";
+    let mut pipeline = redis::Pipeline::new();
+    for order in 0..orders {
+        assert!(held(&client.ask(&format!("STOCK.RESERVE o-{order} 600000 {items}"))));
+        pipeline.cmd("STOCK.CANCEL").arg(format!("o-{order}")).arg("ACK").arg("redis");
+    }
+    pipeline.cmd("STOCK.DECR").arg("p-0").arg(orders).cmd("STOCK.CANCEL").arg("o-0").arg("ACK").arg("redis");
+    let mut connection = redis::Client::open(stack.sidecar.url()).unwrap().get_connection().unwrap();
+    let replies: Vec<redis::Value> = pipeline.query(&mut connection).unwrap();
+    let word = |reply: &redis::Value| redis::from_redis_value::<Vec<redis::Value>>(reply.clone()).unwrap()[0].clone();
+    let words: Vec<String> = replies.iter().map(|reply| redis::from_redis_value(word(reply)).unwrap()).collect();
+    assert_eq!(words, [vec!["CANCELLED"; orders], vec!["OK", "CANCELLED"]].concat());
+    assert_eq!(client.ask("STOCK.MGET p-0 p-249"), format!("[0, {orders}]"));
+}
+
+#[test]
 fn the_history_of_a_product_is_told() {
     let stack = Stack::start();
     let mut client = stack.connect();

@@ -108,6 +108,49 @@ fn an_older_redis_is_filled_anew_and_loses_nothing() {
 }
 
 #[test]
+fn a_stale_redis_that_comes_back_brings_what_its_outbox_still_holds() {
+    let mut stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 100");
+    client.ok("COUPON.CREATE c 10");
+    stack.wait_until_applied();
+    let copy = stack.postgres.holding(RELAYS_WAIT, || {
+        assert_eq!(client.ask("STOCK.DECR a 3 REQUEST r-1"), "[OK, 97, 1-3]");
+        assert_eq!(client.ask("COUPON.ISSUE c u1 REQUEST i-1"), "[ISSUED, 1, 9, 1-4]");
+        assert_eq!(client.ask("STOCK.RESERVE o-1 a 20"), "[HELD, 1-5]");
+        // With everysec, what is on disk may be a second behind.
+        std::thread::sleep(Duration::from_millis(1_500));
+        let copy = stack.redis.copy_of_data();
+        // Then nobody has copies.
+        stack.sidecar.kill();
+        stack.redis.kill();
+        copy
+    });
+    stack.redis.restart_empty();
+    stack.restart_sidecar();
+    let mut client = stack.connect();
+    assert_eq!(client.ask("STOCK.GET a"), "100", "as far as Postgres knows");
+    assert_eq!(client.ask("STOCK.DECR a 50"), "[OK, 50, 2-3]");
+    assert_eq!(client.ask("COUPON.ISSUE c u2"), "[ISSUED, 1, 9, 2-4]");
+    stack.wait_until_applied();
+    stack.redis.kill();
+    stack.redis.restart_from(&copy);
+    std::fs::remove_dir_all(copy).unwrap();
+    assert_eq!(client.until_not("STOCK.GET a", LOADING), "27");
+    assert_eq!(client.ask("STOCK.DECR a 3 REQUEST r-1"), "[OK, 97, 1-3]", "the reply of then");
+    assert_eq!(client.field("STOCK.ORDER o-1", "state"), "held");
+    assert!(client.ask("COUPON.ISSUE c u2").starts_with("[ALREADY, 1"));
+    stack.wait_until_applied();
+    let saved = "SELECT kind || ' ' || pg_delta || ' ' || origin_epoch || '-' || origin_n FROM holdfast.stock_ledger
+                 WHERE origin_n IS NOT NULL ORDER BY n";
+    assert_eq!(stack.postgres.column(saved), ["decr -3 1-3", "reserve -20 1-5"]);
+    // The serial is somebody else's by now: a person decides.
+    assert_eq!(stack.postgres.column("SELECT kind || ' ' || user_id FROM holdfast.dead_letter"), ["coupon.issue u1"]);
+    let (said, code) = audit(&stack);
+    assert_eq!(code, Some(0), "{said}");
+}
+
+#[test]
 fn what_still_stands_in_the_outbox_is_saved_where_meta_is_lost() {
     let mut stack = Stack::with_own_postgres();
     let mut client = stack.connect();

@@ -69,7 +69,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let youngest = operations.iter().map(|queued| queued.deadline).max().unwrap_or_else(Instant::now);
         let generation = clock.at(Instant::now()).div_euclid(self.window_ms);
         let encoded = F::encode(operations.iter().map(|queued| &queued.op), generation, self.partition.grain);
-        if operations.len() >= limits::BATCH_OPERATIONS_MAX / 8 {
+        if operations.len() >= limits::BATCH_OPERATIONS_MAX / 8 || !self.queue.borrow().is_empty() {
             self.keys.set((encoded.keys.len() + FRAME_KEYS - F::FIXED_KEYS, operations.len()));
         }
         self.counter.set(self.counter.get() + 1);
@@ -140,8 +140,8 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
         if some_wait {
             // However many there are, asking takes a small part of the time.
-            let asked = now.elapsed();
-            self.bell.ring_by(now + self.desk.retry_after().max(asked * limits::PARKED_ASKED_PART));
+            self.bell.rest_until(now + now.elapsed() * limits::PARKED_ASKED_PART);
+            self.bell.ring_by(now + self.desk.retry_after());
         }
         stay.into_iter().rev().for_each(|queued| parked.push_front(queued));
     }
@@ -149,7 +149,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// Takes as much of the queue as fits the batch.
     fn take_queued(&self, batch: &mut Batch<F, W>) {
         loop {
-            let (mut queued, weight) = {
+            let (queued, weight) = {
                 let mut queue = self.queue.borrow_mut();
                 let Some(weight) = queue.front().map(|queued| F::weight(&queued.op)).filter(|weight| batch.has_room_for(*weight)) else {
                     return;
@@ -157,6 +157,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 let Some(queued) = queue.pop_front() else { return };
                 (queued, weight)
             };
+            let Some(mut queued) = queued.unless_taken_back() else { continue };
             match self.desk.admit(&mut queued.op) {
                 Ok(()) => batch.push(queued, weight),
                 Err(reason) => self.try_again(queued, reason, self.desk.retry_after()),
@@ -299,8 +300,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 if status == "requests" {
                     sent.operations.iter_mut().for_each(|queued| F::leave_alone(&mut queued.op));
                 }
-                let mut queue = self.queue.borrow_mut();
-                sent.operations.into_iter().rev().filter(|queued| queued.waiter.is_some()).for_each(|queued| queue.push_front(queued));
+                self.put_back(sent.operations);
                 Ok(())
             }
             "never" => {
@@ -345,6 +345,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
         // What is finished here is written to its client later, on this thread: by then the copies are kept.
         let mut copies = CopiedBatch::new(self.op(sent.counter), now_ms);
+        let mut later = Vec::new();
         for (k, (mut queued, verdict)) in (0..).zip(sent.operations.into_iter().zip(verdicts)) {
             match verdict {
                 Verdict::Decided(outcome) => {
@@ -356,6 +357,10 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                     }
                 }
                 Verdict::Again(reason) => self.try_again(queued, reason.into(), limits::LOCKED_RETRY_AFTER),
+                Verdict::Later(reason) => {
+                    queued.again = Some(reason.into());
+                    later.push(queued);
+                }
                 Verdict::SentBack(reason) => {
                     let reason = reason.into();
                     self.desk.sent_back(&queued.op, &reason);
@@ -370,7 +375,14 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             }
         }
         self.partition.copies.keep(copies);
+        self.put_back(later);
         Ok(())
+    }
+
+    /// Puts in front of the queue what goes with the next batch, but for what nobody waits for any more.
+    fn put_back(&self, operations: Vec<Queued<F, W>>) {
+        let mut queue = self.queue.borrow_mut();
+        operations.into_iter().rev().filter(|queued| queued.waiter.is_some()).for_each(|queued| queue.push_front(queued));
     }
 
     fn op(&self, counter: u64) -> String {
