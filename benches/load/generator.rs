@@ -2,10 +2,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime};
+use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
@@ -248,11 +251,36 @@ struct Schedule {
     unanswered_max: usize,
 }
 
+/// Wakes at a time to the microsecond. The runtime's timers know whole milliseconds: with them all connections would send at once, and late.
+struct Alarm(AsyncFd<OwnedFd>);
+
+impl Alarm {
+    #[allow(deprecated, reason = "an OwnedFd stays the descriptor that it is, and the crate's other way needs unsafe code")]
+    fn new() -> Self {
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC);
+        Self(AsyncFd::new(timer.unwrap()).unwrap())
+    }
+
+    async fn until(&self, at: Instant) {
+        loop {
+            let left = at.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let never = Timespec { tv_sec: 0, tv_nsec: 0 };
+            let once = Itimerspec { it_interval: never, it_value: left.try_into().unwrap() };
+            timerfd_settime(&self.0, TimerfdTimerFlags::empty(), &once).unwrap();
+            self.0.readable().await.unwrap().clear_ready();
+        }
+    }
+}
+
 async fn send(mut output: OwnedWriteHalf, template: Template, shared: Rc<Shared>, mut schedule: Schedule) -> OwnedWriteHalf {
     let mut out = Vec::new();
     let mut pause = Duration::ZERO;
+    let alarm = Alarm::new();
     while schedule.due < schedule.until && !stopped() {
-        tokio::time::sleep_until((schedule.due + pause).into()).await;
+        alarm.until(schedule.due + pause).await;
         let now = Instant::now();
         out.clear();
         pause = Duration::ZERO;

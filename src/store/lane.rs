@@ -872,6 +872,8 @@ mod tests {
                 lane.park(queued, Duration::ZERO);
             }
             lane.desk.returned();
+            // Some time later.
+            lane.bell.again_at.set(Some(Instant::now()));
         };
         for user in 0..5_000 {
             submit("a", CouponStep::Issue, &format!("u-{user}"));

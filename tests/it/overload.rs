@@ -1,6 +1,6 @@
 //! More than Redis can do in time: what is too much is refused as it comes, and the rest is served and counted exactly.
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{BufRead, BufReader, Write as _};
 use std::net::TcpStream;
 
 use crate::harness::Stack;
@@ -19,7 +19,7 @@ struct Tally {
     others: Vec<String>,
 }
 
-fn line(from: &mut impl std::io::BufRead) -> String {
+fn line(from: &mut impl BufRead) -> String {
     let mut line = String::new();
     from.read_line(&mut line).unwrap();
     line.trim_end().to_owned()
