@@ -602,7 +602,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     /// Ends what is too late to be sent: it would end in doubt.
     fn drop_late(&self) {
-        let in_time = Instant::now() + limits::SEND_WITHIN;
+        let in_time = Instant::now() + self.pace.sent_within();
         let late: Vec<_> = {
             let mut queue = self.queue.borrow_mut();
             let count = queue.iter().take_while(|queued| queued.deadline <= in_time).count();

@@ -52,7 +52,7 @@ fn pipeline(mut stream: TcpStream, command: &[u8]) -> Tally {
 
 #[test]
 fn a_crowd_of_large_operations_is_refused_as_it_comes_and_the_rest_is_counted() {
-    let stack = Stack::with_deadline(1_000);
+    let stack = Stack::with_deadline(3_000);
     let mut client = stack.connect();
     let names: Vec<String> = (0..PRODUCTS).map(|number| format!("p-{number}")).collect();
     names.iter().for_each(|name| client.ok(&format!("STOCK.SET {name} {UNITS} ACK redis")));

@@ -8,11 +8,20 @@ use crate::limits;
 /// How many batches the average looks back on.
 const MEMORY: u32 = 8;
 
+/// Takes one more into an average, and returns it.
+fn averaged(known: &Cell<Duration>, one: Duration) -> Duration {
+    let before = known.get();
+    let average = if before.is_zero() { one } else { before - before / MEMORY + one / MEMORY };
+    known.set(average);
+    average
+}
+
 /// Measures how long the operations of a full batch take, from its start to that of the next one, and bounds the queue by that. What is measured is
 /// the whole round: the script, its way, and what this thread does for its clients meanwhile.
 pub(super) struct Pace {
     within: Duration,
-    /// The average time of an operation in such rounds.
+    /// The average time of such a round, and of an operation in it.
+    round: Cell<Duration>,
     each: Cell<Duration>,
     /// When the batch before went and how many operations it had, if it was full and more waited behind it.
     before: Cell<Option<(Instant, usize)>>,
@@ -25,6 +34,7 @@ impl Pace {
     pub(super) fn new(within: Duration) -> Self {
         Self {
             within,
+            round: Cell::new(Duration::ZERO),
             each: Cell::new(Duration::ZERO),
             before: Cell::new(None),
             queue_max: Cell::new(limits::LANE_QUEUE_MAX),
@@ -35,6 +45,11 @@ impl Pace {
     /// How many operations may wait.
     pub(super) fn queue_max(&self) -> usize {
         self.queue_max.get()
+    }
+
+    /// What is left of an operation's time when its batch goes, so that its answer is in time: as long as a full batch takes.
+    pub(super) fn sent_within(&self) -> Duration {
+        self.round.get().min(self.within / limits::QUEUE_PART).max(limits::SEND_WITHIN)
     }
 
     /// How many operations have gone.
@@ -59,10 +74,9 @@ impl Pace {
 
     fn took(&self, round: Duration, operations: usize) {
         // One that took longer than an operation has is a stall, not a pace.
-        let each = round.min(self.within) / u32::try_from(operations).unwrap_or(u32::MAX).max(1);
-        let known = self.each.get();
-        let average = if known.is_zero() { each } else { known - known / MEMORY + each / MEMORY };
-        self.each.set(average);
+        let round = round.min(self.within);
+        averaged(&self.round, round);
+        let average = averaged(&self.each, round / u32::try_from(operations).unwrap_or(u32::MAX).max(1));
         let in_time = (self.within / limits::QUEUE_PART).as_nanos() / average.as_nanos().max(1);
         let in_time = usize::try_from(in_time).unwrap_or(usize::MAX);
         self.queue_max.set(in_time.max(limits::QUEUE_BATCHES_MIN * operations).min(limits::LANE_QUEUE_MAX));
@@ -86,6 +100,16 @@ mod tests {
         assert_eq!(pace.queue_max(), limits::QUEUE_BATCHES_MIN * 512);
         took(Duration::from_nanos(1), 512);
         assert_eq!(pace.queue_max(), limits::LANE_QUEUE_MAX);
+    }
+
+    #[test]
+    fn what_has_less_time_than_a_batch_takes_is_not_sent() {
+        let pace = Pace::new(Duration::from_millis(85));
+        assert_eq!(pace.sent_within(), limits::SEND_WITHIN);
+        for (round, expected) in [(1, 5), (20, 20), (9_000, 43)] {
+            (0..200).for_each(|_| pace.took(Duration::from_millis(round), 100));
+            assert_eq!((pace.sent_within().as_secs_f64() * 1000.0).round(), f64::from(expected));
+        }
     }
 
     #[test]
