@@ -201,7 +201,7 @@ fn submit(call: &mut Call<'_>, action: Action, default: Ack) -> Step {
         confirmation,
         arrived: call.arrived,
         has_looked: false,
-        is_back: false,
+        waits: None,
         _held: held,
     });
     doubt::submit(call, &call.cx.backend.coupon, op, confirmation.waits_for_postgres(), waiter);
@@ -223,8 +223,8 @@ pub struct ClientWaiter {
     arrived: Instant,
     /// Whether the coupon was looked up in Postgres for it.
     has_looked: bool,
-    /// Whether it was submitted again behind a look-up.
-    is_back: bool,
+    /// Once it was submitted again behind a look-up: what its client sends behind it comes behind it still.
+    waits: Option<WaitsForCoupon>,
     /// What holds back the commands behind it.
     _held: Option<HeldBack>,
 }
@@ -240,7 +240,7 @@ impl Waiter<Coupon> for CouponWaiter {
     }
 
     fn comes_behind(&self, op: &CouponOp) -> bool {
-        matches!(self, Self::Client(client) if !client.is_back && client.comes_behind_a_look_up(op))
+        matches!(self, Self::Client(client) if client.waits.is_none() && client.comes_behind_a_look_up(op))
     }
 
     fn take_back(self, op: CouponOp) {
@@ -268,11 +268,11 @@ impl ClientWaiter {
 
     /// Looks the coupon up in Postgres, gives it to Redis if it is there, and tries again.
     fn look(mut self, mut op: CouponOp) {
+        // Its own look-up of before is over.
+        self.waits = None;
         let behind = self.comes_behind_a_look_up(&op);
         let waits = WaitsForCoupon::new(&self.cx, &op.coupon, op.client);
         spawn_local(async move {
-            // Until it has been submitted again.
-            let waits = waits;
             let (cx, within) = (Rc::clone(&self.cx), self.cx.backend.within);
             let deadline = self.arrived + within + self.confirmation.waits_for_postgres();
             if matches!(op.action, Action::Create(_)) {
@@ -292,7 +292,7 @@ impl ClientWaiter {
             // In the order in which they came.
             let (soon, late) = (self.arrived + within, Instant::now() + limits::LOCKED_RETRY_WITHIN);
             let until = waits.submitted_until(if soon > late { soon } else { deadline.min(Instant::now() + within) });
-            self.is_back = true;
+            self.waits = Some(waits);
             cx.backend.coupon.submit_until(op, until, CouponWaiter::Client(self));
         });
     }

@@ -26,6 +26,7 @@ mod heartbeat;
 pub mod holdfast;
 pub mod info;
 pub mod lock;
+pub mod look_ups;
 pub mod order;
 pub mod passthrough;
 pub mod pubsub;
