@@ -12,7 +12,6 @@ use tokio_util::sync::CancellationToken;
 use super::ack::AckQueue;
 use super::coupon::CouponWaiter;
 use super::first_use::FirstUse;
-use super::look_ups::LookUps;
 use super::stock::StockWaiter;
 use crate::limits;
 use crate::resp::Pipeline;
@@ -40,7 +39,6 @@ pub struct Backend {
     pub first_use: FirstUse,
     /// The same of coupons.
     pub first_coupons: FirstUse,
-    pub look_ups: LookUps,
     pub locks: Locks,
     /// How long an operation may take, from the arrival of its command.
     pub within: Duration,
@@ -75,7 +73,6 @@ impl Backend {
             reads: Reads::new(redis_url, within),
             first_use: FirstUse::default(),
             first_coupons: FirstUse::default(),
-            look_ups: LookUps::default(),
             locks,
             within,
             reply_within,

@@ -170,19 +170,12 @@ fn rejection(call: &Call<'_>, rejected: Rejected, wait: Duration) -> Step {
 
 pub static AUTH: Spec = Spec::new("AUTH", "Authenticates the connection.")
     .family("connection")
-    .args(&[
-        text("username", REQUEST_BULK_MAX),
-        text("password", REQUEST_BULK_MAX).optional(),
-        text("refused", REQUEST_BULK_MAX).any_number(),
-    ])
+    .args(&[text("username", REQUEST_BULK_MAX), text("password", REQUEST_BULK_MAX).optional()])
     .flags(ALWAYS | NOAUTH | SECRET)
     .example("AUTH default secret")
     .run(auth);
 
 fn auth(call: &mut Call<'_>) -> Step {
-    if call.args.list("refused").next().is_some() {
-        return Step::Reply(Reply::error("ERR syntax error"));
-    }
     let (user, password) = match (call.args.text("username").clone(), call.args.maybe_text("password").cloned()) {
         (user, Some(password)) => (user, password),
         (_, None) if call.session.needs_no_password() => {
@@ -285,7 +278,7 @@ mod tests {
                 "AUTH x",
                 "-ERR AUTH <password> called without any password configured for the default user. Are you sure your configuration is correct?\r\n",
             ),
-            ("AUTH default x y", "-ERR syntax error\r\n"),
+            ("AUTH default x y", "-ERR wrong number of arguments for 'auth' command\r\n"),
             ("AUTH", "-ERR wrong number of arguments for 'auth' command\r\n"),
             ("ping", "+PONG\r\n"),
             ("PING hi", "$2\r\nhi\r\n"),

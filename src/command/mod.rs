@@ -26,7 +26,6 @@ mod heartbeat;
 pub mod holdfast;
 pub mod info;
 pub mod lock;
-pub mod look_ups;
 pub mod order;
 pub mod passthrough;
 pub mod pubsub;

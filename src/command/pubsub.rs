@@ -79,13 +79,16 @@ fn subscribe(call: &mut Call<'_>, kind: Kind) -> Step {
         return Step::Reply(Reply::error("NOPERM No permissions to access a channel"));
     }
     let subscriptions = subscriptions(call);
-    if subscriptions.count() + names.len() > SUBSCRIPTIONS_MAX {
+    let mut new: Vec<&Bytes> = names.iter().filter(|name| !subscriptions.has(kind, name)).collect();
+    new.sort_unstable();
+    new.dedup();
+    if subscriptions.count() + new.len() > SUBSCRIPTIONS_MAX {
         return Step::Reply(Reply::error(format!("ERR too many subscriptions: a connection may have {SUBSCRIPTIONS_MAX}")));
     }
-    if kind == Kind::Pattern && subscriptions.count_of(kind) + names.len() > PATTERNS_MAX {
+    if kind == Kind::Pattern && subscriptions.count_of(kind) + new.len() > PATTERNS_MAX {
         return Step::Reply(Reply::error(format!("ERR too many patterns: a connection may have {PATTERNS_MAX}")));
     }
-    if subscriptions.tails() + names.iter().map(|name| kind.tail(name)).sum::<usize>() > PATTERN_TAILS_EACH_MAX {
+    if subscriptions.tails() + new.iter().map(|name| kind.tail(name)).sum::<usize>() > PATTERN_TAILS_EACH_MAX {
         return Step::Reply(Reply::error(format!(
             "ERR too many patterns: a connection may have {PATTERN_TAILS_EACH_MAX} bytes behind the first star of each"
         )));

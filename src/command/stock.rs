@@ -8,7 +8,6 @@ use tokio::sync::oneshot;
 
 use super::args::Ack;
 use super::change::{self, ACK_POSTGRES, ACK_REDIS, CROWDED, Confirmation, accepted, failed, outcome};
-use super::look_ups::{LookUp, LookUps};
 use super::spec::{self, ACK, FAST, ORDER, PRODUCT, QUANTITY, READONLY, REQUEST, Spec, TIMEOUT, WRITE};
 use super::{Backend, Call, Context, Step, doubt, first_use, order, read};
 use crate::domain::change::StockKind;
@@ -233,10 +232,6 @@ pub struct ClientWaiter {
     is_beside: bool,
     /// How often products were looked up for it.
     lookups: usize,
-    /// Who has sent it.
-    client: u64,
-    /// Once something was looked up for it: holds back what its client sends behind it.
-    look_up: Option<LookUp>,
 }
 
 impl StockWaiter {
@@ -248,8 +243,6 @@ impl StockWaiter {
             arrived: call.arrived,
             is_beside: call.session.is_beside,
             lookups: 0,
-            client: call.session.client.id,
-            look_up: None,
         })
     }
 
@@ -277,7 +270,6 @@ impl Waiter<Stock> for StockWaiter {
             }
         };
         if matches!(result, Ok(StockOutcome::Unknown)) {
-            client.holds_back();
             let (cx, deadline) = (Rc::clone(&client.cx), client.lookup_deadline());
             return order::look_up_and_retry(&cx, op.clone(), deadline, Self::Client(client));
         }
@@ -286,29 +278,12 @@ impl Waiter<Stock> for StockWaiter {
             return client.answer(op, result);
         }
         client.lookups += 1;
-        client.holds_back();
         let (cx, deadline) = (Rc::clone(&client.cx), client.lookup_deadline());
         first_use::load_and_retry(&cx, missing, op.clone(), deadline, Self::Client(client));
-    }
-
-    fn comes_behind(&self, _: &StockOp) -> bool {
-        matches!(self, Self::Client(client) if client.look_up.is_none() && client.cx.backend.look_ups.has(client.client))
-    }
-
-    fn take_back(self, op: StockOp) {
-        if let Self::Client(client) = self {
-            let (cx, id, until) = (Rc::clone(&client.cx), client.client, client.arrived + client.cx.backend.within);
-            LookUps::hold(&cx, id, op, until, Self::Client(client));
-        }
     }
 }
 
 impl ClientWaiter {
-    /// Has what its client sends behind it wait until it is decided.
-    fn holds_back(&mut self) {
-        self.look_up.get_or_insert_with(|| LookUp::begin(&self.cx, self.client));
-    }
-
     /// Until when products may be looked up for it: a change that waits for Postgres anyway has the time for that.
     fn lookup_deadline(&self) -> Instant {
         let more = if let Shape::Change(confirmation) = self.shape { confirmation.waits_for_postgres() } else { Duration::ZERO };

@@ -254,6 +254,7 @@ impl Connection {
         // What was held back, and is not any more.
         event |= self.input.backlog && self.has_room();
         event |= self.poll_read(cx);
+        event |= self.output.has_gone(&self.stream);
         event |= self.poll_waiting(cx);
         event |= self.poll_again(cx);
         // Past the bound nothing is encoded until the client has taken some: then the socket wakes this task, not the replies.

@@ -351,9 +351,14 @@ impl Subscriptions {
         numbered.into_iter().map(|(_, name)| name).collect()
     }
 
+    /// Whether it has subscribed to it.
+    pub fn has(&self, kind: Kind, name: &Bytes) -> bool {
+        names(&mut self.client.profile(), kind).contains_key(name)
+    }
+
     /// Subscribes; does nothing where it has already. Errors where all clients have too much together.
     pub fn add(&self, kind: Kind, name: &Bytes) -> Result<(), Full> {
-        if names(&mut self.client.profile(), kind).contains_key(name) {
+        if self.has(kind, name) {
             return Ok(());
         }
         let name = self.subscribers.hub.added(kind, name)?;

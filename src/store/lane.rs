@@ -248,7 +248,7 @@ pub trait Family: 'static {
 }
 
 /// Who waits for an operation.
-pub trait Waiter<F: Family>: Sized + 'static {
+pub trait Waiter<F: Family>: 'static {
     fn done(self, op: &F::Op, result: Result<F::Outcome, Failure>);
 
     /// Whether an operation that is about to go to Redis has to come behind another one of its client, which is not in the lane now: then it is
@@ -258,7 +258,10 @@ pub trait Waiter<F: Family>: Sized + 'static {
     }
 
     /// Takes back what was submitted and did not go to Redis; it may be submitted again.
-    fn take_back(self, op: F::Op) {
+    fn take_back(self, op: F::Op)
+    where
+        Self: Sized,
+    {
         self.done(&op, Err(Failure::TryAgain("it comes behind something that is not done yet; nothing was changed".into())));
     }
 }
@@ -406,16 +409,6 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     /// Takes an operation in; it is done by `deadline`.
     pub fn submit_until(&self, op: F::Op, deadline: Instant, waiter: W) {
-        self.take_in(op, deadline, waiter, |queued| queued <= deadline);
-    }
-
-    /// The same, in front of those that have as much time.
-    pub fn submit_in_front(&self, op: F::Op, deadline: Instant, waiter: W) {
-        self.take_in(op, deadline, waiter, |queued| queued < deadline);
-    }
-
-    /// Takes an operation in, behind those for whose deadlines that is so.
-    fn take_in(&self, op: F::Op, deadline: Instant, waiter: W, goes_first: impl Fn(Instant) -> bool) {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
         }
@@ -439,7 +432,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let mut queue = self.queue.borrow_mut();
         F::goes(&self.partition.sold_out, &op, deadline);
         // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
-        let at = queue.iter().rposition(|queued| goes_first(queued.deadline)).map_or(0, |before| before + 1);
+        let at = queue.iter().rposition(|queued| queued.deadline <= deadline).map_or(0, |before| before + 1);
         let turning = F::may_turn_all(&op).then(|| Turning::count(&self.turning));
         let number = self.arrivals.get() + 1;
         self.arrivals.set(number);

@@ -333,44 +333,6 @@ fn what_comes_behind_more_orders_than_one_script_settles_is_decided_behind_them(
 }
 
 #[test]
-fn what_comes_behind_a_look_up_in_one_pipeline_is_decided_behind_it() {
-    let stack = Stack::start();
-    let mut client = stack.connect();
-    client.ok("STOCK.SET a 10");
-    stack.wait_until_applied();
-    let slow = "BEGIN; LOCK TABLE holdfast.stock_order, holdfast.stock";
-    for round in 0..10 {
-        // Redis does not have the product, nor know the order.
-        stack.postgres.execute(&format!("INSERT INTO holdfast.stock (product_id, available) VALUES ('late-{round}', 10)"));
-        let commands = [
-            format!("STOCK.CANCEL o-{round} ACK redis TIMEOUT 5000"),
-            format!("STOCK.RESERVE o-{round} 600000 a 1"),
-            format!("STOCK.DECR late-{round} 1"),
-            format!("STOCK.SET late-{round} 100 ACK redis"),
-            format!("STOCK.GET late-{round}"),
-            "STOCK.GET a".to_owned(),
-        ];
-        let send = |client: &mut crate::harness::Client| {
-            commands.iter().for_each(|command| client.send(&command.split(' ').collect::<Vec<_>>()));
-        };
-        if round % 2 == 0 {
-            send(&mut client);
-        } else {
-            // So that what is behind the look-up comes in several batches.
-            stack.postgres.holding(slow, || {
-                send(&mut client);
-                std::thread::sleep(std::time::Duration::from_millis(20));
-            });
-        }
-        let replies: Vec<String> = commands.iter().map(|_| client.receive()).collect();
-        assert!(replies[0].starts_with("[CANCELLED, "), "{replies:?}");
-        assert_eq!(replies[1], "[CANCELLED]", "{replies:?}");
-        assert!(replies[2].starts_with("[OK, 9, ") && replies[3].starts_with("[OK, 100, "), "{replies:?}");
-        assert_eq!(replies[4..], ["100", "10"], "{replies:?}");
-    }
-}
-
-#[test]
 fn the_history_of_a_product_is_told() {
     let stack = Stack::start();
     let mut client = stack.connect();

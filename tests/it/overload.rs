@@ -74,4 +74,7 @@ fn a_crowd_of_large_operations_is_refused_as_it_comes_and_the_rest_is_counted() 
     let left = vec![(UNITS - done).to_string(); PRODUCTS].join(", ");
     assert_eq!(client.ask(&format!("STOCK.MGET {}", names.join(" "))), format!("[{left}]"));
     assert!(metric(&stack.sidecar, "holdfast_paused_reads_total{why=\"crowded\"}") > 0.0);
+    // It is over: as many small ones at once are none too many.
+    let small = pipeline(stack.sidecar.raw(), b"*3\r\n$10\r\nSTOCK.DECR\r\n$3\r\np-0\r\n$1\r\n1\r\n");
+    assert_eq!((small.done, small.try_again), (COMMANDS, 0));
 }

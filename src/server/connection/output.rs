@@ -156,7 +156,13 @@ impl Output {
                 Err(_) => return false,
             }
         }
+        self.stall = None;
         true
+    }
+
+    /// Whether what was unsent has gone by itself: a TLS session sends what it has as it is read.
+    pub fn has_gone(&self, stream: &Stream) -> bool {
+        self.len() > 0 && !self.is_unsent(stream)
     }
 
     /// Brings its part of what all leave unread up to date.

@@ -996,8 +996,8 @@ async fn no_connection_takes_the_patterns_of_all() {
             format!("-ERR too many patterns: a connection may have {PATTERN_TAILS_EACH_MAX} bytes behind the first star of each\r\n");
         let request = (0..3).map(|n| format!(" {}", pattern(n))).collect::<String>();
         talk(&mut greedy, format!("PSUBSCRIBE{request}\r\n").as_bytes(), &refused).await;
-        for n in 0..2 {
-            let confirmed = format!("*3\r\n$10\r\npsubscribe\r\n$104\r\n{}\r\n:{}\r\n", pattern(n), n + 1);
+        for (n, count) in [(0, 1), (1, 2), (0, 2)] {
+            let confirmed = format!("*3\r\n$10\r\npsubscribe\r\n$104\r\n{}\r\n:{count}\r\n", pattern(n));
             talk(&mut greedy, format!("PSUBSCRIBE {}\r\n", pattern(n)).as_bytes(), &confirmed).await;
         }
         talk(&mut greedy, format!("PSUBSCRIBE {}\r\n", pattern(2)).as_bytes(), &refused).await;

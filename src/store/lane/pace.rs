@@ -8,6 +8,9 @@ use crate::limits;
 /// How many batches the average looks back on.
 const MEMORY: u32 = 8;
 
+/// After so many batches in a row that took all that waited, what was measured before says nothing any more.
+const CALM: u32 = 16;
+
 /// Takes one more into an average, and returns it.
 fn averaged(known: &Cell<Duration>, one: Duration) -> Duration {
     let before = known.get();
@@ -25,6 +28,8 @@ pub(super) struct Pace {
     each: Cell<Duration>,
     /// When the batch before went and how many operations it had, if it was full and more waited behind it.
     before: Cell<Option<(Instant, usize)>>,
+    /// How many batches have taken all that waited since one did not.
+    calm: Cell<u32>,
     queue_max: Cell<usize>,
     served: Cell<u64>,
 }
@@ -37,6 +42,7 @@ impl Pace {
             round: Cell::new(Duration::ZERO),
             each: Cell::new(Duration::ZERO),
             before: Cell::new(None),
+            calm: Cell::new(0),
             queue_max: Cell::new(limits::LANE_QUEUE_MAX),
             served: Cell::new(0),
         }
@@ -65,6 +71,12 @@ impl Pace {
             self.took(now - before, operations);
         }
         self.before.set(more.then_some((now, operations)));
+        self.calm.set(if more { 0 } else { self.calm.get().saturating_add(1) });
+        if self.calm.get() == CALM {
+            self.round.set(Duration::ZERO);
+            self.each.set(Duration::ZERO);
+            self.queue_max.set(limits::LANE_QUEUE_MAX);
+        }
     }
 
     /// Nothing goes for now: when the next does says nothing about the pace.
@@ -110,6 +122,20 @@ mod tests {
             (0..200).for_each(|_| pace.took(Duration::from_millis(round), 100));
             assert_eq!((pace.sent_within().as_secs_f64() * 1000.0).round(), f64::from(expected));
         }
+    }
+
+    #[test]
+    fn what_large_operations_took_is_forgotten_once_all_that_waits_goes_at_once() {
+        let pace = Pace::new(Duration::from_millis(85));
+        (0..200).for_each(|_| pace.took(Duration::from_millis(40), 2));
+        assert_eq!(pace.queue_max(), 4, "less than a batch of small ones: they never fill one");
+        (1..CALM).for_each(|_| pace.sent(4, false));
+        pace.sent(4, true);
+        pace.rests();
+        (1..CALM).for_each(|_| pace.sent(4, false));
+        assert_eq!((pace.queue_max(), pace.sent_within().as_millis()), (4, 39));
+        pace.sent(4, false);
+        assert_eq!((pace.queue_max(), pace.sent_within()), (limits::LANE_QUEUE_MAX, limits::SEND_WITHIN));
     }
 
     #[test]
