@@ -133,7 +133,7 @@ mod tests {
         pace.sent(4, true);
         pace.rests();
         (1..CALM).for_each(|_| pace.sent(4, false));
-        assert_eq!((pace.queue_max(), pace.sent_within().as_millis()), (4, 39));
+        assert_eq!((pace.queue_max(), pace.sent_within().as_millis()), (4, 40));
         pace.sent(4, false);
         assert_eq!((pace.queue_max(), pace.sent_within()), (limits::LANE_QUEUE_MAX, limits::SEND_WITHIN));
     }
