@@ -58,7 +58,7 @@ pub const QUEUE_PART: u32 = 2;
 /// However slow the last batches were, so many of them may wait: what comes at once when a stall is over is no overload.
 pub const QUEUE_BATCHES_MIN: usize = 2;
 
-/// What is not sent so long before its deadline is not sent at all, or so long as full batches take if that is longer: its answer would hardly be in time.
+/// What is not sent so long before its deadline is not sent at all, or twice as long as full batches take if that is longer: its answer would hardly be in time.
 pub const SEND_WITHIN: Duration = Duration::from_millis(5);
 
 /// How long one WAIT for a replica lasts. It ends as soon as the replica has everything, so a long one costs nothing; each reply has its own

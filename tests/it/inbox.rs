@@ -130,7 +130,7 @@ fn a_product_that_is_set_before_redis_hears_of_its_deletion_lives_with_what_was_
     late.run("DELETE FROM holdfast.stock WHERE product_id = 'hard'");
     for product in ["soft", "hard"] {
         client.ok(&format!("STOCK.SET {product} 20"));
-        client.ok(&format!("STOCK.DECR {product} 5 ACK postgres"));
+        client.ok(&format!("STOCK.DECR {product} 5 ACK postgres TIMEOUT 20000"));
         assert_eq!(stack.postgres.value(&format!("SELECT available FROM holdfast.stock WHERE product_id = '{product}'")), "15");
     }
     early.run("COMMIT");
