@@ -50,7 +50,7 @@ impl OrderShelf {
         let known = self.orders.get_mut(&change.order);
         let known = known.filter(|(known, changed_ms)| !begins || !order::is_forgotten(known.state, *changed_ms, answered.at_ms));
         let Some((known, changed_ms)) = known else { return self.make_of_none(answered, kind, items, change) };
-        let is_overtaken = kind == StockKind::Extend && known.position > answered.origin;
+        let is_overtaken = matches!(kind, StockKind::Extend | StockKind::Expire) && known.position > answered.origin;
         let after = OrderState::after(kind).filter(|_| known.state.takes(kind) && !is_overtaken);
         let Some(after) = after else {
             // What nobody asked for is nobody's loss.

@@ -2,10 +2,11 @@
 
 mod known;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use sqlx::{Connection, PgConnection};
 
+use self::known::is_issue;
 pub use self::known::{in_ledger, known};
 use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
 use super::coupon_shelf::CouponShelf;
@@ -129,11 +130,12 @@ async fn save_in(
         return Err(taken_over(partition, epoch));
     };
     let known = known(connection, partition, window_ms, answered).await?;
-    let new: Vec<&Answered> = answered.iter().filter(|one| !known.contains(&one.name())).collect();
+    let (passed, new): (Vec<&Answered>, Vec<&Answered>) = answered.iter().partition(|one| known.contains(&one.name()));
     let mut shelf = Shelf::load(connection, partition, &new).await?;
     let told = new.iter().filter_map(|one| shelf.told(one).map(|told| (*one, told)));
     let told: Vec<(&Answered, (Operation, bool))> = told.collect();
     if told.is_empty() {
+        keep_serials(connection, &passed).await?;
         return Ok(Saved { known: answered.len(), ..Saved::default() });
     }
     let mut changes = Changes::default();
@@ -167,12 +169,28 @@ async fn save_in(
     for (_, operation, _) in &owed {
         coupon_write::keep_serial(connection, operation).await?;
     }
+    keep_serials(connection, &passed).await?;
     settled(connection, answered).await?;
     if row.applied.epoch < epoch {
         apply::end_epochs(connection, partition, row.applied, epoch).await?;
     }
     partition::advance(connection, partition, Position::new(epoch, n), &format!("salvage:{epoch}"), None).await?;
     Ok(Saved { saved: told.len() - owed.len(), owed: owed.len(), known: answered.len() - told.len() })
+}
+
+/// Keeps the serials of issues that are passed over from being given out again: some of their users were given another since.
+async fn keep_serials(connection: &mut PgConnection, passed: &[&Answered]) -> Result<(), Error> {
+    let mut highest: BTreeMap<&str, &Operation> = BTreeMap::new();
+    for operation in passed.iter().map(|one| &one.operation).filter(|operation| is_issue(operation)) {
+        let known = highest.entry(operation.coupon().unwrap_or_default()).or_insert(operation);
+        if operation.serial() > known.serial() {
+            *known = operation;
+        }
+    }
+    for operation in highest.into_values() {
+        coupon_write::keep_serial(connection, operation).await?;
+    }
+    Ok(())
 }
 
 /// Ends it: every epoch before `epoch` ended where Postgres is, and what a relay still holds of them is passed over. `give_up_inbox`: what other
@@ -657,8 +675,9 @@ mod tests {
             answered("j:stock:2", 26, "2 reserve order=never expires=9 | a -3 0"),
             answered("j:stock:2", 27, "3 expire order=paid from=held units=3 | a 3 0"),
             answered("j:stock:2", 28, "4 expire order=nowhere from=held units=3 | a 3 0"),
+            Answered { origin: Position::default(), ..answered("h:stock:1", 0, "0 expire order=held from=held units=3 | a 3 0") },
         ];
-        assert_eq!(save(connection, 0, 1, WINDOW_MS, &late).await.unwrap(), Saved { saved: 0, owed: 0, known: 8 });
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &late).await.unwrap(), Saved { saved: 0, owed: 0, known: 9 });
         assert_eq!(rows::<(String,)>(connection, units).await, [("88 9".to_owned(),)]);
         // Paid since: it was not held any more. More, or less, than is held of it: what it has. And what was not there yet, and now is.
         let late = [

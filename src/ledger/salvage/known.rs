@@ -6,13 +6,16 @@ use sqlx::PgConnection;
 
 use super::{Answered, Error, Name, partition, to_bigint, write};
 use crate::domain::RequestId;
+use crate::domain::change::{Effect, Operation};
+use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 
 /// By how much the clocks of two Redis hosts may differ, in ms.
 const CLOCKS_DIFFER_MS: i64 = 60_000;
 
 /// Which of them have had their effect: they are in the ledger, or what was done instead is, or stands in front of them here. That is what was
 /// handed over and taken up, be it that it is owed, and what their client did again under the same REQUEST in a Redis that did not know of
-/// it: under another epoch, and within `window_ms`, for which an id is remembered.
+/// it: under another epoch, and within `window_ms`, for which an id is remembered. Of a serial that was asked for again the last answer counts,
+/// as its client and whoever came in between go by that.
 pub async fn known(connection: &mut PgConnection, partition: u32, window_ms: i64, answered: &[Answered]) -> Result<HashSet<Name>, Error> {
     let within_ms = window_ms.saturating_add(CLOCKS_DIFFER_MS);
     let mut known = in_ledger(connection, answered).await?;
@@ -21,7 +24,8 @@ pub async fn known(connection: &mut PgConnection, partition: u32, window_ms: i64
     known.extend(instead.into_iter().filter(|(_, name)| there.contains(name)).map(|(one, _)| one.name()));
     known.extend(taken_up(connection, &left(answered, &known)).await?);
     known.extend(by_requests(connection, partition, within_ms, &left(answered, &known)).await?);
-    known.extend(repeated(answered, within_ms));
+    let repeated = repeated(answered, &known, within_ms);
+    known.extend(repeated);
     Ok(known)
 }
 
@@ -35,8 +39,12 @@ fn stands_for(answered: &Answered) -> Option<Name> {
     Some((sent.op(), sent.k))
 }
 
-/// Those that come to the same as one in front of them.
-fn repeated(answered: &[Answered], within_ms: i64) -> HashSet<Name> {
+pub(super) fn is_issue(operation: &Operation) -> bool {
+    matches!(&operation.effect, Effect::Coupon { change: CouponChange::Step(Stepped { step: CouponStep::Issue, .. }), .. })
+}
+
+/// Those that come to the same as one in front of them; of issues, as one behind them, unless the one in front is `known`.
+fn repeated(answered: &[Answered], known: &HashSet<Name>, within_ms: i64) -> HashSet<Name> {
     let (mut here, mut done_again, mut requests, mut repeated) = (HashSet::new(), HashSet::new(), HashMap::new(), HashSet::new());
     for one in answered {
         let (name, instead) = (one.name(), stands_for(one));
@@ -46,10 +54,12 @@ fn repeated(answered: &[Answered], within_ms: i64) -> HashSet<Name> {
             before.origin.epoch != one.origin.epoch && before.at_ms.saturating_sub(one.at_ms).saturating_abs() <= within_ms
         });
         let is_instead = instead.as_ref().is_some_and(|instead| here.contains(instead) || done_again.contains(instead));
-        if is_asked_again || is_instead || done_again.contains(&name) {
+        let issued_before = before.filter(|before| is_asked_again && is_issue(&one.operation) && !known.contains(&before.name()));
+        if (is_asked_again && issued_before.is_none()) || is_instead || done_again.contains(&name) {
             repeated.insert(name);
             continue;
         }
+        repeated.extend(issued_before.map(Answered::name));
         here.insert(name);
         done_again.extend(instead);
         requests.extend(remembered.map(|remembered| (remembered, one)));
@@ -75,21 +85,25 @@ async fn taken_up(connection: &mut PgConnection, answered: &[&Answered]) -> Resu
     Ok(taken_up.into_iter().filter_map(name).collect())
 }
 
-/// Those that carried a REQUEST which was executed under another epoch as well, within so many ms. Found by the time, which the ledgers have an
-/// index on.
+/// Those that carried a REQUEST which was executed under another epoch as well, within so many ms. Most of a ledger's REQUESTs are of the very
+/// epoch that was lost: they are read by the epochs, which it has indexes on. What was saved at its own place under an earlier epoch is not
+/// looked for: the Redis that came after it was filled with its REQUESTs.
 async fn by_requests(connection: &mut PgConnection, partition: u32, within_ms: i64, answered: &[&Answered]) -> Result<Vec<Name>, Error> {
     let with: Vec<_> = answered.iter().filter_map(|one| Some((*one, one.operation.remembered.as_ref()?))).collect();
     let times = || with.iter().map(|(one, _)| one.at_ms);
+    let epochs = || with.iter().map(|(one, _)| to_bigint(one.origin.epoch));
     let (Some(first_ms), Some(last_ms)) = (times().min(), times().max()) else { return Ok(Vec::new()) };
     let rows: Vec<(String, i32)> = sqlx::query_as(
         "SELECT a.op, a.k FROM unnest($1::text[], $2::int[], $3::text[], $4::text[], $5::bigint[], $6::bigint[]) \
          AS a (op, k, request, digest, epoch, at_ms) JOIN (\
          SELECT request_id, request_digest, coalesce(origin_epoch, epoch) AS epoch, at FROM holdfast.stock_ledger \
-         WHERE partition = $7 AND request_id IS NOT NULL AND request_id = ANY($3) AND at BETWEEN timestamptz 'epoch' \
-         + $8::bigint * interval '1 millisecond' AND timestamptz 'epoch' + $9::bigint * interval '1 millisecond' UNION ALL \
+         WHERE partition = $7 AND (epoch > $11 OR origin_epoch < $12) AND request_id IS NOT NULL AND request_id = ANY($3) \
+         AND at BETWEEN timestamptz 'epoch' + $8::bigint * interval '1 millisecond' \
+         AND timestamptz 'epoch' + $9::bigint * interval '1 millisecond' UNION ALL \
          SELECT request_id, request_digest, coalesce(origin_epoch, epoch), at FROM holdfast.coupon_ledger \
-         WHERE partition = $7 AND request_id IS NOT NULL AND request_id = ANY($3) AND at BETWEEN timestamptz 'epoch' \
-         + $8::bigint * interval '1 millisecond' AND timestamptz 'epoch' + $9::bigint * interval '1 millisecond') AS l \
+         WHERE partition = $7 AND (epoch > $11 OR origin_epoch < $12) AND request_id IS NOT NULL AND request_id = ANY($3) \
+         AND at BETWEEN timestamptz 'epoch' + $8::bigint * interval '1 millisecond' \
+         AND timestamptz 'epoch' + $9::bigint * interval '1 millisecond') AS l \
          ON l.request_id = a.request AND l.request_digest = a.digest AND l.epoch <> a.epoch \
          AND abs(extract(epoch FROM l.at) * 1000 - a.at_ms) <= $10::bigint",
     )
@@ -97,12 +111,14 @@ async fn by_requests(connection: &mut PgConnection, partition: u32, within_ms: i
     .bind(with.iter().map(|(one, _)| write::small(one.operation.k)).collect::<Vec<_>>())
     .bind(with.iter().map(|(_, remembered)| remembered.request.as_str()).collect::<Vec<_>>())
     .bind(with.iter().map(|(_, remembered)| remembered.digest.as_str()).collect::<Vec<_>>())
-    .bind(with.iter().map(|(one, _)| to_bigint(one.origin.epoch)).collect::<Vec<_>>())
+    .bind(epochs().collect::<Vec<_>>())
     .bind(with.iter().map(|(one, _)| one.at_ms).collect::<Vec<_>>())
     .bind(partition::id(partition))
     .bind(first_ms.saturating_sub(within_ms))
     .bind(last_ms.saturating_add(within_ms))
     .bind(within_ms)
+    .bind(epochs().min())
+    .bind(epochs().max())
     .fetch_all(connection)
     .await?;
     Ok(rows.into_iter().filter_map(name).collect())
@@ -152,7 +168,7 @@ fn name((op, k): (String, i32)) -> Option<Name> {
 mod tests {
     use super::*;
     use crate::domain::Position;
-    use crate::domain::change::{Entry, Operation};
+    use crate::domain::change::Entry;
     use crate::ledger::apply;
     use crate::ledger::salvage::tests::{WINDOW_MS, answered};
     use crate::ledger::salvage::{self, Saved, hand_over, is_anything_handed_over, save};
@@ -233,16 +249,25 @@ mod tests {
         let sent = |counter: u64| format!("0123456789abcdef0123456789abcdef:stock:{counter}");
         let later = |n: u64, line: &str| Answered { origin: Position::new(2, n), ..answered("j:stock:1", n, line) };
         let up = |n: u64, counter: u64| later(n, &format!("{n} decr request=hf-{}-0 digest=handed-over | a -7 0", sent(counter)));
-        let done_once = Saved { saved: 3, owed: 0, known: 3 };
+        let done_once = Saved { saved: 4, owed: 0, known: 3 };
         let all = [
             answered("i:stock:2", 20, "0 decr request=r digest=d | a -3 97"),
             answered(&sent(7), 21, "0 decr | a -7 90"),
             answered("i:coupon:2", 22, "0 coupon.issue request=r-c digest=d coupon=c user=u serial=1 remaining=8 |"),
             later(40, "40 decr request=r digest=d | a -3 97"),
             up(41, 7),
-            later(42, "42 coupon.issue request=r-c digest=d coupon=c user=u serial=2 remaining=7 |"),
+            later(42, "42 coupon.issue coupon=c user=x serial=1 remaining=8 |"),
+            later(48, "48 coupon.issue request=r-c digest=d coupon=c user=u serial=2 remaining=7 |"),
         ];
         assert_eq!(save(connection, 0, 3, WINDOW_MS, &all).await.unwrap(), done_once, "in one piece");
+        let issued: Vec<(i64, String)> = rows(connection, "SELECT serial, user_id FROM holdfast.coupon_issue ORDER BY serial").await;
+        assert_eq!(issued, [(1, "x".into()), (2, "u".into())], "as both were told last");
+        let of_y = [
+            answered("i:coupon:2", 27, "1 coupon.issue request=r-y digest=d coupon=c user=y serial=9 remaining=8 |"),
+            later(49, "49 coupon.issue request=r-y digest=d coupon=c user=y serial=3 remaining=6 |"),
+        ];
+        assert_eq!(save(connection, 0, 3, WINDOW_MS, &of_y).await.unwrap(), Saved { saved: 1, owed: 0, known: 1 });
+        assert_eq!(number_of(connection, "SELECT last_serial FROM holdfast.coupon").await, 9, "what was answered once is nobody else's");
         let nothing = Saved { saved: 0, owed: 0, known: 2 };
         let saved = Saved { saved: 2, owed: 0, known: 0 };
         let of_clients = [later(43, "43 decr request=s digest=d | a -3 87"), up(44, 8)];
@@ -254,10 +279,41 @@ mod tests {
         let again = [up(45, 9), later(46, "46 decr request=t digest=d | a -3 67")];
         assert_eq!(save(connection, 0, 3, WINDOW_MS, &again).await.unwrap(), nothing, "the other way round");
         assert_eq!(number_of(connection, "SELECT available FROM holdfast.stock").await, 100 - 3 * (3 + 7));
-        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.coupon_issue").await, 1);
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.coupon_issue").await, 3);
         let much_later =
             Answered { at_ms: 1_700_000_000_000 + WINDOW_MS + CLOCKS_DIFFER_MS + 1, ..later(47, "47 decr request=t digest=d | a -3 64") };
         let once = Saved { saved: 1, owed: 0, known: 0 };
         assert_eq!(save(connection, 0, 3, WINDOW_MS, &[much_later]).await.unwrap(), once, "it had been forgotten, and was another");
+    }
+
+    #[tokio::test]
+    async fn the_requests_of_the_epoch_that_was_lost_are_not_read_again() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        execute(
+            connection,
+            "INSERT INTO holdfast.stock_ledger (partition, epoch, n, i, op, k, product_id, kind, redis_delta, pg_delta, available_after,
+             request_id, request_digest, at) SELECT 0, 1, n, 0, 'i:stock:' || n, 0, 'a', 'decr', 0, 0, 0, 'r-' || n, 'd',
+             to_timestamp(1700000000) FROM generate_series(1, 20000) AS n;
+             INSERT INTO holdfast.coupon_ledger (partition, epoch, n, op, k, coupon_id, kind, remaining_after, request_id, request_digest, at)
+             SELECT 0, 1, 20000 + n, 'i:coupon:' || n, 0, 'c', 'issue', 0, 'r-' || n, 'd', to_timestamp(1700000000)
+             FROM generate_series(1, 20000) AS n;
+             UPDATE holdfast.stock_ledger SET epoch = 3, origin_epoch = 1, origin_n = n WHERE n = 7;
+             UPDATE holdfast.stock_ledger SET epoch = 3, origin_epoch = 2, origin_n = n WHERE n = 8;
+             UPDATE holdfast.coupon_ledger SET epoch = 3 WHERE op = 'i:coupon:9';
+             ANALYZE holdfast.stock_ledger, holdfast.coupon_ledger",
+        )
+        .await;
+        execute(connection, "BEGIN").await;
+        let read = "SELECT sum(seq_tup_read + idx_tup_fetch)::bigint FROM pg_stat_xact_user_tables WHERE relname LIKE '%_ledger'";
+        let read_before = number_of(connection, read).await;
+        let lost: Vec<Answered> =
+            (1..=1000).map(|n| answered("j:stock:1", 50_000 + n, &format!("{n} decr request=r-{n} digest=d | a -1 0"))).collect();
+        let done_again = by_requests(connection, 0, WINDOW_MS, &lost.iter().collect::<Vec<_>>()).await.unwrap();
+        assert_eq!(done_again.iter().map(|(_, k)| *k).collect::<BTreeSet<_>>(), BTreeSet::from([8, 9]));
+        let of_next = Answered { origin: Position::new(2, 1), ..answered("j:stock:2", 1, "7 decr request=r-7 digest=d | a -1 0") };
+        assert_eq!(by_requests(connection, 0, WINDOW_MS, &[&of_next]).await.unwrap(), [("j:stock:2".to_owned(), 7)]);
+        let rows_read = number_of(connection, read).await - read_before;
+        assert!(rows_read < 100, "{rows_read}");
     }
 }
