@@ -162,7 +162,7 @@ impl TakeUp<'_> {
                     Err(_) => Done::Unknown,
                 }
             }
-            Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, &request, answered).await?,
+            Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, &request, answered, self.window_ms).await?,
         })
     }
 }
@@ -212,13 +212,17 @@ async fn coupon_done_again(
     op: CouponOp,
     request: &Request,
     answered: &Answered,
+    window_ms: i64,
 ) -> Result<Done, ledger::Error> {
     let operation = &answered.operation;
     let row = ledger::coupon::load(postgres, op.coupon.as_str()).await?;
     if let Action::Step { step: CouponStep::Issue, serial: Some(serial), .. } = &op.action
         && ledger::coupon::is_issued(postgres, op.coupon.as_str(), *serial).await?
     {
-        return Ok(Done::Refused(format!(": serial {serial} has been given out again")));
+        // By its own client, just now?
+        let known = salvage::known(postgres, partition.id, window_ms, std::slice::from_ref(answered)).await?;
+        let refused = || Done::Refused(format!(": serial {serial} has been given out again"));
+        return Ok(if known.is_empty() { refused() } else { Done::AsAnswered });
     }
     let (mut redeemed_for, mut takes_none_back) = (None, false);
     if let Action::Step { step: CouponStep::Unuse, serial: Some(serial), .. } = &op.action {
@@ -279,6 +283,8 @@ async fn load(partition: &Partition, coupon: Id) -> bool {
 fn is_as_answered(operation: &Operation, outcome: &StockOutcome) -> bool {
     let Effect::Stock { kind, .. } = &operation.effect else { return false };
     let became = match outcome {
+        // It is held anew, and expires by itself, or is not held any more.
+        StockOutcome::Stands(_) if *kind == StockKind::Expire => return true,
         StockOutcome::Told { line, .. } => match &line.effect {
             Effect::Stock { kind, .. } => OrderState::after(*kind),
             _ => None,
@@ -363,7 +369,8 @@ mod tests {
             ("cancel", Cancelled, true),
             ("cancel", Expired, true),
             ("cancel", Confirmed, false),
-            ("expire", Confirmed, false),
+            ("expire", Held, true),
+            ("expire", Confirmed, true),
         ] {
             assert_eq!(is_as_answered(&answered(kind), &stands(state)), is_so, "{kind}, and it is {state:?}");
         }

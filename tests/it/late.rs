@@ -65,6 +65,58 @@ fn a_rebuild_leaves_orders_as_they_have_become_since() {
 }
 
 #[test]
+fn what_had_expired_is_given_back_once() {
+    let mut nobody_takes_up = None;
+    let mut late = late(
+        UNHURRIED,
+        |others| again(others, &["STOCK.RESERVE o 5000 a 3"]),
+        |stack, _| {
+            let mut program = Program::new(&stack.postgres);
+            program.run("SELECT pg_advisory_lock(x'686f6c64'::int, 0)");
+            nobody_takes_up = Some(program);
+        },
+    );
+    wait_until("it is handed over", || late.stack.postgres.value("SELECT count(*) FROM holdfast.salvage WHERE NOT done") == "1");
+    // As if Redis had been lost five seconds later.
+    late.stack.postgres.execute(
+        "INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms) SELECT partition, op, k + 1, origin_epoch, \
+         origin_n + 1, k + 1 || ' expire order=o from=held units=3 | a 3 100', at_ms + 5000 FROM holdfast.salvage",
+    );
+    drop(nobody_takes_up);
+    late.wait_until_taken_up();
+    assert_eq!(dead_letters(&late), [""; 0]);
+    assert_eq!(late.stack.postgres.value("SELECT count(*) FROM holdfast.stock WHERE frozen IS NOT NULL"), "0");
+    late.client.until("STOCK.GET a", "100");
+    assert_eq!(units(&mut late), ["100 0"; 2]);
+    late.end();
+}
+
+#[test]
+fn what_its_client_does_again_while_it_is_taken_up_is_not_owed() {
+    const ISSUE: &str = "COUPON.ISSUE c late REQUEST r-c";
+    let mut nobody_looks_up = None;
+    let mut late = late(
+        UNHURRIED,
+        |others| again(others, &["STOCK.DECR a 3 ORDER o", ISSUE]),
+        |stack, _| {
+            let mut program = Program::new(&stack.postgres);
+            program.run("BEGIN; LOCK TABLE holdfast.stock_order");
+            nobody_looks_up = Some(program);
+        },
+    );
+    // The order comes first.
+    let taking_up = "SELECT count(*) FROM pg_locks w JOIN pg_locks h USING (pid) WHERE NOT w.granted \
+                     AND w.relation = 'holdfast.stock_order'::regclass AND h.locktype = 'advisory' AND h.classid = x'686f6c64'::int::oid";
+    wait_until("it is being taken up", || late.stack.postgres.value(taking_up) == "1");
+    again(&mut late.client, &[&format!("{ISSUE} ACK postgres TIMEOUT 20000")]);
+    drop(nobody_looks_up);
+    late.wait_until_taken_up();
+    assert!(late.client.ask("COUPON.GET c late").contains("serial, 6, state, issued"));
+    assert_eq!(dead_letters(&late), [""; 0]);
+    late.end();
+}
+
+#[test]
 fn what_a_client_did_again_counts_once_where_both_are_saved_at_once() {
     const BOTH: &[&str] = &["STOCK.DECR a 3 REQUEST r", "COUPON.ISSUE c late REQUEST r-c"];
     let mut nobody_rebuilds = None;
@@ -76,6 +128,7 @@ fn what_a_client_did_again_counts_once_where_both_are_saved_at_once() {
             let mut program = Program::new(&stack.postgres);
             program.run("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE");
             nobody_rebuilds = Some(program);
+            again(client, &["COUPON.ISSUE c quick"]);
             again(client, BOTH);
             stack.backing().ask("FLUSHALL");
         },
@@ -86,8 +139,10 @@ fn what_a_client_did_again_counts_once_where_both_are_saved_at_once() {
     assert_eq!(late.client.until_not("STOCK.GET a", "-"), "97");
     late.wait_until_taken_up();
     assert_eq!(units(&mut late), ["97 0"; 2]);
-    let issued = "SELECT count(*) FROM holdfast.coupon_issue WHERE user_id = 'late'";
-    assert_eq!(late.stack.postgres.value(issued), "1");
+    let issued = "SELECT user_id || ' ' || serial FROM holdfast.coupon_issue WHERE user_id IN ('late', 'quick') ORDER BY serial";
+    assert_eq!(late.stack.postgres.column(issued), ["quick 6", "late 7"], "as both were told last");
+    assert!(late.client.ask("COUPON.ISSUE c next").starts_with("[ISSUED, 8, "));
+    late.stack.wait_until_applied();
     assert_eq!(dead_letters(&late), [""; 0]);
     late.end();
 }
