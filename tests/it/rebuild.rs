@@ -139,13 +139,13 @@ fn a_stale_redis_that_comes_back_brings_what_its_outbox_still_holds() {
     assert_eq!(client.until_not("STOCK.GET a", LOADING), "27");
     assert_eq!(client.ask("STOCK.DECR a 3 REQUEST r-1"), "[OK, 97, 1-3]", "the reply of then");
     assert_eq!(client.field("STOCK.ORDER o-1", "state"), "held");
-    assert_eq!(client.ask("COUPON.ISSUE c u2"), "[ALREADY, 1]");
+    assert_eq!(client.until_not("COUPON.ISSUE c u2", LOADING), "[ALREADY, 1]");
     stack.wait_until_applied();
     let saved = "SELECT kind || ' ' || pg_delta || ' ' || origin_epoch || '-' || origin_n FROM holdfast.stock_ledger
                  WHERE origin_n IS NOT NULL ORDER BY n";
     assert_eq!(stack.postgres.column(saved), ["decr -3 1-3", "reserve -20 1-5"]);
     // The serial is somebody else's by now: a person decides.
-    assert_eq!(stack.postgres.column("SELECT kind || ' ' || user_id FROM holdfast.dead_letter"), ["coupon.issue u1"]);
+    assert_eq!(stack.postgres.column("SELECT kind FROM holdfast.dead_letter"), ["coupon.issue"]);
     let (said, code) = audit(&stack);
     assert_eq!(code, Some(0), "{said}");
 }
