@@ -8,38 +8,38 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::{env, fs};
 
-/// What the builds that break a promise on purpose replace in the scripts: feature, script, text, what stands there instead.
+/// What is replaced in the scripts where a promise is broken on purpose (`src/sabotage.rs`): its name, script, text, what stands there instead.
 const SABOTAGE: &[(&str, &str, &str, &str)] = &[
-    ("NO_BATCH_REPLAY", "guard", "if m[6] then", "if false then"),
+    ("no-batch-replay", "guard", "if m[6] then", "if false then"),
     (
-        "NO_COUPON_TOKEN",
+        "no-coupon-token",
         "coupon_write",
         "coupon.fenced = lock_type == 'none' or redis.call('HEXISTS', lock_key, holders[c]) == 0",
         "coupon.fenced = false",
     ),
     (
-        "NO_LOCK_EPOCH",
+        "no-lock-epoch",
         "lock",
         "if m[1] ~= epoch or m[2] ~= run or (tonumber(m[3]) or 0) < tonumber(seen) then return nil end\n  return tonumber(m[3])",
         "return tonumber(m[3]) or 0",
     ),
     (
-        "NO_EXPIRY_CHECK",
+        "no-expiry-check",
         "orders",
         "local is_due = known.state == 'held' and known.expires <= head.now\n",
         "local is_due = kind == 'expire'\n",
     ),
-    ("NO_RELEASE", "orders", "if leaves then shelf.held[i] = (shelf.held[i] or 0) - units[at] end\n", ""),
-    ("NO_REQUEST_MEMORY", "requests", "if text then return 'known', text end\n", ""),
-    ("NO_REQUEST_MEMORY", "requests", "if found[i] then return true end\n", ""),
-    ("NO_RUN_ID", "guard", "if m[2] ~= run then return nil, {'run', op, now} end\n", ""),
-    ("LOOSE_SUMS", "sums", "if not after or after < 0 or value > TOTAL_MAX then", "if not after or value > TOTAL_MAX then"),
-    ("XADD_LAST", "coupon_write", "append(head, lines)\n", ""),
-    ("XADD_LAST", "coupon_write", "return reply\n", "append(head, lines)\nreturn reply\n"),
-    ("XADD_LAST", "stock_write", "append(head, {}, summed)\n", ""),
-    ("XADD_LAST", "stock_write", "return reply\n", "append(head, {}, summed)\n  return reply\n"),
-    ("XADD_LAST_OF_ONE", "stock_write", "append(head, lines, summed)\n", ""),
-    ("XADD_LAST_OF_ONE", "stock_write", "\nend\nreturn reply\n", "\nend\nappend(head, lines, summed)\nreturn reply\n"),
+    ("no-release", "orders", "if leaves then shelf.held[i] = (shelf.held[i] or 0) - units[at] end\n", ""),
+    ("no-request-memory", "requests", "if text then return 'known', text end\n", ""),
+    ("no-request-memory", "requests", "if found[i] then return true end\n", ""),
+    ("no-run-id", "guard", "if m[2] ~= run then return nil, {'run', op, now} end\n", ""),
+    ("loose-sums", "sums", "if not after or after < 0 or value > TOTAL_MAX then", "if not after or value > TOTAL_MAX then"),
+    ("xadd-last", "coupon_write", "append(head, lines)\n", ""),
+    ("xadd-last", "coupon_write", "return reply\n", "append(head, lines)\nreturn reply\n"),
+    ("xadd-last", "stock_write", "append(head, {}, summed)\n", ""),
+    ("xadd-last", "stock_write", "return reply\n", "append(head, {}, summed)\n  return reply\n"),
+    ("xadd-last-of-one", "stock_write", "append(head, lines, summed)\n", ""),
+    ("xadd-last-of-one", "stock_write", "\nend\nreturn reply\n", "\nend\nappend(head, lines, summed)\nreturn reply\n"),
 ];
 
 /// Stands in a script where an include's functions are made that what is above it does without.
@@ -63,30 +63,47 @@ fn main() {
         let text = fs::read_to_string(&path).expect("a script");
         let header = header(&name, &text);
         let constant = name.to_uppercase();
-        let mut source = String::from(if header_flag(&text, "readonly") { "#!lua flags=no-writes\n" } else { "#!lua\n" });
-        locals(&mut source, &header.keys, "KEYS");
-        locals(&mut source, &header.args, "ARGV");
-        let mut done = BTreeSet::new();
-        for include in &header.include {
-            resolve(include, &mut Vec::new(), &mut done, &mut source);
-        }
-        for line in body(&name, &text).split_inclusive('\n') {
-            match line.trim().strip_prefix(INCLUDE_HERE) {
-                Some(include) => resolve(include.trim(), &mut Vec::new(), &mut done, &mut source),
-                None => source.push_str(line),
-            }
-        }
+        let source = source(&name, &text, &header, None);
+        let broken: Vec<_> = names_of_sabotage()
+            .into_iter()
+            .map(|what| (what, self::source(&name, &text, &header, Some(what))))
+            .filter(|(_, broken)| *broken != source)
+            .collect();
         let summary = text.lines().next().unwrap_or_default().trim_start_matches("-- ");
         let fixed = header.keys.iter().filter(|key| !key.ends_with("...")).count();
         writeln!(
             out,
-            "/// {summary}\npub static {constant}: Script = Script::new({name:?}, {source:?}, {fixed}, {});\n",
+            "/// {summary}\npub static {constant}: Script = Script::new({name:?}, {source:?}, &{broken:?}, {fixed}, {});\n",
             header.args.len()
         )
         .expect("a string");
     }
     let target = Path::new(&env::var("OUT_DIR").expect("OUT_DIR")).join("scripts.rs");
     fs::write(target, out).expect("scripts.rs");
+}
+
+/// The script as Redis gets it, with what `broken` names replaced.
+fn source(name: &str, text: &str, header: &Header, broken: Option<&str>) -> String {
+    let mut source = String::from(if header_flag(text, "readonly") { "#!lua flags=no-writes\n" } else { "#!lua\n" });
+    locals(&mut source, &header.keys, "KEYS");
+    locals(&mut source, &header.args, "ARGV");
+    let mut done = BTreeSet::new();
+    for include in &header.include {
+        resolve(include, broken, &mut Vec::new(), &mut done, &mut source);
+    }
+    for line in body(name, text, broken).split_inclusive('\n') {
+        match line.trim().strip_prefix(INCLUDE_HERE) {
+            Some(include) => resolve(include.trim(), broken, &mut Vec::new(), &mut done, &mut source),
+            None => source.push_str(line),
+        }
+    }
+    source
+}
+
+/// None in a build that is to be used.
+fn names_of_sabotage() -> BTreeSet<&'static str> {
+    let wanted = env::var_os("CARGO_FEATURE_SABOTAGE").is_some();
+    SABOTAGE.iter().filter(|_| wanted).map(|(what, ..)| *what).collect()
 }
 
 fn header_line<'a>(text: &'a str, field: &str) -> Option<&'a str> {
@@ -117,7 +134,7 @@ fn locals(source: &mut String, names: &[String], table: &str) {
     writeln!(source, "local {left} = {right}").expect("a string");
 }
 
-fn resolve(name: &str, above: &mut Vec<String>, done: &mut BTreeSet<String>, source: &mut String) {
+fn resolve(name: &str, broken: Option<&str>, above: &mut Vec<String>, done: &mut BTreeSet<String>, source: &mut String) {
     assert!(!above.iter().any(|seen| seen == name), "lua includes go round in a circle: {above:?} {name}");
     if !done.insert(name.to_owned()) {
         return;
@@ -127,22 +144,22 @@ fn resolve(name: &str, above: &mut Vec<String>, done: &mut BTreeSet<String>, sou
     assert!(!text.contains(INCLUDE_HERE), "{path}: only a script says where an include stands");
     above.push(name.to_owned());
     for include in header_line(&text, "include").unwrap_or_default().split(',').map(str::trim).filter(|word| !word.is_empty()) {
-        resolve(include, above, done, source);
+        resolve(include, broken, above, done, source);
     }
     above.pop();
-    source.push_str(&body(name, &text));
+    source.push_str(&body(name, &text, broken));
 }
 
 /// The text without its comments: Redis keeps every script's source in memory and EVAL sends it.
-fn body(name: &str, text: &str) -> String {
+fn body(name: &str, text: &str, broken: Option<&str>) -> String {
     let lines = text.lines().filter(|line| {
         let line = line.trim();
         !line.is_empty() && (!line.starts_with("--") || line.starts_with(INCLUDE_HERE))
     });
     let mut body = lines.fold(String::new(), |all, line| all + line + "\n");
-    for (feature, script, text, instead) in SABOTAGE {
-        if *script == name && env::var_os(format!("CARGO_FEATURE_SABOTAGE_{feature}")).is_some() {
-            assert!(body.contains(text), "lua/{name}.lua no longer has what {feature} breaks: {text}");
+    for (what, script, text, instead) in SABOTAGE {
+        if *script == name && broken == Some(*what) {
+            assert!(body.contains(text), "lua/{name}.lua no longer has what {what} breaks: {text}");
             body = body.replacen(text, instead, 1);
         }
     }

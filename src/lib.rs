@@ -15,12 +15,14 @@
 //! - [`bulk`]: all products at once: import, export, audit.
 //! - [`telemetry`]: metrics, logs, the HTTP endpoints.
 //! - [`app`]: builds all of it, and drains it in reverse.
+//! - [`sabotage`]: breaks it on purpose, to show that the tests notice.
 
 pub mod domain;
 
 pub mod config;
 pub mod limits;
 pub mod resp;
+pub mod sabotage;
 pub mod telemetry;
 pub mod tls;
 

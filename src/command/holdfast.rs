@@ -8,6 +8,7 @@ use super::{Context, Step, change};
 use crate::domain::Position;
 use crate::limits;
 use crate::resp::Reply;
+use crate::sabotage::breaks;
 use crate::store::partition::{EndedEpoch, Partition, State};
 
 pub static AWAIT: Spec = Spec::new("HOLDFAST.AWAIT", "Waits until Postgres has a position.")
@@ -37,7 +38,7 @@ pub const APPLIED: &str = "APPLIED";
 /// What becomes of a position: [`APPLIED`], or `LOST` where its epoch ended without it. Waits until that is known; `None` where it never will be.
 pub async fn fate(partition: &Partition, position: Position) -> Option<&'static str> {
     let reached = *partition.applied.subscribe().wait_for(|applied| *applied >= position).await.ok()?;
-    if reached.epoch == position.epoch || cfg!(feature = "sabotage-await-epochs") {
+    if reached.epoch == position.epoch || breaks("await-epochs") {
         return Some(APPLIED);
     }
     // Postgres is beyond that epoch: where it ended says whether it ever had this position.

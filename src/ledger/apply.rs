@@ -9,6 +9,7 @@ use super::partition::{self, PartitionRow};
 use super::{Error, inbox, to_bigint, write};
 use crate::domain::change::{Effect, Entry, StockKind};
 use crate::domain::{InboxMark, Position};
+use crate::sabotage::breaks;
 
 /// How far a partition is after a call of [`apply`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,7 +149,7 @@ pub(super) async fn what_is_created(connection: &mut PgConnection, mark: InboxMa
 pub fn continuation<'a>(row: &PartitionRow, entries: &'a [Entry]) -> Result<&'a [Entry], String> {
     let known = entries.iter().take_while(|entry| entry.last <= row.applied).count();
     let (known, new) = entries.split_at(known);
-    if cfg!(feature = "sabotage-no-chain") {
+    if breaks("no-chain") {
         return Ok(new);
     }
     if let Some(entry) = known.last().filter(|entry| entry.last == row.applied && entry.op != row.last_op) {

@@ -16,6 +16,7 @@ use crate::ledger;
 use crate::ledger::coupon::Expected;
 use crate::ledger::stock::At;
 use crate::limits;
+use crate::sabotage::breaks;
 use crate::store::coupon::{Action, CouponOp, CouponOutcome, Part, Upkeep};
 use crate::store::partition::{LoadRequest, Wanted};
 use crate::store::snapshot::Taken;
@@ -49,7 +50,7 @@ enum What {
 
 /// Compares what Redis had with what it should have had; `None` where there is nothing to be done.
 fn judge(seen: Seen, expected: Expected) -> Option<Finding> {
-    if cfg!(feature = "sabotage-blind-coupons") {
+    if breaks("blind-coupons") {
         return None;
     }
     let (what, frozen) = match (seen, expected.counts) {

@@ -82,9 +82,9 @@ impl Examiner {
         Self { partition, redis_url, postgres_url, settings, redis: None, postgres: None, locked: false }
     }
 
-    /// What this build is wrong about on purpose: writes over Redis whatever Postgres has at present.
-    #[cfg(feature = "sabotage-naive-sync")]
-    pub async fn examine(&mut self, products: &[String], _: Scope, _: Mode, _: Instant) -> Result<Vec<Drift>, Skipped> {
+    /// What is wrong on purpose with `naive-sync`: writes over Redis whatever Postgres has at present.
+    #[cfg(feature = "sabotage")]
+    async fn overwrite(&mut self, products: &[String]) -> Result<Vec<Drift>, Skipped> {
         let rows = ledger::stock::load(self.postgres().await?, products).await?;
         metrics::counter!("holdfast_reconcile_products_total").increment(rows.len() as u64);
         for row in rows {
@@ -95,8 +95,11 @@ impl Examiner {
 
     /// Compares the products, at most [`limits::RECONCILE_PRODUCTS`], and repairs what differs. Ends by `deadline`. Returns what differed
     /// and what was done about it; what somebody else mended meanwhile is left out.
-    #[cfg(not(feature = "sabotage-naive-sync"))]
     pub async fn examine(&mut self, products: &[String], scope: Scope, mode: Mode, deadline: Instant) -> Result<Vec<Drift>, Skipped> {
+        #[cfg(feature = "sabotage")]
+        if crate::sabotage::breaks("naive-sync") {
+            return self.overwrite(products).await;
+        }
         let mut done = Vec::new();
         let (_, mut suspects) = self.compare(products, scope, deadline).await?;
         for _ in 0..limits::RECONCILE_TRIES {

@@ -3,8 +3,6 @@
 //! [`examine`] compares some products at one position and repairs what differs; [`judge`] says what a difference is and what to do about
 //! it; [`coupons`] does both for coupons; [`walk`] goes over all of them. [`schedule`] does that on a schedule, [`request`] when a client asks (STOCK.SYNC).
 
-#![cfg_attr(feature = "sabotage-naive-sync", allow(dead_code, reason = "that build compares nothing"))]
-
 mod coupons;
 pub mod examine;
 mod judge;

@@ -5,11 +5,14 @@ use std::sync::OnceLock;
 use redis::{RedisWrite as _, Value};
 
 use super::connection::{Connection, Error};
+use crate::sabotage::breaks;
 
 /// One script. Called by the hash of its text, so that two releases can run side by side on one Redis.
 pub struct Script {
     pub name: &'static str,
     source: &'static str,
+    /// What is sent instead, by what it breaks (`sabotage.rs`): empty in a build that is to be used.
+    broken: &'static [(&'static str, &'static str)],
     fixed_keys: usize,
     args: usize,
     sha: OnceLock<String>,
@@ -18,12 +21,22 @@ pub struct Script {
 include!(concat!(env!("OUT_DIR"), "/scripts.rs"));
 
 impl Script {
-    const fn new(name: &'static str, source: &'static str, fixed_keys: usize, args: usize) -> Self {
-        Self { name, source, fixed_keys, args, sha: OnceLock::new() }
+    const fn new(
+        name: &'static str,
+        source: &'static str,
+        broken: &'static [(&'static str, &'static str)],
+        fixed_keys: usize,
+        args: usize,
+    ) -> Self {
+        Self { name, source, broken, fixed_keys, args, sha: OnceLock::new() }
+    }
+
+    fn source(&self) -> &'static str {
+        self.broken.iter().find(|(what, _)| breaks(what)).map_or(self.source, |(_, instead)| instead)
     }
 
     fn sha(&self) -> &str {
-        self.sha.get_or_init(|| redis::Script::new(self.source).get_hash().to_owned())
+        self.sha.get_or_init(|| redis::Script::new(self.source()).get_hash().to_owned())
     }
 
     /// The call by hash: `ERR NOSCRIPT` where Redis does not know the script yet.
@@ -33,7 +46,7 @@ impl Script {
 
     /// The call with the text, which Redis then knows.
     pub fn eval(&self, keys: &[&str], args: &[&[u8]]) -> redis::Cmd {
-        self.command("EVAL", self.source, keys, args)
+        self.command("EVAL", self.source(), keys, args)
     }
 
     fn command(&self, verb: &str, body: &str, keys: &[&str], args: &[&[u8]]) -> redis::Cmd {

@@ -105,7 +105,7 @@ async fn scan_behind(connection: &mut Connection, prefix: &str, cursor: &str, co
 }
 
 /// Writes a value over whatever Redis has: what no reconciler may do. The tests must find out that this build does.
-#[cfg(feature = "sabotage-naive-sync")]
+#[cfg(feature = "sabotage")]
 pub async fn overwrite(connection: &mut Connection, product: &Id, value: i64) -> Result<(), Error> {
     connection.send(redis::cmd("SET").arg(keys::product(product)).arg(value)).await.map(|_| ())
 }

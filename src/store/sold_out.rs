@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::domain::Id;
 use crate::limits;
+use crate::sabotage::breaks;
 
 /// See the module. Shared by the threads that serve clients.
 pub struct SoldOut {
@@ -62,7 +63,7 @@ impl SoldOut {
 
     /// Something that may add units of these products goes to Redis, and is over by `until`.
     pub fn may_rise<'a>(&self, products: impl Iterator<Item = &'a Id>, until: Instant) {
-        if self.lasts.is_zero() || cfg!(feature = "sabotage-stale-notes") {
+        if self.lasts.is_zero() || breaks("stale-notes") {
             return;
         }
         let (now, mut notes) = (Instant::now(), self.notes());
@@ -83,7 +84,7 @@ impl SoldOut {
 
     /// One of these operations has been answered.
     pub fn rose<'a>(&self, products: impl Iterator<Item = &'a Id>) {
-        if self.lasts.is_zero() || cfg!(feature = "sabotage-stale-notes") {
+        if self.lasts.is_zero() || breaks("stale-notes") {
             return;
         }
         let mut notes = self.notes();

@@ -266,7 +266,7 @@ fn what_stands_behind_an_issue_that_is_sent_back_comes_behind_it_again() {
 /// of the same users. What then arrives late is refused by its token: by Redis; where that is switched off, by Postgres.
 #[test]
 fn a_holder_that_was_stopped_issues_nothing_late() {
-    let by_postgres = cfg!(feature = "sabotage-no-coupon-token");
+    let by_postgres = holdfast::sabotage::breaks("no-coupon-token");
     let rounds = size(3, 200);
     let stack = Stack::start();
     let proxy = Proxy::start(stack.redis.port(), b"");

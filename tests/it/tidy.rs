@@ -32,13 +32,13 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("tls", &["tls"]),
     ("config", &["config", "limits"]),
     ("telemetry", &["telemetry", "config", "limits", "tls"]),
-    ("ledger", &["ledger", "domain", "limits"]),
-    ("store", &["store", "domain", "limits", "resp"]),
+    ("ledger", &["ledger", "domain", "limits", "sabotage"]),
+    ("store", &["store", "domain", "limits", "resp", "sabotage"]),
     ("outbox", &["outbox", "store", "ledger", "domain", "limits"]),
-    ("reconcile", &["reconcile", "store", "ledger", "domain", "limits"]),
+    ("reconcile", &["reconcile", "store", "ledger", "domain", "limits", "sabotage"]),
     ("bulk", &["bulk", "command", "config", "outbox", "store", "ledger", "domain", "limits"]),
     ("session", &["session", "domain", "limits", "resp"]),
-    ("command", &["command", "session", "store", "domain", "limits", "resp"]),
+    ("command", &["command", "session", "store", "domain", "limits", "resp", "sabotage"]),
     ("server", &["server", "command", "session", "resp", "limits", "tls"]),
 ];
 
