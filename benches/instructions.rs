@@ -20,7 +20,7 @@ use holdfast::command::table::TABLE;
 use holdfast::command::{Args, Commands};
 use holdfast::domain::change::{Operation, StockKind};
 use holdfast::domain::{Grain, Id};
-use holdfast::resp::{Encoder, Limits, Protocol, Reader, Reply};
+use holdfast::resp::{Encoder, Limits, Protocol, Reader, Reply, Request};
 use holdfast::store::lane::Family as _;
 use holdfast::store::stock::{Action, Stock, StockOp};
 
@@ -98,7 +98,7 @@ fn write_values(turns: u64) {
 
 fn matched(turns: u64, words: &[String]) {
     let commands = Commands::new(TABLE);
-    let words: Vec<Bytes> = words.iter().map(|word| Bytes::from(word.clone())).collect();
+    let words: Request = words.iter().collect();
     for _ in 0..turns * 16 {
         let words = words.clone();
         let (_, spec) = commands.find(&words).unwrap();
@@ -120,7 +120,7 @@ fn arguments_with_request(turns: u64) {
 
 /// A batch of decrements of so many products.
 fn combined(turns: u64, products: u64, grain: Grain) {
-    let product = |number: u64| Id::parse(&Bytes::from(sku(number % products))).unwrap();
+    let product = |number: u64| Id::parse(Bytes::from(sku(number % products))).unwrap();
     let operation = |number| StockOp::new(Action::Change(StockKind::Decr), vec![(product(number), 1)]);
     let operations: Vec<StockOp> = (0..512).map(operation).collect();
     for _ in 0..turns {

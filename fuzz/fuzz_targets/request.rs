@@ -18,7 +18,7 @@ fn found<'a>(pieces: impl Iterator<Item = &'a [u8]>, limits: Limits) -> Found {
         reader.buffer.extend_from_slice(piece);
         loop {
             match reader.next(limits) {
-                Ok(Some(request)) => requests.push(request.args.iter().map(|word| word.to_vec()).collect()),
+                Ok(Some(request)) => requests.push(request.iter().map(<[u8]>::to_vec).collect()),
                 Ok(None) => break,
                 Err(error) => return (requests, Some(error.text().to_owned())),
             }
@@ -55,7 +55,7 @@ fn compare(bytes: &[u8], limits: Limits) {
         if taken.starts_with(b"*")
             && let Some(other) = decoded(taken)
         {
-            assert!(request.args.iter().map(|word| &word[..]).eq(other.iter().map(Vec::as_slice)), "{:?} {other:?}", request.args);
+            assert!(request.iter().eq(other.iter().map(Vec::as_slice)), "{request:?} {other:?}");
         }
     }
 }

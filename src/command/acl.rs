@@ -6,7 +6,7 @@ use super::server::{NO_INTEGER, integer};
 use super::spec::{ADMIN, LOADING, SHOWS, Spec, text};
 use super::{Args, Call, Step, describe, rights};
 use crate::limits::{CLIENT_NAME_MAX, ERROR_ECHO_MAX, REQUEST_BULK_MAX, USER_NAME_MAX};
-use crate::resp::Reply;
+use crate::resp::{Reply, Request};
 
 const SHOW: u32 = ADMIN | LOADING | SHOWS;
 
@@ -78,7 +78,7 @@ fn dry_run(call: &mut Call<'_>) -> Step {
     let users = call.cx.users.users();
     let name = super::cut(call.args.text("username"), ERROR_ECHO_MAX);
     let Some(user) = users.find(&name) else { return Step::Reply(Reply::error(format!("ERR User '{name}' not found"))) };
-    let words: Vec<_> = call.args.list("word").cloned().collect();
+    let words: Request = call.args.list("word").collect();
     let (number, spec) = match call.cx.commands.find(&words) {
         Ok(found) => found,
         Err(_) => return Step::Reply(Reply::error(format!("ERR Command '{}' not found", super::cut(&words[0], ERROR_ECHO_MAX)))),

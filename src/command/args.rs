@@ -5,6 +5,7 @@ use bytes::Bytes;
 use super::spec::{Arg, Kind, OPTION_WORDS, Presence, Spec};
 use crate::domain::{Id, LockName, RequestId, quantity, request};
 use crate::limits::{PATTERN_MAX, SPEC_ARGS_MAX};
+use crate::resp::Request;
 
 /// What a change's reply waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,7 +28,7 @@ struct Found {
 #[derive(Clone, Debug)]
 pub struct Args {
     spec: &'static Spec,
-    words: Vec<Bytes>,
+    words: Request,
     found: [Found; SPEC_ARGS_MAX],
     /// How many times the repeated group was given.
     groups: usize,
@@ -35,7 +36,7 @@ pub struct Args {
 
 impl Args {
     /// Matches the words, name included; errors with the error reply's text.
-    pub fn parse(spec: &'static Spec, words: Vec<Bytes>) -> Result<Self, String> {
+    pub fn parse(spec: &'static Spec, words: Request) -> Result<Self, String> {
         let mut args = Self { spec, words, found: [Found::default(); SPEC_ARGS_MAX], groups: 0 };
         if !arity_fits(spec, args.words.len()) {
             return Err(wrong_arity(spec));
@@ -157,7 +158,7 @@ impl Args {
                 }
             }
             Kind::RequestId => {
-                if RequestId::parse(word).is_none() {
+                if !RequestId::is_valid(word) {
                     return Err("ERR invalid request id: 1 to 64 bytes; one that begins with 'hf-' only as INDOUBT named it".to_owned());
                 }
             }
@@ -194,17 +195,17 @@ impl Args {
     }
 
     /// Every word of the request, the command's name first.
-    pub fn words(&self) -> &[Bytes] {
+    pub fn words(&self) -> &Request {
         &self.words
     }
 
     /// The same, to be sent once more.
-    pub fn into_words(self) -> Vec<Bytes> {
+    pub fn into_words(self) -> Request {
         self.words
     }
 
     /// The word behind the command's name and subcommand at `index`, as the client sent it.
-    pub fn raw(&self, index: usize) -> Option<&Bytes> {
+    pub fn raw(&self, index: usize) -> Option<&[u8]> {
         self.words.get(self.spec.name_words + index)
     }
 
@@ -214,34 +215,53 @@ impl Args {
     }
 
     /// The bytes of an argument, if it was given.
-    pub fn maybe_text(&self, name: &str) -> Option<&Bytes> {
+    pub fn maybe_text(&self, name: &str) -> Option<&[u8]> {
         self.find(name).map(|found| &self.words[found.at])
     }
 
     /// The bytes of a required argument.
-    pub fn text(&self, name: &str) -> &Bytes {
+    pub fn text(&self, name: &str) -> &[u8] {
         &self.words[self.required(name).at]
+    }
+
+    /// The bytes of a required argument, sharing the request's memory.
+    pub fn shared(&self, name: &str) -> Bytes {
+        self.words.shared(self.required(name).at)
+    }
+
+    /// The bytes of an argument, if it was given, sharing the request's memory.
+    pub fn maybe_shared(&self, name: &str) -> Option<Bytes> {
+        self.find(name).map(|found| self.words.shared(found.at))
     }
 
     /// A required id.
     pub fn id(&self, name: &str) -> Id {
-        self.valid(name, self.text(name))
+        self.valid(name, self.required(name).at)
     }
 
     /// An id, if it was given.
     pub fn maybe_id(&self, name: &str) -> Option<Id> {
-        self.maybe_text(name).map(|word| self.valid(name, word))
+        self.find(name).map(|found| self.valid(name, found.at))
     }
 
     /// Every id of a list, in the order given; empty where the list is.
     pub fn ids<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Id> + 'a {
-        self.list(name).map(move |word| self.valid(name, word))
+        self.places_of(name).map(move |at| self.valid(name, at))
     }
 
     /// Every element of a list as bytes, in the order given.
-    pub fn list(&self, name: &str) -> impl Iterator<Item = &Bytes> + '_ {
+    pub fn list(&self, name: &str) -> impl Iterator<Item = &[u8]> + '_ {
+        self.places_of(name).map(|at| &self.words[at])
+    }
+
+    /// The same, sharing the request's memory.
+    pub fn shared_list(&self, name: &str) -> impl Iterator<Item = Bytes> + '_ {
+        self.places_of(name).map(|at| self.words.shared(at))
+    }
+
+    fn places_of(&self, name: &str) -> impl Iterator<Item = usize> + '_ {
         let first = self.find(name).map_or(0, |found| found.at);
-        (0..if first == 0 { 0 } else { self.groups }).map(move |group| &self.words[first + group * self.spec.group_width])
+        (0..if first == 0 { 0 } else { self.groups }).map(move |group| first + group * self.spec.group_width)
     }
 
     /// The pairs of a list of two (`product quantity`), in the order given.
@@ -254,7 +274,7 @@ impl Args {
             // What was found of a list is its last element.
             let last = group + 1 == self.groups;
             let quantity = if last { integer } else { quantity::parse(&self.words[at + 1], 0, i64::MAX).unwrap_or_default() };
-            (Id::of_valid(&self.words[at]), quantity)
+            (Id::of_valid(self.words.shared(at)), quantity)
         })
     }
 
@@ -282,7 +302,7 @@ impl Args {
         if !self.declares("request") {
             return None;
         }
-        self.maybe_text("request").and_then(RequestId::parse)
+        self.maybe_shared("request").and_then(RequestId::parse)
     }
 
     /// What the client wants the reply to wait for, if it said.
@@ -310,7 +330,7 @@ impl Args {
         let positional = self.positional_end() - first;
         let mut parts: Vec<&[u8]> = Vec::with_capacity(1 + positional + options.len() * 2);
         parts.push(self.spec.name.as_bytes());
-        parts.extend(self.words[first..first + positional].iter().map(|word| &word[..]));
+        parts.extend(self.words.iter().skip(first).take(positional));
         for (index, arg) in options {
             parts.push(arg.token.unwrap_or_default().as_bytes());
             match arg.kind {
@@ -349,9 +369,9 @@ impl Args {
     }
 
     /// The id in a word that matching has found to be one.
-    fn valid(&self, name: &str, word: &Bytes) -> Id {
+    fn valid(&self, name: &str, at: usize) -> Id {
         match self.declared(name).1.kind {
-            Kind::Id { .. } => Id::of_valid(word),
+            Kind::Id { .. } => Id::of_valid(self.words.shared(at)),
             _ => Id::from(""),
         }
     }
@@ -435,7 +455,7 @@ mod tests {
     static ISSUE: Spec = spec("COUPON.ISSUE", &[super::super::spec::COUPON, USER, REQUEST, ACK, TIMEOUT]);
 
     fn parsed(spec: &'static Spec, request: &str) -> Result<Args, String> {
-        Args::parse(spec, request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect())
+        Args::parse(spec, request.split(' ').collect())
     }
 
     fn args(spec: &'static Spec, request: &str) -> Args {
@@ -452,7 +472,7 @@ mod tests {
         assert_eq!((args.ack(), args.maybe_integer("timeout")), (Some(Ack::Postgres), Some(50)));
         assert_eq!(args.request().map(|id| id.escaped()), Some("r-1".to_owned()));
         assert_eq!(args.key_positions(), [1, 3]);
-        assert_eq!(args.raw(1).map(|word| &word[..]), Some(&b"1"[..]));
+        assert_eq!(args.raw(1), Some(&b"1"[..]));
     }
 
     #[test]
@@ -535,8 +555,7 @@ mod tests {
         #[test]
         fn no_request_panics(words in proptest::collection::vec("[a-c]|[0-9]{1,3}|REQUEST|ACK|redis|TIMEOUT|ORDER|LOW|DRYRUN|\\{|", 0..10)) {
             for spec in [&DECR, &SET, &GET, &MGET, &SYNC, &RESERVE, &AWAIT, &LOCK, &SCAN, &ISSUE] {
-                let mut request = vec![Bytes::from_static(spec.name.as_bytes())];
-                request.extend(words.iter().map(|word| Bytes::copy_from_slice(word.as_bytes())));
+                let request = std::iter::once(spec.name).chain(words.iter().map(String::as_str)).collect();
                 if let Ok(args) = Args::parse(spec, request) {
                     let _ = (args.digest(), args.key_positions(), args.request(), args.ack());
                 }

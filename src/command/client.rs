@@ -3,8 +3,6 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use bytes::Bytes;
-
 use super::spec::{ADMIN, CONNECTION, FAST, LOADING, SHOWS, Spec, text, word};
 use super::{Call, Step, describe};
 use crate::limits::{CLIENT_NAME_MAX, ERROR_ECHO_MAX, REQUEST_BULK_MAX};
@@ -38,7 +36,7 @@ static LIST: Spec = sub("CLIENT|LIST", "Describes every connection, one a line."
 
 fn list(call: &mut Call<'_>) -> Step {
     call.session.publish(call.pipeline().in_flight(), 0, 0);
-    let filters: Vec<&Bytes> = call.args.list("filter").collect();
+    let filters: Vec<&[u8]> = call.args.list("filter").collect();
     let clients = call.cx.registry.clients();
     let show = |clients: &mut dyn Iterator<Item = &Arc<Client>>| Reply::Verbatim(clients.map(|client| client.line() + "\n").collect());
     Step::Reply(match filters.split_first() {
@@ -82,7 +80,7 @@ static KILL: Spec = sub(
 .run(kill);
 
 fn kill(call: &mut Call<'_>) -> Step {
-    let filters: Vec<&Bytes> = call.args.list("filter").collect();
+    let filters: Vec<&[u8]> = call.args.list("filter").collect();
     let clients = call.cx.registry.clients();
     let own = call.session.client.id;
     if let [address] = filters[..] {
@@ -215,7 +213,7 @@ static TRACKING: Spec = sub("CLIENT|TRACKING", "Refused: what a client caches of
     .reply("`OK` for OFF, else an error")
     .example("CLIENT TRACKING ON")
     .run(|call| {
-        let options: Vec<&Bytes> = call.args.list("option").collect();
+        let options: Vec<&[u8]> = call.args.list("option").collect();
         Step::Reply(match options[..] {
             [off] if off.eq_ignore_ascii_case(b"OFF") => Reply::ok(),
             [on, ..] if on.eq_ignore_ascii_case(b"ON") => {

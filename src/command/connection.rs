@@ -88,7 +88,8 @@ fn wanted(args: &Args) -> Result<Wanted, String> {
     while let Some(option) = options.next() {
         let syntax = || format!("ERR Syntax error in HELLO option '{}'", super::cut(option, crate::limits::ERROR_ECHO_MAX));
         if option.eq_ignore_ascii_case(b"AUTH") {
-            wanted.user = Some((options.next().ok_or_else(syntax)?.clone(), options.next().ok_or_else(syntax)?.clone()));
+            let mut word = || options.next().map(Bytes::copy_from_slice).ok_or_else(syntax);
+            wanted.user = Some((word()?, word()?));
         } else if option.eq_ignore_ascii_case(b"SETNAME") {
             wanted.name = Some(super::client::valid_name(options.next().ok_or_else(syntax)?, "Client names")?);
         } else {
@@ -176,7 +177,7 @@ pub static AUTH: Spec = Spec::new("AUTH", "Authenticates the connection.")
     .run(auth);
 
 fn auth(call: &mut Call<'_>) -> Step {
-    let (user, password) = match (call.args.text("username").clone(), call.args.maybe_text("password").cloned()) {
+    let (user, password) = match (call.args.shared("username"), call.args.maybe_shared("password")) {
         (user, Some(password)) => (user, password),
         (_, None) if call.session.needs_no_password() => {
             return Step::Reply(Reply::error(
@@ -200,7 +201,7 @@ pub static PING: Spec = Spec::new("PING", "Answers PONG, or the message given, w
 
 fn ping(call: &mut Call<'_>) -> Step {
     let subscribed = call.session.protocol == Protocol::Resp2 && call.session.subscribes();
-    let message = call.args.maybe_text("message").cloned();
+    let message = call.args.maybe_text("message");
     Step::Reply(match message {
         message if subscribed => Reply::Array(vec![Reply::word("pong"), Reply::bulk(message.unwrap_or_default().to_vec())]),
         // In memory of its own: a small message is not to keep a large buffer.

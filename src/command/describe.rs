@@ -8,7 +8,7 @@ use super::spec::{ADMIN, Arg, BLOCKING, CONNECTION, FAST, Kind, LOADING, NOAUTH,
 use super::{Args, Call, Step, args};
 use crate::domain::glob;
 use crate::limits::{CLIENT_NAME_MAX, REQUEST_BULK_MAX};
-use crate::resp::Reply;
+use crate::resp::{Reply, Request};
 
 pub static COMMAND: Spec = Spec::new("COMMAND", "Describes every command in Redis's form.")
     .flags(LOADING)
@@ -31,7 +31,7 @@ static INFO: Spec = sub("COMMAND|INFO", "Describes the commands named, or all.")
         if let Some(refusal) = too_many(call) {
             return Step::Reply(refusal);
         }
-        let one = |name: &Bytes| call.cx.commands.named(name).map_or(Reply::Nil, |(_, spec)| entry(spec));
+        let one = |name: &[u8]| call.cx.commands.named(name).map_or(Reply::Nil, |(_, spec)| entry(spec));
         Step::Reply(Reply::Array(call.args.list("command").map(one).collect()))
     });
 
@@ -64,7 +64,7 @@ static LIST: Spec = sub("COMMAND|LIST", "Lists the commands' names: all, or `FIL
     .run(list);
 
 fn list(call: &mut Call<'_>) -> Step {
-    let filter: Vec<&Bytes> = call.args.list("filter").collect();
+    let filter: Vec<&[u8]> = call.args.list("filter").collect();
     let all = call.cx.commands.all();
     let names = |specs: &mut dyn Iterator<Item = &&'static Spec>| {
         Step::Reply(Reply::Array(specs.map(|spec| Reply::text(spec.lower_name())).collect()))
@@ -99,7 +99,7 @@ static GETKEYSANDFLAGS: Spec = sub("COMMAND|GETKEYSANDFLAGS", "Answers the keys 
     .run(|call| Step::Reply(keys(call, |key, spec| Reply::Array(vec![Reply::Bulk(key), key_flags(spec)]))));
 
 fn keys(call: &Call<'_>, show: fn(Bytes, &Spec) -> Reply) -> Reply {
-    let words: Vec<Bytes> = call.args.list("word").cloned().collect();
+    let words: Request = call.args.list("word").collect();
     let Ok((_, spec)) = call.cx.commands.find(&words) else { return Reply::error("ERR Invalid command specified") };
     if !spec.args.iter().any(Arg::is_key) {
         return Reply::error("ERR The command has no key arguments");
@@ -108,7 +108,7 @@ fn keys(call: &Call<'_>, show: fn(Bytes, &Spec) -> Reply) -> Reply {
         return Reply::error("ERR Invalid number of arguments specified for command");
     }
     match Args::parse(spec, words.clone()) {
-        Ok(args) => Reply::Array(args.key_positions().into_iter().map(|at| show(words[at].clone(), spec)).collect()),
+        Ok(args) => Reply::Array(args.key_positions().into_iter().map(|at| show(words.shared(at), spec)).collect()),
         Err(_) => Reply::error("ERR Invalid arguments specified for command"),
     }
 }

@@ -3,8 +3,6 @@
 use std::fmt::Write as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
-
 use super::Context;
 use super::connection::{REDIS_VERSION, VERSION};
 use super::server::module_version;
@@ -35,7 +33,7 @@ const SECTIONS: &[(&str, bool, Render)] = &[
 ];
 
 /// Renders the sections asked for: by name, `default`, `all` or `everything`; nothing asked means `default`.
-pub fn render(cx: &Context, wanted: &[&Bytes]) -> String {
+pub fn render(cx: &Context, wanted: &[&[u8]]) -> String {
     let named = |name: &str| wanted.iter().any(|word| word.eq_ignore_ascii_case(name.as_bytes()));
     let all = named("all") || named("everything");
     let default = all || named("default") || wanted.is_empty();
@@ -163,7 +161,6 @@ fn keyspace(_: &Context, _: &mut String) {}
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
 
     use super::Section;
     use crate::command::tests::Wire;
@@ -202,7 +199,7 @@ mod tests {
     #[test]
     fn clients_that_wait_are_counted_until_they_do_not() {
         let mut wire = Wire::new();
-        let words = |request: &str| request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
+        let words = |request: &str| request.split(' ').collect();
         let waiting = ["LOCK.ACQUIRE a WAIT 1000", "HOLDFAST.AWAIT 1-1", "LOCK.INFO a"].map(|request| wire.begin(words(request)));
         assert!(super::render(&wire.cx, &[]).contains("\r\nblocked_clients:2\r\n"));
         drop(waiting);

@@ -162,7 +162,7 @@ impl Kept {
 
 /// The lock's name, or the reply where it is the name of something else.
 fn name(call: &Call<'_>) -> Result<LockName, Reply> {
-    LockName::parse(call.args.text("name")).ok_or_else(|| {
+    LockName::parse(call.args.shared("name")).ok_or_else(|| {
         Reply::error(
             "ERR invalid lock name: what begins with stock:, coupon:, holdfast: or redisson_ is data, except coupon:issue:<coupon>",
         )
@@ -217,20 +217,17 @@ fn refused(name: &LockName, refusal: Refusal) -> Reply {
 
 #[cfg(test)]
 mod tests {
-    use bytes::Bytes;
-
     use crate::command::After;
     use crate::command::tests::{Wire, answers};
+    use crate::resp::Request;
 
     #[test]
     fn who_waits_for_a_lock_does_not_keep_what_was_read_with_its_request() {
         for words in [vec!["LOCK.ACQUIRE", "a-lock", "WAIT", "1000", "OWNER", "somebody"], vec!["LOCK.ACQUIRE", "a-lock", "SESSION"]] {
-            let read = Bytes::from(words.concat());
-            let mut at = 0;
-            let args = words.iter().map(|word| (read.slice(at..at + word.len()), at += word.len()).0).collect();
-            let after = Wire::new().begin(args);
+            let request: Request = words.iter().collect();
+            let after = Wire::new().begin(request.clone());
             assert!(matches!(after, After::Wait(_)));
-            assert!(read.is_unique());
+            assert!(request.shares_memory_with_none());
         }
     }
 

@@ -48,7 +48,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 pub use args::{Ack, Args};
@@ -240,9 +239,9 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     let silent = session.mute_next();
     let replies = session.replies;
     let stamp = Stamp { tag: cx.commands.len(), arrived, due: None, protocol: session.protocol, silent };
-    let (index, spec) = match cx.commands.find(&request.args) {
+    let (index, spec) = match cx.commands.find(&request) {
         Ok(found) => found,
-        Err(_) if is_http(&request.args[0]) => {
+        Err(_) if is_http(&request[0]) => {
             if let Some(left_out) = chatter::allows(Line::Http) {
                 tracing::warn!(client = %session.client.address, left_out, "an HTTP request on the RESP port: closed, for it may come from a browser");
             }
@@ -259,7 +258,7 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     let stamp = Stamp { tag: index, due, ..stamp };
     pipeline.stamp(stamp);
     session.last_command = spec.name;
-    let (mut words, mut needed) = (Vec::new(), None);
+    let (mut words, mut needed) = (None, None);
     let step = match check(cx, session, index, spec, request) {
         Err(error) => Step::Reply(Reply::error(error)),
         Ok((run, args)) => {
@@ -268,7 +267,7 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
             if matches!(step, Step::Wait(_) | Step::CloseAfter(_)) && call.session.authenticated {
                 needed = Some(Box::new(rights::Needed::by(index, spec, &call.args)));
             }
-            words = call.args.into_words();
+            words = Some(call.args.into_words());
             step
         }
     };
@@ -296,8 +295,7 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
         Step::Again(waiting) => {
             session.replies = asked;
             // What was read with it is not to stay in memory as long as it waits.
-            let args = words.iter().map(|word| Bytes::copy_from_slice(word)).collect();
-            return After::Again(Request { args }, waiting);
+            return words.map_or(After::Next, |words| After::Again(words.detached(), waiting));
         }
     }
     After::Next
@@ -312,7 +310,7 @@ fn check(
     request: Request,
 ) -> Result<(Handler, Args), Cow<'static, str>> {
     let run = spec.run.ok_or_else(|| args::wrong_arity(spec))?;
-    if !args::arity_fits(spec, request.args.len()) {
+    if !args::arity_fits(spec, request.len()) {
         return Err(args::wrong_arity(spec).into());
     }
     if !session.authenticated && !spec.is(spec::NOAUTH) {
@@ -334,7 +332,7 @@ fn check(
     {
         return Err(refusal.into());
     }
-    let args = Args::parse(spec, request.args)?;
+    let args = Args::parse(spec, request)?;
     if restricted {
         rights::may_touch(session, spec, &args)?;
     }
@@ -355,9 +353,9 @@ fn is_http(name: &[u8]) -> bool {
 }
 
 /// Redis's words for a command it does not know.
-fn unknown_command(words: &[Bytes]) -> String {
+fn unknown_command(words: &Request) -> String {
     let mut beginning = String::new();
-    for word in &words[1..] {
+    for word in words.iter().skip(1) {
         if beginning.len() >= ERROR_ECHO_MAX {
             break;
         }
@@ -405,13 +403,13 @@ pub(crate) mod tests {
         }
 
         /// Begins a command, as the connection does.
-        pub(crate) fn begin(&mut self, args: Vec<Bytes>) -> After {
-            dispatch(&self.cx, &mut self.session, &self.pipeline, Request { args }, Instant::now())
+        pub(crate) fn begin(&mut self, request: Request) -> After {
+            dispatch(&self.cx, &mut self.session, &self.pipeline, request, Instant::now())
         }
 
         /// Sends words separated by single spaces; returns what was answered at once.
         pub(crate) fn send(&mut self, request: &str) -> String {
-            self.begin(request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect());
+            self.begin(request.split(' ').collect());
             let mut out = BytesMut::new();
             while let Some(ready) = self.pipeline.pop_ready() {
                 self.cx.stats.replied(ready.stamp.tag, &ready.reply, ready.stamp.arrived.elapsed());
@@ -443,7 +441,7 @@ pub(crate) mod tests {
         assert_eq!(wire.send("LOCK.ACQUIRE a"), refused);
         // What ends what was begun goes on.
         for request in ["LOCK.RELEASE a 1", "LOCK.EXTEND a 1 1000", "LOCK.CHECK a 1", "HOLDFAST.AWAIT 1-1"] {
-            let after = wire.begin(request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect());
+            let after = wire.begin(request.split(' ').collect());
             assert!(matches!(after, After::Wait(_)), "{request}");
         }
         let mut wire = Wire::new();
@@ -479,7 +477,7 @@ pub(crate) mod tests {
 
     #[test]
     fn an_unknown_command_is_named_in_redis_words() {
-        let words = |text: &str| text.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect::<Vec<_>>();
+        let words = |text: &str| text.split(' ').collect();
         assert_eq!(unknown_command(&words("foo a b")), "ERR unknown command 'foo', with args beginning with: 'a' 'b' ");
         assert_eq!(unknown_command(&words("foo")), "ERR unknown command 'foo', with args beginning with: ");
         let long = unknown_command(&words(&format!("{} {} {} x", "f".repeat(200), "a".repeat(100), "b".repeat(100))));

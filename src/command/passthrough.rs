@@ -54,7 +54,7 @@ static SCAN: Spec = passed("SCAN", "Lists keys of the backing Redis.").example("
 fn pass(call: &mut Call<'_>) -> Step {
     let Some(reads) = call.cx.passing.clone() else { return Step::Reply(Reply::error("ERR reading through to Redis is off")) };
     let name = call.args.spec().name;
-    let mut words = call.args.words().to_vec();
+    let mut words: Vec<Bytes> = call.args.words().iter().map(Bytes::copy_from_slice).collect();
     if let Err(refusal) = bound(name, &mut words) {
         return Step::Reply(Reply::error(refusal));
     }
@@ -127,6 +127,7 @@ fn index(word: &Bytes) -> Option<i64> {
 mod tests {
     use super::*;
     use crate::command::{Args, Commands, table};
+    use crate::resp::Request;
 
     fn words(request: &str) -> Vec<Bytes> {
         request.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect()
@@ -190,9 +191,10 @@ mod tests {
         for spec in TABLE {
             assert!(known.named(spec.name.as_bytes()).is_none(), "{}", spec.name);
             let mut words = words(spec.example);
-            let (_, found) = commands.find(&words).unwrap();
+            let request: Request = words.iter().collect();
+            let (_, found) = commands.find(&request).unwrap();
             assert_eq!(bound(found.name, &mut words), Ok(()), "{}", spec.example);
-            assert!(Args::parse(found, words).is_ok() && spec.is(READONLY | ADMIN) && spec.summary.ends_with('.'), "{}", spec.name);
+            assert!(Args::parse(found, request).is_ok() && spec.is(READONLY | ADMIN) && spec.summary.ends_with('.'), "{}", spec.name);
         }
         for never in ["SET", "DEL", "EVAL", "EVALSHA", "KEYS", "FLUSHALL", "SCRIPT", "FUNCTION", "DEBUG", "MIGRATE", "RESTORE", "SORT"] {
             assert!(commands.named(never.as_bytes()).is_none(), "{never}");

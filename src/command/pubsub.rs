@@ -13,7 +13,7 @@ use bytes::Bytes;
 use super::spec::{ADMIN, LOADING, PUBSUB, SECRET, Spec, text};
 use super::{Call, Context, Step, rights};
 use crate::limits::{CHANNEL_MAX, PATTERN_TAILS_EACH_MAX, PATTERNS_MAX, SUBSCRIPTIONS_MAX};
-use crate::resp::{Protocol, Reply};
+use crate::resp::{Protocol, Reply, Request};
 use crate::session::Session;
 use crate::session::hub::{Kind, Subscriptions};
 
@@ -73,7 +73,7 @@ const fn words(kind: Kind) -> (&'static str, &'static str, &'static str) {
 
 fn subscribe(call: &mut Call<'_>, kind: Kind) -> Step {
     let (argument, word, _) = words(kind);
-    let names: Vec<Bytes> = call.args.list(argument).cloned().collect();
+    let names: Vec<Bytes> = call.args.shared_list(argument).collect();
     if !rights::watches_only_its_own(call.session.user(), call.args.spec(), &call.args) {
         rights::denied(call.session, call.args.spec(), "channel");
         return Step::Reply(Reply::error("NOPERM No permissions to access a channel"));
@@ -101,7 +101,7 @@ fn subscribe(call: &mut Call<'_>, kind: Kind) -> Step {
 
 fn unsubscribe(call: &mut Call<'_>, kind: Kind) -> Step {
     let (argument, _, word) = words(kind);
-    let mut names: Vec<Bytes> = call.args.list(argument).cloned().collect();
+    let mut names: Vec<Bytes> = call.args.shared_list(argument).collect();
     let subscriptions = subscriptions(call);
     if names.is_empty() {
         names = subscriptions.names(kind);
@@ -160,7 +160,7 @@ static CHANNELS: Spec = Spec::new("PUBSUB|CHANNELS", "Lists the channels subscri
     .flags(FLAGS)
     .reply("array of text")
     .run(|call| {
-        let pattern = call.args.maybe_text("pattern").map(|pattern| Bytes::copy_from_slice(pattern));
+        let pattern = call.args.maybe_text("pattern").map(Bytes::copy_from_slice);
         let hub = Arc::clone(call.cx.subscribers.hub());
         Step::Wait(Box::pin(async move {
             match hub.channels(pattern.as_deref()).await {
@@ -177,8 +177,8 @@ static NUMSUB: Spec = Spec::new("PUBSUB|NUMSUB", "Counts the subscribers of chan
     .run(|call| {
         let hub = call.cx.subscribers.hub();
         let count = |name: &Bytes| i64::try_from(hub.count(Kind::Channel, name)).unwrap_or(i64::MAX);
-        let pair = |name: &Bytes| [Reply::Bulk(name.clone()), Reply::Integer(count(name))];
-        Step::Reply(Reply::Array(call.args.list("channel").flat_map(pair).collect()))
+        let pair = |name: Bytes| [Reply::Integer(count(&name)), Reply::Bulk(name)].into_iter().rev();
+        Step::Reply(Reply::Array(call.args.shared_list("channel").flat_map(pair).collect()))
     });
 
 static NUMPAT: Spec = Spec::new("PUBSUB|NUMPAT", "Counts the patterns subscribed to.")
@@ -208,7 +208,7 @@ pub static MONITOR: Spec = Spec::new("MONITOR", "Shows every command that any cl
     });
 
 /// Shows a command to those who watch with MONITOR, as Redis does: those of operators are left out, and what may be secret.
-pub fn show(cx: &Context, session: &Session, spec: &Spec, words: &[Bytes]) {
+pub fn show(cx: &Context, session: &Session, spec: &Spec, words: &Request) {
     if spec.is(ADMIN) {
         return;
     }
@@ -220,7 +220,7 @@ pub fn show(cx: &Context, session: &Session, spec: &Spec, words: &[Bytes]) {
         line.push_str(" \"(redacted)\"");
     } else if words.len() > 1 {
         line.push(' ');
-        line.push_str(&rights::shown(spec, Some(&words[1..])));
+        line.push_str(&rights::shown(spec, words, 1));
     }
     cx.subscribers.hub().show(line);
 }

@@ -18,7 +18,7 @@ pub struct Scan {
 impl Scan {
     /// From `cursor`, `pattern` (else all) and `count` (else 10).
     pub fn of(args: &Args) -> Self {
-        let text = |text: &bytes::Bytes| String::from_utf8_lossy(text).into_owned();
+        let text = |text: &[u8]| String::from_utf8_lossy(text).into_owned();
         Self {
             cursor: text(args.text("cursor")),
             pattern: args.maybe_text("pattern").map_or_else(|| "*".to_owned(), text),

@@ -8,6 +8,7 @@ use super::args::Args;
 use super::spec::{ADMIN, Arg, Kind, SECRET, SHOWS, Spec};
 use super::{Commands, describe};
 use crate::limits::AUDIT_ARGUMENT_MAX;
+use crate::resp::Request;
 use crate::session::chatter::{self, Line};
 use crate::session::user::Catalogue;
 use crate::session::{Session, User};
@@ -80,7 +81,7 @@ pub fn watches_only_its_own(user: &User, spec: &Spec, args: &Args) -> bool {
 }
 
 /// The ids that a command names and its user needs the right to; `None` where it needs the right to all.
-fn named<'a>(spec: &Spec, args: &'a Args) -> Option<Vec<&'a Bytes>> {
+fn named<'a>(spec: &Spec, args: &'a Args) -> Option<Vec<&'a [u8]>> {
     // What is passed through names keys of Redis, whoever's they are.
     if spec.family == "passthrough" {
         return None;
@@ -106,7 +107,7 @@ pub struct Needed {
 impl Needed {
     /// Those of the command with this number. Keeps nothing of what was read.
     pub fn by(number: usize, spec: &Spec, args: &Args) -> Self {
-        let ids = named(spec, args).map(|ids| ids.into_iter().map(|id| Bytes::copy_from_slice(id)).collect());
+        let ids = named(spec, args).map(|ids| ids.into_iter().map(Bytes::copy_from_slice).collect());
         Self { number, ids }
     }
 
@@ -134,14 +135,14 @@ pub fn audit(session: &Session, spec: &Spec, args: &Args) {
     if spec.is(SHOWS) {
         tracing::debug!(target: "holdfast::audit", %user, %client, command, "ran");
     } else {
-        tracing::info!(target: "holdfast::audit", %user, %client, command, arguments = shown(spec, args.words().get(spec.name_words..)), "ran");
+        tracing::info!(target: "holdfast::audit", %user, %client, command, arguments = shown(spec, args.words(), spec.name_words), "ran");
     }
 }
 
-/// Arguments for people, quoted; none of a command that may be given secrets.
-pub fn shown(spec: &Spec, words: Option<&[Bytes]>) -> String {
+/// The words from `from` on for people, quoted; none of a command that may be given secrets.
+pub fn shown(spec: &Spec, words: &Request, from: usize) -> String {
     let mut text = String::new();
-    for word in words.unwrap_or_default() {
+    for word in words.iter().skip(from) {
         if !text.is_empty() {
             text.push(' ');
         }
@@ -241,8 +242,8 @@ mod tests {
 
     #[test]
     fn what_may_be_secret_is_not_shown() {
-        let words = [Bytes::from_static(b"a\r\n"), Bytes::from_static(b"s3cret")];
-        assert_eq!(shown(&Spec::new("X", "x."), Some(&words)), r#""a\r\n" "s3cret""#);
-        assert_eq!(shown(&Spec::new("X", "x.").flags(SECRET), Some(&words)), r#""(redacted)" "(redacted)""#);
+        let words = ["X", "a\r\n", "s3cret"].into_iter().collect();
+        assert_eq!(shown(&Spec::new("X", "x."), &words, 1), r#""a\r\n" "s3cret""#);
+        assert_eq!(shown(&Spec::new("X", "x.").flags(SECRET), &words, 1), r#""(redacted)" "(redacted)""#);
     }
 }

@@ -3,8 +3,6 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::Bytes;
-
 use super::connection::VERSION;
 use super::slowlog::SlowLog;
 use super::spec::{ADMIN, FAST, LOADING, SECRET, SHOWS, Spec, text};
@@ -94,7 +92,7 @@ impl Change {
     }
 
     /// Reads all of them. Errors with the error reply's text.
-    fn parse_all(cx: &Context, pairs: &[(&Bytes, &Bytes)]) -> Result<Vec<Self>, String> {
+    fn parse_all(cx: &Context, pairs: &[(&[u8], &[u8])]) -> Result<Vec<Self>, String> {
         let mut changes = Vec::new();
         for (at, (name, value)) in pairs.iter().enumerate() {
             let change = Self::parse(cx, name, value)?;
@@ -145,7 +143,7 @@ pub static INFO: Spec = Spec::new("INFO", "Describes the server in Redis's secti
     .reply("text")
     .example("INFO server")
     .run(|call| {
-        let wanted: Vec<&Bytes> = call.args.list("section").collect();
+        let wanted: Vec<&[u8]> = call.args.list("section").collect();
         Step::Reply(Reply::Verbatim(info::render(call.cx, &wanted)))
     });
 
@@ -161,7 +159,7 @@ static CONFIG_GET: Spec = sub("CONFIG|GET", "Shows the settings whose names matc
     .reply("map")
     .example("CONFIG GET max*")
     .run(|call| {
-        let patterns: Vec<&Bytes> = call.args.list("pattern").collect();
+        let patterns: Vec<&[u8]> = call.args.list("pattern").collect();
         let settings = current(call.cx);
         let shown = settings.iter().filter(|(name, _)| patterns.iter().any(|pattern| glob::matches(pattern, name.as_bytes(), true)));
         Step::Reply(Reply::Map(shown.map(|(name, value)| (Reply::word(name), Reply::text(value.clone()))).collect()))

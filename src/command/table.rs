@@ -3,14 +3,13 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 
-use bytes::Bytes;
-
 use super::spec::Spec;
 use super::{
     acl, client, connection, coupon, cut, dead_letter, describe, drain, holdfast, lock, order, pubsub, server, slowlog, stock,
     unknown_command,
 };
 use crate::limits::{ERROR_ECHO_MAX, NAME_MAX};
+use crate::resp::Request;
 
 /// The commands. A new one is declared above its handler and gets a line here; nothing else lists it.
 pub static TABLE: &[&Spec] = &[
@@ -138,7 +137,7 @@ impl Commands {
     }
 
     /// Finds what a request runs; errors with the error reply's text.
-    pub fn find(&self, words: &[Bytes]) -> Result<(usize, &'static Spec), String> {
+    pub fn find(&self, words: &Request) -> Result<(usize, &'static Spec), String> {
         let (number, spec) = self.named(&words[0]).filter(|(_, spec)| spec.name_words == 1).ok_or_else(|| unknown_command(words))?;
         let Some(sub) = words.get(1).filter(|_| !spec.subcommands.is_empty()) else { return Ok((number, spec)) };
         let place = spec.subcommands.iter().position(|known| known.name.as_bytes()[spec.name.len() + 1..].eq_ignore_ascii_case(sub));
@@ -195,7 +194,7 @@ mod tests {
         let commands = Commands::new(TABLE);
         for spec in commands.all() {
             let example = spec.example.replace('|', " ");
-            let words: Vec<Bytes> = example.split(' ').map(|word| Bytes::copy_from_slice(word.as_bytes())).collect();
+            let words: Request = example.split(' ').collect();
             let (_, found) = commands.find(&words).unwrap_or_else(|error| panic!("{example}: {error}"));
             assert!(found.name.starts_with(spec.name), "{example} is not {}", spec.name);
             if let Err(error) = Args::parse(found, words) {
@@ -209,6 +208,6 @@ mod tests {
         let commands = Commands::new(TABLE);
         assert_eq!(commands.named(b"client|SetName").map(|(_, spec)| spec.name), Some("CLIENT|SETNAME"));
         assert!(commands.named(&[b'x'; 200]).is_none());
-        assert!(commands.find(&[Bytes::from_static(b"client|id")]).is_err());
+        assert!(commands.find(&["client|id"].into_iter().collect()).is_err());
     }
 }

@@ -13,14 +13,14 @@ pub struct Id(Bytes);
 
 impl Id {
     /// Takes the bytes as an id; `None` where they are not one.
-    pub fn parse(bytes: &Bytes) -> Option<Self> {
-        Self::is_valid(bytes).then(|| Self(bytes.clone()))
+    pub fn parse(bytes: Bytes) -> Option<Self> {
+        Self::is_valid(&bytes).then_some(Self(bytes))
     }
 
     /// Takes bytes that are known to be an id.
-    pub(crate) fn of_valid(bytes: &Bytes) -> Self {
-        debug_assert!(Self::is_valid(bytes), "not an id: {bytes:?}");
-        Self(bytes.clone())
+    pub(crate) fn of_valid(bytes: Bytes) -> Self {
+        debug_assert!(Self::is_valid(&bytes), "not an id: {bytes:?}");
+        Self(bytes)
     }
 
     /// Whether the bytes may be used as an id.

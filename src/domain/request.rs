@@ -23,15 +23,19 @@ pub struct RequestId(Bytes);
 
 impl RequestId {
     /// Takes the bytes as a client's id; `None` where they are too long or empty, or begin like the server's own ids and are none.
-    pub fn parse(bytes: &Bytes) -> Option<Self> {
+    pub fn parse(bytes: Bytes) -> Option<Self> {
+        Self::is_valid(&bytes).then_some(Self(bytes))
+    }
+
+    /// Whether the bytes may be used as a client's id.
+    pub fn is_valid(bytes: &[u8]) -> bool {
         let fits = !bytes.is_empty() && bytes.len() <= REQUEST_LEN_MAX;
-        let id = fits.then(|| Self(bytes.clone()))?;
-        (!bytes.starts_with(SERVER_PREFIX.as_bytes()) || id.sent().is_some()).then_some(id)
+        fits && (!bytes.starts_with(SERVER_PREFIX.as_bytes()) || sent(bytes).is_some())
     }
 
     /// What the id stands for, where it is the server's own.
     pub fn sent(&self) -> Option<Sent> {
-        Sent::parse(std::str::from_utf8(&self.0).ok()?)
+        sent(&self.0)
     }
 
     /// The id in memory of its own, see [`Id::detached`](super::Id::detached).
@@ -115,12 +119,16 @@ pub fn digest<'a>(parts: impl Iterator<Item = &'a [u8]>) -> String {
     hash.finalize()[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+fn sent(id: &[u8]) -> Option<Sent> {
+    Sent::parse(std::str::from_utf8(id).ok()?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn id(text: &str) -> RequestId {
-        RequestId::parse(&Bytes::copy_from_slice(text.as_bytes())).unwrap()
+        RequestId::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap()
     }
 
     #[test]
@@ -164,7 +172,7 @@ mod tests {
 
     #[test]
     fn clients_may_not_make_up_ids_of_the_server() {
-        assert!(RequestId::parse(&Bytes::from_static(b"hf-x")).is_none());
+        assert!(RequestId::parse(Bytes::from_static(b"hf-x")).is_none());
         let instance = "0123456789abcdef0123456789abcdef";
         for other in [
             format!("hf-{instance}:stock:7"),
@@ -180,9 +188,9 @@ mod tests {
             format!("hf-{instance}:stock:7-{}", 1_u64 << 32),
             format!("hf-{instance}:coupon:{}-0", "9".repeat(30)),
         ] {
-            assert!(RequestId::parse(&Bytes::from(other.clone())).is_none(), "{other}");
+            assert!(RequestId::parse(Bytes::from(other.clone())).is_none(), "{other}");
         }
-        assert!(RequestId::parse(&Bytes::new()).is_none());
-        assert!(RequestId::parse(&Bytes::from(vec![b'x'; 65])).is_none());
+        assert!(RequestId::parse(Bytes::new()).is_none());
+        assert!(RequestId::parse(Bytes::from(vec![b'x'; 65])).is_none());
     }
 }

@@ -1,6 +1,7 @@
 //! Bytes to requests and replies to bytes, in RESP2 and RESP3. Knows no command.
 //!
 //! - [`reader`]: finds whole requests in what a client sent, and refuses what is too large before it is buffered.
+//! - [`request`]: what it finds: words in one piece of memory.
 //! - [`inline`]: requests typed by hand (`PING\r\n`), with Redis's quoting.
 //! - [`reply`]: what a command answers, and how it is written.
 //! - [`pipeline`]: the replies of one connection, in the order of its requests.
@@ -9,20 +10,12 @@ pub mod inline;
 pub mod pipeline;
 pub mod reader;
 pub mod reply;
-
-use bytes::Bytes;
+pub mod request;
 
 pub use pipeline::{Pipeline, Ready, Stamp, Ticket};
 pub use reader::{Limits, ProtocolError, Reader};
 pub use reply::{Encoder, Protocol, Reply};
-
-/// A complete command. `args[0]` is its name; there is always one.
-///
-/// The arguments are slices of the read buffer: keep a copy, not a slice, of what outlives the command by long.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Request {
-    pub args: Vec<Bytes>,
-}
+pub use request::Request;
 
 /// Redis Cluster's slot of a key: CRC16 modulo 16,384.
 pub fn keyslot(key: &[u8]) -> u16 {

@@ -2,13 +2,12 @@
 //!
 //! A request is an array of bulk strings, or a line of words. This reader walks the `*n` and `$len` headers once, remembering where it
 //! is and where the arguments lie, and refuses what is too large by its header, before a byte of it is buffered. A complete request
-//! is cut out of the buffer, and its arguments are slices of it. (redis-protocol's decoder knows no limits, and walks all of it
+//! is cut out of the buffer, with the places of its words. (redis-protocol's decoder knows no limits, and walks all of it
 //! once more; the tests compare the two.)
-
-use std::ops::Range;
 
 use bytes::{Buf as _, BytesMut};
 
+use super::request::{Place, Places};
 use super::{Request, inline};
 use crate::limits::{
     HEADER_MAX, INLINE_MAX, READ_MIN, REQUEST_ARGS_MAX, REQUEST_BULK_MAX, REQUEST_BYTES_MAX, STRANGER_ARGS_MAX, STRANGER_BULK_MAX,
@@ -74,14 +73,14 @@ pub struct Reader {
     pub buffer: BytesMut,
     walk: Walk,
     /// Where the arguments of the current request lie.
-    found: Vec<Range<usize>>,
+    found: Places,
     /// Whether the buffer's memory reaches further than it shows: requests, or what was skipped, lie before it.
     is_cut: bool,
 }
 
 impl Default for Reader {
     fn default() -> Self {
-        Self { buffer: BytesMut::new(), walk: Walk::Start, found: Vec::new(), is_cut: false }
+        Self { buffer: BytesMut::new(), walk: Walk::Start, found: Places::new(), is_cut: false }
     }
 }
 
@@ -122,7 +121,7 @@ impl Reader {
                     let args = inline::split(&line).ok_or_else(|| ProtocolError::new("unbalanced quotes in request"))?;
                     if !args.is_empty() {
                         within(i64::try_from(args.len()).unwrap_or(i64::MAX), limits.args_max, limits, "multibulk")?;
-                        return Ok(Some(Request { args }));
+                        return Ok(Some(args.into_iter().collect()));
                     }
                 }
                 Walk::Bulk { at, left } => {
@@ -137,7 +136,7 @@ impl Reader {
                     if end > limits.bytes_max {
                         return Err(ProtocolError::new("invalid bulk length"));
                     }
-                    self.found.push(after..end - 2);
+                    self.found.push(Place::new(after..end - 2));
                     self.walk = Walk::Body { end, left };
                 }
                 Walk::Body { end, left } => {
@@ -149,14 +148,13 @@ impl Reader {
                         continue;
                     }
                     self.walk = Walk::Start;
-                    let is_ended = |argument: &Range<usize>| self.buffer[argument.end..].starts_with(b"\r\n");
+                    let is_ended = |word: &Place| self.buffer[word.range().end..].starts_with(b"\r\n");
                     if !self.found.iter().all(is_ended) {
                         return Err(ProtocolError::new("invalid multibulk length"));
                     }
                     self.is_cut = true;
                     let whole = self.buffer.split_to(end).freeze();
-                    let args = self.found.drain(..).map(|argument| whole.slice(argument)).collect();
-                    return Ok(Some(Request { args }));
+                    return Ok(Some(Request::new(whole, std::mem::take(&mut self.found))));
                 }
             }
         }
@@ -233,7 +231,6 @@ fn printable(byte: u8) -> char {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bytes::Bytes;
     use proptest::prelude::*;
     use redis_protocol::resp2::decode::decode_bytes_mut;
     use redis_protocol::resp2::types::BytesFrame;
@@ -246,7 +243,7 @@ mod tests {
             reader.buffer.extend_from_slice(piece);
             loop {
                 match reader.next(limits) {
-                    Ok(Some(request)) => requests.push(request.args.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect()),
+                    Ok(Some(request)) => requests.push(request.iter().map(|arg| String::from_utf8_lossy(arg).into_owned()).collect()),
                     Ok(None) => break,
                     Err(error) => return (requests, Some(error.text().to_owned())),
                 }
@@ -341,13 +338,13 @@ mod tests {
             }
             reader.release();
             assert!(!read.contains(&reader.buffer.as_ptr()) && reader.buffer.capacity() < 100, "{}", reader.buffer.capacity());
-            assert!(taken.iter().flat_map(|request| &request.args).all(Bytes::is_unique));
+            assert!(taken.iter().all(|request| request.shares_memory_with_none()));
             // And what begins is gone on with, also where it has memory of its own and too much of it.
             reader.buffer.reserve(100_000);
             reader.release();
             assert!(reader.buffer.capacity() < 100, "{}", reader.buffer.capacity());
             reader.buffer.extend_from_slice(b"NG\r\n");
-            assert_eq!(reader.next(Limits::KNOWN).unwrap().unwrap().args, ["PING"]);
+            assert!(reader.next(Limits::KNOWN).unwrap().unwrap().iter().eq([b"PING"]));
             reader.release();
             assert_eq!(reader.buffer.capacity(), 0);
         }

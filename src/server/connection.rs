@@ -190,7 +190,7 @@ impl Connection {
             // Nobody is left to be told.
             After::Again(..) if self.input.ended => self.phase = Phase::Gone,
             After::Again(request, waiting) => {
-                self.input.set_aside = request.args.iter().map(bytes::Bytes::len).sum();
+                self.input.set_aside = request.bytes();
                 self.again = Some(Box::new(Again { request, waiting, waited: None }));
             }
         }

@@ -212,8 +212,8 @@ pub trait Family: 'static {
     }
     /// Whether of some operations anything is.
     const FOREKNOWS: bool = false;
-    /// What is known of an operation without asking Redis.
-    fn foreknown(_: &SoldOut, _: &Self::Op) -> Option<Self::Outcome> {
+    /// What is known of an operation that was asked for at `asked` without asking Redis.
+    fn foreknown(_: &SoldOut, _: &Self::Op, _asked: Instant) -> Option<Self::Outcome> {
         None
     }
     /// Whether it may turn what is foreknown of any operation: then what comes after it goes to Redis until it is over.
@@ -404,16 +404,20 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
 
     /// Takes an operation in; it is done within the lane's time of `arrived`.
     pub fn submit(&self, op: F::Op, arrived: Instant, waiter: W) {
-        self.submit_until(op, arrived + self.within, waiter);
+        self.submit_between(op, arrived, arrived + self.within, waiter);
     }
 
     /// Takes an operation in; it is done by `deadline`.
     pub fn submit_until(&self, op: F::Op, deadline: Instant, waiter: W) {
+        self.submit_between(op, Instant::now(), deadline, waiter);
+    }
+
+    fn submit_between(&self, op: F::Op, asked: Instant, deadline: Instant, waiter: W) {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
         }
         if self.turning.get() == 0
-            && let Some(outcome) = F::foreknown(&self.partition.sold_out, &op)
+            && let Some(outcome) = F::foreknown(&self.partition.sold_out, &op, asked)
         {
             return waiter.done(&op, Ok(outcome));
         }

@@ -202,7 +202,7 @@ mod tests {
     use bytes::Bytes;
 
     fn request(id: &'static str) -> Request {
-        Request::new(RequestId::parse(&Bytes::from_static(id.as_bytes())).unwrap(), "d".into())
+        Request::new(RequestId::parse(Bytes::from_static(id.as_bytes())).unwrap(), "d".into())
     }
 
     #[test]

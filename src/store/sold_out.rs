@@ -50,13 +50,13 @@ impl SoldOut {
         !self.some_refuse.load(Ordering::Relaxed)
     }
 
-    /// What was available moments ago, if it is less than `wanted`.
-    pub fn refuses(&self, product: &Id, wanted: i64) -> Option<i64> {
+    /// What was available moments before `asked`, if it is less than `wanted`.
+    pub fn refuses(&self, product: &Id, wanted: i64, asked: Instant) -> Option<i64> {
         if self.refuses_nobody() {
             return None;
         }
         match self.notes().get(product) {
-            Some(Note::Had { available, until }) if *available < wanted && Instant::now() < *until => Some(*available),
+            Some(Note::Had { available, until }) if *available < wanted && asked < *until => Some(*available),
             _ => None,
         }
     }
@@ -183,17 +183,17 @@ mod tests {
     #[test]
     fn a_refusal_is_repeated_to_those_who_want_as_many_and_for_its_time_only() {
         let (notes, now, product) = (SoldOut::new(LASTS), Instant::now(), Id::from("a"));
-        assert_eq!(notes.refuses(&product, 1), None);
+        assert_eq!(notes.refuses(&product, 1, Instant::now()), None);
         notes.had(&product, 2, now);
-        assert_eq!(notes.refuses(&product, 3), Some(2));
-        assert_eq!(notes.refuses(&product, 2), None, "it may fit");
-        assert_eq!(notes.refuses(&Id::from("b"), 3), None);
+        assert_eq!(notes.refuses(&product, 3, Instant::now()), Some(2));
+        assert_eq!(notes.refuses(&product, 2, Instant::now()), None, "it may fit");
+        assert_eq!(notes.refuses(&Id::from("b"), 3, Instant::now()), None);
         notes.clear();
-        assert_eq!(notes.refuses(&product, 3), None);
+        assert_eq!(notes.refuses(&product, 3, Instant::now()), None);
         let short = SoldOut::new(Duration::from_millis(1));
         short.had(&product, 0, Instant::now());
         std::thread::sleep(Duration::from_millis(2));
-        assert_eq!(short.refuses(&product, 1), None, "it is over");
+        assert_eq!(short.refuses(&product, 1, Instant::now()), None, "it is over");
     }
 
     #[test]
@@ -202,22 +202,22 @@ mod tests {
         notes.had(&product, 0, now);
         notes.may_rise([&product].into_iter(), now + LASTS);
         notes.may_rise([&product].into_iter(), now);
-        assert_eq!(notes.refuses(&product, 1), None);
+        assert_eq!(notes.refuses(&product, 1, Instant::now()), None);
         notes.had(&product, 0, now);
-        assert_eq!(notes.refuses(&product, 1), None, "the answer may be from before");
+        assert_eq!(notes.refuses(&product, 1, Instant::now()), None, "the answer may be from before");
         notes.rose([&product].into_iter());
         notes.had(&product, 0, Instant::now());
-        assert_eq!(notes.refuses(&product, 1), None, "another one is under way");
+        assert_eq!(notes.refuses(&product, 1, Instant::now()), None, "another one is under way");
         notes.rose([&product].into_iter());
         notes.had(&product, 0, now);
-        assert_eq!(notes.refuses(&product, 1), None, "the answer is from before");
+        assert_eq!(notes.refuses(&product, 1, Instant::now()), None, "the answer is from before");
         std::thread::sleep(Duration::from_millis(1));
         notes.had(&product, 0, Instant::now());
-        assert_eq!(notes.refuses(&product, 1), Some(0));
+        assert_eq!(notes.refuses(&product, 1, Instant::now()), Some(0));
         let over = SoldOut::new(LASTS);
         over.may_rise([&product].into_iter(), now);
         over.had(&product, 0, now);
-        assert_eq!(over.refuses(&product, 1), Some(0));
+        assert_eq!(over.refuses(&product, 1, Instant::now()), Some(0));
     }
 
     #[test]
@@ -233,14 +233,14 @@ mod tests {
         let (notes, now, product) = (SoldOut::new(LASTS), Instant::now(), Id::from("a"));
         notes.had(&product, 5, now);
         notes.saw(&product, Some(0), now);
-        assert_eq!(notes.refuses(&product, 10), Some(0));
+        assert_eq!(notes.refuses(&product, 10, Instant::now()), Some(0));
         notes.saw(&product, Some(100), now);
-        assert_eq!(notes.refuses(&product, 10), None);
+        assert_eq!(notes.refuses(&product, 10, Instant::now()), None);
         notes.had(&product, 3, now + Duration::from_secs(1));
         notes.saw(&product, Some(100), now);
-        assert_eq!(notes.refuses(&product, 10), Some(3), "what was asked before does not count");
+        assert_eq!(notes.refuses(&product, 10, Instant::now()), Some(3), "what was asked before does not count");
         notes.saw(&product, None, now + Duration::from_secs(2));
-        assert_eq!(notes.refuses(&product, 10), None, "it was deleted");
+        assert_eq!(notes.refuses(&product, 10, Instant::now()), None, "it was deleted");
     }
 
     #[test]
@@ -253,7 +253,7 @@ mod tests {
         notes.may_rise([&rising].into_iter(), now + LASTS);
         notes.clear();
         notes.had(&rising, 0, now);
-        assert_eq!((notes.refuses(&rising, 1), notes.notes().len()), (None, 1));
+        assert_eq!((notes.refuses(&rising, 1, Instant::now()), notes.notes().len()), (None, 1));
         let short = SoldOut::new(Duration::from_millis(1));
         short.had(&rising, 0, Instant::now());
         short.may_rise([&id(1)].into_iter(), Instant::now());

@@ -339,9 +339,9 @@ impl Family for Stock {
 
     const FOREKNOWS: bool = true;
 
-    fn foreknown(sold_out: &SoldOut, op: &StockOp) -> Option<StockOutcome> {
+    fn foreknown(sold_out: &SoldOut, op: &StockOp, asked: Instant) -> Option<StockOutcome> {
         let (product, delta) = sums::part(op).filter(|(_, delta)| *delta < 0)?;
-        let available = sold_out.refuses(product, -delta)?;
+        let available = sold_out.refuses(product, -delta, asked)?;
         Some(StockOutcome::Short { item: 0, available })
     }
 
@@ -604,7 +604,7 @@ mod tests {
 
     #[test]
     fn a_line_begins_with_all_that_the_sidecar_knows() {
-        let request = Request::new(RequestId::parse(&Bytes::from_static(b"r 1")).unwrap(), "9f86".into());
+        let request = Request::new(RequestId::parse(Bytes::from_static(b"r 1")).unwrap(), "9f86".into());
         let set = StockOp::new(Action::Change(StockKind::Set), vec![(Id::from("a"), 5)]);
         let op = StockOp { low: Some(2), request: Some(Box::new(request)), ..set };
         let line = line(3, &op) + " a 5 5";
@@ -615,8 +615,8 @@ mod tests {
     #[test]
     fn what_is_kept_does_not_keep_the_buffer_of_its_request() {
         let buffer = Bytes::from(vec![b'a'; 4096]);
-        let request = Request::new(RequestId::parse(&buffer.slice(..9)).unwrap(), "9f86".into());
-        let mut op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::parse(&buffer.slice(..3)).unwrap(), 1)]);
+        let request = Request::new(RequestId::parse(buffer.slice(..9)).unwrap(), "9f86".into());
+        let mut op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::parse(buffer.slice(..3)).unwrap(), 1)]);
         op.request = Some(Box::new(request));
         let note = Note::at(Position::new(1, 1));
         let mut batch = CopiedBatch::new("i:stock:1".into(), 7);
@@ -661,7 +661,7 @@ mod tests {
     }
 
     fn named(op: StockOp, id: &'static str) -> StockOp {
-        let request = Request::new(RequestId::parse(&Bytes::from_static(id.as_bytes())).unwrap(), "d".into());
+        let request = Request::new(RequestId::parse(Bytes::from_static(id.as_bytes())).unwrap(), "d".into());
         StockOp { request: Some(Box::new(request)), ..op }
     }
 

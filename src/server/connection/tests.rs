@@ -31,7 +31,7 @@ thread_local! {
 }
 
 static HOLD: Spec = Spec::new("T.HOLD", "Answers when freed.").args(&[text("word", 100)]).run(|call| {
-    let held = (call.args.text("word").clone(), call.ticket());
+    let held = (call.args.shared("word"), call.ticket());
     HELD.with_borrow_mut(|all| all.push(held));
     Step::Later
 });

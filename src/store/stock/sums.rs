@@ -593,7 +593,7 @@ mod tests {
                     1 => format!("{:08x}-{:04x}-7000-8000-{id:012x}", now_ms >> 16, now_ms & 0xffff),
                     _ => format!("r-{id}"),
                 };
-                let id = RequestId::parse(&Bytes::from(id)).unwrap();
+                let id = RequestId::parse(Bytes::from(id)).unwrap();
                 op.request = Some(Box::new(Request::new(id, "d".into())));
             }
             op
