@@ -149,6 +149,11 @@ pub const LOCK_RECONNECT_AFTER: Duration = Duration::from_millis(20);
 /// How long Postgres may take to say under which epoch tokens go on, before it is asked again.
 pub const LOCK_EPOCH_WITHIN: Duration = Duration::from_secs(5);
 
+/// How long it may take until a connection for locks can be used, before another one is tried: one whose other end accepts what it is sent and
+/// answers nothing would be waited for for ever. Postgres has its time in it.
+pub const LOCK_OPEN_WITHIN: Duration = Duration::from_secs(10);
+const _: () = assert!(LOCK_OPEN_WITHIN.as_millis() > LOCK_EPOCH_WITHIN.as_millis() + LEDGER_CONNECT_TIMEOUT.as_millis());
+
 /// No lock's own counter may lead to a higher epoch than this: it would leave too few below 2^21, where tokens reach 2^53.
 pub const LOCK_EPOCH_MAX: u64 = 1 << 20;
 

@@ -604,13 +604,17 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
     }
 
-    /// Ends what is too late to be sent: it would end in doubt.
+    /// Ends what is too late to be sent: it would end in doubt. What the server itself asks for may: it is asked for again anyway.
     fn drop_late(&self) {
-        let in_time = Instant::now() + self.pace.sent_within();
+        let now = Instant::now();
+        let (in_time, in_time_for_us) = (now + self.pace.sent_within(), now + limits::SEND_WITHIN);
         let late: Vec<_> = {
             let mut queue = self.queue.borrow_mut();
             let count = queue.iter().take_while(|queued| queued.deadline <= in_time).count();
-            queue.drain(..count).collect()
+            let is_late = |queued: &Queued<F, W>| F::is_of_a_client(&queued.op) || queued.deadline <= in_time_for_us;
+            let (late, stay): (Vec<_>, Vec<_>) = queue.drain(..count).partition(is_late);
+            stay.into_iter().rev().for_each(|queued| queue.push_front(queued));
+            late
         };
         for mut queued in late {
             metrics::counter!("holdfast_expired_total", "lane" => F::LANE).increment(1);

@@ -556,12 +556,19 @@ impl Inner {
         }
     }
 
-    /// Tries whether a waiter's owner holds the lock already.
+    /// Finds out whether a waiter's owner holds the lock already, for as long as it waits and Redis does not say.
     async fn ask_once_more(self: &Arc<Self>, name: &LockName, id: u64, lease: Duration, owner: Option<Id>) {
         let asked = Asked::once_more(self.op(), lease, owner);
-        if let Ok(Tried::Got { token, lease, sent }) = self.attempt(name, &asked, false).await {
-            let waiter = self.lines().get_mut(name).and_then(|line| line.waiters.remove(&id));
-            self.grant(name, waiter, token, lease, sent, By::Again);
+        loop {
+            match self.attempt(name, &asked, false).await {
+                Ok(Tried::Got { token, lease, sent }) => {
+                    let waiter = self.lines().get_mut(name).and_then(|line| line.waiters.remove(&id));
+                    return self.grant(name, waiter, token, lease, sent, By::Again);
+                }
+                Err(Refusal::TryAgain(_) | Refusal::InDoubt) if self.lines().get(name).is_some_and(|line| line.waiters.contains_key(&id)) => {}
+                _ => return,
+            }
+            tokio::time::sleep(jittered(limits::LOCK_POLL, id)).await;
         }
     }
 

@@ -105,6 +105,38 @@ fn a_re_entry_whose_client_has_gone_while_redis_was_away_is_given_back() {
 }
 
 #[test]
+fn a_re_entry_that_came_while_redis_was_away_is_let_in_though_others_wait() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"", &[]);
+    let (mut client, mut there) = (sidecar.connect(), sidecar.connect());
+    let held = acquire(&mut client, "l", "OWNER o LEASE 600000");
+    let waiter = waiting(&sidecar, "LOCK.ACQUIRE l LEASE 600000 WAIT 60000");
+    wait_until("somebody waits", || waiters(&mut there, "l") == 1);
+    proxy.hold(Direction::Answers);
+    proxy.cut();
+    let again = waiting(&sidecar, "LOCK.ACQUIRE l OWNER o LEASE 600000 WAIT 60000");
+    // Until its first try has been given up.
+    thread::sleep(Duration::from_secs(4));
+    proxy.release();
+    assert_eq!(token(&again.join().unwrap().1), held);
+    for _ in 0..2 {
+        client.until(&format!("LOCK.RELEASE l {held}"), "[RELEASED]");
+    }
+    assert!(token(&waiter.join().unwrap().1) > held);
+}
+
+#[test]
+fn a_new_connection_that_answers_nothing_is_given_up() {
+    let stack = Stack::start();
+    let (proxy, sidecar) = behind(&stack, b"CLIENT\r\n$2\r\nID", &[]);
+    let mut client = sidecar.connect();
+    proxy.silence(1);
+    proxy.cut();
+    wait_until("the new connection is silent", || proxy.left_to_silence() == 0);
+    client.until_not("LOCK.ACQUIRE l", "-TRYAGAIN");
+}
+
+#[test]
 fn a_lock_that_was_passed_on_while_its_answer_was_lost_is_held_for_nobody_no_longer_than_redis_is_away() {
     let stack = Stack::start();
     let (proxy, sidecar) = behind(&stack, b"", &["--lock-max-turn-ms", "10000"]);

@@ -30,6 +30,7 @@ struct Shared {
     marked: &'static [u8],
     to_lose: AtomicUsize,
     to_repeat: AtomicUsize,
+    to_silence: AtomicUsize,
     /// Whether what is published is lost.
     mute: AtomicBool,
     delay_us: AtomicU64,
@@ -53,6 +54,8 @@ struct Held {
     of_subscribers: bool,
     /// Those that have sent a SUBSCRIBE.
     subscribers: HashSet<u64>,
+    /// Those of which nothing passes any more.
+    silent: HashSet<u64>,
 }
 
 impl Proxy {
@@ -66,6 +69,7 @@ impl Proxy {
             marked,
             to_lose: AtomicUsize::new(0),
             to_repeat: AtomicUsize::new(0),
+            to_silence: AtomicUsize::new(0),
             mute: AtomicBool::new(false),
             delay_us: AtomicU64::new(0),
             passed: AtomicUsize::new(0),
@@ -124,6 +128,16 @@ impl Proxy {
         self.shared.to_repeat.load(Ordering::SeqCst)
     }
 
+    /// Keeps back the next marked requests, and all that goes over their connections, which stay open, until [`Proxy::release`].
+    pub fn silence(&self, requests: usize) {
+        self.shared.to_silence.fetch_add(requests, Ordering::SeqCst);
+    }
+
+    /// How many requests are still to silence their connection.
+    pub fn left_to_silence(&self) -> usize {
+        self.shared.to_silence.load(Ordering::SeqCst)
+    }
+
     /// Loses every message of a subscription from now on (RESP3), and nothing else.
     pub fn mute(&self) {
         self.shared.mute.store(true, Ordering::SeqCst);
@@ -160,6 +174,7 @@ impl Proxy {
         self.shared.old.store(0, Ordering::SeqCst);
         held.directions.clear();
         held.of_subscribers = false;
+        held.silent.clear();
         drop(held);
         self.shared.released.notify_all();
     }
@@ -193,8 +208,10 @@ impl Shared {
     fn wait_if_told(&self, direction: Direction, number: u64) {
         let held = self.held.lock().unwrap();
         let is_old = || direction == Direction::Requests && number < self.old.load(Ordering::SeqCst);
-        let is_held =
-            |held: &mut Held| held.directions.contains(&direction) || held.of_subscribers && held.subscribers.contains(&number) || is_old();
+        let is_held = |held: &mut Held| {
+            let of_subscriber = held.of_subscribers && held.subscribers.contains(&number);
+            held.directions.contains(&direction) || of_subscriber || held.silent.contains(&number) || is_old()
+        };
         drop(self.released.wait_while(held, is_held).unwrap());
         match self.delay_us.load(Ordering::SeqCst) {
             0 => {}
@@ -243,8 +260,11 @@ fn pass(number: u64, client: TcpStream, server: TcpStream, shared: &Arc<Shared>)
             if contains(request, b"SUBSCRIBE") {
                 all.held.lock().unwrap().subscribers.insert(number);
             }
-            all.wait_if_told(Direction::Requests, number);
             let marked = all.is_marked(request);
+            if marked && take_one(&all.to_silence) {
+                all.held.lock().unwrap().silent.insert(number);
+            }
+            all.wait_if_told(Direction::Requests, number);
             if marked && take_one(&all.to_lose) {
                 loses.store(true, Ordering::SeqCst);
             }

@@ -114,7 +114,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         } else if !self.more_to_ask.get() {
             return;
         }
-        let in_time = now + limits::LOCKED_RETRY_WITHIN;
+        let in_time = now + self.pace.sent_within().max(limits::LOCKED_RETRY_WITHIN);
         let mut parked = self.parked.borrow_mut();
         let (mut stay, mut some_wait) = (Vec::new(), false);
         self.more_to_ask.set(false);

@@ -11,7 +11,7 @@ use super::super::clock::Clock;
 use super::super::words::Words;
 use super::super::{Connection, Error, keys, script};
 use crate::domain::lock::Epoch;
-use crate::limits::{HEARTBEAT_EVERY, HEARTBEAT_WITHIN, LOCK_EPOCH_WITHIN, LOCK_RECONNECT_AFTER};
+use crate::limits::{HEARTBEAT_EVERY, HEARTBEAT_WITHIN, LOCK_EPOCH_WITHIN, LOCK_OPEN_WITHIN, LOCK_RECONNECT_AFTER};
 
 /// Asks Postgres under which epoch a node may give out tokens. Dropped unanswered where Postgres cannot say.
 #[derive(Debug)]
@@ -140,7 +140,9 @@ impl Link {
         loop {
             number += 1;
             let spent = std::mem::take(&mut self.doubt.lock().unwrap_or_else(PoisonError::into_inner).spent);
-            match self.open(number, spent, before.as_ref(), &mut agreed).await {
+            let opening = tokio::time::timeout(LOCK_OPEN_WITHIN, self.open(number, spent, before.as_ref(), &mut agreed));
+            let silent = || Error::Unexpected(format!("none within {} s of connecting to it", LOCK_OPEN_WITHIN.as_secs()));
+            match opening.await.unwrap_or_else(|_| Err(silent())) {
                 Ok(node) => {
                     said.clear();
                     before = Some(node.clone());

@@ -92,8 +92,10 @@ func wake() {
 	for range count {
 		go func() {
 			client, token := acquire()
-			waits <- time.Since(begin) - time.Duration(released.Load())
+			wait := time.Since(begin) - time.Duration(released.Load())
 			release(client, token)
+			// Behind the release: with the last of them the program ends.
+			waits <- wait
 		}()
 	}
 	// Until all of them wait.

@@ -8,6 +8,7 @@ whether. redis-py, whose waiters poll, has 500 at the most, which is in its favo
 Arguments: the program of go, empty where there is none, and the words that start java/RedissonLocks, none where there is no Java.
 """
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import redis
 PROMISED = "LOCK_WAKE" in os.environ
 WAITERS = int(os.environ.get("LOCK_WAKE", "200"))
 POLLING_MAX = 500
+# Seconds that one way may take; all of them, and then it is shown where the threads stand.
+PATIENCE, PATIENCE_MAX = 150, 540
 threading.stack_size(256 * 1024)
 
 
@@ -65,22 +68,35 @@ def measure(way, waiters):
         released[0] = time.perf_counter()
         release()
 
-    threads = [threading.Thread(target=work, args=(way(name),)) for _ in range(waiters)]
+    threads = [threading.Thread(target=work, args=(way(name),), daemon=True) for _ in range(waiters)]
     for thread in threads:
         thread.start()
-    all_ready.wait()
+    all_ready.wait(PATIENCE)
     # Until all of them wait.
     time.sleep(1 + waiters / 1_000)
     released[0] = time.perf_counter()
     first()
+    until = time.monotonic() + PATIENCE
     for thread in threads:
-        thread.join()
+        thread.join(max(0, until - time.monotonic()))
+    assert len(waits) == waiters, f"{way.__name__}: {len(waits)} of {waiters} had the lock within {PATIENCE} s: {whose(name)}"
     return waits
 
 
+def whose(name):
+    """What there is to be known of a lock that somebody waits for in vain."""
+    lock = connect("REDIS_PORT")
+    held = lock.hgetall(name) if lock.type(name) == "hash" else lock.get(name)
+    return f"{name} is {held}, for {lock.pttl(name)} ms; {connect('PORT').execute_command('LOCK.INFO', name)}"
+
+
 def program(words, port, waiters):
-    words = [*words, "wake", os.environ[port], "wake-program", str(waiters)]
-    said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=600).stdout
+    name = f"wake-{port}"
+    words = [*words, "wake", os.environ[port], name, str(waiters)]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
+    except subprocess.SubprocessError as error:
+        sys.exit(f"FAIL {error}: {error.stderr}; {whose(name)}")
     return [float(word) for word in said.split()]
 
 
@@ -90,16 +106,19 @@ def percentiles(waits):
 
 
 def main():
+    faulthandler.dump_traceback_later(PATIENCE_MAX, exit=True)
     go, java = sys.argv[1:2], sys.argv[2:]
-    waits = {
-        "Holdfast": program(go, "PORT", WAITERS * 10 if PROMISED else WAITERS) if go[0] else measure(holdfast, WAITERS),
-        "redis-py Lock": measure(redis_py, min(WAITERS, POLLING_MAX)),
+    ways = {
+        "Holdfast": lambda: program(go, "PORT", WAITERS * 10 if PROMISED else WAITERS) if go[0] else measure(holdfast, WAITERS),
+        "redis-py Lock": lambda: measure(redis_py, min(WAITERS, POLLING_MAX)),
     }
     if java:
-        waits["Redisson RLock"] = program(java, "REDIS_PORT", WAITERS)
-    found = {way: percentiles(waits) for way, waits in waits.items()}
-    for way, (half, p99) in found.items():
-        print(f"     {way}: woken {half:.2f} ms after the release, 99 % within {p99:.2f} ms ({len(waits[way])} waiters)")
+        ways["Redisson RLock"] = lambda: program(java, "REDIS_PORT", WAITERS)
+    found = {}
+    for way, waits in ways.items():
+        waits = waits()
+        found[way] = half, p99 = percentiles(waits)
+        print(f"     {way}: woken {half:.2f} ms after the release, 99 % within {p99:.2f} ms ({len(waits)} waiters)", flush=True)
     ours = found.pop("Holdfast")[1]
     for way, (_, p99) in found.items():
         good = ours <= (p99 / 3 if PROMISED else p99)

@@ -26,12 +26,22 @@ public final class RedissonLocks {
         config.setLockWatchdogTimeout(3_000);
         config.useSingleServer().setAddress("redis://127.0.0.1:" + args[1]);
         RedissonClient redisson = Redisson.create(config);
-        switch (args[0]) {
-            case "race" -> race(redisson, Path.of(args[2]), args[3], Integer.parseInt(args[4]), Integer.parseInt(args[5]));
-            case "wake" -> wake(redisson, args[2], Integer.parseInt(args[3]));
-            default -> follow(redisson);
+        // Redisson's own threads would keep a program alive whose main thread has ended by an exception.
+        try {
+            switch (args[0]) {
+                case "race" -> race(redisson, Path.of(args[2]), args[3], Integer.parseInt(args[4]), Integer.parseInt(args[5]));
+                case "wake" -> wake(redisson, args[2], Integer.parseInt(args[3]));
+                default -> follow(redisson);
+            }
+        } catch (Throwable e) {
+            end(e);
         }
         System.exit(0);
+    }
+
+    private static void end(Throwable e) {
+        e.printStackTrace();
+        System.exit(1);
     }
 
     private static void race(RedissonClient redisson, Path file, String name, int count, int total) throws Exception {
@@ -59,9 +69,8 @@ public final class RedissonLocks {
                             added.incrementAndGet();
                         }
                     }
-                } catch (Exception e) {
-                    e.printStackTrace();
-                    System.exit(1);
+                } catch (Throwable e) {
+                    end(e);
                 }
             });
             threads[t].start();
@@ -89,11 +98,15 @@ public final class RedissonLocks {
         lock.lock();
         for (int t = 0; t < count; t++) {
             threads[t] = new Thread(null, () -> {
-                ready.countDown();
-                lock.lock(10, TimeUnit.MINUTES);
-                waits[served.getAndIncrement()] = (System.nanoTime() - released.get()) / 1e6;
-                released.set(System.nanoTime());
-                lock.unlock();
+                try {
+                    ready.countDown();
+                    lock.lock(1, TimeUnit.MINUTES);
+                    waits[served.getAndIncrement()] = (System.nanoTime() - released.get()) / 1e6;
+                    released.set(System.nanoTime());
+                    lock.unlock();
+                } catch (Throwable e) {
+                    end(e);
+                }
             }, "waiter", 256 * 1024);
             threads[t].start();
         }
