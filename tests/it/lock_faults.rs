@@ -114,6 +114,8 @@ fn a_re_entry_that_came_while_redis_was_away_is_let_in_though_others_wait() {
     wait_until("somebody waits", || waiters(&mut there, "l") == 1);
     proxy.hold(Direction::Answers);
     proxy.cut();
+    // From now on nothing is even sent.
+    wait_until("it is known", || there.ask("LOCK.INFO l").starts_with("-TRYAGAIN"));
     let again = waiting(&sidecar, "LOCK.ACQUIRE l OWNER o LEASE 600000 WAIT 60000");
     // Until its first try has been given up.
     thread::sleep(Duration::from_secs(4));
