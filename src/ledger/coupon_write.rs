@@ -29,11 +29,13 @@ pub(super) async fn ledger(connection: &mut PgConnection, partition: u32, lines:
          SELECT $1, l.epoch, l.n, l.op, l.k, l.coupon, l.kind, l.user_id, l.serial, l.remaining, l.request, l.digest, \
          timestamptz 'epoch' + l.at_ms * interval '1 millisecond', l.origin_epoch, l.origin_n, l.issued, l.used, l.moved, l.order_id, \
          l.total, l.per_user, l.start_ms, l.end_ms, l.token \
-         FROM unnest($2::bigint[], $3::bigint[], $4::text[], $5::int[], $6::text[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
-         $11::text[], $12::text[], $13::bigint[], $14::bigint[], $15::bigint[], $16::bigint[], $17::bigint[], $18::bigint[], $19::text[], \
-         $20::bigint[], $21::bigint[], $22::bigint[], $23::bigint[], $24::bigint[]) \
-         AS l (epoch, n, op, k, coupon, kind, user_id, serial, remaining, request, digest, at_ms, origin_epoch, origin_n, issued, used, \
-         moved, order_id, total, per_user, start_ms, end_ms, token)",
+         FROM (SELECT unnest($2::bigint[]) AS epoch, unnest($3::bigint[]) AS n, unnest($4::text[]) AS op, unnest($5::int[]) AS k, \
+         unnest($6::text[]) AS coupon, unnest($7::text[]) AS kind, unnest($8::text[]) AS user_id, unnest($9::bigint[]) AS serial, \
+         unnest($10::bigint[]) AS remaining, unnest($11::text[]) AS request, unnest($12::text[]) AS digest, unnest($13::bigint[]) AS \
+         at_ms, unnest($14::bigint[]) AS origin_epoch, unnest($15::bigint[]) AS origin_n, unnest($16::bigint[]) AS issued, \
+         unnest($17::bigint[]) AS used, unnest($18::bigint[]) AS moved, unnest($19::text[]) AS order_id, unnest($20::bigint[]) AS \
+         total, unnest($21::bigint[]) AS per_user, unnest($22::bigint[]) AS start_ms, unnest($23::bigint[]) AS end_ms, \
+         unnest($24::bigint[]) AS token) AS l",
     )
     .bind(partition::id(partition))
     .bind(places.epoch)
@@ -206,8 +208,8 @@ async fn issue(connection: &mut PgConnection, changes: &Changes<'_>) -> Result<(
          CASE WHEN i.state = 'used' THEN timestamptz 'epoch' + i.at_ms * interval '1 millisecond' END, \
          CASE WHEN i.state = 'revoked' THEN timestamptz 'epoch' + i.at_ms * interval '1 millisecond' END, \
          CASE WHEN i.state = 'used' THEN i.order_id END \
-         FROM unnest($1::text[], $2::bigint[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::bigint[]) \
-         AS i (coupon, serial, user_id, state, at_ms, order_id, issued_ms)",
+         FROM (SELECT unnest($1::text[]) AS coupon, unnest($2::bigint[]) AS serial, unnest($3::text[]) AS user_id, unnest($4::text[]) \
+         AS state, unnest($5::bigint[]) AS at_ms, unnest($6::text[]) AS order_id, unnest($7::bigint[]) AS issued_ms) AS i",
     )
     .bind(rows.coupon)
     .bind(rows.serial)

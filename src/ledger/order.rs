@@ -113,9 +113,10 @@ async fn insert(connection: &mut PgConnection, partition: u32, begun: &[&OrderMo
          created_at, changed_at) SELECT m.order_id, m.epoch, m.n, $1, m.state, m.expires_ms, string_to_array(m.products, ' '), \
          string_to_array(m.units, ' ')::bigint[], m.changed_epoch, m.changed_n, timestamptz 'epoch' + m.created_ms * interval '1 millisecond', \
          timestamptz 'epoch' + m.changed_ms * interval '1 millisecond' \
-         FROM unnest($2::text[], $3::bigint[], $4::bigint[], $5::text[], $6::bigint[], $7::text[], $8::text[], $9::bigint[], $10::bigint[], \
-         $11::bigint[], $12::bigint[]) \
-         AS m (order_id, epoch, n, state, expires_ms, products, units, changed_epoch, changed_n, created_ms, changed_ms)",
+         FROM (SELECT unnest($2::text[]) AS order_id, unnest($3::bigint[]) AS epoch, unnest($4::bigint[]) AS n, unnest($5::text[]) AS \
+         state, unnest($6::bigint[]) AS expires_ms, unnest($7::text[]) AS products, unnest($8::text[]) AS units, unnest($9::bigint[]) \
+         AS changed_epoch, unnest($10::bigint[]) AS changed_n, unnest($11::bigint[]) AS created_ms, unnest($12::bigint[]) AS \
+         changed_ms) AS m",
     )
     .bind(partition::id(partition))
     .bind(begun.iter().map(|order| order.order).collect::<Vec<_>>())

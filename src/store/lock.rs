@@ -565,7 +565,8 @@ impl Inner {
                     let waiter = self.lines().get_mut(name).and_then(|line| line.waiters.remove(&id));
                     return self.grant(name, waiter, token, lease, sent, By::Again);
                 }
-                Err(Refusal::TryAgain(_) | Refusal::InDoubt) if self.lines().get(name).is_some_and(|line| line.waiters.contains_key(&id)) => {}
+                Err(Refusal::TryAgain(_) | Refusal::InDoubt)
+                    if self.lines().get(name).is_some_and(|line| line.waiters.contains_key(&id)) => {}
                 _ => return,
             }
             tokio::time::sleep(jittered(limits::LOCK_POLL, id)).await;
