@@ -15,8 +15,8 @@ const CLOCKS_DIFFER_MS: i64 = 60_000;
 
 /// Which of them have had their effect: they are in the ledger, or what was done instead is, or stands in front of them here. That is what was
 /// handed over and taken up, be it that it is owed, and what their client did again under the same REQUEST in a Redis that did not know of
-/// it: under another epoch, and within `window_ms`, for which an id is remembered. Of a serial that was asked for again the last answer counts,
-/// as its client and whoever came in between go by that.
+/// it: under another epoch, and within `window_ms`, for which an id is remembered. Where that had another serial the last answer counts, as
+/// its client and whoever came in between go by that.
 pub async fn known(connection: &mut PgConnection, partition: u32, window_ms: i64, answered: &[Answered]) -> Result<HashSet<Name>, Error> {
     let within_ms = window_ms.saturating_add(CLOCKS_DIFFER_MS);
     let mut known = in_ledger(connection, answered).await?;
@@ -44,7 +44,7 @@ pub(super) fn is_issue(operation: &Operation) -> bool {
     matches!(&operation.effect, Effect::Coupon { change: CouponChange::Step(Stepped { step: CouponStep::Issue, .. }), .. })
 }
 
-/// Those that come to the same as one in front of them; of issues, as one behind them, unless the one in front is `known`.
+/// Those that come to the same as one in front of them; where that had another serial, as one behind them, unless the one in front is `known`.
 fn repeated(answered: &[Answered], known: &HashSet<Name>, within_ms: i64) -> HashSet<Name> {
     let (mut here, mut done_again, mut requests, mut repeated) = (HashSet::new(), HashSet::new(), HashMap::new(), HashSet::new());
     for one in answered {
@@ -55,12 +55,13 @@ fn repeated(answered: &[Answered], known: &HashSet<Name>, within_ms: i64) -> Has
             before.origin.epoch != one.origin.epoch && before.at_ms.saturating_sub(one.at_ms).saturating_abs() <= within_ms
         });
         let is_instead = instead.as_ref().is_some_and(|instead| here.contains(instead) || done_again.contains(instead));
-        let issued_before = before.filter(|before| is_asked_again && is_issue(&one.operation) && !known.contains(&before.name()));
-        if (is_asked_again && issued_before.is_none()) || is_instead || done_again.contains(&name) {
+        let has_other_serial = |before: &Answered| before.operation.serial() != one.operation.serial() && !known.contains(&before.name());
+        let gives_way = before.filter(|before| is_asked_again && has_other_serial(before));
+        if (is_asked_again && gives_way.is_none()) || is_instead || done_again.contains(&name) {
             repeated.insert(name);
             continue;
         }
-        repeated.extend(issued_before.map(Answered::name));
+        repeated.extend(gives_way.map(Answered::name));
         here.insert(name);
         done_again.extend(instead);
         requests.extend(remembered.map(|remembered| (remembered, one)));
@@ -285,6 +286,36 @@ mod tests {
             Answered { at_ms: 1_700_000_000_000 + WINDOW_MS + CLOCKS_DIFFER_MS + 1, ..later(47, "47 decr request=t digest=d | a -3 64") };
         let once = Saved { saved: 1, owed: 0, known: 0 };
         assert_eq!(save(connection, 0, 3, WINDOW_MS, &[much_later]).await.unwrap(), once, "it had been forgotten, and was another");
+    }
+
+    #[tokio::test]
+    async fn what_was_done_to_a_coupon_again_goes_with_its_issue() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        execute(connection, "UPDATE holdfast.partition SET epoch = 3").await;
+        for (coupon, serial) in [("same", 6), ("other", 7)] {
+            let step = |epoch: u64, n: u64, step: &str, serial: i64| Answered {
+                origin: Position::new(epoch, n),
+                ..answered(
+                    &format!("{coupon}:coupon:{epoch}"),
+                    n,
+                    &format!("{n} coupon.{step} request={coupon}-{step} digest=d coupon={coupon} user=u serial={serial} remaining=8 |"),
+                )
+            };
+            let create = answered(coupon, 1, &format!("0 coupon.create coupon={coupon} total=9 peruser=1 |"));
+            let mut all = vec![create, step(1, 6, "issue", 6), step(1, 7, "use", 6)];
+            if serial != 6 {
+                let quick = format!("5 coupon.issue coupon={coupon} user=quick serial=6 remaining=8 |");
+                all.push(Answered { origin: Position::new(2, 5), ..answered(&format!("{coupon}:coupon:2"), 5, &quick) });
+            }
+            all.extend([step(2, 6, "issue", serial), step(2, 7, "use", serial)]);
+            let done_once = Saved { saved: all.len() - 2, owed: 0, known: 2 };
+            assert_eq!(save(connection, 0, 3, WINDOW_MS, &all).await.unwrap(), done_once, "{coupon}");
+        }
+        let issues = "SELECT coupon_id, string_agg(concat_ws(' ', serial, user_id, state), ', ' ORDER BY serial) FROM holdfast.coupon_issue \
+                      GROUP BY coupon_id ORDER BY coupon_id";
+        let expected = [("other", "6 quick issued, 7 u used"), ("same", "6 u used")];
+        assert_eq!(rows::<(String, String)>(connection, issues).await, expected.map(|(of, all)| (of.to_owned(), all.to_owned())));
     }
 
     #[tokio::test]
