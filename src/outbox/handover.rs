@@ -219,7 +219,10 @@ async fn coupon_done_again(
     if let Action::Step { step: CouponStep::Issue, serial: Some(serial), .. } = &op.action
         && ledger::coupon::is_issued(postgres, op.coupon.as_str(), *serial).await?
     {
-        // By its own client, just now?
+        // By its own client, just now? Postgres may not know yet what that was given.
+        if !has_reached_postgres(partition).await {
+            return Ok(Done::Unknown);
+        }
         let known = salvage::known(postgres, partition.id, window_ms, std::slice::from_ref(answered)).await?;
         let refused = || Done::Refused(format!(": serial {serial} has been given out again"));
         return Ok(if known.is_empty() { refused() } else { Done::AsAnswered });

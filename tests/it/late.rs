@@ -36,6 +36,24 @@ fn cancel(client: &mut Client, order: &str) {
     assert!(reply.starts_with("[CANCELLED, "), "{order}: {reply}");
 }
 
+/// Holds back whoever notes what it has taken up, once that is done in Redis, until this is dropped.
+fn held_back(stack: &Stack) -> Program {
+    let mut program = Program::new(&stack.postgres);
+    program.run(
+        "CREATE FUNCTION held_back() RETURNS trigger LANGUAGE plpgsql SET lock_timeout = 0 AS \
+         'BEGIN PERFORM pg_advisory_xact_lock(7); RETURN new; END'; \
+         CREATE TRIGGER held_back BEFORE UPDATE ON holdfast.salvage FOR EACH ROW EXECUTE FUNCTION held_back(); SELECT pg_advisory_lock(7)",
+    );
+    program
+}
+
+/// Who is held back, and since when.
+fn who_waits(stack: &Stack) -> String {
+    let waiting =
+        "SELECT coalesce(max(pid || ' ' || waitstart), '') FROM pg_locks WHERE NOT granted AND locktype = 'advisory' AND objid = 7";
+    stack.postgres.value(waiting)
+}
+
 #[test]
 fn a_rebuild_leaves_orders_as_they_have_become_since() {
     const BOTH: &[&str] = &["STOCK.RESERVE again 600000 a 3", "STOCK.DECR a 5 ORDER sold"];
@@ -112,6 +130,29 @@ fn what_its_client_does_again_while_it_is_taken_up_is_not_owed() {
     drop(nobody_looks_up);
     late.wait_until_taken_up();
     assert!(late.client.ask("COUPON.GET c late").contains("serial, 6, state, issued"));
+    assert_eq!(dead_letters(&late), [""; 0]);
+    late.end();
+}
+
+#[test]
+fn what_its_client_did_again_and_postgres_does_not_have_yet_is_waited_for() {
+    const ISSUE: &str = "COUPON.ISSUE c late REQUEST r-c";
+    let mut gate = None;
+    let mut late = late(UNHURRIED, |others| again(others, &["STOCK.DECR a 3 ORDER o", ISSUE]), |stack, _| gate = Some(held_back(stack)));
+    wait_until("it is being taken up", || !who_waits(&late.stack).is_empty());
+    let waits = who_waits(&late.stack);
+    again(&mut late.client, &["COUPON.ISSUE c quick ACK postgres TIMEOUT 20000"]);
+    let [mut nobody_applies, mut is_over] = [Program::new(&late.stack.postgres), Program::new(&late.stack.postgres)];
+    nobody_applies.run("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE");
+    again(&mut late.client, &[ISSUE]);
+    assert_eq!(who_waits(&late.stack), waits, "it has not begun anew");
+    drop(gate);
+    is_over.run("SELECT pg_advisory_lock(x'686f6c64'::int, 0)");
+    assert_eq!(dead_letters(&late), [""; 0]);
+    drop((nobody_applies, is_over));
+    late.wait_until_taken_up();
+    assert!(late.client.ask("COUPON.GET c late").contains("serial, 7, state, issued"));
+    assert!(late.client.ask("COUPON.GET c quick").contains("serial, 6, state, issued"));
     assert_eq!(dead_letters(&late), [""; 0]);
     late.end();
 }
