@@ -549,6 +549,16 @@ pub async fn taken_up(connection: &mut PgConnection, partition: u32, answered: &
     Ok(())
 }
 
+/// Whether this ends a reservation that could not be done again: what it took and what comes back are owed both, and balance.
+pub async fn is_reservation_owed(connection: &mut PgConnection, operation: &Operation) -> Result<bool, Error> {
+    let Effect::Stock { kind: StockKind::Expire, detail, .. } = &operation.effect else { return Ok(false) };
+    let owed = sqlx::query_scalar(
+        "SELECT EXISTS (SELECT 1 FROM holdfast.dead_letter WHERE kind = 'reserve' AND NOT in_redis \
+         AND substring(line FROM ' order=([^ ]+) ') = $1)",
+    );
+    Ok(owed.bind(detail.order.as_deref().map(|of| &of.order)).fetch_one(connection).await?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

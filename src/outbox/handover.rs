@@ -157,6 +157,9 @@ impl TakeUp<'_> {
                 match partition.change(op).await {
                     Ok(StockOutcome::Done { .. }) => Done::AsAnswered,
                     Ok(StockOutcome::Remembered(recalled)) => Done::recalled(&request, &recalled),
+                    Ok(StockOutcome::Nowhere) if salvage::is_reservation_owed(postgres, &answered.operation).await? => {
+                        Done::Refused(": what it gives back is owed".to_owned())
+                    }
                     Ok(outcome) if is_as_answered(&answered.operation, &outcome) => Done::AsAnswered,
                     Ok(refused) => Done::Refused(format!(": {refused:?}")),
                     Err(_) => Done::Unknown,
@@ -286,8 +289,8 @@ async fn load(partition: &Partition, coupon: Id) -> bool {
 fn is_as_answered(operation: &Operation, outcome: &StockOutcome) -> bool {
     let Effect::Stock { kind, .. } = &operation.effect else { return false };
     let became = match outcome {
-        // It is held anew, and expires by itself, or is not held any more.
-        StockOutcome::Stands(_) if *kind == StockKind::Expire => return true,
+        // It is held anew, and expires by itself, or is not held any more, or what it held was never taken.
+        StockOutcome::Stands(_) | StockOutcome::Nowhere if *kind == StockKind::Expire => return true,
         StockOutcome::Told { line, .. } => match &line.effect {
             Effect::Stock { kind, .. } => OrderState::after(*kind),
             _ => None,
@@ -377,6 +380,8 @@ mod tests {
         ] {
             assert_eq!(is_as_answered(&answered(kind), &stands(state)), is_so, "{kind}, and it is {state:?}");
         }
+        assert!(is_as_answered(&answered("expire"), &StockOutcome::Nowhere));
+        assert!(!is_as_answered(&answered("confirm"), &StockOutcome::Nowhere));
         let reserved = Operation::decode("0 reserve order=o expires=9 | a -1 3").unwrap();
         assert!([Held, Confirmed, Cancelled, Expired].into_iter().all(|state| is_as_answered(&reserved, &stands(state))));
         let sold = Operation::decode("0 decr | a -1 3").unwrap();

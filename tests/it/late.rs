@@ -22,6 +22,15 @@ fn units(late: &mut Late) -> [String; 2] {
     [in_redis, late.stack.postgres.value("SELECT available || ' ' || held FROM holdfast.stock")]
 }
 
+/// Hands the expiry of an order over that held three of the product `a`, five seconds behind all else.
+fn expires(late: &Late, order: &str) {
+    late.stack.postgres.execute(&format!(
+        "INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms) SELECT partition, op, max(k) + 1, origin_epoch, \
+         max(origin_n) + 1, max(k) + 1 || ' expire order={order} from=held units=3 | a 3 100', max(at_ms) + 5000 FROM holdfast.salvage \
+         GROUP BY partition, op, origin_epoch ORDER BY origin_epoch DESC, max(origin_n) DESC LIMIT 1"
+    ));
+}
+
 /// Sends what the others answered once more.
 fn again(client: &mut Client, commands: &[&str]) {
     for command in commands {
@@ -95,11 +104,9 @@ fn what_had_expired_is_given_back_once() {
         },
     );
     wait_until("it is handed over", || late.stack.postgres.value("SELECT count(*) FROM holdfast.salvage WHERE NOT done") == "1");
-    // As if Redis had been lost five seconds later.
-    late.stack.postgres.execute(
-        "INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms) SELECT partition, op, k + 1, origin_epoch, \
-         origin_n + 1, k + 1 || ' expire order=o from=held units=3 | a 3 100', at_ms + 5000 FROM holdfast.salvage",
-    );
+    // As if Redis had been lost five seconds later. What another order held was never taken.
+    expires(&late, "o");
+    expires(&late, "of-the-dead");
     drop(nobody_takes_up);
     late.wait_until_taken_up();
     assert_eq!(dead_letters(&late), [""; 0]);
@@ -256,17 +263,21 @@ fn an_order_that_redis_has_forgotten_is_looked_up_for_what_comes_late() {
 fn what_others_have_by_now_is_owed_to_whom_it_was_promised() {
     let mut late = late(
         UNHURRIED,
-        |others| again(others, &["COUPON.ISSUE c late", "STOCK.DECR a 60"]),
+        |others| again(others, &["COUPON.ISSUE c late", "STOCK.DECR a 60", "STOCK.RESERVE o 600000 a 3"]),
         |stack, client| {
             stack.postgres.execute("ALTER TABLE holdfast.coupon_issue ADD CHECK (user_id <> 'quick')");
-            again(client, &["COUPON.ISSUE c quick ACK postgres TIMEOUT 20000", "STOCK.DECR a 70"]);
+            again(client, &["COUPON.ISSUE c quick ACK postgres TIMEOUT 20000", "STOCK.DECR a 98"]);
             let letter = stack.postgres.value("SELECT id FROM holdfast.dead_letter");
             assert_eq!(client.ask(&format!("HOLDFAST.DEADLETTER DROP {letter}")), "[OK]");
         },
     );
     late.wait_until_taken_up();
-    assert_eq!(dead_letters(&late), ["coupon.issue 0 f", "decr -60 f"]);
+    assert_eq!(dead_letters(&late), ["coupon.issue 0 f", "decr -60 f", "reserve -3 f"]);
+    // Both parts of what came to nothing are owed.
+    expires(&late, "o");
+    late.wait_until_taken_up();
+    assert_eq!(dead_letters(&late), ["coupon.issue 0 f", "decr -60 f", "reserve -3 f", "expire 3 f"]);
     assert_eq!(late.client.ask("COUPON.GET c late"), "[]", "quick has its serial, in Redis");
     assert!(late.client.ask("COUPON.GET c quick").contains("serial, 6, state, issued"));
-    assert_eq!(units(&mut late), ["30 0"; 2]);
+    assert_eq!(units(&mut late), ["2 0"; 2]);
 }
