@@ -1,5 +1,7 @@
 //! The statements of a batch's transaction that are about coupons, see [`write`](super::write).
 
+use std::collections::BTreeMap;
+
 use sqlx::{Connection, PgConnection};
 use tracing::warn;
 
@@ -74,27 +76,46 @@ pub(super) async fn moves(connection: &mut PgConnection, changes: &Changes<'_>) 
     step(connection, changes).await
 }
 
-/// Keeps the serial of an issue that is owed from being given out again. Of anything else nothing happens.
-pub(super) async fn keep_serial(connection: &mut PgConnection, operation: &Operation) -> Result<(), Error> {
-    let Effect::Coupon { coupon, change: CouponChange::Step(Stepped { step: CouponStep::Issue, serial, .. }) } = &operation.effect else {
+/// Keeps the serials of these issues, which are owed or passed over, from being given out again. Of anything else nothing happens.
+pub(super) async fn keep_serials<'a>(connection: &mut PgConnection, operations: impl Iterator<Item = &'a Operation>) -> Result<(), Error> {
+    let mut highest: BTreeMap<&str, i64> = BTreeMap::new();
+    for operation in operations {
+        if let Effect::Coupon { coupon, change: CouponChange::Step(Stepped { step: CouponStep::Issue, serial, .. }) } = &operation.effect {
+            highest.entry(coupon).and_modify(|known| *known = (*known).max(*serial)).or_insert(*serial);
+        }
+    }
+    if highest.is_empty() {
         return Ok(());
-    };
-    // The coupon's row may be such that no update of it is taken at all.
-    let mut savepoint = connection.begin().await?;
-    let keep = sqlx::query("UPDATE holdfast.coupon SET last_serial = $2 WHERE coupon_id = $1 AND last_serial < $2");
-    match keep.bind(coupon).bind(serial).execute(&mut *savepoint).await.map_err(Error::from) {
-        Ok(_) => savepoint.commit().await?,
-        Err(Error::Data(error)) => {
-            savepoint.rollback().await?;
+    }
+    let (coupons, serials): (Vec<&str>, Vec<i64>) = highest.into_iter().unzip();
+    if keep_highest(connection, &coupons, &serials).await?.is_none() {
+        return Ok(());
+    }
+    // A coupon's row may be such that no update of it is taken at all.
+    for (coupon, serial) in coupons.into_iter().zip(serials) {
+        if let Some(error) = keep_highest(connection, &[coupon], &[serial]).await? {
             warn!(coupon, serial, error, "postgres does not take the highest serial of a coupon: this one may be given out again");
         }
-        Err(error) => return Err(error),
     }
     Ok(())
 }
 
+/// Returns why Postgres refuses one of them for its data; then none is kept.
+async fn keep_highest(connection: &mut PgConnection, coupons: &[&str], serials: &[i64]) -> Result<Option<String>, Error> {
+    let mut savepoint = connection.begin().await?;
+    let keep = sqlx::query(
+        "UPDATE holdfast.coupon c SET last_serial = m.serial FROM unnest($1::text[], $2::bigint[]) AS m (coupon, serial) \
+         WHERE c.coupon_id = m.coupon AND c.last_serial < m.serial",
+    );
+    match keep.bind(coupons).bind(serials).execute(&mut *savepoint).await.map_err(Error::from) {
+        Ok(_) => savepoint.commit().await.map(|()| None).map_err(Error::from),
+        Err(Error::Data(error)) => savepoint.rollback().await.map(|()| Some(error)).map_err(Error::from),
+        Err(error) => Err(error),
+    }
+}
+
 /// The same of all that were issued of a coupon before Postgres had it.
-pub(super) async fn keep_serials(connection: &mut PgConnection, coupon: &str) -> Result<(), Error> {
+pub(super) async fn keep_serials_of(connection: &mut PgConnection, coupon: &str) -> Result<(), Error> {
     let keep = sqlx::query(
         "UPDATE holdfast.coupon c SET last_serial = l.serial \
          FROM (SELECT max(serial) AS serial FROM holdfast.coupon_ledger WHERE coupon_id = $1 AND kind = 'issue') AS l \

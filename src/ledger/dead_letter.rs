@@ -110,7 +110,7 @@ async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, pa
     let Some(operation) = part.operations.first() else { return Ok(0) };
     let Effect::Stock { items, .. } = &operation.effect else {
         insert(connection, partition, part, operation, &Letter { i: 0, product: None, delta: 0, reason }).await?;
-        coupon_write::keep_serial(connection, operation).await?;
+        coupon_write::keep_serials(connection, std::iter::once(operation)).await?;
         return Ok(1);
     };
     // An order is what it is, also where its units are owed.
@@ -348,7 +348,7 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
     let entry = Entry { last, first_n: last.n, prev: partition::NO_OP.into(), op, at_ms, operations: vec![operation] };
     write::moves(connection, &Changes::gather([&entry], &Created::default())?).await?;
     if let [Operation { effect: Effect::Coupon { coupon, change: CouponChange::Create(_) }, .. }] = entry.operations.as_slice() {
-        coupon_write::keep_serials(connection, coupon).await?;
+        coupon_write::keep_serials_of(connection, coupon).await?;
     }
     Ok(Settled::Done)
 }

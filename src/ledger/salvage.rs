@@ -2,11 +2,10 @@
 
 mod known;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use sqlx::{Connection, PgConnection};
 
-use self::known::is_issue;
 pub use self::known::{in_ledger, known};
 use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
 use super::coupon_shelf::CouponShelf;
@@ -131,11 +130,13 @@ async fn save_in(
     };
     let known = known(connection, partition, window_ms, answered).await?;
     let (passed, new): (Vec<&Answered>, Vec<&Answered>) = answered.iter().partition(|one| known.contains(&one.name()));
+    // Some of their users were given another serial since.
+    let passed = passed.into_iter().map(|one| &one.operation);
     let mut shelf = Shelf::load(connection, partition, &new).await?;
     let told = new.iter().filter_map(|one| shelf.told(one).map(|told| (*one, told)));
     let told: Vec<(&Answered, (Operation, bool))> = told.collect();
     if told.is_empty() {
-        keep_serials(connection, &passed).await?;
+        coupon_write::keep_serials(connection, passed).await?;
         return Ok(Saved { known: answered.len(), ..Saved::default() });
     }
     let mut changes = Changes::default();
@@ -166,31 +167,13 @@ async fn save_in(
     changes.frozen.extend(owing.into_iter().map(|product| (product, Some(OWED))));
     write::changes(connection, partition, &changes).await?;
     park(connection, partition, &owed).await?;
-    for (_, operation, _) in &owed {
-        coupon_write::keep_serial(connection, operation).await?;
-    }
-    keep_serials(connection, &passed).await?;
+    coupon_write::keep_serials(connection, passed.chain(owed.iter().map(|(_, operation, _)| *operation))).await?;
     settled(connection, answered).await?;
     if row.applied.epoch < epoch {
         apply::end_epochs(connection, partition, row.applied, epoch).await?;
     }
     partition::advance(connection, partition, Position::new(epoch, n), &format!("salvage:{epoch}"), None).await?;
     Ok(Saved { saved: told.len() - owed.len(), owed: owed.len(), known: answered.len() - told.len() })
-}
-
-/// Keeps the serials of issues that are passed over from being given out again: some of their users were given another since.
-async fn keep_serials(connection: &mut PgConnection, passed: &[&Answered]) -> Result<(), Error> {
-    let mut highest: BTreeMap<&str, &Operation> = BTreeMap::new();
-    for operation in passed.iter().map(|one| &one.operation).filter(|operation| is_issue(operation)) {
-        let known = highest.entry(operation.coupon().unwrap_or_default()).or_insert(operation);
-        if operation.serial() > known.serial() {
-            *known = operation;
-        }
-    }
-    for operation in highest.into_values() {
-        coupon_write::keep_serial(connection, operation).await?;
-    }
-    Ok(())
 }
 
 /// Ends it: every epoch before `epoch` ended where Postgres is, and what a relay still holds of them is passed over. `give_up_inbox`: what other
@@ -812,6 +795,37 @@ mod tests {
         assert_eq!(handed_over(connection, 0, &["d".to_owned()], 9).await.unwrap(), handed);
         assert_eq!(handed_over(connection, 0, &["c".to_owned()], 9).await.unwrap(), handed[2..]);
         assert_eq!(handed_over(connection, 0, &["cc".to_owned(), "c".to_owned()], 9).await.unwrap(), handed[3..]);
+    }
+
+    #[tokio::test]
+    async fn the_serials_of_many_coupons_are_kept_at_once() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let coupon = |n: u64, line: &str| answered("i:coupon:1", n, &format!("{n} coupon.{line} |"));
+        let created: Vec<Answered> = (1..=50).map(|n| coupon(n, &format!("create coupon=c-{n} total=9 peruser=1"))).collect();
+        save(connection, 0, 1, WINDOW_MS, &created).await.unwrap();
+        execute(
+            connection,
+            "CREATE SEQUENCE updates; CREATE FUNCTION count_updates() RETURNS trigger LANGUAGE plpgsql AS
+             'BEGIN PERFORM nextval(''updates''); RETURN NULL; END';
+             CREATE TRIGGER count_updates AFTER UPDATE ON holdfast.coupon FOR EACH STATEMENT EXECUTE FUNCTION count_updates()",
+        )
+        .await;
+        let issued = |serial: u64| -> Vec<Answered> {
+            let issue = |n: u64| coupon(100 * serial + n, &format!("issue coupon=c-{n} user=u serial={serial} remaining=1"));
+            (1..=50).map(issue).collect()
+        };
+        for serial in [7, 8] {
+            hand_over(connection, 0, &issued(serial)).await.unwrap();
+            settled(connection, &issued(serial)).await.unwrap();
+        }
+        let passed = Saved { saved: 0, owed: 0, known: 50 };
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &issued(7)).await.unwrap(), passed);
+        assert_eq!(number_of(connection, "SELECT last_value FROM updates").await, 1);
+        execute(connection, "ALTER TABLE holdfast.coupon ADD CHECK (coupon_id <> 'c-9' OR last_serial < 8)").await;
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &issued(8)).await.unwrap(), passed);
+        let kept = "SELECT last_serial, count(*) FROM holdfast.coupon GROUP BY 1 ORDER BY 1";
+        assert_eq!(rows::<(i64, i64)>(connection, kept).await, [(7, 1), (8, 49)]);
     }
 
     #[tokio::test]

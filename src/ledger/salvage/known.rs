@@ -6,8 +6,6 @@ use sqlx::PgConnection;
 
 use super::{Answered, Error, Name, partition, to_bigint, write};
 use crate::domain::RequestId;
-use crate::domain::change::{Effect, Operation};
-use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 use crate::sabotage::breaks;
 
 /// By how much the clocks of two Redis hosts may differ, in ms.
@@ -38,10 +36,6 @@ fn left<'a>(answered: &'a [Answered], known: &HashSet<Name>) -> Vec<&'a Answered
 fn stands_for(answered: &Answered) -> Option<Name> {
     let sent = RequestId::of_escaped(&answered.operation.remembered.as_ref()?.request).sent()?;
     Some((sent.op(), sent.k))
-}
-
-pub(super) fn is_issue(operation: &Operation) -> bool {
-    matches!(&operation.effect, Effect::Coupon { change: CouponChange::Step(Stepped { step: CouponStep::Issue, .. }), .. })
 }
 
 /// Those that come to the same as one in front of them; where that had another serial, as one behind them, unless the one in front is `known`.
@@ -170,7 +164,7 @@ fn name((op, k): (String, i32)) -> Option<Name> {
 mod tests {
     use super::*;
     use crate::domain::Position;
-    use crate::domain::change::Entry;
+    use crate::domain::change::{Entry, Operation};
     use crate::ledger::apply;
     use crate::ledger::salvage::tests::{WINDOW_MS, answered};
     use crate::ledger::salvage::{self, Saved, hand_over, is_anything_handed_over, save};
