@@ -42,7 +42,8 @@ pub async fn hand_over_all(partition: &Partition, postgres: &mut PgConnection, e
     hand_over_these(partition, postgres, &copies).await
 }
 
-async fn hand_over_these(partition: &Partition, postgres: &mut PgConnection, copies: &[Answered]) -> Result<(), ledger::Error> {
+/// Hands over those of them that the ledger does not have.
+pub(super) async fn hand_over_these(partition: &Partition, postgres: &mut PgConnection, copies: &[Answered]) -> Result<(), ledger::Error> {
     for copies in copies.chunks(SALVAGE_CHANGES_MAX) {
         let known = salvage::in_ledger(postgres, copies).await?;
         let lost: Vec<Answered> = copies.iter().filter(|copy| !known.contains(&copy.name())).cloned().collect();
@@ -92,6 +93,7 @@ impl TakeUp<'_> {
         if !has_reached_postgres(partition).await {
             return Ok(());
         }
+        salvage::pass_over_repeated(postgres, partition.id, self.window_ms).await?;
         let (mut left, mut wait) = (HANDOVER_MAX, HashSet::new());
         while left > 0 {
             let before = (left, wait.len());

@@ -176,7 +176,8 @@ impl Rebuild<'_> {
         self.partition.state.send_replace(State::Rebuilding(format!("filling Redis from Postgres: {how_far}")));
     }
 
-    /// Brings to Postgres what the outbox still holds: what continues Postgres at its own place, the rest by name at a new one.
+    /// Brings to Postgres what the outbox still holds: what continues Postgres at its own place, the rest by name at a new one; what else is of
+    /// coupons waits for the copies.
     async fn salvage_outbox(&mut self, epoch: u64) -> Result<Saved, String> {
         let id = self.partition.id;
         let mut saved = Saved::default();
@@ -207,8 +208,11 @@ impl Rebuild<'_> {
                 }
             }
             if !chained {
-                let answered: Vec<Answered> = entries.iter().flat_map(answered).collect();
-                self.save(epoch, &answered, &mut saved).await?;
+                let (coupons, stock): (Vec<_>, Vec<_>) =
+                    entries.iter().flat_map(answered).partition(|one| one.operation.coupon().is_some());
+                self.save(epoch, &stock, &mut saved).await?;
+                // The last serial under a REQUEST counts, which may be in a copy: they are saved together.
+                step(handover::hand_over_these(self.partition, self.postgres, &coupons)).await?;
             }
         }
     }
@@ -237,6 +241,7 @@ impl Rebuild<'_> {
         wait_for_others(self.postgres, self.partition.id, self.owner, epoch).await?;
         let ops = self.partition.copies.ops();
         handover::hand_over_all(self.partition, self.postgres, epoch).await.map_err(|error| error.to_string())?;
+        slow_step(salvage::pass_over_repeated(self.postgres, self.partition.id, self.window_ms)).await?;
         loop {
             let handed = step(salvage::handed_over(self.postgres, self.partition.id, &[], HANDOVER_MAX)).await?;
             if handed.is_empty() {

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 
-use super::{Answered, Error, Name, partition, to_bigint, write};
+use super::{Answered, Error, Name, coupon_write, partition, to_bigint, write};
 use crate::domain::RequestId;
+use crate::domain::change::Operation;
 use crate::sabotage::breaks;
 
 /// By how much the clocks of two Redis hosts may differ, in ms.
@@ -30,6 +31,38 @@ pub async fn known(connection: &mut PgConnection, partition: u32, window_ms: i64
 
 fn left<'a>(answered: &'a [Answered], known: &HashSet<Name>) -> Vec<&'a Answered> {
     answered.iter().filter(|one| !known.contains(&one.name())).collect()
+}
+
+/// Settles, of all that was handed over, what gives way to another serial under the same REQUEST: the two may be far from each other.
+/// Where all is of one epoch, as mostly, none of it is read.
+pub async fn pass_over_repeated(connection: &mut PgConnection, partition: u32, window_ms: i64) -> Result<(), Error> {
+    let mut transaction = connection.begin().await?;
+    sqlx::query("SET LOCAL statement_timeout = '60s'").execute(&mut *transaction).await?;
+    let passed: Vec<String> = sqlx::query_scalar(
+        "WITH a AS (SELECT op, k, origin_epoch, at_ms, substring(line FROM ' serial=([0-9]+) ') AS serial, \
+         last_value(origin_epoch) OVER w AS last_epoch, last_value(at_ms) OVER w AS last_ms, \
+         last_value(substring(line FROM ' serial=([0-9]+) ')) OVER w AS last_serial FROM holdfast.salvage \
+         WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) LIKE 'coupon.%' AND split_part(line, ' ', 3) LIKE 'request=%' \
+         AND (SELECT min(origin_epoch) < max(origin_epoch) FROM holdfast.salvage WHERE partition = $1 AND NOT done) \
+         WINDOW w AS (PARTITION BY split_part(line, ' ', 3), split_part(line, ' ', 4) ORDER BY origin_epoch, origin_n \
+         ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)) \
+         UPDATE holdfast.salvage s SET done = true FROM a WHERE s.op = a.op AND s.k = a.k AND a.last_epoch > a.origin_epoch \
+         AND a.last_serial <> a.serial AND abs(a.last_ms - a.at_ms) <= $2 \
+         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op AND l.k = a.k) RETURNING s.line",
+    )
+    .bind(partition::id(partition))
+    .bind(window_ms.saturating_add(CLOCKS_DIFFER_MS))
+    .fetch_all(&mut *transaction)
+    .await?;
+    if !passed.is_empty() {
+        // Nobody else has coupons locked.
+        partition::lock(&mut transaction, partition).await?;
+        let operations: Result<Vec<_>, _> = passed.iter().map(|line| Operation::decode(line)).collect();
+        let operations = operations.map_err(|error| Error::Unfit(format!("holdfast.salvage: {error}")))?;
+        coupon_write::keep_serials(&mut transaction, operations.iter()).await?;
+    }
+    transaction.commit().await?;
+    Ok(())
 }
 
 /// What a change that was taken up does again.
@@ -164,10 +197,10 @@ fn name((op, k): (String, i32)) -> Option<Name> {
 mod tests {
     use super::*;
     use crate::domain::Position;
-    use crate::domain::change::{Entry, Operation};
+    use crate::domain::change::Entry;
     use crate::ledger::apply;
     use crate::ledger::salvage::tests::{WINDOW_MS, answered};
-    use crate::ledger::salvage::{self, Saved, hand_over, is_anything_handed_over, save};
+    use crate::ledger::salvage::{self, Saved, hand_over, handed_over, is_anything_handed_over, save};
     use crate::ledger::testing::{database, execute, number_of, rows};
 
     #[tokio::test]
@@ -287,7 +320,7 @@ mod tests {
         let mut database = database().await;
         let connection = &mut database.connection;
         execute(connection, "UPDATE holdfast.partition SET epoch = 3").await;
-        for (coupon, serial) in [("same", 6), ("other", 7)] {
+        for (coupon, serial, is_far) in [("same", 6, false), ("other", 7, false), ("far-same", 6, true), ("far-other", 7, true)] {
             let step = |epoch: u64, n: u64, step: &str, serial: i64| Answered {
                 origin: Position::new(epoch, n),
                 ..answered(
@@ -303,12 +336,21 @@ mod tests {
                 all.push(Answered { origin: Position::new(2, 5), ..answered(&format!("{coupon}:coupon:2"), 5, &quick) });
             }
             all.extend([step(2, 6, "issue", serial), step(2, 7, "use", serial)]);
-            let done_once = Saved { saved: all.len() - 2, owed: 0, known: 2 };
-            assert_eq!(save(connection, 0, 3, WINDOW_MS, &all).await.unwrap(), done_once, "{coupon}");
+            if !is_far {
+                let done_once = Saved { saved: all.len() - 2, owed: 0, known: 2 };
+                assert_eq!(save(connection, 0, 3, WINDOW_MS, &all).await.unwrap(), done_once, "{coupon}");
+                continue;
+            }
+            hand_over(connection, 0, &all).await.unwrap();
+            pass_over_repeated(connection, 0, WINDOW_MS).await.unwrap();
+            for one in handed_over(connection, 0, &[], 9).await.unwrap() {
+                assert_eq!(save(connection, 0, 3, WINDOW_MS, &[one]).await.unwrap().owed, 0, "{coupon}");
+            }
         }
-        let issues = "SELECT coupon_id, string_agg(concat_ws(' ', serial, user_id, state), ', ' ORDER BY serial) FROM holdfast.coupon_issue \
-                      GROUP BY coupon_id ORDER BY coupon_id";
-        let expected = [("other", "6 quick issued, 7 u used"), ("same", "6 u used")];
+        let issues = "SELECT coupon_id, string_agg(concat_ws(' ', serial, user_id, state), ', ' ORDER BY serial) \
+                      FROM holdfast.coupon_issue GROUP BY coupon_id ORDER BY coupon_id COLLATE \"C\"";
+        let (same, other) = ("6 u used", "6 quick issued, 7 u used");
+        let expected = [("far-other", other), ("far-same", same), ("other", other), ("same", same)];
         assert_eq!(rows::<(String, String)>(connection, issues).await, expected.map(|(of, all)| (of.to_owned(), all.to_owned())));
     }
 
