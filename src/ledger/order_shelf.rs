@@ -98,7 +98,7 @@ impl OrderShelf {
 }
 
 /// The order that a change is of.
-fn of(answered: &Answered) -> Option<&str> {
+pub(super) fn of(answered: &Answered) -> Option<&str> {
     match &answered.operation.effect {
         Effect::Stock { detail, .. } => Some(&detail.order.as_deref()?.order),
         Effect::Coupon { .. } => None,

@@ -9,7 +9,7 @@ use sqlx::{Connection, PgConnection};
 pub use self::known::{in_ledger, known, pass_over_repeated};
 use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
 use super::coupon_shelf::CouponShelf;
-use super::order_shelf::{Made, OrderShelf};
+use super::order_shelf::{self, Made, OrderShelf};
 use super::{Error, apply, coupon_write, dead_letter, from_bigint, partition, to_bigint, write};
 use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
@@ -488,6 +488,31 @@ pub async fn handed_over(connection: &mut PgConnection, partition: u32, without:
         Ok(Answered { op, origin: Position::new(from_bigint(epoch), from_bigint(n)), at_ms, operation })
     };
     rows.into_iter().map(answered).collect()
+}
+
+/// By which of the changes that were handed over and wait the orders end that these are about: a cancellation or an expiry behind them.
+pub async fn ends(connection: &mut PgConnection, partition: u32, answered: &[Answered]) -> Result<HashMap<Name, StockKind>, Error> {
+    let ends = |one: &Answered| matches!(one.operation.effect, Effect::Stock { kind: StockKind::Cancel | StockKind::Expire, .. });
+    let of: Vec<(&Answered, &str)> =
+        answered.iter().filter(|one| !ends(one)).filter_map(|one| Some((one, order_shelf::of(one)?))).collect();
+    if of.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows: Vec<(String, String, i64, i64)> = sqlx::query_as(
+        "SELECT substring(line FROM ' order=([^ ]+) '), split_part(line, ' ', 2), origin_epoch, origin_n FROM holdfast.salvage \
+         WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) IN ('cancel', 'expire') \
+         AND substring(line FROM ' order=([^ ]+) ') = ANY($2) ORDER BY origin_epoch, origin_n",
+    )
+    .bind(partition::id(partition))
+    .bind(of.iter().map(|(_, order)| *order).collect::<Vec<_>>())
+    .fetch_all(connection)
+    .await?;
+    let end = |(one, order): (&Answered, &str)| {
+        let behind = |epoch, n| Position::new(from_bigint(epoch), from_bigint(n)) > one.origin;
+        let (_, kind, ..) = rows.iter().find(|(ended, _, epoch, n)| ended == order && behind(*epoch, *n))?;
+        Some((one.name(), StockKind::parse(kind)?))
+    };
+    Ok(of.into_iter().filter_map(end).collect())
 }
 
 /// Notes that these have been settled: they are in the ledger.

@@ -102,13 +102,14 @@ impl TakeUp<'_> {
             let known = salvage::known(postgres, partition.id, self.window_ms, &handed).await?;
             let (known, open): (Vec<_>, Vec<_>) = handed.into_iter().partition(|one| known.contains(&one.name()));
             salvage::settled(postgres, &known).await?;
+            let ends = salvage::ends(postgres, partition.id, &open).await?;
             for answered in open {
                 let coupon = answered.operation.coupon();
                 // What came later of a coupon comes behind that.
                 if coupon.is_some_and(|coupon| wait.contains(coupon)) {
                     continue;
                 }
-                let owed = match self.done_again(postgres, &answered).await? {
+                let owed = match self.done_again(postgres, &answered, ends.get(&answered.name()).copied()).await? {
                     Done::AsAnswered => None,
                     Done::Refused(why) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
                     Done::Forgotten => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
@@ -134,21 +135,27 @@ impl TakeUp<'_> {
         Ok(())
     }
 
-    /// Does a change again whose effect nothing has had.
-    async fn done_again(&self, postgres: &mut PgConnection, answered: &Answered) -> Result<Done, ledger::Error> {
+    /// Does a change again whose effect nothing has had. `end`: what ends its order waits behind it.
+    async fn done_again(&self, postgres: &mut PgConnection, answered: &Answered, end: Option<StockKind>) -> Result<Done, ledger::Error> {
         let remembered = answered.operation.remembered.as_ref().filter(|_| answered.at_ms > self.remembered_since_ms);
         if let Some(Remembered { request, digest }) = remembered {
             let request = Request::new(RequestId::of_escaped(request), digest.clone());
-            match self.done_under(postgres, answered, request).await? {
+            match self.done_under(postgres, answered, end, request).await? {
                 Done::Forgotten => {}
                 done => return Ok(done),
             }
         }
         let id = format!("hf-{}-{}", answered.op, answered.operation.k);
-        self.done_under(postgres, answered, Request::new(RequestId::of_escaped(&id), HANDED_OVER.to_owned())).await
+        self.done_under(postgres, answered, end, Request::new(RequestId::of_escaped(&id), HANDED_OVER.to_owned())).await
     }
 
-    async fn done_under(&self, postgres: &mut PgConnection, answered: &Answered, request: Request) -> Result<Done, ledger::Error> {
+    async fn done_under(
+        &self,
+        postgres: &mut PgConnection,
+        answered: &Answered,
+        end: Option<StockKind>,
+        request: Request,
+    ) -> Result<Done, ledger::Error> {
         let partition = self.partition;
         Ok(match again(&answered.operation, request.clone(), answered.at_ms) {
             None => Done::Refused(String::new()),
@@ -163,6 +170,8 @@ impl TakeUp<'_> {
                         Done::Refused(": what it gives back is owed".to_owned())
                     }
                     Ok(outcome) if is_as_answered(&answered.operation, &outcome) => Done::AsAnswered,
+                    // Its end gives back nothing either, unless the order cannot change at all.
+                    Ok(refused) if end.is_some() && !matches!(refused, StockOutcome::Stuck { .. }) => Done::AsAnswered,
                     Ok(refused) => Done::Refused(format!(": {refused:?}")),
                     Err(_) => Done::Unknown,
                 }

@@ -35,7 +35,7 @@ fn expires(late: &Late, order: &str) {
 fn again(client: &mut Client, commands: &[&str]) {
     for command in commands {
         let reply = client.ask(command);
-        assert!(["[OK, ", "[HELD, ", "[ISSUED, "].iter().any(|word| reply.starts_with(word)), "{command}: {reply}");
+        assert!(["[OK, ", "[HELD, ", "[CONFIRMED, ", "[ISSUED, "].iter().any(|word| reply.starts_with(word)), "{command}: {reply}");
     }
 }
 
@@ -113,6 +113,27 @@ fn what_had_expired_is_given_back_once() {
     assert_eq!(late.stack.postgres.value("SELECT count(*) FROM holdfast.stock WHERE frozen IS NOT NULL"), "0");
     late.client.until("STOCK.GET a", "100");
     assert_eq!(units(&mut late), ["100 0"; 2]);
+    late.end();
+}
+
+#[test]
+fn what_was_cancelled_takes_nothing_from_those_who_have_it_by_now() {
+    let mut late = late(
+        UNHURRIED,
+        |others| {
+            again(others, &["STOCK.RESERVE held 600000 a 3", "STOCK.DECR a 5 ORDER sold"]);
+            again(others, &["STOCK.RESERVE paid 600000 a 7", "STOCK.EXTEND paid 700000", "STOCK.CONFIRM paid"]);
+            ["held", "sold", "paid"].iter().for_each(|order| cancel(others, order));
+        },
+        |_, client| again(client, &["STOCK.DECR a 99"]),
+    );
+    late.wait_until_taken_up();
+    assert_eq!(dead_letters(&late), [""; 0]);
+    assert_eq!(late.stack.postgres.value("SELECT count(*) FROM holdfast.stock WHERE frozen IS NOT NULL"), "0");
+    assert_eq!(units(&mut late), ["1 0"; 2]);
+    for order in ["held", "sold", "paid"] {
+        assert_eq!(late.client.ask(&format!("STOCK.RESERVE {order} 600000 a 1")), "[CANCELLED]");
+    }
     late.end();
 }
 
