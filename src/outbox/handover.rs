@@ -157,7 +157,8 @@ impl TakeUp<'_> {
         request: Request,
     ) -> Result<Done, ledger::Error> {
         let partition = self.partition;
-        Ok(match again(&answered.operation, request.clone(), answered.at_ms) {
+        Ok(match again(&answered.operation, request.clone(), answered.at_ms, end) {
+            None if end.is_some() => Done::AsAnswered,
             None => Done::Refused(String::new()),
             Some(Again::Stock(mut op)) => {
                 if let Some(of) = &mut op.order {
@@ -333,8 +334,9 @@ enum Again {
 }
 
 /// The operation, to be done again under this REQUEST; `None` for what would overwrite. What is done already to an order, it stays, and a coupon
-/// is issued under the serial that was answered. `at_ms`: when it was done, which what is held is counted from.
-fn again(operation: &Operation, request: Request, at_ms: i64) -> Option<Again> {
+/// is issued under the serial that was answered. `at_ms`: when it was done, which what is held is counted from. `end`: what ends its order;
+/// what has expired is held no longer than it takes to say so.
+fn again(operation: &Operation, request: Request, at_ms: i64, end: Option<StockKind>) -> Option<Again> {
     let (kind, items, detail) = match &operation.effect {
         Effect::Stock { kind, items, detail } => (kind, items, detail),
         Effect::Coupon { coupon, change } => {
@@ -343,11 +345,13 @@ fn again(operation: &Operation, request: Request, at_ms: i64) -> Option<Again> {
         }
     };
     let items: Items = items.iter().map(|item| (Id::from(item.product.as_str()), item.delta.abs())).collect();
+    let expires = end == Some(StockKind::Expire);
     let op = match (kind, detail.order.as_deref()) {
+        (StockKind::Extend, _) if expires => return None,
         (StockKind::Decr | StockKind::Incr, None) => StockOp::new(stock::Action::Change(*kind), items),
         (_, Some(of)) => {
             let items = if matches!(kind, StockKind::Reserve | StockKind::Sell) { items } else { Items::new() };
-            let ttl_ms = of.expires_ms.map_or(0, |expires| (expires - at_ms).max(1));
+            let ttl_ms = of.expires_ms.map_or(0, |until| if expires { 1 } else { (until - at_ms).max(1) });
             StockOp::of_order(stock::Action::Change(*kind), Id::from(of.order.as_str()), ttl_ms, items)
         }
         _ => return None,

@@ -22,11 +22,11 @@ fn units(late: &mut Late) -> [String; 2] {
     [in_redis, late.stack.postgres.value("SELECT available || ' ' || held FROM holdfast.stock")]
 }
 
-/// Hands the expiry of an order over that held three of the product `a`, five seconds behind all else.
+/// Hands the expiry of an order over that held three of the product `a`, behind all else.
 fn expires(late: &Late, order: &str) {
     late.stack.postgres.execute(&format!(
         "INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms) SELECT partition, op, max(k) + 1, origin_epoch, \
-         max(origin_n) + 1, max(k) + 1 || ' expire order={order} from=held units=3 | a 3 100', max(at_ms) + 5000 FROM holdfast.salvage \
+         max(origin_n) + 1, max(k) + 1 || ' expire order={order} from=held units=3 | a 3 100', max(at_ms) FROM holdfast.salvage \
          GROUP BY partition, op, origin_epoch ORDER BY origin_epoch DESC, max(origin_n) DESC LIMIT 1"
     ));
 }
@@ -96,15 +96,15 @@ fn what_had_expired_is_given_back_once() {
     let mut nobody_takes_up = None;
     let mut late = late(
         UNHURRIED,
-        |others| again(others, &["STOCK.RESERVE o 5000 a 3"]),
+        |others| again(others, &["STOCK.RESERVE o 600000 a 3", "STOCK.EXTEND o 700000"]),
         |stack, _| {
             let mut program = Program::new(&stack.postgres);
             program.run("SELECT pg_advisory_lock(x'686f6c64'::int, 0)");
             nobody_takes_up = Some(program);
         },
     );
-    wait_until("it is handed over", || late.stack.postgres.value("SELECT count(*) FROM holdfast.salvage WHERE NOT done") == "1");
-    // As if Redis had been lost five seconds later. What another order held was never taken.
+    wait_until("it is handed over", || late.stack.postgres.value("SELECT count(*) FROM holdfast.salvage WHERE NOT done") == "2");
+    // As if Redis had been lost later. What another order held was never taken.
     expires(&late, "o");
     expires(&late, "of-the-dead");
     drop(nobody_takes_up);
@@ -113,6 +113,7 @@ fn what_had_expired_is_given_back_once() {
     assert_eq!(late.stack.postgres.value("SELECT count(*) FROM holdfast.stock WHERE frozen IS NOT NULL"), "0");
     late.client.until("STOCK.GET a", "100");
     assert_eq!(units(&mut late), ["100 0"; 2]);
+    assert_eq!(late.client.ask("STOCK.CONFIRM o"), "[EXPIRED]", "as it was told");
     late.end();
 }
 
