@@ -141,22 +141,14 @@ fn what_was_cancelled_takes_nothing_from_those_who_have_it_by_now() {
 #[test]
 fn what_its_client_does_again_while_it_is_taken_up_is_not_owed() {
     const ISSUE: &str = "COUPON.ISSUE c late REQUEST r-c";
-    let mut nobody_looks_up = None;
-    let mut late = late(
-        UNHURRIED,
-        |others| again(others, &["STOCK.DECR a 3 ORDER o", ISSUE]),
-        |stack, _| {
-            let mut program = Program::new(&stack.postgres);
-            program.run("BEGIN; LOCK TABLE holdfast.stock_order");
-            nobody_looks_up = Some(program);
-        },
-    );
+    let mut gate = None;
+    let mut late = late(UNHURRIED, |others| again(others, &["STOCK.DECR a 3 ORDER o", ISSUE]), |stack, _| gate = Some(held_back(stack)));
     // The order comes first.
-    let taking_up = "SELECT count(*) FROM pg_locks w JOIN pg_locks h USING (pid) WHERE NOT w.granted \
-                     AND w.relation = 'holdfast.stock_order'::regclass AND h.locktype = 'advisory' AND h.classid = x'686f6c64'::int::oid";
-    wait_until("it is being taken up", || late.stack.postgres.value(taking_up) == "1");
+    wait_until("it is being taken up", || !who_waits(&late.stack).is_empty());
+    let waits = who_waits(&late.stack);
     again(&mut late.client, &[&format!("{ISSUE} ACK postgres TIMEOUT 20000")]);
-    drop(nobody_looks_up);
+    assert_eq!(who_waits(&late.stack), waits, "it has not begun anew");
+    drop(gate);
     late.wait_until_taken_up();
     assert!(late.client.ask("COUPON.GET c late").contains("serial, 6, state, issued"));
     assert_eq!(dead_letters(&late), [""; 0]);
