@@ -84,7 +84,7 @@ fn kill(call: &mut Call<'_>) -> Step {
     let clients = call.cx.registry.clients();
     let own = call.session.client.id;
     if let [address] = filters[..] {
-        let found = clients.iter().find(|client| client.address.to_string().as_bytes() == &address[..]);
+        let found = clients.iter().find(|client| client.address.to_string().as_bytes() == address);
         return match found {
             None => Step::Reply(Reply::error("ERR No such client")),
             Some(client) if client.id == own => close_own(Reply::ok()),

@@ -163,7 +163,7 @@ pub(super) fn look_up_and_retry(cx: &Rc<Context>, mut op: StockOp, deadline: std
 }
 
 fn history(call: &mut Call<'_>) -> Step {
-    let before = match call.args.maybe_text("before").map(|text| Position::parse(text)) {
+    let before = match call.args.maybe_text("before").map(Position::parse) {
         Some(None) => return Step::Reply(Reply::error("ERR invalid before: it must be a position, such as 1-42")),
         Some(position) => position,
         None => None,

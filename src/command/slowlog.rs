@@ -102,7 +102,7 @@ static GET: Spec = Spec::new("SLOWLOG|GET", "Lists the newest ones: 10, or so ma
     .complexity("O(N) where N is the number of entries")
     .reply("array of `id unix_seconds microseconds [command] address name`")
     .run(|call| {
-        let count = match call.args.maybe_text("count").map(|count| (&count[..], quantity::parse(count, 0, i64::MAX))) {
+        let count = match call.args.maybe_text("count").map(|count| (count, quantity::parse(count, 0, i64::MAX))) {
             None => 10,
             Some((b"-1", _)) => usize::MAX,
             Some((_, Some(count))) => usize::try_from(count).unwrap_or(usize::MAX),
