@@ -84,16 +84,21 @@ pub(super) async fn keep_serials<'a>(connection: &mut PgConnection, operations: 
             highest.entry(coupon).and_modify(|known| *known = (*known).max(*serial)).or_insert(*serial);
         }
     }
+    keep_highest(connection, highest).await
+}
+
+/// The same of the highest serials of these coupons.
+pub(super) async fn keep_highest(connection: &mut PgConnection, highest: BTreeMap<&str, i64>) -> Result<(), Error> {
     if highest.is_empty() {
         return Ok(());
     }
     let (coupons, serials): (Vec<&str>, Vec<i64>) = highest.into_iter().unzip();
-    if keep_highest(connection, &coupons, &serials).await?.is_none() {
+    if keep(connection, &coupons, &serials).await?.is_none() {
         return Ok(());
     }
     // A coupon's row may be such that no update of it is taken at all.
     for (coupon, serial) in coupons.into_iter().zip(serials) {
-        if let Some(error) = keep_highest(connection, &[coupon], &[serial]).await? {
+        if let Some(error) = keep(connection, &[coupon], &[serial]).await? {
             warn!(coupon, serial, error, "postgres does not take the highest serial of a coupon: this one may be given out again");
         }
     }
@@ -101,7 +106,7 @@ pub(super) async fn keep_serials<'a>(connection: &mut PgConnection, operations: 
 }
 
 /// Returns why Postgres refuses one of them for its data; then none is kept.
-async fn keep_highest(connection: &mut PgConnection, coupons: &[&str], serials: &[i64]) -> Result<Option<String>, Error> {
+async fn keep(connection: &mut PgConnection, coupons: &[&str], serials: &[i64]) -> Result<Option<String>, Error> {
     let mut savepoint = connection.begin().await?;
     let keep = sqlx::query(
         "UPDATE holdfast.coupon c SET last_serial = m.serial FROM unnest($1::text[], $2::bigint[]) AS m (coupon, serial) \

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use sqlx::{Connection, PgConnection};
 
-pub use self::known::{in_ledger, known, pass_over_repeated};
+pub use self::known::{in_ledger, keep_serials, known, pass_over_repeated};
 use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
 use super::coupon_shelf::CouponShelf;
 use super::order_shelf::{self, Made, OrderShelf};

@@ -93,7 +93,6 @@ impl TakeUp<'_> {
         if !has_reached_postgres(partition).await {
             return Ok(());
         }
-        salvage::pass_over_repeated(postgres, partition.id, self.window_ms).await?;
         let (mut left, mut wait) = (HANDOVER_MAX, HashSet::new());
         while left > 0 {
             let before = (left, wait.len());
@@ -172,7 +171,9 @@ impl TakeUp<'_> {
                     }
                     Ok(outcome) if is_as_answered(&answered.operation, &outcome) => Done::AsAnswered,
                     // Its end gives back nothing either, unless the order cannot change at all.
-                    Ok(refused) if end.is_some() && !matches!(refused, StockOutcome::Stuck { .. }) => Done::AsAnswered,
+                    Ok(refused) if comes_to_nothing(&answered.operation, end) && !matches!(refused, StockOutcome::Stuck { .. }) => {
+                        Done::AsAnswered
+                    }
                     Ok(refused) => Done::Refused(format!(": {refused:?}")),
                     Err(_) => Done::Unknown,
                 }
@@ -182,11 +183,22 @@ impl TakeUp<'_> {
     }
 }
 
-/// Waits until Postgres has what Redis has decided by now. `false` where that takes too long.
+/// Waits until Postgres has what Redis has decided by now, whoever asked for it. `false` where that takes too long.
 async fn has_reached_postgres(partition: &Partition) -> bool {
+    // With any answer Redis says how many changes there are.
+    let look = StockOp::new(stock::Action::Read, vec![(Id::from("any"), 0)]);
+    if partition.change(look).await.is_err() {
+        return false;
+    }
     let head = partition.head().n;
     let applied = async { partition.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
     tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false)
+}
+
+/// Whether what an order was given has come to nothing by what ended it. What was paid does not expire: that end is another reservation's.
+fn comes_to_nothing(operation: &Operation, end: Option<StockKind>) -> bool {
+    let is_paid = matches!(operation.effect, Effect::Stock { kind: StockKind::Confirm | StockKind::Sell, .. });
+    end == Some(StockKind::Cancel) || end.is_some() && !is_paid
 }
 
 /// What Postgres has of an order, for a Redis that has none. One that was forgotten when it began anew is another.
@@ -234,7 +246,7 @@ async fn coupon_done_again(
     if let Action::Step { step: CouponStep::Issue, serial: Some(serial), .. } = &op.action
         && ledger::coupon::is_issued(postgres, op.coupon.as_str(), *serial).await?
     {
-        // By its own client, just now? Postgres may not know yet what that was given.
+        // By its own client, just now?
         if !has_reached_postgres(partition).await {
             return Ok(Done::Unknown);
         }
@@ -398,6 +410,15 @@ mod tests {
         assert!(is_as_answered(&answered("expire"), &StockOutcome::Nowhere));
         assert!(!is_as_answered(&answered("confirm"), &StockOutcome::Nowhere));
         let reserved = Operation::decode("0 reserve order=o expires=9 | a -1 3").unwrap();
+        let (expire, cancel) = (Some(StockKind::Expire), Some(StockKind::Cancel));
+        for (operation, end, nothing) in [
+            (&reserved, expire, true),
+            (&reserved, None, false),
+            (&answered("confirm"), cancel, true),
+            (&answered("confirm"), expire, false),
+        ] {
+            assert_eq!(comes_to_nothing(operation, end), nothing, "{operation:?}, {end:?}");
+        }
         assert!([Held, Confirmed, Cancelled, Expired].into_iter().all(|state| is_as_answered(&reserved, &stands(state))));
         let sold = Operation::decode("0 decr | a -1 3").unwrap();
         for refused in [StockOutcome::Short { item: 0, available: 0 }, StockOutcome::Absent { item: 0 }] {

@@ -250,6 +250,7 @@ impl Rebuild<'_> {
             self.save(epoch, &handed, saved).await?;
             step(salvage::settled(self.postgres, &handed)).await?;
         }
+        slow_step(salvage::keep_serials(self.postgres, self.partition.id)).await?;
         let old = ops.into_iter().filter(|(_, position)| position.epoch < epoch).map(|(op, _)| op);
         self.partition.copies.forget_ops(&old.collect());
         Ok(())

@@ -6,11 +6,13 @@ use sqlx::{Connection, PgConnection};
 
 use super::{Answered, Error, Name, coupon_write, partition, to_bigint, write};
 use crate::domain::RequestId;
-use crate::domain::change::Operation;
 use crate::sabotage::breaks;
 
 /// By how much the clocks of two Redis hosts may differ, in ms.
 const CLOCKS_DIFFER_MS: i64 = 60_000;
+
+/// What looks at all that was handed over has as long.
+const FOR_A_MINUTE: &str = "SET LOCAL statement_timeout = '60s'";
 
 /// Which of them have had their effect: they are in the ledger, or what was done instead is, or stands in front of them here. That is what was
 /// handed over and taken up, be it that it is owed, and what their client did again under the same REQUEST in a Redis that did not know of
@@ -33,34 +35,47 @@ fn left<'a>(answered: &'a [Answered], known: &HashSet<Name>) -> Vec<&'a Answered
     answered.iter().filter(|one| !known.contains(&one.name())).collect()
 }
 
-/// Settles, of all that was handed over, what gives way to another serial under the same REQUEST: the two may be far from each other.
-/// Where all is of one epoch, as mostly, none of it is read.
+/// Settles, of all that was handed over, what gives way to another serial under the same REQUEST: the two may be far from each other. Their serials
+/// are kept by [`keep_serials`], once the coupons are there. Where all is of one epoch, as mostly, none of it is read.
 pub async fn pass_over_repeated(connection: &mut PgConnection, partition: u32, window_ms: i64) -> Result<(), Error> {
     let mut transaction = connection.begin().await?;
-    sqlx::query("SET LOCAL statement_timeout = '60s'").execute(&mut *transaction).await?;
-    let passed: Vec<String> = sqlx::query_scalar(
-        "WITH a AS (SELECT op, k, origin_epoch, at_ms, substring(line FROM ' serial=([0-9]+) ') AS serial, \
-         last_value(origin_epoch) OVER w AS last_epoch, last_value(at_ms) OVER w AS last_ms, \
-         last_value(substring(line FROM ' serial=([0-9]+) ')) OVER w AS last_serial FROM holdfast.salvage \
+    sqlx::query(FOR_A_MINUTE).execute(&mut *transaction).await?;
+    sqlx::query(
+        "WITH a AS MATERIALIZED (SELECT op, k, origin_epoch, at_ms, split_part(line, ' ', 3) AS request, split_part(line, ' ', 4) AS digest, \
+         substring(line FROM ' serial=([0-9]+) ') AS serial FROM holdfast.salvage \
          WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) LIKE 'coupon.%' AND split_part(line, ' ', 3) LIKE 'request=%' \
-         AND (SELECT min(origin_epoch) < max(origin_epoch) FROM holdfast.salvage WHERE partition = $1 AND NOT done) \
-         WINDOW w AS (PARTITION BY split_part(line, ' ', 3), split_part(line, ' ', 4) ORDER BY origin_epoch, origin_n \
-         ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING)) \
-         UPDATE holdfast.salvage s SET done = true FROM a WHERE s.op = a.op AND s.k = a.k AND a.last_epoch > a.origin_epoch \
-         AND a.last_serial <> a.serial AND abs(a.last_ms - a.at_ms) <= $2 \
-         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op AND l.k = a.k) RETURNING s.line",
+         AND (SELECT min(origin_epoch) < max(origin_epoch) FROM holdfast.salvage WHERE partition = $1 AND NOT done)) \
+         UPDATE holdfast.salvage s SET done = true FROM a WHERE s.op = a.op AND s.k = a.k AND EXISTS (SELECT 1 FROM a AS later \
+         WHERE later.request = a.request AND later.digest = a.digest AND later.origin_epoch > a.origin_epoch \
+         AND later.serial <> a.serial AND abs(later.at_ms - a.at_ms) <= $2) \
+         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op AND l.k = a.k) \
+         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%') \
+         AND NOT EXISTS (SELECT 1 FROM a AS instead WHERE instead.request = 'request=hf-' || a.op || '-' || a.k)",
     )
     .bind(partition::id(partition))
     .bind(window_ms.saturating_add(CLOCKS_DIFFER_MS))
+    .execute(&mut *transaction)
+    .await?;
+    transaction.commit().await?;
+    Ok(())
+}
+
+/// Keeps every serial that was handed over from being given out again, also what was passed over: their users were told of them.
+pub async fn keep_serials(connection: &mut PgConnection, partition: u32) -> Result<(), Error> {
+    let mut transaction = connection.begin().await?;
+    sqlx::query(FOR_A_MINUTE).execute(&mut *transaction).await?;
+    // Nobody else has coupons locked.
+    partition::lock(&mut transaction, partition).await?;
+    let highest: Vec<(String, i64)> = sqlx::query_as(
+        "SELECT a.coupon, max(a.serial) FROM (SELECT substring(line FROM ' coupon=([^ ]+) ') AS coupon, \
+         substring(line FROM ' serial=([0-9]+) ')::bigint AS serial FROM holdfast.salvage \
+         WHERE partition = $1 AND split_part(line, ' ', 2) = 'coupon.issue') AS a \
+         JOIN holdfast.coupon c ON c.coupon_id = a.coupon AND c.last_serial < a.serial GROUP BY a.coupon",
+    )
+    .bind(partition::id(partition))
     .fetch_all(&mut *transaction)
     .await?;
-    if !passed.is_empty() {
-        // Nobody else has coupons locked.
-        partition::lock(&mut transaction, partition).await?;
-        let operations: Result<Vec<_>, _> = passed.iter().map(|line| Operation::decode(line)).collect();
-        let operations = operations.map_err(|error| Error::Unfit(format!("holdfast.salvage: {error}")))?;
-        coupon_write::keep_serials(&mut transaction, operations.iter()).await?;
-    }
+    coupon_write::keep_highest(&mut transaction, highest.iter().map(|(coupon, serial)| (coupon.as_str(), *serial)).collect()).await?;
     transaction.commit().await?;
     Ok(())
 }
@@ -197,7 +212,7 @@ fn name((op, k): (String, i32)) -> Option<Name> {
 mod tests {
     use super::*;
     use crate::domain::Position;
-    use crate::domain::change::Entry;
+    use crate::domain::change::{Entry, Operation};
     use crate::ledger::apply;
     use crate::ledger::salvage::tests::{WINDOW_MS, answered};
     use crate::ledger::salvage::{self, Saved, hand_over, handed_over, is_anything_handed_over, save};
@@ -344,7 +359,8 @@ mod tests {
             hand_over(connection, 0, &all).await.unwrap();
             pass_over_repeated(connection, 0, WINDOW_MS).await.unwrap();
             for one in handed_over(connection, 0, &[], 9).await.unwrap() {
-                assert_eq!(save(connection, 0, 3, WINDOW_MS, &[one]).await.unwrap().owed, 0, "{coupon}");
+                assert_eq!(save(connection, 0, 3, WINDOW_MS, std::slice::from_ref(&one)).await.unwrap().owed, 0, "{coupon}");
+                salvage::settled(connection, &[one]).await.unwrap();
             }
         }
         let issues = "SELECT coupon_id, string_agg(concat_ws(' ', serial, user_id, state), ', ' ORDER BY serial) \
@@ -352,6 +368,52 @@ mod tests {
         let (same, other) = ("6 u used", "6 quick issued, 7 u used");
         let expected = [("far-other", other), ("far-same", same), ("other", other), ("same", same)];
         assert_eq!(rows::<(String, String)>(connection, issues).await, expected.map(|(of, all)| (of.to_owned(), all.to_owned())));
+    }
+
+    #[tokio::test]
+    async fn what_gives_way_is_told_by_any_answer_behind_it_and_its_serial_is_kept_once_its_coupon_is_there() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        execute(connection, "UPDATE holdfast.partition SET epoch = 4").await;
+        let later = |epoch: u64, after_ms: i64, n: u64, line: &str| {
+            let one = answered(&format!("i:coupon:{epoch}"), n, &format!("{n} coupon.{line} |"));
+            Answered { origin: Position::new(epoch, n), at_ms: one.at_ms + after_ms, ..one }
+        };
+        let issue = |serial: i64| format!("issue request=r digest=d coupon=c user=u serial={serial} remaining=1");
+        let all = [
+            later(1, 0, 1, "create coupon=c total=9 peruser=9"),
+            later(1, 0, 9, &issue(9)),
+            later(2, WINDOW_MS / 2, 1, &issue(7)),
+            // Farther from the first than an id is remembered, and not from the second.
+            later(3, WINDOW_MS + CLOCKS_DIFFER_MS + 1, 1, &issue(6)),
+        ];
+        hand_over(connection, 0, &all).await.unwrap();
+        pass_over_repeated(connection, 0, WINDOW_MS).await.unwrap();
+        let left = handed_over(connection, 0, &[], 9).await.unwrap();
+        assert_eq!(left.iter().map(|one| one.operation.serial()).collect::<Vec<_>>(), [None, Some(6)]);
+        salvage::keep_serials(connection, 0).await.unwrap();
+        let saved = save(connection, 0, 4, WINDOW_MS, &left).await.unwrap();
+        assert_eq!((saved.saved, saved.owed), (2, 0));
+        let last = "SELECT last_serial FROM holdfast.coupon";
+        assert_eq!(number_of(connection, last).await, 6);
+        salvage::keep_serials(connection, 0).await.unwrap();
+        assert_eq!(number_of(connection, last).await, 9);
+    }
+
+    #[tokio::test]
+    async fn what_was_done_again_by_the_servers_own_name_gives_way_to_nothing() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        execute(connection, "UPDATE holdfast.partition SET epoch = 4").await;
+        let issue = |epoch: u64, op: &str, request: &str, serial: i64| {
+            let line = format!("1 coupon.issue request={request} digest=d coupon=c user=u serial={serial} remaining=1 |");
+            Answered { origin: Position::new(epoch, 2), ..answered(op, 2, &line) }
+        };
+        let (first, again) = (issue(1, "a:coupon:1", "r", 6), issue(3, "b:coupon:1", "r", 7));
+        let instead = issue(2, "c:coupon:1", "hf-a:coupon:1-1", 6);
+        hand_over(connection, 0, &[first, instead, again]).await.unwrap();
+        pass_over_repeated(connection, 0, WINDOW_MS).await.unwrap();
+        assert_eq!(handed_over(connection, 0, &[], 9).await.unwrap().len(), 3);
     }
 
     #[tokio::test]
