@@ -44,7 +44,7 @@ const SIDES: [(Side, &str); 2] = [(Side::Holdfast, "holdfast"), (Side::Direct, "
 
 /// How long a round takes, and how many there are.
 pub fn rounds(stage: &Stage) -> (Duration, usize) {
-    if stage.is_short() { (Duration::from_millis(400), 3) } else { (Duration::from_millis(1500), 5) }
+    if stage.is_short() { (Duration::from_millis(400), 5) } else { (Duration::from_millis(1500), 5) }
 }
 
 /// Stock against the direct script.
