@@ -5,10 +5,14 @@ use std::ops::{Index, Range};
 use bytes::{Bytes, BytesMut};
 use smallvec::SmallVec;
 
+use crate::limits::SETTABLE_REQUEST_KIB;
+
+const _: () = assert!(SETTABLE_REQUEST_KIB.1 << 10 <= u32::MAX as u64);
+
 /// Words whose places need no memory of their own: what most requests have.
 const WORDS_INLINE: usize = 8;
 
-/// Where a word lies. No request is as long as an `u32` can say: the largest that is settable is some MiB.
+/// Where a word lies. No request is as long as an `u32` can say.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Place {
     start: u32,
