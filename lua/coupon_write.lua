@@ -10,7 +10,7 @@
 -- an issue of the same client stands in front of it, init with total, peruser,
 -- start, end, issued, used, serial, whether it is deleted, {user, lines, ...}, and 0 where that is all of it, -1 where it is a piece, which is
 -- kept aside for a minute, else how many users were given so before; correct and adopt with n, round, and by how
--- much total, issued, used and serial move, freeze with the reason, thaw with nothing, the others with the serial (0: the one that fits), the
+-- much total, issued, used and serial move, freeze with the reason, thaw with nothing, keep with a serial, the others with the serial (0: the one that fits), the
 -- order (=<order>, - for none) and false, or of what was answered before Redis lost its data up to which serial Postgres knows who has it: then it
 -- is decided as if it were then, an issue has its serial of then, and the order of an unuse is that of the redemption that it takes back, '' where
 -- there is none that it may; and whether an alter or delete of the same client stands in front of it that
@@ -22,7 +22,7 @@
 -- Words: 'ok', to alter with remaining, to the others with serial, remaining; create 'exists'; alter 'few' issued · 'order';
 -- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms · 'fenced'; what comes behind one of the last two and is of its
 -- user, or of its client and of no user, 'behind'; all behind an init of several parts 'loading'; use 'already' serial · 'none' · 'ended';
--- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; correct, adopt and what is done again 'moved'; all of them 'absent' · 'deleted' ·
+-- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; correct, adopt and what is done again 'moved'; keep 'exists'; all of them 'absent' · 'deleted' ·
 -- 'corrupt' · 'frozen' reason · 'known' text · 'stale' · 'ahead' · 'full'.
 local FIXED = 2
 window, generation = tonumber(window), tonumber(generation)
@@ -221,6 +221,17 @@ function kinds.correct(c, coupon, operation) return mend(c, coupon, operation, t
 
 function kinds.adopt(c, coupon, operation) return mend(c, coupon, operation, false) end
 
+-- A serial that was answered before Redis lost its data is not given out again: the next one is above it, as in Postgres.
+function kinds.keep(c, coupon, operation)
+  local by = operation[5] - coupon.serial
+  if by <= 0 then return say('exists') end
+  coupon.serial = operation[5]
+  -- Who compared before this compares anew.
+  corrected = {n = head.n + accepted + 1, round = 'keep', dirty = true}
+  say('ok', remaining_of(coupon))
+  accept(c, operation[2] .. ' total=0 issued=0 used=0 serial=' .. whole(by) .. ' remaining=' .. whole(remaining_of(coupon)) .. ' |')
+end
+
 -- Nothing moves by these two, so the outbox is not told.
 function kinds.freeze(c, coupon, operation)
   coupon.frozen, coupon.noted, dirty[c] = operation[5], true, true
@@ -348,6 +359,9 @@ end
 -- Which operations say whether what their client wants of the coupon stands in front of them.
 local BEHIND = {alter = true, delete = true, issue = true, use = true, unuse = true, revoke = true}
 
+-- What is done to a frozen coupon, too.
+local ALSO_FROZEN = {freeze = true, thaw = true, keep = true, delete = true}
+
 local function decide(operation, user, at)
   local kind, c, request = operation[1], operation[3], operation[4]
   local coupon = coupons[c]
@@ -364,7 +378,7 @@ local function decide(operation, user, at)
   if kind ~= 'create' and kind ~= 'init' then
     if not coupon.exists then return say('absent') end
     if coupon.deleted then return say('deleted') end
-    if coupon.frozen and kind ~= 'freeze' and kind ~= 'thaw' and kind ~= 'delete' then return say('frozen', coupon.frozen) end
+    if coupon.frozen and not ALSO_FROZEN[kind] then return say('frozen', coupon.frozen) end
   end
   if not user then
     coupon.open = nil

@@ -14,7 +14,8 @@ const NOBODY_SWEEPS: &str = "SET holdfast:sweeper nobody";
 /// Sales a second while orders expire: about what a shop has in a sale.
 const SALES: f64 = 2_000.0;
 
-/// A reservation of five products against a sale of one to an order, of 10,000; and against sales without one, which are summed up.
+/// A reservation of five products against a sale of one to an order, of 10,000; against sales without one, which are summed up; and against such
+/// a sale where each comes alone.
 pub fn reserve(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     let time = rounds(stage).0;
     let ways = [
@@ -29,9 +30,19 @@ pub fn reserve(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
             tally.into_round(took)
         })
     });
+    let alone =
+        [("reserve-5", Template::reserve(stage, 5, 3_600_000)), ("decr", Template::decrement(stage, true, &[]))].map(|(name, template)| {
+            Contender::new(name, move || {
+                let (tally, took) = load(stage, &closed(stage, 1, 1, time), &template);
+                tally.into_round(took)
+            })
+        });
     let all = in_turns(stage, rounds(stage).1, Relay::Held, &contenders)?;
     report.rounds(slug, &all);
     report.ratio(slug, all[0].ratio(&all[1], |sample| sample.redis));
+    let one_by_one = in_turns(stage, rounds(stage).1, Relay::Held, &alone)?;
+    report.rounds("reserve-cost, alone", &one_by_one);
+    report.comparison("Redis CPU, RESERVE of 5 / DECR of one, each alone", one_by_one[0].ratio(&one_by_one[1], |sample| sample.redis));
     report.comparison("Redis CPU, RESERVE of 5 / DECR REQUEST of one, summed", all[0].ratio(&all[2], |sample| sample.redis));
     report.comparison("Redis CPU, RESERVE of 5 / DECR of one, summed", all[0].ratio(&all[3], |sample| sample.redis));
     Some(())

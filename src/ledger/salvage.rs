@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use sqlx::{Connection, PgConnection};
 
-pub use self::known::{in_ledger, keep_serials, known, pass_over_repeated};
+pub use self::known::{highest_serials, in_ledger, keep_serials, known, pass_over_repeated};
 use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
 use super::coupon_shelf::CouponShelf;
 use super::order_shelf::{self, Made, OrderShelf};
@@ -490,7 +490,8 @@ pub async fn handed_over(connection: &mut PgConnection, partition: u32, without:
     rows.into_iter().map(answered).collect()
 }
 
-/// By which of the changes that were handed over and wait the orders end that these are about: a cancellation or an expiry behind them.
+/// By which of the changes that were handed over and wait the orders end that these are about: a cancellation or an expiry behind them, and in
+/// front of what begins another order of the same id.
 pub async fn ends(connection: &mut PgConnection, partition: u32, answered: &[Answered]) -> Result<HashMap<Name, StockKind>, Error> {
     let ends = |one: &Answered| matches!(one.operation.effect, Effect::Stock { kind: StockKind::Cancel | StockKind::Expire, .. });
     let of: Vec<(&Answered, &str)> =
@@ -500,7 +501,7 @@ pub async fn ends(connection: &mut PgConnection, partition: u32, answered: &[Ans
     }
     let rows: Vec<(String, String, i64, i64)> = sqlx::query_as(
         "SELECT substring(line FROM ' order=([^ ]+) '), split_part(line, ' ', 2), origin_epoch, origin_n FROM holdfast.salvage \
-         WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) IN ('cancel', 'expire') \
+         WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) IN ('cancel', 'expire', 'reserve', 'sell') \
          AND substring(line FROM ' order=([^ ]+) ') = ANY($2) ORDER BY origin_epoch, origin_n",
     )
     .bind(partition::id(partition))
@@ -509,8 +510,9 @@ pub async fn ends(connection: &mut PgConnection, partition: u32, answered: &[Ans
     .await?;
     let end = |(one, order): (&Answered, &str)| {
         let behind = |epoch, n| Position::new(from_bigint(epoch), from_bigint(n)) > one.origin;
-        let (_, kind, ..) = rows.iter().find(|(ended, _, epoch, n)| ended == order && behind(*epoch, *n))?;
-        Some((one.name(), StockKind::parse(kind)?))
+        let (_, kind, ..) = rows.iter().find(|(of, _, epoch, n)| of == order && behind(*epoch, *n))?;
+        let end = StockKind::parse(kind).filter(|kind| matches!(kind, StockKind::Cancel | StockKind::Expire));
+        Some((one.name(), end?))
     };
     Ok(of.into_iter().filter_map(end).collect())
 }
@@ -806,6 +808,28 @@ mod tests {
         assert!(!is_anything_handed_over(connection).await.unwrap());
         assert_eq!(number_of(connection, "SELECT sum(delta)::bigint FROM holdfast.dead_letter").await, -3);
     }
+
+    #[tokio::test]
+    async fn an_order_ends_by_what_comes_before_another_begins_under_its_id() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let lines = [
+            "reserve order=o expires=9 | a -1 3",
+            "reserve order=o expires=9 | a -1 3",
+            "confirm order=o from=held units=1 | a 0 3",
+            "cancel order=o from=confirmed units=1 | a 1 4",
+            "sell order=p | a -1 3",
+            "reserve order=p expires=9 | a -1 3",
+            "expire order=p from=held units=1 | a 1 4",
+        ];
+        let handed: Vec<Answered> = (1..).zip(lines).map(|(n, line)| answered("i:stock:1", n, &format!("{n} {line}"))).collect();
+        hand_over(connection, 0, &handed).await.unwrap();
+        let ends = ends(connection, 0, &handed).await.unwrap();
+        let ends: Vec<_> = handed.iter().map(|one| ends.get(&one.name()).copied()).collect();
+        let (cancel, expire) = (Some(StockKind::Cancel), Some(StockKind::Expire));
+        assert_eq!(ends, [None, cancel, cancel, None, None, expire, None]);
+    }
+
     #[tokio::test]
     async fn what_is_handed_over_of_some_coupons_is_left_out() {
         let mut database = database().await;

@@ -13,7 +13,7 @@ use crate::domain::{Id, OrderState, Position, RequestId};
 use crate::ledger::salvage::{self, Answered};
 use crate::ledger::{self, PgConnection};
 use crate::limits::{HANDOVER_COUPONS_WAIT, HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
-use crate::store::coupon::{Action, CouponOp, CouponOutcome, Known, Part};
+use crate::store::coupon::{Action, CouponOp, CouponOutcome, Known, Part, Upkeep};
 use crate::store::partition::{EndedEpoch, LoadRequest, Wanted};
 use crate::store::requests::{HANDED_OVER, Remembered as Recalled, Request};
 use crate::store::stock::{self, Items, Looked, StockOp, StockOutcome};
@@ -89,10 +89,10 @@ struct TakeUp<'a> {
 impl TakeUp<'_> {
     async fn run(&self, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
         let partition = self.partition;
-        // What still stands in the outbox is not in the ledger yet, and must not be done again.
-        if !has_reached_postgres(partition).await {
+        if !self.keep_serials(postgres).await? {
             return Ok(());
         }
+        salvage::pass_over_repeated(postgres, partition.id, self.window_ms).await?;
         let (mut left, mut wait) = (HANDOVER_MAX, HashSet::new());
         while left > 0 {
             let before = (left, wait.len());
@@ -132,6 +132,36 @@ impl TakeUp<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Keeps the serials that were handed over from being given out again, whatever becomes of them, in Redis and in Postgres; and sees to it that
+    /// Postgres has all that Redis has decided by then: what still stands in the outbox is not in the ledger yet, and must not be done again.
+    /// `false`: not yet.
+    async fn keep_serials(&self, postgres: &mut PgConnection) -> Result<bool, ledger::Error> {
+        let highest = salvage::highest_serials(postgres, self.partition.id).await?;
+        // In Redis first: what it has given out below them by now reaches Postgres, where is looked for who has one.
+        let Some(absent) = self.keep_in_redis(highest).await else { return Ok(false) };
+        if !has_reached_postgres(self.partition).await {
+            return Ok(false);
+        }
+        salvage::keep_serials(postgres, self.partition.id).await?;
+        // One that Redis did not have may have been loaded meanwhile, as Postgres had it before.
+        let of_absent = absent.len();
+        Ok(self.keep_in_redis(absent).await.is_some_and(|absent| absent.len() == of_absent))
+    }
+
+    /// Returns those that Redis does not have; `None` where it does not answer, or cannot say.
+    async fn keep_in_redis(&self, highest: Vec<(String, i64)>) -> Option<Vec<(String, i64)>> {
+        let mut absent = Vec::new();
+        for (coupon, serial) in highest {
+            let keep = CouponOp::new(Id::from(coupon.as_str()), Action::Upkeep(Upkeep::Keep { serial }), None);
+            match self.partition.change_coupon(keep).await {
+                Ok(CouponOutcome::Absent) => absent.push((coupon, serial)),
+                Ok(CouponOutcome::Done { .. } | CouponOutcome::Exists | CouponOutcome::Deleted | CouponOutcome::Corrupt) => {}
+                _ => return None,
+            }
+        }
+        Some(absent)
     }
 
     /// Does a change again whose effect nothing has had. `end`: what ends its order waits behind it.

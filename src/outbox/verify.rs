@@ -326,13 +326,12 @@ impl Verifier {
             let of_these = ledger::salvage::known(postgres, self.partition.id, self.window_ms, handed).await;
             known.extend(of_these.map_err(|error| self.starting(&error))?);
         }
-        let (known, left): (Vec<_>, Vec<_>) = handed.into_iter().partition(|one| known.contains(&one.name()));
-        if self.misses(postgres, row, left.iter().map(|one| one.op.clone()).collect()).await? {
+        let left = handed.into_iter().filter(|one| !known.contains(&one.name()));
+        if self.misses(postgres, row, left.map(|one| one.op).collect()).await? {
             self.partition.verify.notify_one();
             self.missed = Some(epoch);
             return Ok(false);
         }
-        ledger::salvage::settled(postgres, &known).await.map_err(|error| self.starting(&error))?;
         let let_go = ledger::partition::let_go(postgres, self.partition.id, epoch, &self.instance, n).await;
         let_go.map_err(|error| self.starting(&error))
     }

@@ -41,7 +41,7 @@ pub enum Action {
     },
 }
 
-/// What only the reconciler asks for.
+/// What only the server itself asks for, to bring Redis and Postgres together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Upkeep {
     /// Moves one side to what the other says; compared at `n`, by this `round`. Refused where another round has corrected anything since.
@@ -50,6 +50,9 @@ pub enum Upkeep {
     Freeze { reason: String },
     /// They do.
     Thaw,
+    /// A serial that was answered, perhaps to nobody who has it now, is not given out again: Redis goes on above it, which is a correction
+    /// of Redis.
+    Keep { serial: i64 },
 }
 
 /// Which part of a coupon Redis is given.
@@ -87,6 +90,7 @@ impl Action {
             Self::Delete => "delete",
             Self::Init(..) => "init",
             Self::Upkeep(Upkeep::Mend { moved: Side::Redis, .. }) => "correct",
+            Self::Upkeep(Upkeep::Keep { .. }) => "keep",
             Self::Upkeep(Upkeep::Mend { moved: Side::Postgres, .. }) => "adopt",
             Self::Upkeep(Upkeep::Freeze { .. }) => "freeze",
             Self::Upkeep(Upkeep::Thaw) => "thaw",
@@ -320,7 +324,7 @@ impl Family for Coupon {
                 Action::Init(..) => 10,
                 Action::Alter(_) | Action::Step { .. } => 4,
                 Action::Upkeep(Upkeep::Mend { .. }) => 6,
-                Action::Delete | Action::Upkeep(Upkeep::Freeze { .. }) => 1,
+                Action::Delete | Action::Upkeep(Upkeep::Freeze { .. } | Upkeep::Keep { .. }) => 1,
                 Action::Upkeep(Upkeep::Thaw) => 0,
             };
             batch.array(4 + more).text(op.action.kind()).text(&text).count(place);
@@ -358,6 +362,7 @@ impl Family for Coupon {
                 }
                 Action::Upkeep(Upkeep::Freeze { reason }) => _ = batch.text(reason),
                 Action::Upkeep(Upkeep::Thaw) => {}
+                Action::Upkeep(Upkeep::Keep { serial }) => _ = batch.integer(*serial),
                 Action::Delete => {
                     let behind = op.comes_behind_one_of(ops.clone().take(k));
                     batch.is(behind);
@@ -450,7 +455,7 @@ fn decided(op: &CouponOp, words: &mut Words, positions: &mut Positions) -> Resul
     let outcome = match word.as_str() {
         "ok" => match &op.action {
             Action::Create(terms) => CouponOutcome::Done { position: positions.take(), remaining: terms.total },
-            Action::Alter(_) | Action::Upkeep(Upkeep::Mend { .. }) => {
+            Action::Alter(_) | Action::Upkeep(Upkeep::Mend { .. } | Upkeep::Keep { .. }) => {
                 CouponOutcome::Done { remaining: words.integer()?, position: positions.take() }
             }
             Action::Delete => CouponOutcome::Done { position: positions.take(), remaining: 0 },
@@ -543,7 +548,9 @@ fn order_text(order: Option<&str>) -> String {
 /// Writes the operation's line in the outbox: whole for a creation and a deletion, else up to what only the script knows.
 fn line(line: &mut String, k: usize, op: &CouponOp) {
     line.push_str(itoa::Buffer::new().format(k));
-    for part in [" coupon.", op.action.kind()] {
+    // What keeps a serial corrects Redis, by as much as the script says.
+    let told = if matches!(op.action, Action::Upkeep(Upkeep::Keep { .. })) { "correct" } else { op.action.kind() };
+    for part in [" coupon.", told] {
         line.push_str(part);
     }
     if let Some(request) = &op.request {

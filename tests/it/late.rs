@@ -150,8 +150,55 @@ fn what_its_client_does_again_while_it_is_taken_up_is_not_owed() {
     assert_eq!(who_waits(&late.stack), waits, "it has not begun anew");
     drop(gate);
     late.wait_until_taken_up();
-    assert!(late.client.ask("COUPON.GET c late").contains("serial, 6, state, issued"));
+    assert!(late.client.ask("COUPON.GET c late").contains("serial, 7, state, issued"), "as it was told last");
     assert_eq!(dead_letters(&late), [""; 0]);
+    late.end();
+}
+
+#[test]
+fn the_serial_of_what_its_client_did_again_is_not_given_out_again() {
+    const ISSUE: &str = "COUPON.ISSUE c late REQUEST r-c";
+    let mut late = late(
+        UNHURRIED,
+        |others| again(others, &["COUPON.ISSUE c first", "COUPON.ISSUE c second", ISSUE]),
+        |_, client| assert!(client.ask(&format!("{ISSUE} ACK postgres TIMEOUT 20000")).starts_with("[ISSUED, 6, ")),
+    );
+    late.wait_until_taken_up();
+    assert!(late.client.ask("COUPON.GET c second").contains("serial, 7, state, issued"));
+    assert_eq!(late.stack.postgres.value("SELECT last_serial FROM holdfast.coupon"), "8", "which was told, too");
+    let next = late.client.ask("COUPON.ISSUE c next");
+    assert!(next.starts_with("[ISSUED, 9, "), "{next}");
+    assert_eq!(dead_letters(&late), ["coupon.issue 0 f"], "the first one's serial has been given out again");
+    late.end();
+}
+
+#[test]
+fn of_two_serials_under_one_request_the_later_counts_however_far_they_are_apart() {
+    let mut nobody_takes_up = None;
+    let mut late = late(
+        UNHURRIED,
+        |others| again(others, &["COUPON.ISSUE c late REQUEST r-c"]),
+        |stack, _| {
+            let mut program = Program::new(&stack.postgres);
+            program.run("SELECT pg_advisory_lock(x'686f6c64'::int, 0)");
+            nobody_takes_up = Some(program);
+        },
+    );
+    wait_until("it is handed over", || late.stack.postgres.value("SELECT count(*) FROM holdfast.salvage WHERE NOT done") == "1");
+    // Another sidecar, which is late as well, answered so when Redis had been lost once more.
+    late.stack.postgres.execute(
+        "INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms) SELECT partition, op, 100 + i, origin_epoch, \
+         origin_n + i, 100 + i || ' incr | a 1 100', at_ms FROM holdfast.salvage, generate_series(1, 600) AS i; \
+         INSERT INTO holdfast.salvage (partition, op, k, origin_epoch, origin_n, line, at_ms) SELECT partition, 'another:coupon:1', k, \
+         origin_epoch + 1, 1000, replace(line, ' serial=6 ', ' serial=9 '), at_ms FROM holdfast.salvage WHERE line LIKE '% serial=6 %'",
+    );
+    drop(nobody_takes_up);
+    late.wait_until_taken_up();
+    assert_eq!(units(&mut late), ["700 0"; 2]);
+    let held = late.client.ask("COUPON.GET c late");
+    assert!(held.contains("serial, 9, state, issued") && !held.contains("serial, 6"), "{held}");
+    assert_eq!(dead_letters(&late), [""; 0]);
+    assert!(late.client.ask("COUPON.ISSUE c next").starts_with("[ISSUED, 10, "));
     late.end();
 }
 
@@ -159,10 +206,16 @@ fn what_its_client_does_again_while_it_is_taken_up_is_not_owed() {
 fn what_its_client_did_again_and_postgres_does_not_have_yet_is_waited_for() {
     const ISSUE: &str = "COUPON.ISSUE c late REQUEST r-c";
     let mut gate = None;
-    let mut late = late(UNHURRIED, |others| again(others, &["STOCK.DECR a 3 ORDER o", ISSUE]), |stack, _| gate = Some(held_back(stack)));
+    let mut late = late(
+        UNHURRIED,
+        |others| again(others, &["STOCK.DECR a 3 ORDER o", ISSUE]),
+        |stack, client| {
+            again(client, &["COUPON.ISSUE c quick ACK postgres TIMEOUT 20000"]);
+            gate = Some(held_back(stack));
+        },
+    );
     wait_until("it is being taken up", || !who_waits(&late.stack).is_empty());
     let waits = who_waits(&late.stack);
-    again(&mut late.client, &["COUPON.ISSUE c quick ACK postgres TIMEOUT 20000"]);
     let [mut nobody_applies, mut is_over] = [Program::new(&late.stack.postgres), Program::new(&late.stack.postgres)];
     nobody_applies.run("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE");
     again(&mut late.client, &[ISSUE]);

@@ -36,7 +36,7 @@ fn left<'a>(answered: &'a [Answered], known: &HashSet<Name>) -> Vec<&'a Answered
 }
 
 /// Settles, of all that was handed over, what gives way to another serial under the same REQUEST: the two may be far from each other. Their serials
-/// are kept by [`keep_serials`], once the coupons are there. Where all is of one epoch, as mostly, none of it is read.
+/// are to be kept: by [`keep_serials`], once the coupons are there, or before. Where all is of one epoch, as mostly, none of it is read.
 pub async fn pass_over_repeated(connection: &mut PgConnection, partition: u32, window_ms: i64) -> Result<(), Error> {
     let mut transaction = connection.begin().await?;
     sqlx::query(FOR_A_MINUTE).execute(&mut *transaction).await?;
@@ -80,6 +80,15 @@ pub async fn keep_serials(connection: &mut PgConnection, partition: u32) -> Resu
     Ok(())
 }
 
+/// The highest serial of each coupon among the issues that were handed over and wait.
+pub async fn highest_serials(connection: &mut PgConnection, partition: u32) -> Result<Vec<(String, i64)>, Error> {
+    let highest = sqlx::query_as(
+        "SELECT substring(line FROM ' coupon=([^ ]+) ') AS coupon, max(substring(line FROM ' serial=([0-9]+) ')::bigint) \
+         FROM holdfast.salvage WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) = 'coupon.issue' GROUP BY 1 ORDER BY 1",
+    );
+    Ok(highest.bind(partition::id(partition)).fetch_all(connection).await?)
+}
+
 /// What a change that was taken up does again.
 fn stands_for(answered: &Answered) -> Option<Name> {
     let sent = RequestId::of_escaped(&answered.operation.remembered.as_ref()?.request).sent()?;
@@ -93,19 +102,21 @@ fn repeated(answered: &[Answered], known: &HashSet<Name>, within_ms: i64) -> Has
         let (name, instead) = (one.name(), stands_for(one));
         let remembered = one.operation.remembered.as_ref().map(|of| (of.request.as_str(), of.digest.as_str()));
         let before: Option<&Answered> = remembered.and_then(|remembered| requests.get(&remembered).copied());
+        let has_other_serial = |before: &Answered| before.operation.serial() != one.operation.serial();
         let is_asked_again = before.is_some_and(|before| {
-            before.origin.epoch != one.origin.epoch && before.at_ms.saturating_sub(one.at_ms).saturating_abs() <= within_ms
+            // What was done again by the server's own name stands, and then both do.
+            let stand_both = has_other_serial(before) && done_again.contains(&before.name());
+            before.origin.epoch != one.origin.epoch && before.at_ms.saturating_sub(one.at_ms).saturating_abs() <= within_ms && !stand_both
         });
         let is_instead = instead.as_ref().is_some_and(|instead| here.contains(instead) || done_again.contains(instead));
-        let has_other_serial = |before: &Answered| before.operation.serial() != one.operation.serial() && !known.contains(&before.name());
-        let gives_way = before.filter(|before| is_asked_again && has_other_serial(before));
+        done_again.extend(instead);
+        let gives_way = before.filter(|before| is_asked_again && has_other_serial(before) && !known.contains(&before.name()));
         if (is_asked_again && gives_way.is_none()) || is_instead || done_again.contains(&name) {
             repeated.insert(name);
             continue;
         }
         repeated.extend(gives_way.map(Answered::name));
         here.insert(name);
-        done_again.extend(instead);
         requests.extend(remembered.map(|remembered| (remembered, one)));
     }
     repeated
@@ -414,6 +425,12 @@ mod tests {
         hand_over(connection, 0, &[first, instead, again]).await.unwrap();
         pass_over_repeated(connection, 0, WINDOW_MS).await.unwrap();
         assert_eq!(handed_over(connection, 0, &[], 9).await.unwrap().len(), 3);
+        // Nor within a piece of what is saved.
+        let sent = "0123456789abcdef0123456789abcdef:coupon:1";
+        let create = answered("a:coupon:0", 1, "0 coupon.create coupon=c total=9 peruser=9 |");
+        let all = [create, issue(1, sent, "s", 6), issue(2, "d:coupon:1", &format!("hf-{sent}-1"), 6), issue(3, "e:coupon:1", "s", 7)];
+        assert_eq!(save(connection, 0, 4, WINDOW_MS, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 1 });
+        assert_eq!(rows::<(i64,)>(connection, "SELECT serial FROM holdfast.coupon_issue ORDER BY 1").await, [(6,), (7,)]);
     }
 
     #[tokio::test]
