@@ -237,26 +237,12 @@ pub fn products(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
 }
 
 /// What a million imported products leave of the rates: that of one product, and that over ten thousand, which Redis then finds among so many
-/// more. The rates before and after are each paired with the direct script's on the same Redis, so that what the machine does meanwhile is
-/// not taken for the import's doing.
+/// more. In turns with servers that have not got them.
 pub fn import(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     let products = if stage.is_short() { MILLION / 10 } else { MILLION };
     let lines = (0..products).map(|product| format!("imported-{product:07},1000000000\n"));
     let file = std::env::temp_dir().join(format!("holdfast-bench-{}.csv", std::process::id()));
     std::fs::write(&file, std::iter::once("product,available\n".to_owned()).chain(lines).collect::<String>()).unwrap();
-    let ways = [HOT, MANY]
-        .map(|product| SIDES.map(|(side, name)| by_count(stage, name, 50, 16, move |load| decrement(stage, side, product, load))));
-    let mut measure = |when: [&str; 2]| -> Option<[[f64; 3]; 2]> {
-        let mut ratios = [[0.0; 3]; 2];
-        for (way, (name, ratio)) in ways.iter().zip(when.into_iter().zip(&mut ratios)) {
-            let all = in_turns(stage, rounds(stage).1, Relay::Held, way)?;
-            report.rounds(name, &all);
-            *ratio = all[0].ratio(&all[1], |sample| sample.rate)?;
-        }
-        Some(ratios)
-    };
-
-    let before = measure(["hot before", "many before"])?;
     let began = Instant::now();
     let done = Command::new(env!("CARGO_BIN_EXE_holdfast"))
         .arg("import")
@@ -272,15 +258,22 @@ pub fn import(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     }
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     stage.drain();
-    let after = measure(["hot after", "many after"])?;
     report.figure("import-1m", Some(took * MILLION as f64 / products as f64), &format!("{products} products in {took:.1} s"));
-    // The extremes of a ratio of ratios: the least by the most.
-    let [one, many] = [0, 1].map(|way| {
-        let (before, after): ([f64; 3], [f64; 3]) = (before[way], after[way]);
-        [after[0] / before[0], after[1] / before[2], after[2] / before[1]]
-    });
+
+    let without = Stage::start(stage.length, PATIENT);
+    without.create_products();
+    let mut rate = |product, names: [&str; 2]| {
+        let sale = |stage, name: &str| by_count(stage, name, 50, 16, move |load| decrement(stage, Side::Holdfast, product, load));
+        let contenders = [sale(stage, names[0]), sale(&without, names[1]).on(&without)];
+        // The noise of a round is as large as what is looked for.
+        let all = in_turns(stage, 2 * rounds(stage).1 + 1, Relay::Held, &contenders)?;
+        report.rounds(slug, &all);
+        all[0].ratio(&all[1], |sample| sample.rate)
+    };
+    let one = rate(HOT, ["hot, imported", "hot, without"])?;
+    let many = rate(MANY, ["many, imported", "many, without"])?;
     report.ratio(slug, Some(one));
-    report.comparison("10,000 products, after / before", Some(many));
+    report.comparison("10,000 products, with the import / without", Some(many));
     Some(())
 }
 

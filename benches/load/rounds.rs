@@ -64,6 +64,8 @@ pub enum Relay {
 /// Somebody who takes part.
 pub struct Contender<'a> {
     name: String,
+    /// Servers of its own.
+    stage: Option<&'a Stage>,
     /// What comes before the rounds, and does not count.
     try_out: Option<Box<dyn Fn() + 'a>>,
     run: Box<dyn Fn() -> Round + 'a>,
@@ -71,7 +73,12 @@ pub struct Contender<'a> {
 
 impl<'a> Contender<'a> {
     pub fn new(name: impl Into<String>, run: impl Fn() -> Round + 'a) -> Self {
-        Self { name: name.into(), try_out: None, run: Box::new(run) }
+        Self { name: name.into(), stage: None, try_out: None, run: Box::new(run) }
+    }
+
+    /// On other servers than the others.
+    pub fn on(self, stage: &'a Stage) -> Self {
+        Self { stage: Some(stage), ..self }
     }
 
     pub fn tried_out(self, try_out: impl Fn() + 'a) -> Self {
@@ -94,6 +101,7 @@ pub fn in_turns(stage: &Stage, rounds: usize, relay: Relay, contenders: &[Conten
     stage.drain();
     for _ in 0..rounds {
         for (contender, rounds) in contenders.iter().zip(&mut all) {
+            let stage = contender.stage.unwrap_or(stage);
             let (began, before) = (Instant::now(), stage.cpu());
             let run = || {
                 let round = (contender.run)();

@@ -6,7 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 
 use sqlx::{Connection, PgConnection};
 
-pub use self::known::{highest_serials, in_ledger, keep_serials, known, pass_over_repeated};
+pub use self::known::{HighestSerial, highest_serials, in_ledger, keep_serials, keep_these, known, pass_over_repeated};
 use super::changes::{Changes, CouponLine, Lifecycle, NO_ITEM, Place, StockLine};
 use super::coupon_shelf::CouponShelf;
 use super::order_shelf::{self, Made, OrderShelf};
@@ -14,6 +14,7 @@ use super::{Error, apply, coupon_write, dead_letter, from_bigint, partition, to_
 use crate::domain::Position;
 use crate::domain::change::{Effect, Item, Operation, StockKind};
 use crate::domain::quantity::TOTAL_MAX;
+use crate::limits::ORDER_KEPT_MS;
 
 /// Why a product is frozen that owes units.
 const OWED: &str = "units that were sold before Redis lost its data are missing: see HOLDFAST.DEADLETTER LIST";
@@ -491,7 +492,7 @@ pub async fn handed_over(connection: &mut PgConnection, partition: u32, without:
 }
 
 /// By which of the changes that were handed over and wait the orders end that these are about: a cancellation or an expiry behind them, and in
-/// front of what begins another order of the same id.
+/// front of what begins another order of the same id: not what its client asked for again in a Redis that did not know of it.
 pub async fn ends(connection: &mut PgConnection, partition: u32, answered: &[Answered]) -> Result<HashMap<Name, StockKind>, Error> {
     let ends = |one: &Answered| matches!(one.operation.effect, Effect::Stock { kind: StockKind::Cancel | StockKind::Expire, .. });
     let of: Vec<(&Answered, &str)> =
@@ -499,8 +500,8 @@ pub async fn ends(connection: &mut PgConnection, partition: u32, answered: &[Ans
     if of.is_empty() {
         return Ok(HashMap::new());
     }
-    let rows: Vec<(String, String, i64, i64)> = sqlx::query_as(
-        "SELECT substring(line FROM ' order=([^ ]+) '), split_part(line, ' ', 2), origin_epoch, origin_n FROM holdfast.salvage \
+    let rows: Vec<(String, String, i64, i64, i64)> = sqlx::query_as(
+        "SELECT substring(line FROM ' order=([^ ]+) '), split_part(line, ' ', 2), origin_epoch, origin_n, at_ms FROM holdfast.salvage \
          WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) IN ('cancel', 'expire', 'reserve', 'sell') \
          AND substring(line FROM ' order=([^ ]+) ') = ANY($2) ORDER BY origin_epoch, origin_n",
     )
@@ -509,10 +510,18 @@ pub async fn ends(connection: &mut PgConnection, partition: u32, answered: &[Ans
     .fetch_all(connection)
     .await?;
     let end = |(one, order): (&Answered, &str)| {
-        let behind = |epoch, n| Position::new(from_bigint(epoch), from_bigint(n)) > one.origin;
-        let (_, kind, ..) = rows.iter().find(|(of, _, epoch, n)| of == order && behind(*epoch, *n))?;
-        let end = StockKind::parse(kind).filter(|kind| matches!(kind, StockKind::Cancel | StockKind::Expire));
-        Some((one.name(), end?))
+        for (_, kind, epoch, n, at_ms) in rows.iter().filter(|(of, ..)| of == order) {
+            let at = Position::new(from_bigint(*epoch), from_bigint(*n));
+            let is_end = matches!(kind.as_str(), "cancel" | "expire");
+            if at > one.origin && is_end {
+                return Some((one.name(), StockKind::parse(kind)?));
+            }
+            let is_another = at.epoch == one.origin.epoch || at_ms.saturating_sub(one.at_ms) > ORDER_KEPT_MS;
+            if at > one.origin && is_another {
+                return None;
+            }
+        }
+        None
     };
     Ok(of.into_iter().filter_map(end).collect())
 }
@@ -810,6 +819,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn nobody_is_saved_more_of_a_coupon_than_a_user_may_have() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let of = |n: u64, line: &str| answered("i:coupon:1", n, &format!("{n} coupon.{line} |"));
+        let issue = |n: u64, user: &str| of(n, &format!("issue coupon=c user={user} serial={n} remaining=1"));
+        let all = [of(1, "create coupon=c total=9 peruser=1"), issue(2, "u"), issue(3, "v")];
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &all).await.unwrap(), Saved { saved: 3, owed: 0, known: 0 });
+        // What one sidecar answered when the other's answers were lost, and a place that is free again.
+        let revoke = of(6, "revoke coupon=c user=v serial=3 remaining=1");
+        let late = [issue(4, "u"), issue(5, "w"), revoke, issue(7, "v"), issue(8, "w")];
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &late).await.unwrap(), Saved { saved: 3, owed: 2, known: 0 });
+        let held = "SELECT user_id, serial FROM holdfast.coupon_issue WHERE state = 'issued' ORDER BY serial";
+        assert_eq!(rows::<(String, i64)>(connection, held).await, [("u".into(), 2), ("w".into(), 5), ("v".into(), 7)]);
+    }
+
+    #[tokio::test]
     async fn an_order_ends_by_what_comes_before_another_begins_under_its_id() {
         let mut database = database().await;
         let connection = &mut database.connection;
@@ -821,13 +846,23 @@ mod tests {
             "sell order=p | a -1 3",
             "reserve order=p expires=9 | a -1 3",
             "expire order=p from=held units=1 | a 1 4",
+            "reserve order=q expires=9 | a -1 3",
+            "reserve order=r expires=9 | a -1 3",
         ];
-        let handed: Vec<Answered> = (1..).zip(lines).map(|(n, line)| answered("i:stock:1", n, &format!("{n} {line}"))).collect();
+        let mut handed: Vec<Answered> = (1..).zip(lines).map(|(n, line)| answered("i:stock:1", n, &format!("{n} {line}"))).collect();
+        // Their clients asked for both again after the loss, for one of them two days later.
+        for (order, after_ms) in [("q", 1_000), ("r", 2 * ORDER_KEPT_MS)] {
+            for (n, line) in [(20, "reserve order={order} expires=9 | a -1 3"), (21, "cancel order={order} from=held units=1 | a 1 4")] {
+                let line = format!("{n} {}", line.replace("{order}", order));
+                let one = answered(&format!("j-{order}:stock:1"), n, &line);
+                handed.push(Answered { origin: Position::new(2, n), at_ms: one.at_ms + after_ms, ..one });
+            }
+        }
         hand_over(connection, 0, &handed).await.unwrap();
         let ends = ends(connection, 0, &handed).await.unwrap();
         let ends: Vec<_> = handed.iter().map(|one| ends.get(&one.name()).copied()).collect();
         let (cancel, expire) = (Some(StockKind::Cancel), Some(StockKind::Expire));
-        assert_eq!(ends, [None, cancel, cancel, None, None, expire, None]);
+        assert_eq!(ends, [None, cancel, cancel, None, None, expire, None, cancel, None, cancel, None, cancel, None]);
     }
 
     #[tokio::test]

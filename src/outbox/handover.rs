@@ -1,7 +1,7 @@
 //! What this process answered, and what got lost with a Redis that another sidecar filled anew: handed over through Postgres, and taken off
 //! Redis by whoever sells.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use metrics::counter;
@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use crate::domain::change::{Effect, Operation, Remembered, StockKind};
 use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 use crate::domain::{Id, OrderState, Position, RequestId};
-use crate::ledger::salvage::{self, Answered};
+use crate::ledger::salvage::{self, Answered, HighestSerial};
 use crate::ledger::{self, PgConnection};
 use crate::limits::{HANDOVER_COUPONS_WAIT, HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
 use crate::store::coupon::{Action, CouponOp, CouponOutcome, Known, Part, Upkeep};
@@ -72,7 +72,12 @@ pub async fn take_up(
     if !salvage::lock_handed_over(postgres, partition.id).await.map_err(text)? {
         return Ok(());
     }
-    let taken_up = TakeUp { partition, window_ms, remembered_since_ms: now_ms.saturating_sub(window_ms) }.run(postgres).await;
+    let mut owes = false;
+    let taken_up = TakeUp { partition, window_ms, remembered_since_ms: now_ms.saturating_sub(window_ms) }.run(postgres, &mut owes).await;
+    // Not in between: what fits is taken off before its product is frozen for what does not.
+    if owes {
+        partition.parked.notify_one();
+    }
     salvage::unlock_handed_over(postgres, partition.id).await.map_err(text)?;
     taken_up.map_err(text)
 }
@@ -87,19 +92,23 @@ struct TakeUp<'a> {
 }
 
 impl TakeUp<'_> {
-    async fn run(&self, postgres: &mut PgConnection) -> Result<(), ledger::Error> {
+    /// `owes`: whether anything could not be taken off.
+    async fn run(&self, postgres: &mut PgConnection, owes: &mut bool) -> Result<(), ledger::Error> {
         let partition = self.partition;
-        if !self.keep_serials(postgres).await? {
-            return Ok(());
-        }
+        let Some(kept) = self.keep_serials(postgres).await? else { return Ok(()) };
+        // What was handed over since then waits for the next time.
+        let is_kept = |one: &Answered| issued(one).is_none_or(|(coupon, serial)| kept.get(coupon).is_some_and(|kept| serial <= *kept));
         salvage::pass_over_repeated(postgres, partition.id, self.window_ms).await?;
         let (mut left, mut wait) = (HANDOVER_MAX, HashSet::new());
+        // What has been issued here, which Postgres need not have yet.
+        let mut issued_here = HashSet::new();
         while left > 0 {
             let before = (left, wait.len());
             let without: Vec<String> = wait.iter().cloned().collect();
             let handed = salvage::handed_over(postgres, partition.id, &without, left).await?;
             let known = salvage::known(postgres, partition.id, self.window_ms, &handed).await?;
-            let (known, open): (Vec<_>, Vec<_>) = handed.into_iter().partition(|one| known.contains(&one.name()));
+            let (mut known, open): (Vec<_>, Vec<_>) = handed.into_iter().partition(|one| known.contains(&one.name()));
+            known.retain(is_kept);
             salvage::settled(postgres, &known).await?;
             let ends = salvage::ends(postgres, partition.id, &open).await?;
             for answered in open {
@@ -108,7 +117,13 @@ impl TakeUp<'_> {
                 if coupon.is_some_and(|coupon| wait.contains(coupon)) {
                     continue;
                 }
-                let owed = match self.done_again(postgres, &answered, ends.get(&answered.name()).copied()).await? {
+                let may_be_issued =
+                    is_kept(&answered) && issued(&answered).is_none_or(|(coupon, serial)| issued_here.insert((coupon.to_owned(), serial)));
+                let done = match may_be_issued {
+                    true => self.done_again(postgres, &answered, ends.get(&answered.name()).copied()).await?,
+                    false => Done::Unknown,
+                };
+                let owed = match done {
                     Done::AsAnswered => None,
                     Done::Refused(why) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
                     Done::Forgotten => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
@@ -123,8 +138,12 @@ impl TakeUp<'_> {
                 info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
                 salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
                 left -= 1;
-                if owed.is_some() {
-                    partition.parked.notify_one();
+                *owes |= owed.is_some();
+                // Before anybody is given a serial of it that was answered already.
+                if let (Effect::Coupon { coupon, change: CouponChange::Create(_) }, Some(serial)) =
+                    (&answered.operation.effect, coupon.and_then(|coupon| kept.get(coupon)))
+                {
+                    self.keep_in_redis(coupon, *serial).await;
                 }
             }
             if known.is_empty() && (left, wait.len()) == before {
@@ -136,32 +155,42 @@ impl TakeUp<'_> {
 
     /// Keeps the serials that were handed over from being given out again, whatever becomes of them, in Redis and in Postgres; and sees to it that
     /// Postgres has all that Redis has decided by then: what still stands in the outbox is not in the ledger yet, and must not be done again.
-    /// `false`: not yet.
-    async fn keep_serials(&self, postgres: &mut PgConnection) -> Result<bool, ledger::Error> {
+    /// Returns up to which they are kept, by coupon; `None`: not yet.
+    async fn keep_serials(&self, postgres: &mut PgConnection) -> Result<Option<HashMap<String, i64>>, ledger::Error> {
         let highest = salvage::highest_serials(postgres, self.partition.id).await?;
+        let kept = highest.iter().map(|of| (of.coupon.clone(), of.serial)).collect();
+        let raised: Vec<HighestSerial> = highest.into_iter().filter(|of| !of.is_kept).collect();
         // In Redis first: what it has given out below them by now reaches Postgres, where is looked for who has one.
-        let Some(absent) = self.keep_in_redis(highest).await else { return Ok(false) };
-        if !has_reached_postgres(self.partition).await {
-            return Ok(false);
-        }
-        salvage::keep_serials(postgres, self.partition.id).await?;
-        // One that Redis did not have may have been loaded meanwhile, as Postgres had it before.
-        let of_absent = absent.len();
-        Ok(self.keep_in_redis(absent).await.is_some_and(|absent| absent.len() == of_absent))
-    }
-
-    /// Returns those that Redis does not have; `None` where it does not answer, or cannot say.
-    async fn keep_in_redis(&self, highest: Vec<(String, i64)>) -> Option<Vec<(String, i64)>> {
         let mut absent = Vec::new();
-        for (coupon, serial) in highest {
-            let keep = CouponOp::new(Id::from(coupon.as_str()), Action::Upkeep(Upkeep::Keep { serial }), None);
-            match self.partition.change_coupon(keep).await {
-                Ok(CouponOutcome::Absent) => absent.push((coupon, serial)),
-                Ok(CouponOutcome::Done { .. } | CouponOutcome::Exists | CouponOutcome::Deleted | CouponOutcome::Corrupt) => {}
-                _ => return None,
+        for of in &raised {
+            match self.keep_in_redis(&of.coupon, of.serial).await {
+                Some(CouponOutcome::Absent) => absent.push(of),
+                Some(_) => {}
+                None => return Ok(None),
             }
         }
-        Some(absent)
+        if !has_reached_postgres(self.partition).await {
+            return Ok(None);
+        }
+        salvage::keep_these(postgres, self.partition.id, &raised).await?;
+        // One that Redis did not have may have been loaded meanwhile, as Postgres had it before.
+        for of in absent {
+            if !matches!(self.keep_in_redis(&of.coupon, of.serial).await, Some(CouponOutcome::Absent)) {
+                return Ok(None);
+            }
+        }
+        Ok(Some(kept))
+    }
+
+    /// `None` where Redis does not answer, or cannot say.
+    async fn keep_in_redis(&self, coupon: &str, serial: i64) -> Option<CouponOutcome> {
+        let keep = CouponOp::new(Id::from(coupon), Action::Upkeep(Upkeep::Keep { serial }), None);
+        let outcome = self.partition.change_coupon(keep).await.ok()?;
+        let says = matches!(
+            outcome,
+            CouponOutcome::Done { .. } | CouponOutcome::Exists | CouponOutcome::Absent | CouponOutcome::Deleted | CouponOutcome::Corrupt
+        );
+        says.then_some(outcome)
     }
 
     /// Does a change again whose effect nothing has had. `end`: what ends its order waits behind it.
@@ -210,6 +239,14 @@ impl TakeUp<'_> {
             }
             Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, &request, answered, self.window_ms).await?,
         })
+    }
+}
+
+/// The coupon and the serial of an issue.
+fn issued(answered: &Answered) -> Option<(&str, i64)> {
+    match &answered.operation.effect {
+        Effect::Coupon { coupon, change: CouponChange::Step(Stepped { step: CouponStep::Issue, serial, .. }) } => Some((coupon, *serial)),
+        _ => None,
     }
 }
 
@@ -322,7 +359,8 @@ async fn coupon_done_again(
         Ok(CouponOutcome::Remembered(recalled)) => Done::recalled(request, &recalled),
         Ok(outcome) if is_coupon_as_answered(operation, &outcome) => Done::AsAnswered,
         Ok(CouponOutcome::Moved) if takes_none_back => Done::Refused(": it has been redeemed since".to_owned()),
-        Ok(CouponOutcome::Moved) | Err(_) => Done::Unknown,
+        // What is frozen waits for a person, and this for what they say.
+        Ok(CouponOutcome::Moved | CouponOutcome::Frozen { .. }) | Err(_) => Done::Unknown,
         Ok(refused) => Done::Refused(format!(": {refused:?}")),
     })
 }

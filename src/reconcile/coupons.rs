@@ -158,7 +158,9 @@ impl Finding {
         let (difference, right) = (self.difference(), self.right());
         let stored = right.with(self.expected.in_flight, i64::saturating_sub);
         let is_small = difference.named().iter().all(|(_, by)| by.unsigned_abs() <= settings.auto_limit.unsigned_abs());
-        let (moved, by, after) = match settings.prefer {
+        // Where Redis alone passes serials over, as few or many as they are, Postgres does so as well, and nobody has anything else.
+        let passes_over = difference.serial > 0 && Counts { serial: 0, ..difference } == Counts::default();
+        let (moved, by, after) = match if passes_over { Side::Redis } else { settings.prefer } {
             Side::Postgres => (Side::Redis, Counts::default().with(difference, i64::saturating_sub), right),
             Side::Redis => (Side::Postgres, difference, stored.with(difference, i64::saturating_add)),
         };
@@ -170,7 +172,7 @@ impl Finding {
             _ => false,
         };
         // A serial that was given out is not given out again, so none goes back.
-        if users_fit && is_small && by.serial >= 0 && after.are_possible() {
+        if users_fit && (is_small || passes_over) && by.serial >= 0 && after.are_possible() {
             return Some((Upkeep::Mend { moved, by, n, round: round.to_owned() }, Remedy::Corrected));
         }
         Some(self.freeze())
@@ -366,13 +368,16 @@ mod tests {
         let more = Counts { total: 25, used: 1, ..RIGHT };
         let by = Counts { total: 5, used: -1, ..Counts::default() };
         assert_eq!(repaired(seen(more, 7), Side::Redis), mended(Side::Postgres, by));
+        let passed_over = Counts { serial: RIGHT.serial + 100, ..RIGHT };
+        let by = Counts { serial: 100, ..Counts::default() };
+        assert_eq!(repaired(seen(passed_over, 7), Side::Postgres), mended(Side::Postgres, by), "whichever is preferred");
     }
 
     #[test]
     fn what_no_difference_mends_is_frozen_until_it_agrees() {
         let freezes = |seen: Seen, prefer| matches!(repaired(seen, prefer), Some((Upkeep::Freeze { .. }, Remedy::Frozen)));
         assert!(freezes(seen(Counts { total: 31, ..RIGHT }, 7), Side::Postgres), "more than the limit");
-        assert!(freezes(seen(Counts { serial: 10, ..RIGHT }, 7), Side::Postgres), "a serial would go back");
+        assert!(freezes(seen(Counts { serial: 10, used: 1, ..RIGHT }, 7), Side::Postgres), "a serial would go back");
         assert!(freezes(seen(Counts { serial: 8, ..RIGHT }, 7), Side::Redis), "a serial would go back");
         assert!(freezes(seen(Counts { used: 8, ..RIGHT }, 7), Side::Redis), "more used than issued");
         let lost = Counts { issued: 5, ..RIGHT };

@@ -40,20 +40,31 @@ fn left<'a>(answered: &'a [Answered], known: &HashSet<Name>) -> Vec<&'a Answered
 pub async fn pass_over_repeated(connection: &mut PgConnection, partition: u32, window_ms: i64) -> Result<(), Error> {
     let mut transaction = connection.begin().await?;
     sqlx::query(FOR_A_MINUTE).execute(&mut *transaction).await?;
-    sqlx::query(
+    // How many there are of what is read out of lines no planner knows, and each with each is too many.
+    sqlx::query("SET LOCAL enable_nestloop = off").execute(&mut *transaction).await?;
+    let repeated: Vec<(String, i32)> = sqlx::query_as(
         "WITH a AS MATERIALIZED (SELECT op, k, origin_epoch, at_ms, split_part(line, ' ', 3) AS request, split_part(line, ' ', 4) AS digest, \
          substring(line FROM ' serial=([0-9]+) ') AS serial FROM holdfast.salvage \
          WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) LIKE 'coupon.%' AND split_part(line, ' ', 3) LIKE 'request=%' \
          AND (SELECT min(origin_epoch) < max(origin_epoch) FROM holdfast.salvage WHERE partition = $1 AND NOT done)) \
-         UPDATE holdfast.salvage s SET done = true FROM a WHERE s.op = a.op AND s.k = a.k AND EXISTS (SELECT 1 FROM a AS later \
+         SELECT a.op, a.k FROM a WHERE EXISTS (SELECT 1 FROM a AS later \
          WHERE later.request = a.request AND later.digest = a.digest AND later.origin_epoch > a.origin_epoch \
          AND later.serial <> a.serial AND abs(later.at_ms - a.at_ms) <= $2) \
-         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op AND l.k = a.k) \
-         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%') \
          AND NOT EXISTS (SELECT 1 FROM a AS instead WHERE instead.request = 'request=hf-' || a.op || '-' || a.k)",
     )
     .bind(partition::id(partition))
     .bind(window_ms.saturating_add(CLOCKS_DIFFER_MS))
+    .fetch_all(&mut *transaction)
+    .await?;
+    sqlx::query("SET LOCAL enable_nestloop = on").execute(&mut *transaction).await?;
+    let (ops, places): (Vec<String>, Vec<i32>) = repeated.into_iter().unzip();
+    sqlx::query(
+        "UPDATE holdfast.salvage s SET done = true FROM unnest($1::text[], $2::int[]) AS a (op, k) WHERE s.op = a.op AND s.k = a.k \
+         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op AND l.k = a.k) \
+         AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%')",
+    )
+    .bind(ops)
+    .bind(places)
     .execute(&mut *transaction)
     .await?;
     transaction.commit().await?;
@@ -80,13 +91,34 @@ pub async fn keep_serials(connection: &mut PgConnection, partition: u32) -> Resu
     Ok(())
 }
 
-/// The highest serial of each coupon among the issues that were handed over and wait.
-pub async fn highest_serials(connection: &mut PgConnection, partition: u32) -> Result<Vec<(String, i64)>, Error> {
+/// The highest serial of a coupon among the issues that were handed over and wait.
+#[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
+pub struct HighestSerial {
+    pub coupon: String,
+    pub serial: i64,
+    /// Whether Postgres gives out none as high as that.
+    pub is_kept: bool,
+}
+
+/// Those of all coupons that any issue was handed over of.
+pub async fn highest_serials(connection: &mut PgConnection, partition: u32) -> Result<Vec<HighestSerial>, Error> {
     let highest = sqlx::query_as(
-        "SELECT substring(line FROM ' coupon=([^ ]+) ') AS coupon, max(substring(line FROM ' serial=([0-9]+) ')::bigint) \
-         FROM holdfast.salvage WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) = 'coupon.issue' GROUP BY 1 ORDER BY 1",
+        "SELECT a.coupon, a.serial, coalesce(c.last_serial >= a.serial, false) AS is_kept FROM \
+         (SELECT substring(line FROM ' coupon=([^ ]+) ') AS coupon, max(substring(line FROM ' serial=([0-9]+) ')::bigint) AS serial \
+         FROM holdfast.salvage WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) = 'coupon.issue' GROUP BY 1) AS a \
+         LEFT JOIN holdfast.coupon c ON c.coupon_id = a.coupon ORDER BY a.coupon",
     );
     Ok(highest.bind(partition::id(partition)).fetch_all(connection).await?)
+}
+
+/// Keeps these, which Redis gives out none of any more, from being given out again by Postgres either.
+pub async fn keep_these(connection: &mut PgConnection, partition: u32, highest: &[HighestSerial]) -> Result<(), Error> {
+    let mut transaction = connection.begin().await?;
+    // Nobody else has coupons locked.
+    partition::lock(&mut transaction, partition).await?;
+    coupon_write::keep_highest(&mut transaction, highest.iter().map(|of| (of.coupon.as_str(), of.serial)).collect()).await?;
+    transaction.commit().await?;
+    Ok(())
 }
 
 /// What a change that was taken up does again.
