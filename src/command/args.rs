@@ -267,7 +267,7 @@ impl Args {
     /// The pairs of a list of two (`product quantity`), in the order given.
     pub fn pairs(&self) -> impl Iterator<Item = (Id, i64)> + '_ {
         assert!(self.spec.group_width == 2, "{} declares no pairs", self.spec.name);
-        let index = self.spec.args.iter().position(Arg::is_repeated).unwrap_or_default();
+        let index = self.spec.at.repeated.unwrap_or_default();
         let (first, integer) = (self.found[index].at, self.found[index + 1].integer);
         (0..self.groups).map(move |group| {
             let at = first + group * 2;
@@ -299,22 +299,29 @@ impl Args {
 
     /// The client's idempotency key, if it sent one.
     pub fn request(&self) -> Option<RequestId> {
-        if !self.declares("request") {
-            return None;
-        }
-        self.maybe_shared("request").and_then(RequestId::parse)
+        self.given(self.spec.at.request).and_then(|(_, found)| RequestId::parse(self.words.shared(found.at)))
     }
 
     /// What the client wants the reply to wait for, if it said.
     pub fn ack(&self) -> Option<Ack> {
-        if !self.declares("ack") {
-            return None;
-        }
-        self.maybe_word("ack").map(|word| match word {
+        let (index, found) = self.given(self.spec.at.ack)?;
+        let Kind::Word(words) = self.spec.args[index].kind else { return None };
+        let word = words.get(usize::try_from(found.integer).ok()?)?;
+        Some(match *word {
             "redis" => Ack::Redis,
             "replica" => Ack::Replica,
             _ => Ack::Postgres,
         })
+    }
+
+    /// How many ms the reply may wait for that, if the client said.
+    pub fn timeout_ms(&self) -> Option<i64> {
+        self.given(self.spec.at.timeout).map(|(_, found)| found.integer)
+    }
+
+    /// The order that it is for, if there is one.
+    pub fn order(&self) -> Option<Id> {
+        self.given(self.spec.at.order).map(|(_, found)| Id::of_valid(self.words.shared(found.at)))
     }
 
     /// The fingerprint of the command and its arguments: two requests with the same one ask for the same change. Options count in any
@@ -364,8 +371,11 @@ impl Args {
         self.spec.name_words + single + self.groups * self.spec.group_width
     }
 
-    fn declares(&self, name: &str) -> bool {
-        self.spec.args.iter().any(|arg| is_named(arg, name))
+    /// What was given for the argument that is declared there.
+    fn given(&self, declared: Option<usize>) -> Option<(usize, Found)> {
+        let index = declared?;
+        let found = self.found[index];
+        (found.at != 0).then_some((index, found))
     }
 
     /// The id in a word that matching has found to be one.

@@ -32,7 +32,7 @@ impl Confirmation {
         let partition = &backend.partition;
         let ack = args.ack().unwrap_or(default);
         let otherwise = if default == Ack::Postgres { limits::ACK_POSTGRES_WITHIN } else { limits::ACK_WITHIN };
-        let asked = args.maybe_integer("timeout").and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
+        let asked = args.timeout_ms().and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);
         if ack == Ack::Postgres && !partition.ledger_up() && partition.live_epoch().is_some() {
             return Err(Reply::error("TRYAGAIN Postgres cannot be reached, so ACK postgres cannot be given; nothing was changed"));
         }
@@ -105,6 +105,9 @@ fn mismatch() -> Reply {
 
 /// The reply of an accepted change: the outcome word, its numbers, the position.
 pub fn accepted(word: &str, integers: &[i64], position: Position) -> Reply {
+    if let ("OK", [number]) = (word, integers) {
+        return Reply::Accepted { number: *number, epoch: position.epoch, n: position.n };
+    }
     let mut reply = Encoder::array(integers.len() + 2);
     reply.bulk(word.as_bytes());
     for integer in integers {

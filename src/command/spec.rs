@@ -64,6 +64,8 @@ pub struct Spec {
     pub group_width: usize,
     /// Whether something is optional or repeats.
     is_variadic: bool,
+    /// Where the arguments are declared that every change looks for.
+    pub at: Places,
     pub subcommands: &'static [&'static Spec],
 }
 
@@ -76,6 +78,35 @@ const fn name_words(name: &str) -> usize {
         at += 1;
     }
     words
+}
+
+/// Places among the declared arguments; `None` where a command has no such argument.
+#[derive(Clone, Copy, Debug)]
+pub struct Places {
+    pub request: Option<usize>,
+    pub ack: Option<usize>,
+    pub timeout: Option<usize>,
+    pub order: Option<usize>,
+    /// The first of the repeated group.
+    pub repeated: Option<usize>,
+}
+
+const fn place_of(args: &[Arg], name: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    while at < args.len() {
+        let declared = args[at].name.as_bytes();
+        let mut same = declared.len() == name.len();
+        let mut byte = 0;
+        while same && byte < name.len() {
+            same = declared[byte] == name[byte];
+            byte += 1;
+        }
+        if same {
+            return Some(at);
+        }
+        at += 1;
+    }
+    None
 }
 
 impl Spec {
@@ -98,6 +129,7 @@ impl Spec {
             required: 0,
             group_width: 0,
             is_variadic: false,
+            at: Places { request: None, ack: None, timeout: None, order: None, repeated: None },
             subcommands: &[],
         }
     }
@@ -117,8 +149,15 @@ impl Spec {
                 self.group_width += repeated as usize;
             }
             self.is_variadic |= !matches!(presence, Presence::Required);
+            if repeated && self.at.repeated.is_none() {
+                self.at.repeated = Some(at);
+            }
             at += 1;
         }
+        self.at.request = place_of(args, b"request");
+        self.at.ack = place_of(args, b"ack");
+        self.at.timeout = place_of(args, b"timeout");
+        self.at.order = place_of(args, b"order");
         self
     }
 

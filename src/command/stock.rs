@@ -162,7 +162,7 @@ fn decr(call: &mut Call<'_>) -> Step {
         Ok(items) => items,
         Err(reply) => return Step::Reply(reply),
     };
-    let op = match call.args.maybe_id("order") {
+    let op = match call.args.order() {
         Some(order) => StockOp::of_order(Action::Change(StockKind::Sell), order, 0, items),
         None => StockOp::new(Action::Change(StockKind::Decr), items),
     };
@@ -192,6 +192,10 @@ pub(super) fn submit_change(call: &mut Call<'_>, mut op: StockOp, default: Ack) 
     };
     op.request = change::request(&call.args).map(Box::new);
     let lane = Rc::clone(call.cx.backend.stock_for(call.session, call.pipeline));
+    // What is refused by a note waits for nothing.
+    if let Some(refusal) = lane.foreknown(&op, call.arrived) {
+        return Step::Reply(refused(&op, &refusal));
+    }
     let waiter = StockWaiter::client(call, call.ticket_with(confirmation.waits_for_postgres()), Shape::Change(confirmation));
     doubt::submit(call, &lane, op, confirmation.waits_for_postgres(), waiter);
     Step::Later

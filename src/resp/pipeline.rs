@@ -13,7 +13,7 @@ use super::{Protocol, Reply};
 use crate::limits::{CONFIRMED_AT_ONCE_MAX, MESSAGES_BYTES_MAX, MESSAGES_MAX, OUTPUT_STRANGER_MAX, OUTPUT_TOGETHER_MAX};
 
 /// Slots of the queue that an idle connection keeps.
-const SLOTS_KEPT_MAX: usize = 8;
+const SLOTS_KEPT_MAX: usize = 32;
 
 /// What is known of a request when its reply is reserved.
 #[derive(Clone, Copy, Debug)]

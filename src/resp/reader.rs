@@ -92,6 +92,11 @@ impl Reader {
                 Walk::Start => match self.buffer.first() {
                     None => return Ok(None),
                     Some(b'*') => {
+                        if let Some((end, places)) = self.short(limits) {
+                            self.is_cut = true;
+                            let whole = self.buffer.split_to(end).freeze();
+                            return Ok(Some(Request::new(whole, places)));
+                        }
                         let Some((n, after)) = self.header(0, "mbulk")? else { return Ok(None) };
                         let n = n.ok_or_else(|| ProtocolError::new("invalid multibulk length"))?;
                         if n <= 0 {
@@ -158,6 +163,32 @@ impl Reader {
                 }
             }
         }
+    }
+
+    /// The end of a request and the places of its words, where it is there as a whole and as nearly all are: at most nine words, of 1 to 99 bytes
+    /// each. Whatever else there is, the walk finds.
+    fn short(&self, limits: Limits) -> Option<(usize, Places)> {
+        let bytes = &self.buffer[..];
+        let [b'*', count @ b'1'..=b'9', b'\r', b'\n', ..] = *bytes else { return None };
+        let count = usize::from(count - b'0');
+        if count > limits.args_max {
+            return None;
+        }
+        let (mut places, mut at) = (Places::new(), 4);
+        for _ in 0..count {
+            let (len, start) = match *bytes.get(at..)? {
+                [b'$', a @ b'1'..=b'9', b'\r', b'\n', ..] => (usize::from(a - b'0'), at + 4),
+                [b'$', a @ b'1'..=b'9', b @ b'0'..=b'9', b'\r', b'\n', ..] => (usize::from(a - b'0') * 10 + usize::from(b - b'0'), at + 5),
+                _ => return None,
+            };
+            let end = start + len;
+            if len > limits.bulk_max || bytes.get(end..end + 2)? != b"\r\n" {
+                return None;
+            }
+            places.push(Place::new(start..end));
+            at = end + 2;
+        }
+        (at <= limits.bytes_max).then_some((at, places))
     }
 
     /// Gives memory back that the beginning of a request does not need: all of it where there is none. Of a read that brought many requests and one

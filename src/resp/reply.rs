@@ -43,6 +43,12 @@ pub enum Reply {
     Map(Vec<(Reply, Reply)>),
     /// A message that no request asked for.
     Push(Vec<Reply>),
+    /// What most changes are answered with: `OK`, a number, and the position `<epoch>-<n>`.
+    Accepted {
+        number: i64,
+        epoch: u64,
+        n: u64,
+    },
     /// Written already, see [`Encoder`].
     Encoded(Vec<u8>),
     /// No byte: what there is to say was said in messages.
@@ -138,6 +144,7 @@ impl Reply {
             Self::Array(items) => all(out, b'*', items, protocol),
             Self::Set(items) => all(out, if resp3 { b'~' } else { b'*' }, items, protocol),
             Self::Push(items) => all(out, if resp3 { b'>' } else { b'*' }, items, protocol),
+            Self::Accepted { number, epoch, n } => put_accepted(out, *number, *epoch, *n),
             Self::Encoded(bytes) => out.put_slice(bytes),
             Self::Nothing => {}
             Self::Map(fields) => {
@@ -189,6 +196,29 @@ impl Encoder {
         self.0.extend_from_slice(itoa::Buffer::new().format(len).as_bytes());
         self.0.extend_from_slice(b"\r\n");
     }
+}
+
+/// Both dialects write it alike. Put together on the stack, it is one copy into the output.
+fn put_accepted(out: &mut BytesMut, number: i64, epoch: u64, n: u64) {
+    const HEAD: &[u8] = b"*3\r\n$2\r\nOK\r\n:";
+    const LONGEST: usize = HEAD.len() + 20 + "\r\n$41\r\n".len() + 41 + "\r\n".len();
+    let (mut bytes, mut len) = ([0; LONGEST], 0);
+    let mut put = |part: &[u8]| {
+        bytes[len..len + part.len()].copy_from_slice(part);
+        len += part.len();
+    };
+    let [mut first, mut second, mut third] = [itoa::Buffer::new(), itoa::Buffer::new(), itoa::Buffer::new()];
+    let (epoch, n) = (first.format(epoch), second.format(n));
+    put(HEAD);
+    put(third.format(number).as_bytes());
+    put(b"\r\n$");
+    put(third.format(epoch.len() + 1 + n.len()).as_bytes());
+    put(b"\r\n");
+    put(epoch.as_bytes());
+    put(b"-");
+    put(n.as_bytes());
+    put(b"\r\n");
+    out.put_slice(&bytes[..len]);
 }
 
 fn all(out: &mut BytesMut, kind: u8, items: &[Reply], protocol: Protocol) {

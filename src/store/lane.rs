@@ -416,9 +416,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if let Some(failure) = self.closed() {
             return waiter.done(&op, Err(failure));
         }
-        if self.turning.get() == 0
-            && let Some(outcome) = F::foreknown(&self.partition.sold_out, &op, asked)
-        {
+        if let Some(outcome) = self.foreknown(&op, asked) {
             return waiter.done(&op, Ok(outcome));
         }
         if F::changes(&op) && F::is_of_a_client(&op) {
@@ -444,6 +442,14 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         if queue.len() == 1 {
             self.bell.work.notify_one();
         }
+    }
+
+    /// What is known of an operation that was asked for at `asked` without asking Redis.
+    pub fn foreknown(&self, op: &F::Op, asked: Instant) -> Option<F::Outcome> {
+        if !F::FOREKNOWS || self.turning.get() > 0 || !self.is_open() {
+            return None;
+        }
+        F::foreknown(&self.partition.sold_out, op, asked)
     }
 
     /// Whether what a client asks for now is refused, whatever it is: more waits than is served in time. Where notes of sold-out products may
@@ -709,7 +715,18 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 continue;
             };
             self.send(connection, sent, false, unanswered).await?;
+            self.gather().await;
+        }
+    }
+
+    /// Lets those who were answered ask for more, before the next batch goes: one turn of the thread writes their replies, and what comes of them is
+    /// read in the next.
+    async fn gather(&self) {
+        for _ in 0..limits::GATHER_TURNS {
             tokio::task::yield_now().await;
+            if self.queue.borrow().len() >= limits::BATCH_OPERATIONS_MAX {
+                return;
+            }
         }
     }
 

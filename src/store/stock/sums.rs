@@ -83,23 +83,41 @@ impl Plan {
         // one of them that is known would send all of them round once more.
         let is_alone = |op: &StockOp| op.request.as_ref().is_some_and(|request| request.alone);
         let may_look_up = grain == Grain::Operation && !ops.clone().any(is_alone);
+        let (mut is_any_decided, mut is_any_read) = (false, false);
+        let mut before: Option<(&Id, usize)> = None;
         for op in ops.clone() {
             let first = items.len();
             for (id, _) in &op.items {
+                // Mostly it is the same once more.
+                if let Some((known, index)) = before
+                    && known == id
+                {
+                    items.push(index);
+                    continue;
+                }
                 items.push(*indices.entry(id.as_bytes()).or_insert_with(|| {
                     products.push(Product::default());
                     ids.push(id);
                     ids.len() - 1
                 }));
+                before = items.last().map(|index| (id, *index));
             }
             let comes_again = op.request.as_ref().is_some_and(|request| !requests.insert(request.id.as_bytes()));
             let is_change = summand(op).is_some() && (op.request.is_none() || (may_look_up && !comes_again));
             let may_be_summed = !may_have_risen && (op.action == Action::Read || is_change);
             may_have_risen |= op.may_add_any_units();
             summed.push(may_be_summed);
+            is_any_read |= op.action == Action::Read;
             if !may_be_summed {
+                is_any_decided = true;
                 items[first..].iter().for_each(|item| products[*item].decided = true);
             }
+        }
+        if !is_any_decided && !is_any_read {
+            // In the order of first mention already.
+            let places = items.into_iter().map(|index| u32::try_from(index).unwrap_or(u32::MAX)).collect();
+            let plan = Plan { places, summed, products: ids.len(), grain };
+            return Divided { plan, summed: ids, decided: Vec::new(), decided_places: Vec::new() };
         }
         leave_reads(ops.clone(), &items, &mut products);
         let mut divided = Divided {
@@ -224,6 +242,7 @@ pub(super) fn write<'a>(
     let mut sums: Vec<Sum> = Vec::with_capacity(plan.products);
     let (mut text, mut each, mut count, mut number) = (Vec::new(), Pack::default(), 0_usize, itoa::Buffer::new());
     let mut ks = Pack::default();
+    let mut before: Option<(&Id, i64, std::ops::Range<usize>)> = None;
     let mut asked: Vec<Asked> = Vec::new();
     let mut places = plan.places.iter();
     for (k, op) in ops.enumerate().filter(|(k, _)| plan.summed[*k]) {
@@ -259,6 +278,17 @@ pub(super) fn write<'a>(
                 text.push(b'\n');
             }
             text.extend_from_slice(number.format(k).as_bytes());
+            let begins = text.len();
+            // Mostly it is what stands in the line before.
+            if let Some((known, by, line)) = &before
+                && *known == id
+                && *by == delta
+                && op.request.is_none()
+            {
+                text.extend_from_within(line.clone());
+                count += 1;
+                continue;
+            }
             text.extend_from_slice(word);
             if let Some(request) = &op.request {
                 let _ = write!(text, " request={} digest={}", request.id.escaped(), request.digest);
@@ -267,6 +297,7 @@ pub(super) fn write<'a>(
             text.extend_from_slice(id.as_bytes());
             text.push(b' ');
             text.extend_from_slice(number.format(delta).as_bytes());
+            before = op.request.is_none().then_some((id, delta, begins..text.len()));
         }
         count += 1;
     }
