@@ -3,17 +3,20 @@
 //! A connection never reconnects by itself: the run id that a script is guarded with is that of the process this very
 //! connection reaches. Whoever owns one replaces it when it breaks and shakes hands again.
 
-use std::sync::Arc;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::{
-    AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionInfo, IntoConnectionInfo, ProtocolVersion, PushInfo, PushKind,
-    ServerErrorKind, TlsCertificates, Value,
+    AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionAddr, ConnectionInfo, IntoConnectionInfo, ProtocolVersion, PushInfo,
+    PushKind, ServerErrorKind, TlsCertificates, Value,
 };
 use url::Url;
 
-use super::metered::{Budget, Metered};
+use super::metered::{self, Budget, Metered};
 use crate::limits::REDIS_SILENCE_MAX;
 
 /// How long a TCP connection and its handshake may take. Below it a slow network would be cut off, above it a dead address holds
@@ -99,6 +102,25 @@ impl Error {
 pub struct Connection {
     inner: MultiplexedConnection,
     run_id: String,
+    /// What reads and writes its socket, where no task of its own does.
+    driver: Option<Driver>,
+}
+
+/// Reads and writes a connection's socket, in the very task that sends over it: what is sent goes out at once, and an answer is read before anything
+/// else of the thread is looked at.
+#[derive(Clone)]
+struct Driver(Arc<Mutex<Option<Driving>>>);
+
+type Driving = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+impl Driver {
+    fn drive(&self, cx: &mut Context<'_>) {
+        let mut driver = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where the connection has ended, whatever waits for an answer hears of it.
+        if driver.as_mut().is_some_and(|driver| driver.as_mut().poll(cx).is_ready()) {
+            *driver = None;
+        }
+    }
 }
 
 impl Connection {
@@ -127,6 +149,25 @@ impl Connection {
         Self::open_with(info.set_redis_settings(settings), certificates, AsyncConnectionConfig::new().set_push_sender(pushed)).await
     }
 
+    /// The same for one over which one task sends, one command after the other, which drives it itself.
+    pub async fn open_driven(url: &str) -> Result<Self, Error> {
+        let (certain, certificates) = with_certificates(url)?;
+        let info = certain.into_connection_info()?;
+        if !matches!(info.addr(), ConnectionAddr::Tcp(..) | ConnectionAddr::TcpTls { insecure: false, .. }) {
+            return Self::open(url).await;
+        }
+        let opening = async {
+            let stream = metered::dial(info.addr(), certificates).await?;
+            let config = AsyncConnectionConfig::new().set_response_timeout(None);
+            let (inner, driver) = MultiplexedConnection::new_with_config(info.redis_settings(), stream, config).await?;
+            let driver = Some(Driver(Arc::new(Mutex::new(Some(Box::pin(driver))))));
+            let mut connection = Self { inner, run_id: String::new(), driver };
+            connection.shake_hands().await?;
+            Ok(connection)
+        };
+        within_connect_timeout(opening).await
+    }
+
     /// The same for one of which only as much is read as `budget` grants: then it ends.
     pub async fn open_metered(url: &str, budget: &Arc<Budget>) -> Result<Self, Error> {
         let (url, certificates) = with_certificates(url)?;
@@ -137,7 +178,7 @@ impl Connection {
             let (inner, driver) = MultiplexedConnection::new_with_config(info.redis_settings(), stream, config).await?;
             // Ends with the last of its handles.
             tokio::spawn(driver);
-            let mut connection = Self { inner, run_id: String::new() };
+            let mut connection = Self { inner, run_id: String::new(), driver: None };
             connection.shake_hands().await?;
             Ok(connection)
         };
@@ -157,7 +198,7 @@ impl Connection {
             .set_response_timeout(None);
         let opening = async {
             let inner = client.get_multiplexed_async_connection_with_config(&config).await?;
-            let mut connection = Self { inner, run_id: String::new() };
+            let mut connection = Self { inner, run_id: String::new(), driver: None };
             connection.shake_hands().await?;
             Ok(connection)
         };
@@ -171,7 +212,18 @@ impl Connection {
 
     /// Sends one command and returns its answer.
     pub async fn send(&mut self, command: &redis::Cmd) -> Result<Value, Error> {
-        Ok(self.inner.send_packed_command(command).await?.extract_error()?)
+        let Some(driver) = &self.driver else {
+            return Ok(self.inner.send_packed_command(command).await?.extract_error()?);
+        };
+        let mut answer = pin!(self.inner.send_packed_command(command));
+        let answer = poll_fn(|cx| {
+            if let Poll::Ready(answer) = answer.as_mut().poll(cx) {
+                return Poll::Ready(answer);
+            }
+            driver.drive(cx);
+            answer.as_mut().poll(cx)
+        });
+        Ok(answer.await?.extract_error()?)
     }
 
     /// Hears of these channels from now on. Only on a connection that listens.

@@ -553,7 +553,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     async fn connect(&self, pause: Duration, unanswered: &mut Option<Sent<F, W>>) -> Result<Connection, Error> {
         let connecting = async {
             tokio::time::sleep(pause).await;
-            let mut connection = Connection::open(&self.redis_url).await?;
+            let mut connection = Connection::open_driven(&self.redis_url).await?;
             self.clock.set(Clock::heard(connection.time_ms().await?));
             Ok(connection)
         };
@@ -723,10 +723,10 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// read in the next.
     async fn gather(&self) {
         for _ in 0..limits::GATHER_TURNS {
-            tokio::task::yield_now().await;
             if self.queue.borrow().len() >= limits::BATCH_OPERATIONS_MAX {
                 return;
             }
+            tokio::task::yield_now().await;
         }
     }
 

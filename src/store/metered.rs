@@ -59,20 +59,24 @@ pub struct Metered {
 impl Metered {
     /// Connects to an address. Errors where that cannot be done, or is not offered here.
     pub async fn connect(address: &ConnectionAddr, certificates: Option<TlsCertificates>, budget: Arc<Budget>) -> Result<Self, Error> {
-        let broken = |error: io::Error| Error::Connection(error.into());
-        let stream: Box<dyn Duplex> = match address {
-            ConnectionAddr::Tcp(host, port) => Box::new(tcp(host, *port).await.map_err(broken)?),
-            ConnectionAddr::TcpTls { host, port, insecure: false, .. } => {
-                let unfit = |why: &dyn std::fmt::Display| Error::Unfit(format!("redis.url: {why}"));
-                let config = tls(certificates).map_err(|why| unfit(&why))?;
-                let name = ServerName::try_from(host.clone()).map_err(|why| unfit(&why))?;
-                let tcp = tcp(host, *port).await.map_err(broken)?;
-                Box::new(TlsConnector::from(Arc::new(config)).connect(name, tcp).await.map_err(broken)?)
-            }
-            _ => return Err(Error::Unfit("redis.url: reading through needs TCP, and TLS that is checked".into())),
-        };
-        Ok(Self { stream, budget })
+        Ok(Self { stream: dial(address, certificates).await?, budget })
     }
+}
+
+/// Connects over TCP, or over TLS that is checked. Errors with [`Error::Unfit`] where the address asks for something else.
+pub(super) async fn dial(address: &ConnectionAddr, certificates: Option<TlsCertificates>) -> Result<Box<dyn Duplex>, Error> {
+    let broken = |error: io::Error| Error::Connection(error.into());
+    Ok(match address {
+        ConnectionAddr::Tcp(host, port) => Box::new(tcp(host, *port).await.map_err(broken)?),
+        ConnectionAddr::TcpTls { host, port, insecure: false, .. } => {
+            let unfit = |why: &dyn std::fmt::Display| Error::Unfit(format!("redis.url: {why}"));
+            let config = tls(certificates).map_err(|why| unfit(&why))?;
+            let name = ServerName::try_from(host.clone()).map_err(|why| unfit(&why))?;
+            let tcp = tcp(host, *port).await.map_err(broken)?;
+            Box::new(TlsConnector::from(Arc::new(config)).connect(name, tcp).await.map_err(broken)?)
+        }
+        _ => return Err(Error::Unfit("redis.url: reading through needs TCP, and TLS that is checked".into())),
+    })
 }
 
 /// TCP as the other connections to Redis have it.
