@@ -472,16 +472,28 @@ pub async fn unlock_handed_over(connection: &mut PgConnection, partition: u32) -
     Ok(())
 }
 
-/// What was handed over and nobody has taken up, in the order in which it took effect; nothing of the coupons `without`.
-pub async fn handed_over(connection: &mut PgConnection, partition: u32, without: &[String], max: i64) -> Result<Vec<Answered>, Error> {
+/// Which coupons are left out.
+#[derive(Clone, Copy, Debug)]
+pub enum Without<'a> {
+    These(&'a [String]),
+    AllCoupons,
+}
+
+/// What was handed over and nobody has taken up, in the order in which it took effect.
+pub async fn handed_over(connection: &mut PgConnection, partition: u32, without: Without<'_>, max: i64) -> Result<Vec<Answered>, Error> {
+    let (these, all): (&[String], bool) = match without {
+        Without::These(these) => (these, false),
+        Without::AllCoupons => (&[], true),
+    };
     let rows: Vec<(String, i64, i64, String, i64)> = sqlx::query_as(
         "SELECT op, origin_epoch, origin_n, line, at_ms FROM holdfast.salvage WHERE partition = $1 AND NOT done \
-         AND NOT (split_part(line, ' ', 2) LIKE 'coupon.%' AND substring(line FROM ' coupon=([^ ]+) ') = ANY($2)) \
+         AND NOT (split_part(line, ' ', 2) LIKE 'coupon.%' AND ($4 OR substring(line FROM ' coupon=([^ ]+) ') = ANY($2))) \
          ORDER BY origin_epoch, origin_n LIMIT $3",
     )
     .bind(partition::id(partition))
-    .bind(without)
+    .bind(these)
     .bind(max)
+    .bind(all)
     .fetch_all(connection)
     .await?;
     let answered = |(op, epoch, n, line, at_ms): (String, i64, i64, String, i64)| {
@@ -810,7 +822,7 @@ mod tests {
         hand_over(connection, 0, std::slice::from_ref(&change)).await.unwrap();
         hand_over(connection, 0, std::slice::from_ref(&change)).await.unwrap();
         assert!(is_anything_handed_over(connection).await.unwrap());
-        assert_eq!(handed_over(connection, 0, &[], 9).await.unwrap(), std::slice::from_ref(&change));
+        assert_eq!(handed_over(connection, 0, Without::These(&[]), 9).await.unwrap(), std::slice::from_ref(&change));
         taken_up(connection, 0, &change, Some("too few")).await.unwrap();
         assert!(!is_anything_handed_over(connection).await.unwrap());
         hand_over(connection, 0, &[change]).await.unwrap();
@@ -876,9 +888,10 @@ mod tests {
             answered("i:stock:1", 4, "0 decr | coupon=c -3 7 b -1 1"),
         ];
         hand_over(connection, 0, &handed).await.unwrap();
-        assert_eq!(handed_over(connection, 0, &["d".to_owned()], 9).await.unwrap(), handed);
-        assert_eq!(handed_over(connection, 0, &["c".to_owned()], 9).await.unwrap(), handed[2..]);
-        assert_eq!(handed_over(connection, 0, &["cc".to_owned(), "c".to_owned()], 9).await.unwrap(), handed[3..]);
+        assert_eq!(handed_over(connection, 0, Without::These(&["d".to_owned()]), 9).await.unwrap(), handed);
+        assert_eq!(handed_over(connection, 0, Without::These(&["c".to_owned()]), 9).await.unwrap(), handed[2..]);
+        assert_eq!(handed_over(connection, 0, Without::These(&["cc".to_owned(), "c".to_owned()]), 9).await.unwrap(), handed[3..]);
+        assert_eq!(handed_over(connection, 0, Without::AllCoupons, 9).await.unwrap(), handed[3..]);
     }
 
     #[tokio::test]

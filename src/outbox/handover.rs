@@ -10,9 +10,9 @@ use tracing::{info, warn};
 use crate::domain::change::{Effect, Operation, Remembered, StockKind};
 use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 use crate::domain::{Id, OrderState, Position, RequestId};
-use crate::ledger::salvage::{self, Answered, HighestSerial};
+use crate::ledger::salvage::{self, Answered, HighestSerial, Without};
 use crate::ledger::{self, PgConnection};
-use crate::limits::{HANDOVER_COUPONS_WAIT, HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX};
+use crate::limits::{HANDOVER_COUPONS_WAIT, HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX, SERVER_CHANGES_MAX};
 use crate::store::coupon::{Action, CouponOp, CouponOutcome, Known, Part, Upkeep};
 use crate::store::partition::{EndedEpoch, LoadRequest, Wanted};
 use crate::store::requests::{HANDED_OVER, Remembered as Recalled, Request};
@@ -95,58 +95,64 @@ impl TakeUp<'_> {
     /// `owes`: whether anything could not be taken off.
     async fn run(&self, postgres: &mut PgConnection, owes: &mut bool) -> Result<(), ledger::Error> {
         let partition = self.partition;
-        let Some(kept) = self.keep_serials(postgres).await? else { return Ok(()) };
-        // What was handed over since then waits for the next time.
-        let is_kept = |one: &Answered| issued(one).is_none_or(|(coupon, serial)| kept.get(coupon).is_some_and(|kept| serial <= *kept));
-        salvage::pass_over_repeated(postgres, partition.id, self.window_ms).await?;
-        let (mut left, mut wait) = (HANDOVER_MAX, HashSet::new());
-        // What has been issued here, which Postgres need not have yet.
-        let mut issued_here = HashSet::new();
+        let Some(mut serials) = self.keep_serials(postgres).await? else { return Ok(()) };
+        salvage::pass_over_repeated(postgres, partition.id, self.window_ms, true).await?;
+        let (mut left, mut wait, mut unknown) = (HANDOVER_MAX, HashSet::new(), 0);
         while left > 0 {
-            let before = (left, wait.len());
-            let without: Vec<String> = wait.iter().cloned().collect();
-            let handed = salvage::handed_over(postgres, partition.id, &without, left).await?;
+            let leaves_coupons = unknown >= HANDOVER_COUPONS_WAIT;
+            let before = (left, wait.len(), leaves_coupons);
+            let these: Vec<String> = wait.iter().cloned().collect();
+            let without = if leaves_coupons { Without::AllCoupons } else { Without::These(&these) };
+            let handed = salvage::handed_over(postgres, partition.id, without, left).await?;
             let known = salvage::known(postgres, partition.id, self.window_ms, &handed).await?;
             let (mut known, open): (Vec<_>, Vec<_>) = handed.into_iter().partition(|one| known.contains(&one.name()));
-            known.retain(is_kept);
+            known.retain(|one| serials.are_kept(one));
             salvage::settled(postgres, &known).await?;
             let ends = salvage::ends(postgres, partition.id, &open).await?;
             for answered in open {
                 let coupon = answered.operation.coupon();
                 // What came later of a coupon comes behind that.
-                if coupon.is_some_and(|coupon| wait.contains(coupon)) {
+                if coupon.is_some_and(|coupon| unknown >= HANDOVER_COUPONS_WAIT || wait.contains(coupon)) {
                     continue;
                 }
-                let may_be_issued =
-                    is_kept(&answered) && issued(&answered).is_none_or(|(coupon, serial)| issued_here.insert((coupon.to_owned(), serial)));
-                let done = match may_be_issued {
-                    true => self.done_again(postgres, &answered, ends.get(&answered.name()).copied()).await?,
-                    false => Done::Unknown,
+                let done = match serials.permit(&answered) {
+                    true => self.done_again(postgres, &answered, ends.get(&answered.name()).copied(), &serials).await?,
+                    false => Done::Later,
                 };
-                let owed = match done {
-                    Done::AsAnswered => None,
-                    Done::Refused(why) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
-                    Done::Forgotten => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
-                    Done::Unknown => match coupon {
-                        Some(coupon) if wait.len() < HANDOVER_COUPONS_WAIT => {
-                            wait.insert(coupon.to_owned());
-                            continue;
-                        }
-                        _ => return Ok(()),
-                    },
+                let owed = match (done, coupon) {
+                    (Done::AsAnswered, _) => None,
+                    (Done::Refused(why), _) => Some(format!("it was answered before Redis lost its data, and cannot be repeated{why}")),
+                    (Done::Forgotten, _) => Some("it was answered before Redis lost its data, and cannot be repeated".to_owned()),
+                    (Done::Later, Some(coupon)) => {
+                        wait.insert(coupon.to_owned());
+                        continue;
+                    }
+                    (Done::Unknown, Some(coupon)) => {
+                        wait.insert(coupon.to_owned());
+                        unknown += 1;
+                        continue;
+                    }
+                    (Done::Later | Done::Unknown, None) => return Ok(()),
                 };
                 info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
                 salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
                 left -= 1;
                 *owes |= owed.is_some();
                 // Before anybody is given a serial of it that was answered already.
-                if let (Effect::Coupon { coupon, change: CouponChange::Create(_) }, Some(serial)) =
-                    (&answered.operation.effect, coupon.and_then(|coupon| kept.get(coupon)))
+                if let Effect::Coupon { coupon, change: CouponChange::Create(_) } = &answered.operation.effect
+                    && let Some(serial) = serials.highest.get(coupon)
                 {
-                    self.keep_in_redis(coupon, *serial).await;
+                    let highest = [HighestSerial { coupon: coupon.clone(), serial: *serial, is_there: false }];
+                    let said = self.keep_in_redis(&highest).await;
+                    // Whom it was issued to in between Postgres knows then.
+                    if matches!(said.as_slice(), [Some(CouponOutcome::Done { .. } | CouponOutcome::Exists)])
+                        && has_reached_postgres(partition).await
+                    {
+                        serials.kept.insert(coupon.clone());
+                    }
                 }
             }
-            if known.is_empty() && (left, wait.len()) == before {
+            if known.is_empty() && (left, wait.len(), unknown >= HANDOVER_COUPONS_WAIT) == before {
                 break;
             }
         }
@@ -155,56 +161,67 @@ impl TakeUp<'_> {
 
     /// Keeps the serials that were handed over from being given out again, whatever becomes of them, in Redis and in Postgres; and sees to it that
     /// Postgres has all that Redis has decided by then: what still stands in the outbox is not in the ledger yet, and must not be done again.
-    /// Returns up to which they are kept, by coupon; `None`: not yet.
-    async fn keep_serials(&self, postgres: &mut PgConnection) -> Result<Option<HashMap<String, i64>>, ledger::Error> {
+    /// `None`: not yet.
+    async fn keep_serials(&self, postgres: &mut PgConnection) -> Result<Option<Serials>, ledger::Error> {
         let highest = salvage::highest_serials(postgres, self.partition.id).await?;
-        let kept = highest.iter().map(|of| (of.coupon.clone(), of.serial)).collect();
-        let raised: Vec<HighestSerial> = highest.into_iter().filter(|of| !of.is_kept).collect();
         // In Redis first: what it has given out below them by now reaches Postgres, where is looked for who has one.
-        let mut absent = Vec::new();
-        for of in &raised {
-            match self.keep_in_redis(&of.coupon, of.serial).await {
-                Some(CouponOutcome::Absent) => absent.push(of),
-                Some(_) => {}
-                None => return Ok(None),
+        let mut said = self.keep_in_redis(&highest).await;
+        for (of, said) in highest.iter().zip(&mut said) {
+            if matches!(said, Some(CouponOutcome::Absent)) && of.is_there && load(self.partition, Id::from(of.coupon.as_str())).await {
+                *said = self.keep_in_redis(std::slice::from_ref(of)).await.pop().flatten();
             }
         }
         if !has_reached_postgres(self.partition).await {
             return Ok(None);
         }
-        salvage::keep_these(postgres, self.partition.id, &raised).await?;
-        // One that Redis did not have may have been loaded meanwhile, as Postgres had it before.
-        for of in absent {
-            if !matches!(self.keep_in_redis(&of.coupon, of.serial).await, Some(CouponOutcome::Absent)) {
-                return Ok(None);
-            }
-        }
-        Ok(Some(kept))
+        let (kept, absent): (Vec<_>, Vec<_>) =
+            highest.iter().zip(said).partition(|(_, said)| !matches!(said, None | Some(CouponOutcome::Absent)));
+        let (mut kept, absent): (Vec<HighestSerial>, Vec<HighestSerial>) = (
+            kept.into_iter().map(|(of, _)| of.clone()).collect(),
+            absent.into_iter().filter(|(of, said)| said.is_some() && of.is_there).map(|(of, _)| of.clone()).collect(),
+        );
+        salvage::keep_these(postgres, self.partition.id, &[kept.as_slice(), &absent].concat()).await?;
+        // One that cannot be loaded here may have been by its users, as Postgres had it before.
+        let said = self.keep_in_redis(&absent).await;
+        kept.extend(absent.into_iter().zip(said).filter(|(_, said)| matches!(said, Some(CouponOutcome::Absent))).map(|(of, _)| of));
+        Ok(Some(Serials {
+            kept: kept.into_iter().map(|of| of.coupon).collect(),
+            highest: highest.into_iter().map(|of| (of.coupon, of.serial)).collect(),
+            issued: HashSet::new(),
+        }))
     }
 
-    /// `None` where Redis does not answer, or cannot say.
-    async fn keep_in_redis(&self, coupon: &str, serial: i64) -> Option<CouponOutcome> {
-        let keep = CouponOp::new(Id::from(coupon), Action::Upkeep(Upkeep::Keep { serial }), None);
-        let outcome = self.partition.change_coupon(keep).await.ok()?;
-        let says = matches!(
-            outcome,
-            CouponOutcome::Done { .. } | CouponOutcome::Exists | CouponOutcome::Absent | CouponOutcome::Deleted | CouponOutcome::Corrupt
-        );
-        says.then_some(outcome)
+    /// Returns what became of each; `None` where Redis does not answer, or cannot say.
+    async fn keep_in_redis(&self, highest: &[HighestSerial]) -> Vec<Option<CouponOutcome>> {
+        let keep =
+            |of: &HighestSerial| CouponOp::new(Id::from(of.coupon.as_str()), Action::Upkeep(Upkeep::Keep { serial: of.serial }), None);
+        let mut outcomes = Vec::with_capacity(highest.len());
+        for some in highest.chunks(SERVER_CHANGES_MAX) {
+            outcomes.extend(self.partition.change_coupons(some.iter().map(keep).collect()).await);
+        }
+        use CouponOutcome::{Absent, Corrupt, Deleted, Done, Exists};
+        let says = |outcome: &CouponOutcome| matches!(outcome, Done { .. } | Exists | Absent | Deleted | Corrupt);
+        outcomes.into_iter().map(|outcome| outcome.ok().filter(says)).collect()
     }
 
     /// Does a change again whose effect nothing has had. `end`: what ends its order waits behind it.
-    async fn done_again(&self, postgres: &mut PgConnection, answered: &Answered, end: Option<StockKind>) -> Result<Done, ledger::Error> {
+    async fn done_again(
+        &self,
+        postgres: &mut PgConnection,
+        answered: &Answered,
+        end: Option<StockKind>,
+        serials: &Serials,
+    ) -> Result<Done, ledger::Error> {
         let remembered = answered.operation.remembered.as_ref().filter(|_| answered.at_ms > self.remembered_since_ms);
         if let Some(Remembered { request, digest }) = remembered {
             let request = Request::new(RequestId::of_escaped(request), digest.clone());
-            match self.done_under(postgres, answered, end, request).await? {
+            match self.done_under(postgres, answered, end, request, serials).await? {
                 Done::Forgotten => {}
                 done => return Ok(done),
             }
         }
         let id = format!("hf-{}-{}", answered.op, answered.operation.k);
-        self.done_under(postgres, answered, end, Request::new(RequestId::of_escaped(&id), HANDED_OVER.to_owned())).await
+        self.done_under(postgres, answered, end, Request::new(RequestId::of_escaped(&id), HANDED_OVER.to_owned()), serials).await
     }
 
     async fn done_under(
@@ -213,6 +230,7 @@ impl TakeUp<'_> {
         answered: &Answered,
         end: Option<StockKind>,
         request: Request,
+        serials: &Serials,
     ) -> Result<Done, ledger::Error> {
         let partition = self.partition;
         Ok(match again(&answered.operation, request.clone(), answered.at_ms, end) {
@@ -237,8 +255,31 @@ impl TakeUp<'_> {
                     Err(_) => Done::Unknown,
                 }
             }
-            Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, &request, answered, self.window_ms).await?,
+            Some(Again::Coupon(op)) => coupon_done_again(partition, postgres, op, &request, answered, self.window_ms, serials).await?,
         })
+    }
+}
+
+/// The serials that were handed over.
+struct Serials {
+    /// The highest of each coupon.
+    highest: HashMap<String, i64>,
+    /// The coupons of which none up to that one is given out again.
+    kept: HashSet<String>,
+    /// What has been issued here, which Postgres need not have yet.
+    issued: HashSet<(String, i64)>,
+}
+
+impl Serials {
+    /// Whether what an issue gives is kept. What was handed over since that was looked at is not, and waits for the next time.
+    fn are_kept(&self, one: &Answered) -> bool {
+        issued(one)
+            .is_none_or(|(coupon, serial)| self.kept.contains(coupon) && self.highest.get(coupon).is_some_and(|up_to| serial <= *up_to))
+    }
+
+    /// Whether it may be done again now, and notes it.
+    fn permit(&mut self, one: &Answered) -> bool {
+        self.are_kept(one) && issued(one).is_none_or(|(coupon, serial)| self.issued.insert((coupon.to_owned(), serial)))
     }
 }
 
@@ -286,6 +327,8 @@ enum Done {
     Forgotten,
     /// Perhaps it ran: under its name it runs once.
     Unknown,
+    /// Not now: what it is about has to become another first.
+    Later,
 }
 
 impl Done {
@@ -307,6 +350,7 @@ async fn coupon_done_again(
     request: &Request,
     answered: &Answered,
     window_ms: i64,
+    serials: &Serials,
 ) -> Result<Done, ledger::Error> {
     let operation = &answered.operation;
     let row = ledger::coupon::load(postgres, op.coupon.as_str()).await?;
@@ -332,7 +376,9 @@ async fn coupon_done_again(
         redeemed_for = order.map(|order| order.as_deref().map(Id::from));
     }
     let is_nowhere = row.is_none();
-    let op = CouponOp { is_nowhere, again: Some(Known { serial: row.map_or(0, |row| row.last_serial), redeemed_for }), ..op };
+    // What Redis gave out below what is kept has reached Postgres.
+    let known = serials.kept.get(op.coupon.as_str()).and_then(|coupon| serials.highest.get(coupon)).copied().unwrap_or(0);
+    let op = CouponOp { is_nowhere, again: Some(Known { serial: known.max(row.map_or(0, |row| row.last_serial)), redeemed_for }), ..op };
     let mut outcome = partition.change_coupon(op.clone()).await;
     if matches!(outcome, Ok(CouponOutcome::Absent)) && !is_nowhere && load(partition, op.coupon.clone()).await {
         outcome = partition.change_coupon(op.clone()).await;
@@ -360,7 +406,8 @@ async fn coupon_done_again(
         Ok(outcome) if is_coupon_as_answered(operation, &outcome) => Done::AsAnswered,
         Ok(CouponOutcome::Moved) if takes_none_back => Done::Refused(": it has been redeemed since".to_owned()),
         // What is frozen waits for a person, and this for what they say.
-        Ok(CouponOutcome::Moved | CouponOutcome::Frozen { .. }) | Err(_) => Done::Unknown,
+        Ok(CouponOutcome::Moved | CouponOutcome::Frozen { .. }) => Done::Later,
+        Err(_) => Done::Unknown,
         Ok(refused) => Done::Refused(format!(": {refused:?}")),
     })
 }

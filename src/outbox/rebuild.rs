@@ -16,7 +16,7 @@ use crate::domain::coupon::CouponStep;
 use crate::domain::{Id, Position, RequestId};
 use crate::ledger::order::OrderRow;
 use crate::ledger::refill::Snapshot;
-use crate::ledger::salvage::{self, Answered, Saved};
+use crate::ledger::salvage::{self, Answered, Saved, Without};
 use crate::ledger::{self, PartitionRow, PgConnection};
 use crate::limits::{
     HANDOVER_MAX, HANDOVER_WITHIN, REBUILD_LEASE, REBUILD_READ_ENTRIES, REBUILD_SORT, SALVAGE_CHANGES_MAX, SIDECAR_RENEW_EVERY,
@@ -241,9 +241,9 @@ impl Rebuild<'_> {
         wait_for_others(self.postgres, self.partition.id, self.owner, epoch).await?;
         let ops = self.partition.copies.ops();
         handover::hand_over_all(self.partition, self.postgres, epoch).await.map_err(|error| error.to_string())?;
-        slow_step(salvage::pass_over_repeated(self.postgres, self.partition.id, self.window_ms)).await?;
+        slow_step(salvage::pass_over_repeated(self.postgres, self.partition.id, self.window_ms, false)).await?;
         loop {
-            let handed = step(salvage::handed_over(self.postgres, self.partition.id, &[], HANDOVER_MAX)).await?;
+            let handed = step(salvage::handed_over(self.postgres, self.partition.id, Without::These(&[]), HANDOVER_MAX)).await?;
             if handed.is_empty() {
                 break;
             }

@@ -15,7 +15,7 @@ use super::rebuild::{self, Rebuild};
 use crate::domain::Position;
 use crate::ledger;
 use crate::ledger::partition::{EpochRow, NO_OP, PartitionRow};
-use crate::ledger::salvage::Origins;
+use crate::ledger::salvage::{Origins, Without};
 use crate::limits;
 use crate::store::meta::{self, Look, Meta};
 use crate::store::partition::{EndedEpoch, State, Trouble};
@@ -319,7 +319,7 @@ impl Verifier {
             return Ok(true);
         }
         rebuild::wait_for_others(postgres, self.partition.id, &self.instance, epoch).await?;
-        let handed = ledger::salvage::handed_over(postgres, self.partition.id, &[], i64::MAX).await;
+        let handed = ledger::salvage::handed_over(postgres, self.partition.id, Without::These(&[]), i64::MAX).await;
         let handed = handed.map_err(|error| self.starting(&error))?;
         let mut known = HashSet::new();
         for handed in handed.chunks(limits::SALVAGE_CHANGES_MAX) {

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::Settings;
 use super::examine::{Examiner, Scope, Skipped, tell};
 use crate::domain::coupon::Counts;
+use crate::domain::quantity::TOTAL_MAX;
 use crate::domain::{Drift, Id, InboxMark, Measure, Remedy, Side};
 use crate::ledger;
 use crate::ledger::coupon::Expected;
@@ -158,9 +159,12 @@ impl Finding {
         let (difference, right) = (self.difference(), self.right());
         let stored = right.with(self.expected.in_flight, i64::saturating_sub);
         let is_small = difference.named().iter().all(|(_, by)| by.unsigned_abs() <= settings.auto_limit.unsigned_abs());
-        // Where Redis alone passes serials over, as few or many as they are, Postgres does so as well, and nobody has anything else.
+        // Where Redis alone passes serials over, as while what was answered before a loss is taken up, Postgres does so with the next issue.
         let passes_over = difference.serial > 0 && Counts { serial: 0, ..difference } == Counts::default();
-        let (moved, by, after) = match if passes_over { Side::Redis } else { settings.prefer } {
+        if passes_over && right.serial.saturating_add(difference.serial) <= TOTAL_MAX {
+            return None;
+        }
+        let (moved, by, after) = match settings.prefer {
             Side::Postgres => (Side::Redis, Counts::default().with(difference, i64::saturating_sub), right),
             Side::Redis => (Side::Postgres, difference, stored.with(difference, i64::saturating_add)),
         };
@@ -172,7 +176,7 @@ impl Finding {
             _ => false,
         };
         // A serial that was given out is not given out again, so none goes back.
-        if users_fit && (is_small || passes_over) && by.serial >= 0 && after.are_possible() {
+        if users_fit && is_small && by.serial >= 0 && after.are_possible() {
             return Some((Upkeep::Mend { moved, by, n, round: round.to_owned() }, Remedy::Corrected));
         }
         Some(self.freeze())
@@ -368,9 +372,9 @@ mod tests {
         let more = Counts { total: 25, used: 1, ..RIGHT };
         let by = Counts { total: 5, used: -1, ..Counts::default() };
         assert_eq!(repaired(seen(more, 7), Side::Redis), mended(Side::Postgres, by));
-        let passed_over = Counts { serial: RIGHT.serial + 100, ..RIGHT };
-        let by = Counts { serial: 100, ..Counts::default() };
-        assert_eq!(repaired(seen(passed_over, 7), Side::Postgres), mended(Side::Postgres, by), "whichever is preferred");
+        let passed_over = |by| Counts { serial: RIGHT.serial + by, ..RIGHT };
+        assert_eq!(repaired(seen(passed_over(100), 7), Side::Postgres), None, "the next issue moves Postgres");
+        assert!(matches!(repaired(seen(passed_over(i64::MAX / 2), 7), Side::Postgres), Some((Upkeep::Freeze { .. }, _))), "no serial");
     }
 
     #[test]

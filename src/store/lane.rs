@@ -714,16 +714,18 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 self.while_expiring(something, unanswered).await?;
                 continue;
             };
+            // Where it was full by keys or bytes, that many more are a batch, too.
+            let enough = if self.queued() > 0 { sent.operations.len() } else { limits::BATCH_OPERATIONS_MAX };
             self.send(connection, sent, false, unanswered).await?;
-            self.gather().await;
+            self.gather(enough).await;
         }
     }
 
     /// Lets those who were answered ask for more, before the next batch goes: one turn of the thread writes their replies, and what comes of them is
-    /// read in the next.
-    async fn gather(&self) {
+    /// read in the next. Not where `enough` wait.
+    async fn gather(&self, enough: usize) {
         for _ in 0..limits::GATHER_TURNS {
-            if self.queue.borrow().len() >= limits::BATCH_OPERATIONS_MAX {
+            if self.queue.borrow().len() >= enough {
                 return;
             }
             tokio::task::yield_now().await;

@@ -2,6 +2,7 @@
 //! like, nobody knows how long that is before it comes.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,6 +15,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 
 use super::Error;
@@ -63,25 +65,43 @@ impl Metered {
     }
 }
 
-/// Connects over TCP, or over TLS that is checked. Errors with [`Error::Unfit`] where the address asks for something else.
+/// Connects over TCP, or over TLS that is checked: to all addresses of a name at once, and the first that answers counts. Errors with
+/// [`Error::Unfit`] where the address asks for something else.
 pub(super) async fn dial(address: &ConnectionAddr, certificates: Option<TlsCertificates>) -> Result<Box<dyn Duplex>, Error> {
     let broken = |error: io::Error| Error::Connection(error.into());
-    Ok(match address {
-        ConnectionAddr::Tcp(host, port) => Box::new(tcp(host, *port).await.map_err(broken)?),
+    let unfit = |why: &dyn std::fmt::Display| Error::Unfit(format!("redis.url: {why}"));
+    let (host, port, secure) = match address {
+        ConnectionAddr::Tcp(host, port) => (host, *port, None),
         ConnectionAddr::TcpTls { host, port, insecure: false, .. } => {
-            let unfit = |why: &dyn std::fmt::Display| Error::Unfit(format!("redis.url: {why}"));
-            let config = tls(certificates).map_err(|why| unfit(&why))?;
-            let name = ServerName::try_from(host.clone()).map_err(|why| unfit(&why))?;
-            let tcp = tcp(host, *port).await.map_err(broken)?;
-            Box::new(TlsConnector::from(Arc::new(config)).connect(name, tcp).await.map_err(broken)?)
+            let connector = TlsConnector::from(Arc::new(tls(certificates).map_err(|why| unfit(&why))?));
+            (host, *port, Some((connector, ServerName::try_from(host.clone()).map_err(|why| unfit(&why))?)))
         }
         _ => return Err(Error::Unfit("redis.url: reading through needs TCP, and TLS that is checked".into())),
-    })
+    };
+    let mut tries = JoinSet::new();
+    for address in tokio::net::lookup_host((host.as_str(), port)).await.map_err(broken)? {
+        let secure = secure.clone();
+        tries.spawn(async move {
+            let stream = tcp(address).await?;
+            Ok::<Box<dyn Duplex>, io::Error>(match secure {
+                Some((connector, name)) => Box::new(connector.connect(name, stream).await?),
+                None => Box::new(stream),
+            })
+        });
+    }
+    let mut failed = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    while let Some(tried) = tries.join_next().await {
+        match tried.unwrap_or_else(|panicked| Err(io::Error::other(panicked))) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failed = error,
+        }
+    }
+    Err(broken(failed))
 }
 
 /// TCP as the other connections to Redis have it.
-async fn tcp(host: &str, port: u16) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect((host, port)).await?;
+async fn tcp(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
     sockopt::set_tcp_user_timeout(&stream, u32::try_from(REDIS_SILENCE_MAX.as_millis()).unwrap_or(u32::MAX))?;
     Ok(stream)
@@ -93,7 +113,13 @@ fn tls(certificates: Option<TlsCertificates>) -> Result<ClientConfig, String> {
     let read = |pem: &[u8]| CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(|why| why.to_string());
     let trusted = match root {
         Some(pem) => read(&pem)?,
-        None => rustls_native_certs::load_native_certs().certs,
+        None => {
+            let found = rustls_native_certs::load_native_certs();
+            match found.errors.first() {
+                Some(why) if found.certs.is_empty() => return Err(format!("this machine's list of who may sign: {why}")),
+                _ => found.certs,
+            }
+        }
     };
     let mut roots = RootCertStore::empty();
     for certificate in trusted {
@@ -136,7 +162,7 @@ mod tests {
     #[tokio::test]
     async fn a_redis_that_says_nothing_is_given_up_by_the_kernel() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let stream = tcp("127.0.0.1", listener.local_addr().unwrap().port()).await.unwrap();
+        let stream = tcp(listener.local_addr().unwrap()).await.unwrap();
         assert_eq!(u128::from(sockopt::tcp_user_timeout(&stream).unwrap()), REDIS_SILENCE_MAX.as_millis());
     }
 }

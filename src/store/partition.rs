@@ -303,6 +303,23 @@ impl Partition {
         answered.await.unwrap_or_else(|_| Err(gone()))
     }
 
+    /// The same of several at once, so that they share a batch. Returns their outcomes in their order.
+    pub async fn change_coupons(&self, ops: Vec<CouponOp>) -> Vec<Result<CouponOutcome, Failure>> {
+        let mut answers = Vec::with_capacity(ops.len());
+        for op in ops {
+            let (answer, answered) = oneshot::channel();
+            answers.push(self.changes.send(ServerChange::Coupon { op, answer }).await.map(|()| answered));
+        }
+        let mut outcomes = Vec::with_capacity(answers.len());
+        for answered in answers {
+            outcomes.push(match answered {
+                Ok(answered) => answered.await.unwrap_or_else(|_| Err(gone())),
+                Err(_) => Err(gone()),
+            });
+        }
+        outcomes
+    }
+
     /// Makes several of them at once, so that they share a batch. Returns their outcomes in their order.
     pub async fn change_all(&self, ops: Vec<StockOp>) -> Vec<Result<StockOutcome, Failure>> {
         let mut answers = Vec::with_capacity(ops.len());

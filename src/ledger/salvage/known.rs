@@ -36,8 +36,8 @@ fn left<'a>(answered: &'a [Answered], known: &HashSet<Name>) -> Vec<&'a Answered
 }
 
 /// Settles, of all that was handed over, what gives way to another serial under the same REQUEST: the two may be far from each other. Their serials
-/// are to be kept: by [`keep_serials`], once the coupons are there, or before. Where all is of one epoch, as mostly, none of it is read.
-pub async fn pass_over_repeated(connection: &mut PgConnection, partition: u32, window_ms: i64) -> Result<(), Error> {
+/// are to be kept: by [`keep_serials`], once the coupons are there; with `only_kept` only those count that Postgres keeps already. Where all is of one epoch, as mostly, none of it is read.
+pub async fn pass_over_repeated(connection: &mut PgConnection, partition: u32, window_ms: i64, only_kept: bool) -> Result<(), Error> {
     let mut transaction = connection.begin().await?;
     sqlx::query(FOR_A_MINUTE).execute(&mut *transaction).await?;
     // How many there are of what is read out of lines no planner knows, and each with each is too many.
@@ -60,11 +60,14 @@ pub async fn pass_over_repeated(connection: &mut PgConnection, partition: u32, w
     let (ops, places): (Vec<String>, Vec<i32>) = repeated.into_iter().unzip();
     sqlx::query(
         "UPDATE holdfast.salvage s SET done = true FROM unnest($1::text[], $2::int[]) AS a (op, k) WHERE s.op = a.op AND s.k = a.k \
+         AND (NOT $3 OR EXISTS (SELECT 1 FROM holdfast.coupon c WHERE c.coupon_id = substring(s.line FROM ' coupon=([^ ]+) ') \
+         AND c.last_serial >= substring(s.line FROM ' serial=([0-9]+) ')::bigint)) \
          AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = a.op AND l.k = a.k) \
          AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.request_id = 'hf-' || a.op || '-' || a.k AND l.request_id LIKE 'hf-%')",
     )
     .bind(ops)
     .bind(places)
+    .bind(only_kept)
     .execute(&mut *transaction)
     .await?;
     transaction.commit().await?;
@@ -91,21 +94,21 @@ pub async fn keep_serials(connection: &mut PgConnection, partition: u32) -> Resu
     Ok(())
 }
 
-/// The highest serial of a coupon among the issues that were handed over and wait.
+/// The highest serial of a coupon among the issues that were handed over.
 #[derive(Clone, Debug, PartialEq, Eq, sqlx::FromRow)]
 pub struct HighestSerial {
     pub coupon: String,
     pub serial: i64,
-    /// Whether Postgres gives out none as high as that.
-    pub is_kept: bool,
+    /// Whether Postgres has the coupon.
+    pub is_there: bool,
 }
 
-/// Those of all coupons that any issue was handed over of.
+/// Those of all coupons of which an issue waits.
 pub async fn highest_serials(connection: &mut PgConnection, partition: u32) -> Result<Vec<HighestSerial>, Error> {
     let highest = sqlx::query_as(
-        "SELECT a.coupon, a.serial, coalesce(c.last_serial >= a.serial, false) AS is_kept FROM \
+        "SELECT a.coupon, a.serial, c.coupon_id IS NOT NULL AS is_there FROM \
          (SELECT substring(line FROM ' coupon=([^ ]+) ') AS coupon, max(substring(line FROM ' serial=([0-9]+) ')::bigint) AS serial \
-         FROM holdfast.salvage WHERE partition = $1 AND NOT done AND split_part(line, ' ', 2) = 'coupon.issue' GROUP BY 1) AS a \
+         FROM holdfast.salvage WHERE partition = $1 AND split_part(line, ' ', 2) = 'coupon.issue' GROUP BY 1 HAVING bool_or(NOT done)) AS a \
          LEFT JOIN holdfast.coupon c ON c.coupon_id = a.coupon ORDER BY a.coupon",
     );
     Ok(highest.bind(partition::id(partition)).fetch_all(connection).await?)
@@ -258,7 +261,7 @@ mod tests {
     use crate::domain::change::{Entry, Operation};
     use crate::ledger::apply;
     use crate::ledger::salvage::tests::{WINDOW_MS, answered};
-    use crate::ledger::salvage::{self, Saved, hand_over, handed_over, is_anything_handed_over, save};
+    use crate::ledger::salvage::{self, Saved, Without, hand_over, handed_over, is_anything_handed_over, save};
     use crate::ledger::testing::{database, execute, number_of, rows};
 
     #[tokio::test]
@@ -400,8 +403,8 @@ mod tests {
                 continue;
             }
             hand_over(connection, 0, &all).await.unwrap();
-            pass_over_repeated(connection, 0, WINDOW_MS).await.unwrap();
-            for one in handed_over(connection, 0, &[], 9).await.unwrap() {
+            pass_over_repeated(connection, 0, WINDOW_MS, false).await.unwrap();
+            for one in handed_over(connection, 0, Without::These(&[]), 9).await.unwrap() {
                 assert_eq!(save(connection, 0, 3, WINDOW_MS, std::slice::from_ref(&one)).await.unwrap().owed, 0, "{coupon}");
                 salvage::settled(connection, &[one]).await.unwrap();
             }
@@ -431,8 +434,8 @@ mod tests {
             later(3, WINDOW_MS + CLOCKS_DIFFER_MS + 1, 1, &issue(6)),
         ];
         hand_over(connection, 0, &all).await.unwrap();
-        pass_over_repeated(connection, 0, WINDOW_MS).await.unwrap();
-        let left = handed_over(connection, 0, &[], 9).await.unwrap();
+        pass_over_repeated(connection, 0, WINDOW_MS, false).await.unwrap();
+        let left = handed_over(connection, 0, Without::These(&[]), 9).await.unwrap();
         assert_eq!(left.iter().map(|one| one.operation.serial()).collect::<Vec<_>>(), [None, Some(6)]);
         salvage::keep_serials(connection, 0).await.unwrap();
         let saved = save(connection, 0, 4, WINDOW_MS, &left).await.unwrap();
@@ -455,8 +458,8 @@ mod tests {
         let (first, again) = (issue(1, "a:coupon:1", "r", 6), issue(3, "b:coupon:1", "r", 7));
         let instead = issue(2, "c:coupon:1", "hf-a:coupon:1-1", 6);
         hand_over(connection, 0, &[first, instead, again]).await.unwrap();
-        pass_over_repeated(connection, 0, WINDOW_MS).await.unwrap();
-        assert_eq!(handed_over(connection, 0, &[], 9).await.unwrap().len(), 3);
+        pass_over_repeated(connection, 0, WINDOW_MS, false).await.unwrap();
+        assert_eq!(handed_over(connection, 0, Without::These(&[]), 9).await.unwrap().len(), 3);
         // Nor within a piece of what is saved.
         let sent = "0123456789abcdef0123456789abcdef:coupon:1";
         let create = answered("a:coupon:0", 1, "0 coupon.create coupon=c total=9 peruser=9 |");
