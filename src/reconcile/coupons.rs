@@ -159,15 +159,16 @@ impl Finding {
         let (difference, right) = (self.difference(), self.right());
         let stored = right.with(self.expected.in_flight, i64::saturating_sub);
         let is_small = difference.named().iter().all(|(_, by)| by.unsigned_abs() <= settings.auto_limit.unsigned_abs());
-        // Where Redis alone passes serials over, as while what was answered before a loss is taken up, Postgres does so with the next issue.
-        let passes_over = difference.serial > 0 && Counts { serial: 0, ..difference } == Counts::default();
-        if passes_over && right.serial.saturating_add(difference.serial) <= TOTAL_MAX {
-            return None;
-        }
         let (moved, by, after) = match settings.prefer {
             Side::Postgres => (Side::Redis, Counts::default().with(difference, i64::saturating_sub), right),
             Side::Redis => (Side::Postgres, difference, stored.with(difference, i64::saturating_add)),
         };
+        // Where Redis alone passes serials over, as while what was answered before a loss is taken up, Postgres does so with the next issue.
+        let passes_over = difference.serial > 0 && Counts { serial: 0, ..difference } == Counts::default();
+        let is_adopted = is_small && moved == Side::Postgres;
+        if passes_over && !is_adopted && right.serial.saturating_add(difference.serial) <= TOTAL_MAX {
+            return None;
+        }
         let users_fit = match self.what {
             What::Counts(seen, users) => {
                 let issued = if moved == Side::Redis { right.issued } else { seen.issued };
@@ -373,7 +374,10 @@ mod tests {
         let by = Counts { total: 5, used: -1, ..Counts::default() };
         assert_eq!(repaired(seen(more, 7), Side::Redis), mended(Side::Postgres, by));
         let passed_over = |by| Counts { serial: RIGHT.serial + by, ..RIGHT };
-        assert_eq!(repaired(seen(passed_over(100), 7), Side::Postgres), None, "the next issue moves Postgres");
+        for (by, prefer) in [(1, Side::Postgres), (100, Side::Postgres), (100, Side::Redis)] {
+            assert_eq!(repaired(seen(passed_over(by), 7), prefer), None, "the next issue moves Postgres");
+        }
+        assert_eq!(repaired(seen(passed_over(1), 7), Side::Redis), mended(Side::Postgres, Counts { serial: 1, ..Counts::default() }));
         assert!(matches!(repaired(seen(passed_over(i64::MAX / 2), 7), Side::Postgres), Some((Upkeep::Freeze { .. }, _))), "no serial");
     }
 
