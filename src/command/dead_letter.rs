@@ -50,7 +50,7 @@ static RETRY: Spec = sub("HOLDFAST.DEADLETTER|RETRY", "Applies a dead letter aft
 static DROP: Spec = sub("HOLDFAST.DEADLETTER|DROP", "Gives a dead letter up; Redis gets its units back.")
     .args(&[ID])
     .flags(ADMIN | WRITE)
-    .reply("`OK` / `NOTFOUND`")
+    .reply("`OK` / `FAILED, reason` / `NOTFOUND`")
     .example("HOLDFAST.DEADLETTER DROP 1")
     .run(|call| settle(call, |id, answer| LetterRequest::Drop { id, answer }));
 

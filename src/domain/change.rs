@@ -309,6 +309,23 @@ impl Operation {
         items.iter().map(|item| item.product.as_str())
     }
 
+    /// The order that it begins.
+    pub fn begun_order(&self) -> Option<&str> {
+        self.order_where(|kind| matches!(kind, StockKind::Reserve | StockKind::Sell))
+    }
+
+    /// The order that it ends, and whose units it gives back.
+    pub fn ended_order(&self) -> Option<&str> {
+        self.order_where(|kind| matches!(kind, StockKind::Cancel | StockKind::Expire))
+    }
+
+    fn order_where(&self, is_so: impl Fn(StockKind) -> bool) -> Option<&str> {
+        match &self.effect {
+            Effect::Stock { kind, detail, .. } if is_so(*kind) => Some(&detail.order.as_deref()?.order),
+            _ => None,
+        }
+    }
+
     /// The coupon that it is about.
     pub fn coupon(&self) -> Option<&str> {
         match &self.effect {

@@ -22,7 +22,7 @@ pub struct DeadLetter {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Settled {
     Done,
-    /// Postgres refuses it still.
+    /// Postgres refuses it still, or it must not be given up: why.
     Failed(String),
     /// There is none with this id.
     Unknown,

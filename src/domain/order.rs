@@ -92,11 +92,6 @@ impl OrderChange {
             _ => 0,
         }
     }
-
-    /// Whether the order was something that no change of this kind can be made of. Of a change that Redis made it never was.
-    pub fn is_too_late(&self, kind: StockKind) -> bool {
-        self.from.is_some_and(|from| !from.takes(kind))
-    }
 }
 
 /// An order as it stands.

@@ -6,7 +6,7 @@ use sqlx::{Connection, PgConnection};
 
 use super::changes::{Changes, Created, Known};
 use super::partition::{self, PartitionRow};
-use super::{Error, inbox, to_bigint, write};
+use super::{Error, dead_letter, inbox, to_bigint, write};
 use crate::domain::change::{Effect, Entry, StockKind};
 use crate::domain::{InboxMark, Position};
 use crate::sabotage::breaks;
@@ -55,6 +55,7 @@ async fn apply_in(connection: &mut PgConnection, partition: u32, entries: &[Entr
     let created = what_is_created(connection, mark, new).await?;
     let changes = Changes::gather(new, &created)?;
     write::changes(connection, partition, &changes).await?;
+    dead_letter::balance_ended(connection, new.iter().flat_map(|entry| &entry.operations)).await?;
     advance(connection, partition, &row, new, changes.mark).await?;
     Ok(Applied { position: last.last, last_op: last.op.clone(), operations: last.last.n - row.applied.n })
 }

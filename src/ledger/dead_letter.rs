@@ -10,7 +10,7 @@ use sqlx::{Connection, PgConnection};
 use super::apply::{Applied, advance, check_epochs, continuation, what_is_created};
 use super::changes::{Changes, Created};
 use super::partition::{self, id};
-use super::{Error, coupon_write, from_bigint, inbox, outside, salvage, to_bigint, write};
+use super::{Error, coupon_write, from_bigint, inbox, order, outside, salvage, to_bigint, write};
 use crate::domain::change::{Effect, Entry, Item, Operation};
 use crate::domain::coupon::CouponChange;
 use crate::domain::{DeadLetter, InboxMark, Position, Settled};
@@ -99,6 +99,7 @@ async fn apply_part(connection: &mut PgConnection, partition: u32, mark: InboxMa
     let created = what_is_created(connection, mark, std::slice::from_ref(part)).await?;
     let changes = Changes::gather([part], &created)?;
     write::changes(connection, partition, &changes).await?;
+    balance_ended(connection, part.operations.iter()).await?;
     Ok(changes.mark.map_or(mark, |reached| reached.max(mark)))
 }
 
@@ -139,6 +140,12 @@ async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, pa
         let delta = changes.stock_lines.iter().find(|line| line.i == *i).map_or(0, |line| line.pg_delta);
         insert(connection, partition, part, operation, &Letter { i: *i, product: Some(product), delta, reason }).await?;
         frozen.insert(*product, Some(FROZEN));
+    }
+    let mut savepoint = connection.begin().await?;
+    match balance_ended(&mut savepoint, std::iter::once(operation)).await {
+        Ok(()) => savepoint.commit().await?,
+        Err(Error::Data(_)) => savepoint.rollback().await?,
+        Err(error) => return Err(error),
     }
     // The row may be such that no update of it is taken at all.
     let mut savepoint = connection.begin().await?;
@@ -313,6 +320,27 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
     .fetch_optional(&mut *connection)
     .await?;
     let Some((epoch, n, i, op, k, product, delta, in_redis, line, at_ms)) = found else { return Ok(Settled::Unknown) };
+    let decoded = Operation::decode(&line);
+    if !in_redis && decoded.as_ref().is_ok_and(is_made_in_redis) {
+        // It comes here from there.
+        if salvage::is_undone(connection, &op, k).await? {
+            let frozen =
+                sqlx::query_scalar("SELECT product_id FROM holdfast.stock WHERE product_id = ANY($1) AND frozen IS NOT NULL LIMIT 1")
+                    .bind(decoded.iter().flat_map(Operation::products).collect::<Vec<_>>());
+            let frozen: Option<String> = frozen.fetch_optional(&mut *connection).await?;
+            if let Some(product) = frozen {
+                return Ok(Settled::Failed(format!(
+                    "product '{product}' is frozen: STOCK.UNFREEZE it, see to it that it has the units, and try again"
+                )));
+            }
+            remove_rest(connection, &op, k).await?;
+            salvage::hand_over_again(connection, &op, k).await?;
+            return Ok(Settled::Done);
+        }
+        if line.contains(" coupon.") {
+            return Ok(Settled::Failed("Redis no longer has it: drop it, and do it anew".into()));
+        }
+    }
     if let (Some(product), false) = (&product, in_redis) {
         let moved = sqlx::query("UPDATE holdfast.stock SET available = available + $2 WHERE product_id = $1 AND deleted_at IS NULL");
         if moved.bind(product).bind(delta).execute(&mut *connection).await?.rows_affected() == 0 {
@@ -321,15 +349,8 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
         outside::product_given_up(connection, product, delta, false, (&op, k, i)).await?;
         return Ok(Settled::Done);
     }
-    if !in_redis && line.contains(" coupon.") {
-        // It has to be done in Redis, and comes here from there.
-        return match salvage::hand_over_again(connection, &op, k).await? {
-            true => Ok(Settled::Done),
-            false => Ok(Settled::Failed("Redis no longer has it: drop it, and do it anew".into())),
-        };
-    }
     sqlx::query("SELECT set_config('holdfast.writer', 'holdfast', true)").execute(&mut *connection).await?;
-    let mut operation = Operation::decode(&line).map_err(|malformed| Error::Data(malformed.to_string()))?;
+    let mut operation = decoded.map_err(|malformed| Error::Data(malformed.to_string()))?;
     if let Effect::Stock { items, detail, .. } = &mut operation.effect {
         // Only its own line, by what is owed; what the creation of a product would come to is in that already.
         let at = usize::try_from(i).unwrap_or_default();
@@ -353,17 +374,60 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
     Ok(Settled::Done)
 }
 
-/// Gives a dead letter up, and removes it. Where Redis has moved by it, Redis gets the units back through the inbox.
+/// What ends an order gives back what it took. Where Postgres never gave that, since it is parked, the two balance: the parked part is removed,
+/// with what was given back. `ended`: those that end in this transaction. Errors with [`Error::Data`] where Postgres takes not even that.
+pub(super) async fn balance_ended<'a>(connection: &mut PgConnection, ended: impl Iterator<Item = &'a Operation>) -> Result<(), Error> {
+    let orders: Vec<&str> = ended.filter_map(Operation::ended_order).collect();
+    if orders.is_empty() {
+        return Ok(());
+    }
+    sqlx::query(
+        "WITH letters AS (SELECT id, kind, product_id, delta, epoch, n, substring(line FROM ' order=([^ ]+) ') AS of \
+           FROM holdfast.dead_letter WHERE in_redis AND product_id IS NOT NULL AND kind IN ('reserve', 'sell', 'cancel', 'expire') \
+           AND substring(line FROM ' order=([^ ]+) ') = ANY($1)), \
+         begun AS (SELECT * FROM letters l WHERE kind IN ('reserve', 'sell') AND NOT EXISTS (SELECT 1 FROM holdfast.stock_order later \
+           WHERE later.order_id = l.of AND (later.epoch, later.n) > (l.epoch, l.n))), \
+         ended AS (SELECT l.* FROM letters l JOIN begun b ON l.of = b.of AND l.product_id = b.product_id AND (l.epoch, l.n) > (b.epoch, b.n) \
+           WHERE l.kind IN ('cancel', 'expire')), \
+         parts AS (SELECT * FROM begun UNION SELECT * FROM ended), \
+         balanced AS (DELETE FROM holdfast.dead_letter d USING parts WHERE d.id = parts.id) \
+         UPDATE holdfast.stock s SET available = s.available + m.delta FROM \
+         (SELECT product_id, sum(delta)::bigint AS delta FROM parts GROUP BY product_id) AS m \
+         WHERE s.product_id = m.product_id AND m.delta <> 0",
+    )
+    .bind(orders)
+    .execute(connection)
+    .await?;
+    Ok(())
+}
+
+/// Whether it can only be made as a whole, in Redis: what is of an order or a coupon.
+fn is_made_in_redis(operation: &Operation) -> bool {
+    match &operation.effect {
+        Effect::Stock { detail, .. } => detail.order.is_some(),
+        Effect::Coupon { .. } => true,
+    }
+}
+
+/// Removes what else is left of a change of which nothing is written: it is made, or given up, as a whole.
+async fn remove_rest(connection: &mut PgConnection, op: &str, k: i32) -> Result<(), Error> {
+    let rest = sqlx::query("DELETE FROM holdfast.dead_letter WHERE op = $1 AND k = $2 AND NOT in_redis");
+    rest.bind(op).bind(k).execute(connection).await?;
+    Ok(())
+}
+
+/// Gives a dead letter up, and removes it. Where Redis has moved by it, Redis gets the units back through the inbox. Not what an order begins with
+/// whose end would give them back once more.
 pub async fn discard(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
     let mut transaction = connection.begin().await?;
     match discard_in(&mut transaction, letter).await {
-        Ok(settled) => {
+        Ok(Settled::Done) => {
             transaction.commit().await?;
-            Ok(settled)
+            Ok(Settled::Done)
         }
-        Err(error) => {
+        other => {
             transaction.rollback().await?;
-            Err(error)
+            other
         }
     }
 }
@@ -376,6 +440,16 @@ async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settle
             .fetch_optional(&mut *connection)
             .await?;
     let Some((product, delta, in_redis, op, k, i, line)) = found else { return Ok(Settled::Unknown) };
+    let decoded = Operation::decode(&line).ok();
+    let begun = decoded.as_ref().and_then(Operation::begun_order).filter(|_| in_redis && product.is_some());
+    if let Some(order) = begun
+        && order::takes_units(connection, order).await?
+    {
+        return Ok(Settled::Failed(format!("order '{order}' has these units: STOCK.CANCEL it, which settles this too, or try RETRY")));
+    }
+    if !in_redis && decoded.as_ref().is_some_and(is_made_in_redis) && salvage::is_undone(connection, &op, k).await? {
+        remove_rest(connection, &op, k).await?;
+    }
     let Some(product) = product else {
         outside::coupon_given_up(connection, &line, &op, k).await?;
         return Ok(Settled::Done);
@@ -508,6 +582,64 @@ mod tests {
         assert_eq!(serials, [("c".into(), 0, 2), ("d".into(), 0, 0)]);
         let expected = coupon::expected(connection, 0, &["c".to_owned()], 1, 4).await.unwrap().unwrap();
         assert_eq!(expected[0].counts.unwrap(), Counts { total: 9, issued: 2, used: 0, serial: 2 }, "as Redis has it");
+    }
+
+    #[tokio::test]
+    async fn what_an_order_gives_back_that_postgres_never_gave_balances() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        apply(connection, 0, &[entry(0, 0, &["0 set | a 10 10", "1 set | b 10 10"])]).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.stock ADD CONSTRAINT low CHECK (available > 8)").await;
+        let begun = entry(
+            2,
+            1,
+            &[
+                "0 reserve order=o expires=9 | a -3 7 b -1 9",
+                "1 sell order=p | a -4 3",
+                "2 reserve order=ghost expires=9 | ghost -2 0",
+                "3 reserve order=kept expires=9 | a -5 0",
+            ],
+        );
+        assert_eq!(apply_parking(connection, 0, &begun).await.unwrap().1, 4);
+        let letters = list(connection, 0, 10).await.unwrap();
+        for letter in &letters {
+            let held = discard(connection, letter.id).await.unwrap();
+            assert!(matches!(&held, Settled::Failed(why) if why.contains("STOCK.CANCEL")), "{held:?}");
+        }
+        let ended = entry(
+            6,
+            2,
+            &[
+                "0 expire order=o from=held units=3,1 | a 3 10 b 1 10",
+                "1 cancel order=p from=confirmed units=4 | a 4 10",
+                "2 cancel order=ghost from=held units=2 | ghost 2 2",
+                "3 confirm order=kept from=held units=5 | a 0 0",
+            ],
+        );
+        assert!(matches!(apply(connection, 0, std::slice::from_ref(&ended)).await, Err(Error::Data(_))), "there is no ghost");
+        apply_parking(connection, 0, &ended).await.unwrap();
+        assert_eq!(owed(&mut database).await, [(6, 0, Some("a".into()), -5)], "what is not over is owed");
+        assert_eq!(stock(&mut database).await, [("a".into(), 10, true), ("b".into(), 10, false)]);
+        let connection = &mut database.connection;
+        assert_eq!(number_of(connection, "SELECT sum(held)::bigint FROM holdfast.stock").await, 0);
+        // The same without a dead letter of its end.
+        apply(connection, 0, &[entry(10, 3, &["0 cancel order=kept from=confirmed units=5 | a 5 10"])]).await.unwrap();
+        assert_eq!(stock(&mut database).await[0].1, 10);
+        assert!(owed(&mut database).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_order_that_ends_leaves_what_another_of_its_id_owes() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        apply(connection, 0, &[entry(0, 0, &["0 set | a 10 10"])]).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.stock ADD CONSTRAINT low CHECK (available > 8)").await;
+        assert_eq!(apply_parking(connection, 0, &entry(1, 1, &["0 reserve order=o expires=9 | a -3 7"])).await.unwrap().1, 1);
+        execute(connection, "UPDATE holdfast.stock_order SET state = 'cancelled'").await;
+        let again = entry(2, 2, &["0 reserve order=o expires=9 | a -1 6", "1 cancel order=o from=held units=1 | a 1 7"]);
+        apply(connection, 0, &[again]).await.unwrap();
+        assert_eq!(owed(&mut database).await, [(2, 0, Some("a".into()), -3)]);
+        assert_eq!(stock(&mut database).await[0].1, 10);
     }
 
     #[tokio::test]

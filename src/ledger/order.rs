@@ -42,7 +42,7 @@ impl<'a> Orders<'a> {
 
     /// Takes in what a change did to an order.
     pub(super) fn add(&mut self, place: Place<'_>, kind: StockKind, items: &'a [Item], change: &'a OrderChange) {
-        let Some(state) = OrderState::after(kind).filter(|_| !change.is_too_late(kind)) else { return };
+        let Some(state) = OrderState::after(kind) else { return };
         let changed = place.origin.unwrap_or(Position::new(place.epoch, place.n));
         let known = self.latest.get(change.order.as_str()).and_then(|latest| self.moves.get_mut(*latest));
         if let Some(known) = known.filter(|_| change.from.is_some()) {
@@ -220,6 +220,13 @@ pub async fn load(connection: &mut PgConnection, orders: &[String]) -> Result<Ve
         "SELECT DISTINCT ON (order_id) {COLUMNS} FROM holdfast.stock_order WHERE order_id = ANY($1) ORDER BY order_id, epoch DESC, n DESC"
     );
     Ok(sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(orders).fetch_all(connection).await?)
+}
+
+/// Whether an order holds or has taken units, or is not here yet: its end gives them back.
+pub(super) async fn takes_units(connection: &mut PgConnection, order: &str) -> Result<bool, Error> {
+    let state = sqlx::query_scalar("SELECT state FROM holdfast.stock_order WHERE order_id = $1 ORDER BY epoch DESC, n DESC LIMIT 1");
+    let state: Option<String> = state.bind(order).fetch_optional(connection).await?;
+    Ok(!matches!(state.as_deref().and_then(OrderState::parse), Some(OrderState::Cancelled | OrderState::Expired)))
 }
 
 /// The orders that are held here although their time passed before `before_ms` (Unix ms), at most `limit`: Redis has lost sight of them.

@@ -19,14 +19,14 @@ pub(super) struct OrderShelf {
 }
 
 /// What a change of an order comes to by now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum Made {
     /// It is made.
     Now,
     /// The order is as was answered.
     Before,
-    /// The order has become something else: nothing moves, and it is owed.
-    TooLate,
+    /// This order has become something else: nothing moves, and it is owed.
+    TooLate(String),
 }
 
 impl OrderShelf {
@@ -57,8 +57,7 @@ impl OrderShelf {
             if known.state.is_as_after(kind) || kind == StockKind::Expire {
                 return Made::Before;
             }
-            change.from = Some(known.state);
-            return Made::TooLate;
+            return Made::TooLate(change.order.clone());
         };
         change.from = Some(known.state);
         let units: Vec<i64> = known.items.iter().map(|(_, units)| *units).collect();
@@ -73,6 +72,11 @@ impl OrderShelf {
         Made::Now
     }
 
+    /// Gives up an order that cannot begin.
+    pub fn forget(&mut self, order: &str) {
+        self.orders.remove(order);
+    }
+
     /// Makes a change of an order that is not here. What it took did not come here either, so nothing comes back; a cancellation leaves a
     /// tombstone.
     fn make_of_none(&mut self, answered: &Answered, kind: StockKind, items: &mut Vec<Item>, change: &mut OrderChange) -> Made {
@@ -84,10 +88,7 @@ impl OrderShelf {
                 items.clear();
             }
             StockKind::Expire => return Made::Before,
-            _ => {
-                change.from = Some(OrderState::Expired);
-                return Made::TooLate;
-            }
+            _ => return Made::TooLate(change.order.clone()),
         }
         let Some(state) = OrderState::after(kind) else { return Made::Now };
         let taken = items.iter().map(|item| item.product.clone()).zip(change.units.iter().copied()).collect();

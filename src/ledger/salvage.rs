@@ -19,6 +19,10 @@ use crate::limits::ORDER_KEPT_MS;
 /// Why a product is frozen that owes units.
 const OWED: &str = "units that were sold before Redis lost its data are missing: see HOLDFAST.DEADLETTER LIST";
 
+/// Why a change is owed.
+const GONE: &str = "Postgres no longer has these units";
+const REFUSED: &str = "Postgres refuses it for its data";
+
 /// A change that was answered.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answered {
@@ -53,9 +57,9 @@ pub struct Saved {
 }
 
 /// Saves them in their order, in one transaction, under `epoch`, which must be the partition's. A change that is [`known`] is passed over, so
-/// that a call whose outcome is not known is simply repeated; so is one of an order that is as was answered. What the stock, the order or the
-/// coupon does not permit is written all the same, and owed: nothing that was answered is hidden. `window_ms`: how long a REQUEST id is
-/// remembered.
+/// that a call whose outcome is not known is simply repeated; so is one of an order that is as was answered. What the stock or the coupon does
+/// not permit is written all the same, and owed: nothing that was answered is hidden. So is an order's change that cannot be made; but nothing
+/// of it is written, and the order stays as it is, until it is handed over again. `window_ms`: how long a REQUEST id is remembered.
 pub async fn save(
     connection: &mut PgConnection,
     partition: u32,
@@ -67,17 +71,14 @@ pub async fn save(
     let mut parts = vec![answered];
     let mut all = Saved::default();
     while let Some(part) = parts.pop() {
-        let saved = match save_part(connection, partition, epoch, window_ms, part, Refused::Nothing).await {
+        let saved = match save_part(connection, partition, epoch, window_ms, part, false).await {
             // What Postgres refuses for its data is owed, once it stands alone.
             Err(Error::Data(_)) if part.len() > 1 => {
                 let (first, second) = part.split_at(part.len() / 2);
                 parts.extend([second, first]);
                 continue;
             }
-            Err(Error::Data(_)) => match save_part(connection, partition, epoch, window_ms, part, Refused::Units).await {
-                Err(Error::Data(_)) => save_part(connection, partition, epoch, window_ms, part, Refused::All).await?,
-                saved => saved?,
-            },
+            Err(Error::Data(_)) => save_part(connection, partition, epoch, window_ms, part, true).await?,
             saved => saved?,
         };
         all.saved += saved.saved;
@@ -87,23 +88,14 @@ pub async fn save(
     Ok(all)
 }
 
-/// What Postgres is known to refuse.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Refused {
-    Nothing,
-    /// What it takes or gives.
-    Units,
-    /// Also what it holds.
-    All,
-}
-
+/// `refused`: Postgres is known to refuse them for their data.
 async fn save_part(
     connection: &mut PgConnection,
     partition: u32,
     epoch: u64,
     window_ms: i64,
     answered: &[Answered],
-    refused: Refused,
+    refused: bool,
 ) -> Result<Saved, Error> {
     let mut transaction = connection.begin().await?;
     match save_in(&mut transaction, partition, epoch, window_ms, answered, refused).await {
@@ -124,7 +116,7 @@ async fn save_in(
     epoch: u64,
     window_ms: i64,
     answered: &[Answered],
-    refused: Refused,
+    refused: bool,
 ) -> Result<Saved, Error> {
     let Some(row) = partition::lock(connection, partition).await?.filter(|row| row.epoch == epoch) else {
         return Err(taken_over(partition, epoch));
@@ -134,16 +126,28 @@ async fn save_in(
     // Some of their users were given another serial since.
     let passed = passed.into_iter().map(|one| &one.operation);
     let mut shelf = Shelf::load(connection, partition, &new).await?;
-    let told = new.iter().filter_map(|one| shelf.told(one).map(|told| (*one, told)));
-    let told: Vec<(&Answered, (Operation, bool))> = told.collect();
+    let told = new.iter().map(|one| (*one, shelf.told(one))).filter(|(_, told)| !matches!(told, Told::Already));
+    let told: Vec<(&Answered, Told)> = told.collect();
     if told.is_empty() {
         coupon_write::keep_serials(connection, passed).await?;
         return Ok(Saved { known: answered.len(), ..Saved::default() });
     }
     let mut changes = Changes::default();
-    let mut owed = Vec::new();
+    let (mut owed, mut undone) = (Vec::new(), Vec::new());
     let mut n = row.applied.n;
-    for (one, (operation, fits)) in &told {
+    for (one, told) in &told {
+        let (operation, fits) = match told {
+            Told::Moves { .. } if refused && order_shelf::of(one).is_some() => {
+                undone.push((*one, REFUSED.to_owned()));
+                continue;
+            }
+            Told::Moves { operation, fits } => (operation, *fits),
+            Told::Undone(why) => {
+                undone.push((*one, why.clone()));
+                continue;
+            }
+            Told::Already => continue,
+        };
         n += 1;
         let remembered = operation.remembered.as_ref();
         let place = Place {
@@ -157,8 +161,8 @@ async fn save_in(
             origin: Some(one.origin),
         };
         let taken = match refused {
-            Refused::Nothing => shelf.take(place, operation, *fits, &mut changes),
-            Refused::Units | Refused::All => shelf.owe(place, operation, refused == Refused::Units, &mut changes),
+            false => shelf.take(place, operation, fits, &mut changes),
+            true => Err(owe(place, operation, &mut changes)),
         };
         if let Err(why) = taken {
             owed.push((place, operation, why));
@@ -167,14 +171,18 @@ async fn save_in(
     let owing: BTreeSet<&str> = owed.iter().flat_map(|(_, operation, _)| operation.products()).collect();
     changes.frozen.extend(owing.into_iter().map(|product| (product, Some(OWED))));
     write::changes(connection, partition, &changes).await?;
+    dead_letter::balance_ended(connection, told.iter().map(|(one, _)| &one.operation)).await?;
     park(connection, partition, &owed).await?;
+    hand_over(connection, partition, &undone.iter().map(|(one, _)| (*one).clone()).collect::<Vec<_>>()).await?;
+    owe_undone(connection, partition, &undone).await?;
     coupon_write::keep_serials(connection, passed.chain(owed.iter().map(|(_, operation, _)| *operation))).await?;
     settled(connection, answered).await?;
     if row.applied.epoch < epoch {
         apply::end_epochs(connection, partition, row.applied, epoch).await?;
     }
     partition::advance(connection, partition, Position::new(epoch, n), &format!("salvage:{epoch}"), None).await?;
-    Ok(Saved { saved: told.len() - owed.len(), owed: owed.len(), known: answered.len() - told.len() })
+    let owed = owed.len() + undone.len();
+    Ok(Saved { saved: told.len() - owed, owed, known: answered.len() - told.len() })
 }
 
 /// Ends it: every epoch before `epoch` ended where Postgres is, and what a relay still holds of them is passed over. `give_up_inbox`: what other
@@ -199,6 +207,16 @@ pub async fn seal(connection: &mut PgConnection, partition: u32, epoch: u64, giv
 
 fn taken_over(partition: u32, epoch: u64) -> Error {
     Error::Broken(format!("partition {partition} is no longer under epoch {epoch}: another sidecar took it"))
+}
+
+/// What a change comes to by now.
+enum Told {
+    /// It moves what it says. Whether the stock permits that.
+    Moves { operation: Operation, fits: bool },
+    /// It is an order's, which is as was answered.
+    Already,
+    /// It is an order's, and cannot be made: why.
+    Undone(String),
 }
 
 /// What Postgres has of the products, orders and coupons that are touched, as far as it has been worked through.
@@ -229,21 +247,24 @@ impl Shelf {
         })
     }
 
-    /// The operation with its differences, which a SET and a DELETE out of a copy do not know, and whether the stock and the order permit it.
-    /// `None` where an order is as was answered already.
-    fn told(&mut self, answered: &Answered) -> Option<(Operation, bool)> {
+    /// What it comes to; the differences of a SET and a DELETE, which a copy does not know, included.
+    fn told(&mut self, answered: &Answered) -> Told {
         let mut told = answered.operation.clone();
-        let Effect::Stock { kind, items, detail } = &mut told.effect else { return Some((told, true)) };
+        let Effect::Stock { kind, items, detail } = &mut told.effect else { return Told::Moves { operation: told, fits: true } };
         let made = detail.order.as_deref_mut().map_or(Made::Now, |order| self.orders.make(answered, *kind, items, order));
         match made {
             Made::Now => {}
-            Made::Before => return None,
-            Made::TooLate => return Some((told, false)),
+            Made::Before => return Told::Already,
+            Made::TooLate(order) => return Told::Undone(format!("order '{order}' cannot become that any more")),
         }
         let before = |item: &Item| self.stock.get(&item.product).copied().flatten();
         let replaces = matches!(kind, StockKind::Set | StockKind::Delete);
         let fits = |item: &Item| item.delta == 0 || before(item).is_some_and(|before| (0..=TOTAL_MAX).contains(&(before + item.delta)));
         let fits = replaces || items.iter().all(fits);
+        if let (false, StockKind::Reserve | StockKind::Sell, Some(order)) = (fits, *kind, &detail.order) {
+            self.orders.forget(&order.order);
+            return Told::Undone(GONE.to_owned());
+        }
         for item in items {
             let before = self.stock.get(&item.product).copied().flatten();
             let after = match kind {
@@ -261,36 +282,7 @@ impl Shelf {
             }
             self.stock.insert(item.product.clone(), after);
         }
-        Some((told, fits))
-    }
-
-    /// Adds only the ledger rows of an operation that Postgres refuses, its order, which is what it is, and what that holds, if it `moves_held`.
-    /// Always errors with why it is owed.
-    fn owe<'a>(&self, place: Place<'a>, operation: &'a Operation, moves_held: bool, changes: &mut Changes<'a>) -> Result<(), String> {
-        match &operation.effect {
-            Effect::Stock { kind, items, detail } => {
-                let order = detail.order.as_deref();
-                if let Some(order) = order {
-                    changes.orders.add(place, *kind, items, order);
-                }
-                let items = if items.is_empty() { std::slice::from_ref(&NO_ITEM) } else { items.as_slice() };
-                for (i, item) in items.iter().enumerate() {
-                    let line = StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order, runs: None };
-                    self.hold(&line, moves_held, changes);
-                    changes.stock_lines.push(line);
-                }
-            }
-            Effect::Coupon { coupon, change } => changes.coupon_lines.push(CouponLine::new(place, coupon, change)),
-        }
-        Err("Postgres refuses it for its data".to_owned())
-    }
-
-    /// Moves what is held, also where the units are owed.
-    fn hold<'a>(&self, line: &StockLine<'a>, moves: bool, changes: &mut Changes<'a>) {
-        let held = line.held_delta();
-        if moves && held != 0 && self.rows.contains(&line.item.product) {
-            changes.stock.entry(&line.item.product).or_default().held += held;
-        }
+        Told::Moves { operation: told, fits }
     }
 
     /// Adds what the operation changes. Errors with why it is owed instead; then only its ledger rows are added.
@@ -306,7 +298,10 @@ impl Shelf {
                 }
                 for (i, item) in items.iter().enumerate() {
                     let line = StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order, runs: None };
-                    self.hold(&line, true, changes);
+                    let held = line.held_delta();
+                    if held != 0 && self.rows.contains(&item.product) {
+                        changes.stock.entry(&item.product).or_default().held += held;
+                    }
                     changes.stock_lines.push(line);
                     // What was deleted and never came here has nothing to move.
                     let is_here = *kind != StockKind::Delete || self.rows.contains(&item.product);
@@ -330,11 +325,7 @@ impl Shelf {
                         }
                     }
                 }
-                match order {
-                    _ if fits => Ok(()),
-                    Some(order) if order.is_too_late(*kind) => Err(format!("order '{}' cannot become that any more", order.order)),
-                    _ => Err("Postgres no longer has these units".to_owned()),
-                }
+                if fits { Ok(()) } else { Err(GONE.to_owned()) }
             }
             Effect::Coupon { coupon, change } => {
                 let taken = self.coupons.take(coupon, change, place.origin.unwrap_or_default());
@@ -344,6 +335,34 @@ impl Shelf {
             }
         }
     }
+}
+
+/// Adds only the ledger rows of an operation that Postgres refuses. Returns why it is owed.
+fn owe<'a>(place: Place<'a>, operation: &'a Operation, changes: &mut Changes<'a>) -> String {
+    match &operation.effect {
+        Effect::Stock { kind, items, .. } => {
+            let line = |(i, item)| StockLine { place, i, kind: *kind, item, pg_delta: item.delta, order: None, runs: None };
+            changes.stock_lines.extend(items.iter().enumerate().map(line));
+        }
+        Effect::Coupon { coupon, change } => changes.coupon_lines.push(CouponLine::new(place, coupon, change)),
+    }
+    REFUSED.to_owned()
+}
+
+/// Parks changes of which nothing is written, each with why, and freezes their products.
+async fn owe_undone(connection: &mut PgConnection, partition: u32, undone: &[(&Answered, String)]) -> Result<(), Error> {
+    let owed = undone.iter().map(|(one, why)| {
+        let (Position { epoch, n }, k) = (one.origin, one.operation.k);
+        (Place { epoch, n, op: &one.op, k, request: None, digest: None, at_ms: one.at_ms, origin: None }, &one.operation, why.clone())
+    });
+    let owed: Vec<_> = owed.collect();
+    park(connection, partition, &owed).await?;
+    sqlx::query("UPDATE holdfast.stock SET frozen = $2 WHERE product_id = ANY($1) AND frozen IS NULL")
+        .bind(undone.iter().flat_map(|(one, _)| one.operation.products()).collect::<Vec<_>>())
+        .bind(OWED)
+        .execute(connection)
+        .await?;
+    Ok(())
 }
 
 /// Parks what is owed: Redis no longer has moved by it.
@@ -447,13 +466,20 @@ pub async fn is_anything_handed_over(connection: &mut PgConnection) -> Result<bo
     Ok(sqlx::query_scalar("SELECT EXISTS (SELECT 1 FROM holdfast.salvage WHERE NOT done)").fetch_one(connection).await?)
 }
 
-/// Hands a change over once more that could not be taken up. `false` where it was not handed over, or is in the ledger.
-pub(super) async fn hand_over_again(connection: &mut PgConnection, op: &str, k: i32) -> Result<bool, Error> {
-    let again = sqlx::query(
-        "UPDATE holdfast.salvage SET done = false WHERE op = $1 AND k = $2 \
+/// Whether a change is owed of which nothing is written: it was handed over, and nobody could make it.
+pub(super) async fn is_undone(connection: &mut PgConnection, op: &str, k: i32) -> Result<bool, Error> {
+    let undone = sqlx::query_scalar(
+        "SELECT EXISTS (SELECT 1 FROM holdfast.salvage WHERE op = $1 AND k = $2) \
+         AND NOT EXISTS (SELECT 1 FROM holdfast.stock_ledger l WHERE l.op = $1 AND l.k = $2) \
          AND NOT EXISTS (SELECT 1 FROM holdfast.coupon_ledger l WHERE l.op = $1 AND l.k = $2)",
     );
-    Ok(again.bind(op).bind(k).execute(connection).await?.rows_affected() > 0)
+    Ok(undone.bind(op).bind(k).fetch_one(connection).await?)
+}
+
+/// Hands such a change over once more.
+pub(super) async fn hand_over_again(connection: &mut PgConnection, op: &str, k: i32) -> Result<(), Error> {
+    sqlx::query("UPDATE holdfast.salvage SET done = false WHERE op = $1 AND k = $2").bind(op).bind(k).execute(connection).await?;
+    Ok(())
 }
 
 /// The key of the advisory lock on what was handed over; the partition is its other half.
@@ -554,22 +580,7 @@ pub async fn settled(connection: &mut PgConnection, answered: &[Answered]) -> Re
 pub async fn taken_up(connection: &mut PgConnection, partition: u32, answered: &Answered, owed: Option<&str>) -> Result<(), Error> {
     let mut transaction = connection.begin().await?;
     if let Some(why) = owed {
-        let place = Place {
-            epoch: answered.origin.epoch,
-            n: answered.origin.n,
-            op: &answered.op,
-            k: answered.operation.k,
-            request: None,
-            digest: None,
-            at_ms: answered.at_ms,
-            origin: None,
-        };
-        park(&mut transaction, partition, &[(place, &answered.operation, why.to_owned())]).await?;
-        sqlx::query("UPDATE holdfast.stock SET frozen = $2 WHERE product_id = ANY($1) AND frozen IS NULL")
-            .bind(answered.operation.products().collect::<Vec<_>>())
-            .bind(OWED)
-            .execute(&mut *transaction)
-            .await?;
+        owe_undone(&mut transaction, partition, &[(answered, why.to_owned())]).await?;
     }
     sqlx::query("UPDATE holdfast.salvage SET done = true WHERE op = $1 AND k = $2")
         .bind(&answered.op)
@@ -593,6 +604,7 @@ pub async fn is_reservation_owed(connection: &mut PgConnection, operation: &Oper
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::Settled;
     use crate::ledger::testing::{database, execute, number_of, rows};
 
     pub const WINDOW_MS: i64 = 600_000;
@@ -671,24 +683,46 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_an_order_holds_moves_also_where_its_units_are_owed() {
+    async fn what_cannot_be_made_of_an_order_is_owed_as_a_whole() {
         let mut database = database().await;
         let connection = &mut database.connection;
         save(connection, 0, 1, WINDOW_MS, &[answered("i:stock:1", 1, "0 set | a 10 10"), answered("i:stock:1", 2, "1 set | b 10 10")])
             .await
             .unwrap();
-        execute(connection, "ALTER TABLE holdfast.stock ADD CHECK (available > 8), ADD CHECK (product_id = 'a' OR held = 0)").await;
+        execute(connection, "ALTER TABLE holdfast.stock ADD CONSTRAINT low CHECK (available > 8 OR product_id = 'b')").await;
         let orders = [
-            answered("i:stock:2", 3, "0 reserve order=o expires=9 | a -3 7"),
-            answered("i:stock:2", 4, "1 reserve order=p expires=9 | b -1 9"),
+            answered("i:stock:2", 3, "0 reserve order=refused expires=9 | a -3 7"),
+            answered("i:stock:2", 4, "1 reserve order=gone expires=9 | a -1 9 b -11 0"),
+            answered("i:stock:2", 5, "2 extend order=gone expires=19 from=held units=1,11 | a 0 9 b 0 0"),
+            answered("i:stock:2", 6, "3 reserve order=there expires=9 | b -1 9"),
+            answered("i:stock:2", 7, "4 cancel order=gone from=held units=1,11 | a 1 10 b 11 10"),
         ];
-        assert_eq!(save(connection, 0, 1, WINDOW_MS, &orders).await.unwrap(), Saved { saved: 0, owed: 2, known: 0 });
-        let stock: Vec<(i64, i64, bool)> =
-            rows(connection, "SELECT available, held, frozen IS NOT NULL FROM holdfast.stock ORDER BY product_id").await;
-        assert_eq!(stock, [(10, 3, true), (10, 0, true)], "of the second not even that is taken");
-        let owed: Vec<(String, i64)> = rows(connection, "SELECT product_id, delta FROM holdfast.dead_letter ORDER BY n").await;
-        assert_eq!(owed, [("a".into(), -3), ("b".into(), -1)]);
-        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.stock_order WHERE state = 'held'").await, 2);
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &orders).await.unwrap(), Saved { saved: 2, owed: 3, known: 0 });
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &orders).await.unwrap(), Saved { saved: 0, owed: 0, known: 5 });
+        let stock = "SELECT available, held, frozen IS NOT NULL FROM holdfast.stock ORDER BY product_id";
+        assert_eq!(rows::<(i64, i64, bool)>(connection, stock).await, [(10, 0, true), (9, 1, true)]);
+        let states = "SELECT order_id, state FROM holdfast.stock_order ORDER BY order_id";
+        let expected = [("gone", "cancelled"), ("there", "held")].map(|(order, state)| (order.to_owned(), state.to_owned()));
+        assert_eq!(rows::<(String, String)>(connection, states).await, expected);
+        let owed = "SELECT kind, product_id, delta, id FROM holdfast.dead_letter ORDER BY n, i";
+        let letters: Vec<(String, String, i64, i64)> = rows(connection, owed).await;
+        let shown: Vec<_> = letters.iter().map(|(kind, product, delta, _)| (kind.as_str(), product.as_str(), *delta)).collect();
+        assert_eq!(shown, [("reserve", "a", -3), ("reserve", "a", -1), ("reserve", "b", -11), ("extend", "a", 0), ("extend", "b", 0)]);
+        let summed = "SELECT sum(pg_delta)::bigint FROM holdfast.stock_ledger";
+        assert_eq!(number_of(connection, summed).await, 19, "the ledger explains it");
+        // Each is handed over again, or given up, with all of its products.
+        let settled = dead_letter::retry(connection, letters[1].3).await.unwrap();
+        assert!(matches!(&settled, Settled::Failed(why) if why.contains("frozen")), "{settled:?}");
+        execute(connection, "UPDATE holdfast.stock SET frozen = NULL").await;
+        for (letter, settled) in [(1, Settled::Done), (2, Settled::Unknown)] {
+            assert_eq!(dead_letter::retry(connection, letters[letter].3).await.unwrap(), settled);
+        }
+        for (letter, settled) in [(4, Settled::Done), (3, Settled::Unknown)] {
+            assert_eq!(dead_letter::discard(connection, letters[letter].3).await.unwrap(), settled);
+        }
+        assert_eq!(handed_over(connection, 0, Without::These(&[]), 9).await.unwrap(), orders[1..2]);
+        assert_eq!(number_of(connection, summed).await, 19);
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.inbox").await, 0);
     }
 
     #[tokio::test]

@@ -348,3 +348,39 @@ fn what_others_have_by_now_is_owed_to_whom_it_was_promised() {
     assert!(late.client.ask("COUPON.GET c quick").contains("serial, 6, state, issued"));
     assert_eq!(units(&mut late), ["2 0"; 2]);
 }
+
+#[test]
+fn what_is_owed_to_an_order_is_made_as_a_whole_once_it_can_be() {
+    let mut late = late(
+        UNHURRIED,
+        |others| {
+            again(others, &["STOCK.RESERVE open 600000 a 3", "STOCK.RESERVE paid 600000 a 2", "STOCK.CONFIRM paid"]);
+            again(others, &["STOCK.RESERVE over 600000 a 4", "STOCK.DECR a 7 ORDER given-up"]);
+        },
+        |_, client| again(client, &["STOCK.DECR a 99"]),
+    );
+    late.wait_until_taken_up();
+    assert_eq!(dead_letters(&late), ["reserve -3 f", "reserve -2 f", "confirm 0 f", "reserve -4 f", "sell -7 f"]);
+    cancel(&mut late.client, "over");
+    let letter = |late: &Late, order: &str| {
+        let of = format!("SELECT id FROM holdfast.dead_letter WHERE line LIKE '% order={order} %' ORDER BY id LIMIT 1");
+        late.stack.postgres.value(&of)
+    };
+    let first = letter(&late, "open");
+    let frozen = late.client.ask(&format!("HOLDFAST.DEADLETTER RETRY {first}"));
+    assert!(frozen.starts_with("[FAILED, product 'a' is frozen"), "{frozen}");
+    again(&mut late.client, &["STOCK.UNFREEZE a ACK postgres", "STOCK.SET a 20 ACK postgres"]);
+    for order in ["open", "paid", "paid", "over"] {
+        let letter = letter(&late, order);
+        assert_eq!(late.client.ask(&format!("HOLDFAST.DEADLETTER RETRY {letter}")), "[OK]", "{order}");
+        assert_eq!(late.client.ask(&format!("HOLDFAST.DEADLETTER RETRY {letter}")), "[NOTFOUND]", "{order}");
+        late.wait_until_taken_up();
+    }
+    let given_up = letter(&late, "given-up");
+    assert_eq!(late.client.ask(&format!("HOLDFAST.DEADLETTER DROP {given_up}")), "[OK]");
+    assert_eq!(dead_letters(&late), [""; 0]);
+    assert_eq!(units(&mut late), ["15 3"; 2]);
+    ["open", "over", "paid", "given-up"].iter().for_each(|order| cancel(&mut late.client, order));
+    assert_eq!(units(&mut late), ["20 0"; 2], "they give back what they took");
+    late.end();
+}
