@@ -19,7 +19,7 @@
 -- state, issued at, order. What was revoked is nobody's any more.
 -- The holder is the field in the coupon's lock that its issues go by, which has to be there; '': the lock is elided, and they go ahead only
 -- while nobody holds it.
--- Words: 'ok', to alter with remaining, to the others with serial, remaining; create 'exists'; alter 'few' issued · 'order';
+-- Words: 'more' and of how many issues behind one that was accepted: each has the next serial and one less left. 'ok', to alter with remaining, to the others with serial, remaining; create 'exists'; alter 'few' issued · 'order';
 -- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms · 'fenced'; what comes behind one of the last two and is of its
 -- user, or of its client and of no user, 'behind'; all behind an init of several parts 'loading'; use 'already' serial · 'none' · 'ended';
 -- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; correct, adopt and what is done again 'moved'; keep 'exists'; all of them 'absent' · 'deleted' ·
@@ -286,6 +286,9 @@ local function is_open(coupon)
     and head.now >= coupon.start and (coupon.stop == 0 or head.now < coupon.stop)
 end
 
+-- What was said last, if that was of issues as simple as that.
+local run = {}
+
 -- Issues to a user who has none; false where it is not as simple as that.
 local function issue_first(c, coupon, user, at, text)
   if not coupon.lines or coupon.lines[at] or coupon.single[user] or coupon.held[user] then return false end
@@ -301,8 +304,18 @@ local function issue_first(c, coupon, user, at, text)
   accepted = accepted + 1
   lines[accepted] = text .. ' serial=' .. serial .. ' remaining=' .. whole(left) .. ' |'
   dirty[c] = true
+  if run.coupon == c and run.said == said then
+    if not run.more then
+      reply[said + 1], run.more = 'more', said + 2
+      said, run.said = said + 2, said + 2
+      reply[said] = 0
+    end
+    reply[said] = reply[said] + 1
+    return true
+  end
   reply[said + 1], reply[said + 2], reply[said + 3] = 'ok', number, left
   said = said + 3
+  run = {coupon = c, said = said}
   return true
 end
 

@@ -319,6 +319,12 @@ impl Operation {
         self.order_where(|kind| matches!(kind, StockKind::Cancel | StockKind::Expire))
     }
 
+    /// Whether it is of an order that was held before it.
+    pub fn was_held(&self) -> bool {
+        let Effect::Stock { detail, .. } = &self.effect else { return false };
+        detail.order.as_ref().is_some_and(|order| order.from == Some(OrderState::Held))
+    }
+
     fn order_where(&self, is_so: impl Fn(StockKind) -> bool) -> Option<&str> {
         match &self.effect {
             Effect::Stock { kind, detail, .. } if is_so(*kind) => Some(&detail.order.as_deref()?.order),

@@ -10,7 +10,7 @@ use sqlx::{Connection, PgConnection};
 use super::apply::{Applied, advance, check_epochs, continuation, what_is_created};
 use super::changes::{Changes, Created};
 use super::partition::{self, id};
-use super::{Error, coupon_write, from_bigint, inbox, order, outside, salvage, to_bigint, write};
+use super::{Error, coupon_write, from_bigint, inbox, outside, salvage, to_bigint, write};
 use crate::domain::change::{Effect, Entry, Item, Operation};
 use crate::domain::coupon::CouponChange;
 use crate::domain::{DeadLetter, InboxMark, Position, Settled};
@@ -141,11 +141,8 @@ async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, pa
         insert(connection, partition, part, operation, &Letter { i: *i, product: Some(product), delta, reason }).await?;
         frozen.insert(*product, Some(FROZEN));
     }
-    let mut savepoint = connection.begin().await?;
-    match balance_ended(&mut savepoint, std::iter::once(operation)).await {
-        Ok(()) => savepoint.commit().await?,
-        Err(Error::Data(_)) => savepoint.rollback().await?,
-        Err(error) => return Err(error),
+    for balanced in try_to_balance(connection, std::iter::once(operation)).await? {
+        frozen.remove(balanced.as_str());
     }
     // The row may be such that no update of it is taken at all.
     let mut savepoint = connection.begin().await?;
@@ -294,6 +291,7 @@ pub async fn frozen(connection: &mut PgConnection, partition: u32, after: i64) -
 /// program would, so that Redis follows through the inbox.
 pub async fn retry(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
     let mut transaction = connection.begin().await?;
+    hold_partition(&mut transaction, letter).await?;
     match retry_in(&mut transaction, letter).await {
         Ok(Settled::Done) => {
             transaction.commit().await?;
@@ -324,9 +322,10 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
     if !in_redis && decoded.as_ref().is_ok_and(is_made_in_redis) {
         // It comes here from there.
         if salvage::is_undone(connection, &op, k).await? {
-            let frozen =
-                sqlx::query_scalar("SELECT product_id FROM holdfast.stock WHERE product_id = ANY($1) AND frozen IS NOT NULL LIMIT 1")
-                    .bind(decoded.iter().flat_map(Operation::products).collect::<Vec<_>>());
+            let frozen = sqlx::query_scalar(
+                "SELECT product_id FROM holdfast.stock WHERE product_id = ANY($1) AND frozen IS NOT NULL AND deleted_at IS NULL LIMIT 1",
+            )
+            .bind(decoded.iter().flat_map(Operation::products).collect::<Vec<_>>());
             let frozen: Option<String> = frozen.fetch_optional(&mut *connection).await?;
             if let Some(product) = frozen {
                 return Ok(Settled::Failed(format!(
@@ -375,29 +374,65 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
 }
 
 /// What ends an order gives back what it took. Where Postgres never gave that, since it is parked, the two balance: the parked part is removed,
-/// with what was given back. `ended`: those that end in this transaction. Errors with [`Error::Data`] where Postgres takes not even that.
-pub(super) async fn balance_ended<'a>(connection: &mut PgConnection, ended: impl Iterator<Item = &'a Operation>) -> Result<(), Error> {
+/// with what was given back. `ended`: what was done in this transaction, which has the partition's row. Returns the products of what was removed.
+/// Errors with [`Error::Data`] where Postgres takes not even that.
+pub(super) async fn balance_ended<'a>(
+    connection: &mut PgConnection,
+    ended: impl Iterator<Item = &'a Operation>,
+) -> Result<Vec<String>, Error> {
     let orders: Vec<&str> = ended.filter_map(Operation::ended_order).collect();
     if orders.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
-    sqlx::query(
-        "WITH letters AS (SELECT id, kind, product_id, delta, epoch, n, substring(line FROM ' order=([^ ]+) ') AS of \
+    let balanced = sqlx::query_scalar(
+        "WITH letters AS (SELECT id, kind, product_id, epoch, n, substring(line FROM ' order=([^ ]+) ') AS of \
            FROM holdfast.dead_letter WHERE in_redis AND product_id IS NOT NULL AND kind IN ('reserve', 'sell', 'cancel', 'expire') \
            AND substring(line FROM ' order=([^ ]+) ') = ANY($1)), \
          begun AS (SELECT * FROM letters l WHERE kind IN ('reserve', 'sell') AND NOT EXISTS (SELECT 1 FROM holdfast.stock_order later \
            WHERE later.order_id = l.of AND (later.epoch, later.n) > (l.epoch, l.n))), \
          ended AS (SELECT l.* FROM letters l JOIN begun b ON l.of = b.of AND l.product_id = b.product_id AND (l.epoch, l.n) > (b.epoch, b.n) \
            WHERE l.kind IN ('cancel', 'expire')), \
-         parts AS (SELECT * FROM begun UNION SELECT * FROM ended), \
-         balanced AS (DELETE FROM holdfast.dead_letter d USING parts WHERE d.id = parts.id) \
-         UPDATE holdfast.stock s SET available = s.available + m.delta FROM \
-         (SELECT product_id, sum(delta)::bigint AS delta FROM parts GROUP BY product_id) AS m \
-         WHERE s.product_id = m.product_id AND m.delta <> 0",
-    )
-    .bind(orders)
-    .execute(connection)
-    .await?;
+         gone AS (DELETE FROM holdfast.dead_letter d USING (SELECT id FROM begun UNION SELECT id FROM ended) AS a WHERE d.id = a.id \
+           RETURNING d.product_id, d.delta), \
+         sums AS (SELECT product_id, sum(delta)::bigint AS delta FROM gone GROUP BY product_id), \
+         moved AS (UPDATE holdfast.stock s SET available = s.available + m.delta FROM sums m \
+           WHERE s.product_id = m.product_id AND m.delta <> 0 RETURNING s.product_id), \
+         given_up AS (INSERT INTO holdfast.outside AS o (kind, id, available) SELECT 'product', m.product_id, -m.delta FROM sums m \
+           WHERE m.delta <> 0 AND NOT EXISTS (SELECT 1 FROM moved WHERE moved.product_id = m.product_id) \
+           ON CONFLICT (kind, id) DO UPDATE SET available = o.available + excluded.available) \
+         SELECT product_id FROM sums",
+    );
+    Ok(balanced.bind(orders).fetch_all(connection).await?)
+}
+
+/// The same, where anything else is done all the same: where Postgres takes not even that, what is parked stays.
+pub(super) async fn try_to_balance<'a>(
+    connection: &mut PgConnection,
+    ended: impl Iterator<Item = &'a Operation>,
+) -> Result<Vec<String>, Error> {
+    let mut savepoint = connection.begin().await?;
+    match balance_ended(&mut savepoint, ended).await {
+        Ok(balanced) => {
+            savepoint.commit().await?;
+            Ok(balanced)
+        }
+        Err(Error::Data(reason)) => {
+            savepoint.rollback().await?;
+            tracing::warn!(
+                error = reason,
+                "an order has given back what postgres never gave, and still refuses to give: see HOLDFAST.DEADLETTER LIST"
+            );
+            Ok(Vec::new())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Locks the partition's row, so that nothing is applied or saved meanwhile. Without saying that this is Holdfast: what is moved for another program
+/// is to be heard of.
+async fn hold_partition(connection: &mut PgConnection, letter: i64) -> Result<(), Error> {
+    let of = "SELECT FROM holdfast.partition WHERE id = (SELECT partition FROM holdfast.dead_letter WHERE id = $1) FOR UPDATE";
+    sqlx::query(of).bind(letter).execute(connection).await?;
     Ok(())
 }
 
@@ -416,10 +451,11 @@ async fn remove_rest(connection: &mut PgConnection, op: &str, k: i32) -> Result<
     Ok(())
 }
 
-/// Gives a dead letter up, and removes it. Where Redis has moved by it, Redis gets the units back through the inbox. Not what an order begins with
-/// whose end would give them back once more.
+/// Gives a dead letter up, and removes it. Where Redis has moved by it, Redis gets the units back through the inbox. Not what an order begins with:
+/// its end gives them back.
 pub async fn discard(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
     let mut transaction = connection.begin().await?;
+    hold_partition(&mut transaction, letter).await?;
     match discard_in(&mut transaction, letter).await {
         Ok(Settled::Done) => {
             transaction.commit().await?;
@@ -442,10 +478,11 @@ async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settle
     let Some((product, delta, in_redis, op, k, i, line)) = found else { return Ok(Settled::Unknown) };
     let decoded = Operation::decode(&line).ok();
     let begun = decoded.as_ref().and_then(Operation::begun_order).filter(|_| in_redis && product.is_some());
-    if let Some(order) = begun
-        && order::takes_units(connection, order).await?
-    {
-        return Ok(Settled::Failed(format!("order '{order}' has these units: STOCK.CANCEL it, which settles this too, or try RETRY")));
+    if let Some(order) = begun {
+        // Redis would get the units now, and has got them, or gets them once more, by its end.
+        return Ok(Settled::Failed(format!(
+            "order '{order}' has taken these units: RETRY it, or STOCK.CANCEL the order, which settles this, too"
+        )));
     }
     if !in_redis && decoded.as_ref().is_some_and(is_made_in_redis) && salvage::is_undone(connection, &op, k).await? {
         remove_rest(connection, &op, k).await?;
@@ -622,10 +659,46 @@ mod tests {
         assert_eq!(stock(&mut database).await, [("a".into(), 10, true), ("b".into(), 10, false)]);
         let connection = &mut database.connection;
         assert_eq!(number_of(connection, "SELECT sum(held)::bigint FROM holdfast.stock").await, 0);
+        let explained = "SELECT available - sum(pg_delta)::bigint FROM holdfast.stock_ledger l JOIN holdfast.stock s USING (product_id) \
+                         WHERE product_id = 'a' GROUP BY available";
+        assert_eq!(number_of(connection, explained).await, 5, "what is owed");
         // The same without a dead letter of its end.
         apply(connection, 0, &[entry(10, 3, &["0 cancel order=kept from=confirmed units=5 | a 5 10"])]).await.unwrap();
         assert_eq!(stock(&mut database).await[0].1, 10);
         assert!(owed(&mut database).await.is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_order_that_ends_when_its_product_is_gone_leaves_nothing_owed() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        apply(connection, 0, &[entry(0, 0, &["0 set | a 10 10"])]).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.stock ADD CONSTRAINT low CHECK (available > 8)").await;
+        assert_eq!(apply_parking(connection, 0, &entry(1, 1, &["0 sell order=o | a -3 7"])).await.unwrap().1, 1);
+        execute(connection, "DELETE FROM holdfast.stock").await;
+        apply(connection, 0, &[entry(2, 2, &["0 cancel order=o from=confirmed units=3 | a 0 0"])]).await.unwrap();
+        assert!(owed(&mut database).await.is_empty());
+        let connection = &mut database.connection;
+        let left =
+            "SELECT (SELECT sum(pg_delta) FROM holdfast.stock_ledger)::bigint + (SELECT available FROM holdfast.outside WHERE id = 'a')";
+        assert_eq!(number_of(connection, left).await, 0, "the ledger explains that nothing is there");
+    }
+
+    #[tokio::test]
+    async fn what_is_applied_waits_for_a_dead_letter_that_is_being_settled() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        apply(connection, 0, &[entry(0, 0, &["0 set | a 10 10"])]).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.stock ADD CONSTRAINT low CHECK (available > 8)").await;
+        assert_eq!(apply_parking(connection, 0, &entry(1, 1, &["0 decr | a -3 7"])).await.unwrap().1, 1);
+        let letter = list(connection, 0, 1).await.unwrap()[0].id;
+        let mut applying = crate::ledger::connect(&database.url).await.unwrap();
+        execute(&mut applying, "BEGIN; SELECT FROM holdfast.partition FOR UPDATE").await;
+        let connection = &mut database.connection;
+        execute(connection, "SET lock_timeout = '200ms'").await;
+        assert!(retry(connection, letter).await.is_err() && discard(connection, letter).await.is_err());
+        execute(&mut applying, "ROLLBACK").await;
+        assert_eq!(discard(connection, letter).await.unwrap(), Settled::Done);
     }
 
     #[tokio::test]

@@ -222,13 +222,6 @@ pub async fn load(connection: &mut PgConnection, orders: &[String]) -> Result<Ve
     Ok(sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(orders).fetch_all(connection).await?)
 }
 
-/// Whether an order holds or has taken units, or is not here yet: its end gives them back.
-pub(super) async fn takes_units(connection: &mut PgConnection, order: &str) -> Result<bool, Error> {
-    let state = sqlx::query_scalar("SELECT state FROM holdfast.stock_order WHERE order_id = $1 ORDER BY epoch DESC, n DESC LIMIT 1");
-    let state: Option<String> = state.bind(order).fetch_optional(connection).await?;
-    Ok(!matches!(state.as_deref().and_then(OrderState::parse), Some(OrderState::Cancelled | OrderState::Expired)))
-}
-
 /// The orders that are held here although their time passed before `before_ms` (Unix ms), at most `limit`: Redis has lost sight of them.
 pub async fn overdue(connection: &mut PgConnection, partition: u32, before_ms: i64, limit: i64) -> Result<Vec<OrderRow>, Error> {
     let query = format!(

@@ -48,7 +48,9 @@ impl OrderShelf {
     pub fn make(&mut self, answered: &Answered, kind: StockKind, items: &mut Vec<Item>, change: &mut OrderChange) -> Made {
         let begins = matches!(kind, StockKind::Reserve | StockKind::Sell);
         let known = self.orders.get_mut(&change.order);
-        let known = known.filter(|(known, changed_ms)| !begins || !order::is_forgotten(known.state, *changed_ms, answered.at_ms));
+        // What was held by then is not what had long been over.
+        let may_be_another = begins || answered.operation.was_held();
+        let known = known.filter(|(known, changed_ms)| !may_be_another || !order::is_forgotten(known.state, *changed_ms, answered.at_ms));
         let Some((known, changed_ms)) = known else { return self.make_of_none(answered, kind, items, change) };
         let is_overtaken = matches!(kind, StockKind::Extend | StockKind::Expire) && known.position > answered.origin;
         let after = OrderState::after(kind).filter(|_| known.state.takes(kind) && !is_overtaken);

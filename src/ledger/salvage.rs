@@ -133,7 +133,7 @@ async fn save_in(
         return Ok(Saved { known: answered.len(), ..Saved::default() });
     }
     let mut changes = Changes::default();
-    let (mut owed, mut undone) = (Vec::new(), Vec::new());
+    let (mut owed, mut undone, mut made) = (Vec::new(), Vec::new(), Vec::new());
     let mut n = row.applied.n;
     for (one, told) in &told {
         let (operation, fits) = match told {
@@ -149,6 +149,7 @@ async fn save_in(
             Told::Already => continue,
         };
         n += 1;
+        made.push(operation);
         let remembered = operation.remembered.as_ref();
         let place = Place {
             epoch,
@@ -171,7 +172,7 @@ async fn save_in(
     let owing: BTreeSet<&str> = owed.iter().flat_map(|(_, operation, _)| operation.products()).collect();
     changes.frozen.extend(owing.into_iter().map(|product| (product, Some(OWED))));
     write::changes(connection, partition, &changes).await?;
-    dead_letter::balance_ended(connection, told.iter().map(|(one, _)| &one.operation)).await?;
+    dead_letter::try_to_balance(connection, made.into_iter()).await?;
     park(connection, partition, &owed).await?;
     hand_over(connection, partition, &undone.iter().map(|(one, _)| (*one).clone()).collect::<Vec<_>>()).await?;
     owe_undone(connection, partition, &undone).await?;
@@ -726,6 +727,40 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_an_order_gives_back_in_a_rebuild_balances_with_what_postgres_never_gave() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        save(connection, 0, 1, WINDOW_MS, &[answered("i:stock:1", 1, "0 set | a 10 10"), answered("i:stock:1", 2, "1 set | b 10 10")])
+            .await
+            .unwrap();
+        let begun = [answered("i:stock:2", 3, "0 sell order=o | a -3 7"), answered("i:stock:2", 4, "1 sell order=p | b -3 7")];
+        save(connection, 0, 1, WINDOW_MS, &begun).await.unwrap();
+        // As if the relay had parked what both began with, and nothing of b were taken any more.
+        execute(
+            connection,
+            "SET holdfast.writer = 'holdfast'; UPDATE holdfast.stock SET available = 10; RESET holdfast.writer;
+             ALTER TABLE holdfast.stock ADD CONSTRAINT refused CHECK (product_id <> 'b' OR available = 10);
+             INSERT INTO holdfast.dead_letter (partition, epoch, n, i, op, k, product_id, kind, delta, in_redis, reason, line)
+             SELECT partition, epoch, n, i, op, k, product_id, kind, pg_delta, true, 'r', '0 sell order=' || order_id || ' | ' || product_id || ' -3 7'
+             FROM holdfast.stock_ledger WHERE kind = 'sell'",
+        )
+        .await;
+        let ended = [
+            answered("i:stock:3", 5, "0 cancel order=o from=confirmed units=3 | a 3 10"),
+            answered("i:stock:3", 6, "1 cancel order=p from=confirmed units=3 | b 3 10"),
+        ];
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &ended).await.unwrap(), Saved { saved: 1, owed: 1, known: 0 });
+        let stock: Vec<(i64,)> = rows(connection, "SELECT available FROM holdfast.stock ORDER BY product_id").await;
+        assert_eq!(stock, [(10,), (10,)]);
+        let owed = "SELECT kind, product_id, in_redis, id FROM holdfast.dead_letter ORDER BY id";
+        let letters: Vec<(String, String, bool, i64)> = rows(connection, owed).await;
+        let shown: Vec<_> = letters.iter().map(|(kind, product, in_redis, _)| (kind.as_str(), product.as_str(), *in_redis)).collect();
+        assert_eq!(shown, [("sell", "b", true), ("cancel", "b", false)], "that order is not over");
+        let held = dead_letter::discard(connection, letters[0].3).await.unwrap();
+        assert!(matches!(&held, Settled::Failed(why) if why.contains("STOCK.CANCEL")), "{held:?}");
+    }
+
+    #[tokio::test]
     async fn a_late_change_of_an_order_goes_by_what_the_order_has_become() {
         let mut database = database().await;
         let connection = &mut database.connection;
@@ -810,6 +845,14 @@ mod tests {
         assert_eq!(number_of(connection, "SELECT expires_ms FROM holdfast.stock_order").await, 44);
         let start_at = |n: u64, at_ms: i64| Answered { at_ms, ..answered("i:stock:1", n, &format!("{n} sell order=o | a -5 0")) };
         let kept_ms = crate::limits::ORDER_KEPT_MS;
+        // Of an order of this id that could not begin, and not of the one before.
+        let after = |n: u64, kind: &str| Answered {
+            at_ms: 1_700_000_000_000 + kept_ms + 2,
+            ..answered("j:stock:1", n, &format!("{n} {kind} order=o from=held units=200 | a 0 0"))
+        };
+        execute(connection, "UPDATE holdfast.stock_order SET state = 'confirmed'").await;
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &[after(13, "confirm")]).await.unwrap(), Saved { saved: 0, owed: 1, known: 0 });
+        execute(connection, "UPDATE holdfast.stock_order SET state = 'held'").await;
         let all = [
             start_at(20, 1_700_000_000_000 + kept_ms + 1),
             answered("i:stock:1", 21, "21 cancel order=o from=held units=3 | a 3 0"),

@@ -397,7 +397,29 @@ impl Family for Coupon {
         words: &mut Words,
         positions: &mut Positions,
     ) -> Result<Vec<Verdict<CouponOutcome>>, Error> {
-        ops.map(|op| decided(op, words, positions)).collect()
+        let mut more = 0;
+        // The serial that was given last, and how many were left.
+        let mut last = (0, 0);
+        let mut read = |op: &CouponOp| {
+            if more == 0 && words.takes("more") {
+                more = words.integer()?;
+            }
+            if more > 0 {
+                if !op.is_plain() {
+                    return Err(Error::Unexpected("more issues than there were".to_owned()));
+                }
+                more -= 1;
+                last = (last.0 + 1, last.1 - 1);
+                return Ok(Verdict::Decided(CouponOutcome::Stepped { serial: last.0, remaining: last.1, position: positions.take() }));
+            }
+            let verdict = decided(op, words, positions)?;
+            if let Verdict::Decided(CouponOutcome::Stepped { serial, remaining, .. }) = &verdict {
+                last = (*serial, *remaining);
+            }
+            Ok(verdict)
+        };
+        let all = ops.map(&mut read).collect::<Result<_, _>>()?;
+        if more == 0 { Ok(all) } else { Err(Error::Unexpected("more issues than there were".to_owned())) }
     }
 
     fn note(op: &CouponOp, outcome: &CouponOutcome) -> Option<Note> {
@@ -625,6 +647,26 @@ mod tests {
                 Operation { k: 2, remembered: None, effect: Effect::Coupon { coupon: "c".into(), change: op.action.change(&note) } };
             assert_eq!(copied.to_string(), read.to_string().replace(" by=-6", ""));
         }
+    }
+
+    #[test]
+    fn more_issues_have_the_serials_behind_the_first() {
+        let issue = || op(Action::step(CouponStep::Issue, Id::from("u")));
+        let read = |ops: &[CouponOp], words: &[&str]| {
+            let word = |word: &&str| word.parse().map_or_else(|_| redis::Value::BulkString(word.as_bytes().to_vec()), redis::Value::Int);
+            let mut words = Words::new(redis::Value::Array(words.iter().map(word).collect())).unwrap();
+            Coupon::read(&(), ops.iter(), &mut words, &mut Positions::after(Position::new(1, 9)))
+        };
+        let stepped = |serial, remaining, n| CouponOutcome::Stepped { serial, remaining, position: Position::new(1, n) };
+        let outcome = |verdict| if let Verdict::Decided(outcome) = verdict { Some(outcome) } else { None };
+        let issues: Vec<CouponOp> = (0..5).map(|_| issue()).collect();
+        let words = ["ok", "7", "4", "more", "2", "soldout", "ok", "11", "0"];
+        let expected = [stepped(7, 4, 10), stepped(8, 3, 11), stepped(9, 2, 12), CouponOutcome::SoldOut, stepped(11, 0, 13)];
+        let outcomes: Vec<_> = read(&issues, &words).unwrap().into_iter().filter_map(outcome).collect();
+        assert_eq!(outcomes, expected);
+        assert!(read(&issues, &["ok", "7", "4", "more", "5"]).is_err(), "more than were asked for");
+        let create = op(Action::Create(CouponTerms { total: 9, per_user: 1, start_ms: None, end_ms: None }));
+        assert!(read(&[issue(), create], &["ok", "7", "4", "more", "1"]).is_err(), "that is no issue");
     }
 
     #[test]

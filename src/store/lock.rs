@@ -306,6 +306,23 @@ impl Locks {
         }
     }
 
+    /// Lets it last so long from now on if nobody waits for it, here or elsewhere. `false`: it is to be released.
+    pub async fn keep(&self, grant: &Grant, lease: Duration) -> bool {
+        let (name, token, sent) = (&grant.name, grant.token, Instant::now());
+        let waits_here = || self.0.lines().get(name).is_some_and(|line| !line.waiters.is_empty());
+        if waits_here() {
+            return false;
+        }
+        let told_us = u64::from(self.0.subscriber.hears(name));
+        match self.0.keep(name, token, lease, sent + lease / 2).await {
+            Ok(Some(listening)) => {
+                self.0.holds.extended(name, token, sent, lease);
+                listening <= told_us && !waits_here()
+            }
+            _ => false,
+        }
+    }
+
     /// How many ms it is still held under this token; -1: without end. `None` where it is not.
     pub async fn check(&self, name: &LockName, token: u64, within: Duration) -> Result<Option<i64>, Refusal> {
         Ok(self.0.look(name, token, Instant::now() + within).await?.filter(|seen| seen.held).map(|seen| seen.remaining_ms))

@@ -20,6 +20,12 @@ impl Words {
         self.0.next().ok_or_else(|| Error::Unexpected("the script's answer is too short".into()))
     }
 
+    /// Takes the next value if it is this word.
+    pub fn takes(&mut self, word: &str) -> bool {
+        let is_it = matches!(self.0.as_slice().first(), Some(Value::BulkString(next)) if next == word.as_bytes());
+        is_it && self.0.next().is_some()
+    }
+
     /// The next value as text.
     pub fn text(&mut self) -> Result<String, Error> {
         match self.take()? {

@@ -126,7 +126,7 @@ fn all_that_wait_are_issued_under_one_holding_and_its_token_reaches_postgres() {
     wait_until("it is given back when nobody issues", || holder(&mut redis, "c") == "[]");
     let before = acquired(&stack.sidecar);
     let load = Load::start(&stack.sidecar, "c", 20);
-    wait_until("many are issued", || load.count() > 2_000);
+    wait_until("many are issued, and a turn has ended", || load.count() > 2_000 && acquired(&stack.sidecar) - before >= 2.0);
     let replies = load.end();
     let turns = acquired(&stack.sidecar) - before;
     assert!(replies.iter().all(|(_, reply)| reply.starts_with("[ISSUED, ")));
@@ -140,6 +140,29 @@ fn all_that_wait_are_issued_under_one_holding_and_its_token_reaches_postgres() {
     let backwards = "SELECT count(*) FROM (SELECT token < lag(token) OVER (ORDER BY n) AS less FROM holdfast.coupon_ledger \
                      WHERE kind = 'issue') t WHERE less";
     assert_eq!(stack.postgres.value(backwards), "0");
+}
+
+#[test]
+fn a_turn_follows_another_without_a_release_as_long_as_nobody_waits() {
+    // Each batch would have a turn of its own.
+    let stack = Stack::with_settings(&["--lock-max-turn-ms", "0"]);
+    let mut client = stack.connect();
+    client.ok("COUPON.CREATE c 1000000");
+    let before = acquired(&stack.sidecar);
+    let issues = 300;
+    for user in 0..issues {
+        assert!(client.ask(&format!("COUPON.ISSUE c user-{user}")).starts_with("[ISSUED, "));
+    }
+    let turns = acquired(&stack.sidecar) - before;
+    // A stall of 2 ms ends one, and after eleven of them it is released by itself.
+    assert!(turns * 60.0 >= f64::from(issues) && turns < f64::from(issues) * 0.7, "{turns}");
+    // Who only tries finds it free at some time, though it never waits.
+    let load = Load::start(&stack.sidecar, "c", 10);
+    let mut java = Java::new(&stack, "c");
+    java.listening.send(&["UNSUBSCRIBE"]);
+    wait_until("it is free", || java.try_lock());
+    java.unlock();
+    assert!(load.end().iter().all(|(_, reply)| reply.starts_with("[ISSUED, ")));
 }
 
 #[test]

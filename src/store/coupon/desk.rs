@@ -1,7 +1,8 @@
 //! Holds the locks of the coupons that are issued, a turn each: all that waits in this lane is issued under one holding.
 //!
 //! A turn begins with the first issue that comes, waits in the line of the lock as any client of this sidecar does, and ends after
-//! `lock.max_turn_ms`, or when nothing was issued for a moment. It may end early without our knowing, where this process was stopped for
+//! `lock.max_turn_ms`, or when nothing was issued for a moment. Where nobody waits for the lock then, another turn follows it without a release,
+//! a bounded number of times: who only tries now and then finds it free at some time, too. It may end early without our knowing, where this process was stopped for
 //! longer than the lease: every issue carries the token, and the script refuses one under which the lock is not held any more.
 
 use std::cell::{Cell, RefCell};
@@ -47,7 +48,7 @@ struct Inner {
     locks: Locks,
     /// `None`: no lock is taken, the script goes ahead only while nobody holds it.
     turns: Option<Turns>,
-    coupons: RefCell<HashMap<Id, Rc<Turn>>>,
+    coupons: RefCell<HashMap<Id, Rc<Turn>, foldhash::fast::RandomState>>,
     /// The clients that wait with an issue of a coupon, until they are asked about again: what they want of it for the same user, or for none,
     /// comes behind that.
     waiting: RefCell<HashMap<(Id, u64), Waits>>,
@@ -173,15 +174,17 @@ impl Desk<CouponOp> for CouponDesk {
         }
         let Some(turns) = self.0.turns else { return self.admit_elided(op) };
         let known = self.0.coupons.borrow().get(&op.coupon).cloned();
-        let now = Instant::now();
         let turn = known.unwrap_or_else(|| {
-            let turn = Rc::new(Turn::new(now));
+            let turn = Rc::new(Turn::new(Instant::now()));
             let coupon = op.coupon.detached();
             self.0.coupons.borrow_mut().insert(coupon.clone(), Rc::clone(&turn));
             spawn_local(take_a_turn(Rc::clone(&self.0), turns, coupon, Rc::clone(&turn)));
             turn
         });
-        turn.wanted.set(now);
+        // One that joins others of its batch wants it no later than they do.
+        if !turn.is_under_way.get() {
+            turn.wanted.set(Instant::now());
+        }
         let fence = match &*turn.state.borrow() {
             State::Held(fence) => Some(Arc::clone(fence)),
             State::NotALock => None,
@@ -272,8 +275,8 @@ impl Turn {
         Rc::clone(self.why.borrow_mut().get_or_insert_with(|| held_by(locks, coupon).into()))
     }
 
-    /// Returns when it is over, or was lost.
-    async fn over(&self, began: Instant, turns: Turns) {
+    /// Returns when it is over, or was lost: whether only because of its time.
+    async fn over(&self, began: Instant, turns: Turns) -> bool {
         let ends = began + turns.longest;
         let lost = began + turns.lease;
         while !matches!(&*self.state.borrow(), State::Fenced) {
@@ -285,10 +288,11 @@ impl Turn {
                 (false, false) => idle,
             };
             if until <= now {
-                return;
+                return now < idle && now < lost;
             }
             tokio::select! { () = self.changed.notified() => {}, () = tokio::time::sleep_until(until.into()) => {} }
         }
+        false
     }
 }
 
@@ -300,7 +304,13 @@ async fn take_a_turn(desk: Rc<Inner>, turns: Turns, coupon: Id, turn: Rc<Turn>) 
         Some(Answer::Got(grant)) => {
             *turn.state.borrow_mut() = State::Held(Arc::new(Fence { field: grant.field(), token: grant.token }));
             desk.bell.ring();
-            turn.over(Instant::now(), turns).await;
+            let mut began = Instant::now();
+            let mut left = limits::COUPON_TURNS_MAX;
+            while turn.over(began, turns).await && left > 0 {
+                // Meanwhile it is issued on.
+                let asked = Instant::now();
+                (began, left) = if desk.locks.keep(&grant, turns.lease).await { (asked, left - 1) } else { (began, 0) };
+            }
             end(grant, &turn);
         }
         // There is nothing to hold it for, and nothing is left in Redis by asking. The script says that the coupon is absent; should it be there by

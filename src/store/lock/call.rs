@@ -209,6 +209,20 @@ impl Inner {
         holds.iter().map(|_| Ok(words.integer().map_err(|error| refused(&error))? == 1)).collect()
     }
 
+    /// Lets it last so long from now on, and says how many listen on its channel; `None` where it is not held under this token.
+    pub(super) async fn keep(&self, name: &LockName, token: u64, lease: Duration, until: Instant) -> Result<Option<u64>, Refusal> {
+        let keys = [keys::lock(name), keys::lock_owner(name), keys::lock_channel(name)];
+        let (token, lease, keep) = (token.to_string(), millis(lease).to_string(), limits::LOCK_NOTE.as_millis().to_string());
+        let mut words = self
+            .call(&script::LOCK_KEEP, &keys, &self.op(), until, |node| {
+                let deadline = node.time_at(Instant::now() + limits::LOCK_CALL_WITHIN).to_string();
+                [&deadline, &node.epoch.installation, &token, &lease, &keep].map(|arg| arg.clone().into_bytes()).into()
+            })
+            .await?;
+        let read = |words: &mut Words| if words.text()? == "kept" { number(words).map(Some) } else { Ok::<_, Error>(None) };
+        read(&mut words).map_err(|error| refused(&error))
+    }
+
     /// Counts those of these that ended by their leases. What was released, through whichever sidecar, did not.
     pub(super) async fn count_ended(&self, holds: &[Ended]) {
         // Their leases began in Redis a little later than they count here.
