@@ -85,8 +85,9 @@ pub const LOCKED_RETRY_WITHIN: Duration = Duration::from_millis(15);
 /// that issues alone does not acquire it each time.
 pub const COUPON_IDLE: Duration = Duration::from_millis(2);
 
-/// How many turns may follow one with the lock of a coupon that nobody waits for, without a release between them: each release costs two round
-/// trips in which nothing is issued, a tenth of a turn. Somebody who tries for it without waiting finds it free once in so many turns.
+/// How many turns with the lock of a coupon that nobody waits for may follow each other without a release between them: each release costs two
+/// round trips in which nothing is issued, a tenth of a turn. Behind the last the lock is left free for [`LOCK_STAY_OUT`], for those who try for it
+/// without waiting.
 pub const COUPON_TURNS_MAX: u32 = 10;
 
 /// What the setting `coupon.lease_ms` may be: below a second a stall of the machine would end it, and longer others would wait for no gain

@@ -291,7 +291,6 @@ pub async fn frozen(connection: &mut PgConnection, partition: u32, after: i64) -
 /// program would, so that Redis follows through the inbox.
 pub async fn retry(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
     let mut transaction = connection.begin().await?;
-    hold_partition(&mut transaction, letter).await?;
     match retry_in(&mut transaction, letter).await {
         Ok(Settled::Done) => {
             transaction.commit().await?;
@@ -309,6 +308,7 @@ pub async fn retry(connection: &mut PgConnection, letter: i64) -> Result<Settled
 }
 
 async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
+    hold_partition(connection, letter).await?;
     type Columns = (i64, i64, i32, String, i32, Option<String>, i64, bool, String, i64);
     let found: Option<Columns> = sqlx::query_as(
         "DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING epoch, n, i, op, k, product_id, delta, in_redis, line, \
@@ -455,7 +455,6 @@ async fn remove_rest(connection: &mut PgConnection, op: &str, k: i32) -> Result<
 /// its end gives them back.
 pub async fn discard(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
     let mut transaction = connection.begin().await?;
-    hold_partition(&mut transaction, letter).await?;
     match discard_in(&mut transaction, letter).await {
         Ok(Settled::Done) => {
             transaction.commit().await?;
@@ -469,6 +468,7 @@ pub async fn discard(connection: &mut PgConnection, letter: i64) -> Result<Settl
 }
 
 async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
+    hold_partition(connection, letter).await?;
     type Columns = (Option<String>, i64, bool, String, i32, i32, String);
     let found: Option<Columns> =
         sqlx::query_as("DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING product_id, delta, in_redis, op, k, i, line")
@@ -685,7 +685,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_applied_waits_for_a_dead_letter_that_is_being_settled() {
+    async fn no_dead_letter_is_settled_while_anything_is_applied() {
         let mut database = database().await;
         let connection = &mut database.connection;
         apply(connection, 0, &[entry(0, 0, &["0 set | a 10 10"])]).await.unwrap();
@@ -696,7 +696,8 @@ mod tests {
         execute(&mut applying, "BEGIN; SELECT FROM holdfast.partition FOR UPDATE").await;
         let connection = &mut database.connection;
         execute(connection, "SET lock_timeout = '200ms'").await;
-        assert!(retry(connection, letter).await.is_err() && discard(connection, letter).await.is_err());
+        let waited = |result: Result<Settled, Error>| result.is_err_and(|error| error.to_string().contains("lock timeout"));
+        assert!(waited(retry(connection, letter).await) && waited(discard(connection, letter).await));
         execute(&mut applying, "ROLLBACK").await;
         assert_eq!(discard(connection, letter).await.unwrap(), Settled::Done);
     }

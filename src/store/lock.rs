@@ -313,14 +313,14 @@ impl Locks {
         if waits_here() {
             return false;
         }
-        let told_us = u64::from(self.0.subscriber.hears(name));
-        match self.0.keep(name, token, lease, sent + lease / 2).await {
-            Ok(Some(listening)) => {
-                self.0.holds.extended(name, token, sent, lease);
-                listening <= told_us && !waits_here()
-            }
-            _ => false,
+        let kept = self.0.keep(name, token, lease, self.0.subscriber.hears(name), sent + lease / 2).await;
+        match kept {
+            Ok(true) => _ = self.0.holds.add(name, token, sent, lease, None),
+            // It may last so long: then there is something to release.
+            Err(Refusal::InDoubt) => _ = self.0.holds.add(name, token, Instant::now(), lease, None),
+            _ => {}
         }
+        kept == Ok(true) && !waits_here()
     }
 
     /// How many ms it is still held under this token; -1: without end. `None` where it is not.

@@ -2,7 +2,7 @@
 //!
 //! A turn begins with the first issue that comes, waits in the line of the lock as any client of this sidecar does, and ends after
 //! `lock.max_turn_ms`, or when nothing was issued for a moment. Where nobody waits for the lock then, another turn follows it without a release,
-//! a bounded number of times: who only tries now and then finds it free at some time, too. It may end early without our knowing, where this process was stopped for
+//! a bounded number of times; then it is left free for a moment, for those who only try now and then. It may end early without our knowing, where this process was stopped for
 //! longer than the lease: every issue carries the token, and the script refuses one under which the lock is not held any more.
 
 use std::cell::{Cell, RefCell};
@@ -84,6 +84,8 @@ struct Turn {
     used: Cell<bool>,
     /// Whether a batch under it is on its way.
     is_under_way: Cell<bool>,
+    /// Whether nothing more is issued under it.
+    is_ending: Cell<bool>,
     /// Why what waits for it waits, as long as it was not asked about again.
     why: RefCell<Option<Rc<str>>>,
     changed: Notify,
@@ -186,14 +188,14 @@ impl Desk<CouponOp> for CouponDesk {
             turn.wanted.set(Instant::now());
         }
         let fence = match &*turn.state.borrow() {
-            State::Held(fence) => Some(Arc::clone(fence)),
+            State::Held(fence) if !turn.is_ending.get() => Some(Arc::clone(fence)),
             State::NotALock => None,
             State::Refused(why) => {
                 let why = format!("{why}; nothing was changed").into();
                 self.waits(op, &why);
                 return Err(why);
             }
-            State::Waiting | State::Fenced => {
+            State::Held(_) | State::Waiting | State::Fenced => {
                 let why = turn.held_by(&self.0.locks, &op.coupon);
                 self.waits(op, &why);
                 return Err(why);
@@ -243,8 +245,11 @@ impl Desk<CouponOp> for CouponDesk {
     }
 
     fn returned(&self) {
+        let now = Instant::now();
         for turn in self.0.under_way.take() {
             turn.is_under_way.set(false);
+            // Whoever is told now may want the next one.
+            turn.wanted.set(now);
             turn.changed.notify_one();
         }
         for coupon in self.0.tried.take() {
@@ -265,6 +270,7 @@ impl Turn {
             wanted: Cell::new(now),
             used: Cell::new(false),
             is_under_way: Cell::new(false),
+            is_ending: Cell::new(false),
             why: RefCell::default(),
             changed: Notify::new(),
         }
@@ -275,24 +281,31 @@ impl Turn {
         Rc::clone(self.why.borrow_mut().get_or_insert_with(|| held_by(locks, coupon).into()))
     }
 
-    /// Returns when it is over, or was lost: whether only because of its time.
-    async fn over(&self, began: Instant, turns: Turns) -> bool {
+    /// Returns when the turn that `began` then is over, of a holding `since` then: whether because of its time. Else nobody wants it any more, or it
+    /// was lost.
+    async fn over(&self, since: Instant, began: Instant, turns: Turns) -> bool {
         let ends = began + turns.longest;
-        let lost = began + turns.lease;
         while !matches!(&*self.state.borrow(), State::Fenced) {
-            let now = Instant::now();
-            let idle = self.wanted.get().max(began) + limits::COUPON_IDLE;
+            let idle = self.wanted.get().max(since) + limits::COUPON_IDLE;
             let until = match (self.is_under_way.get(), self.used.get()) {
-                (true, _) => lost,
+                (true, _) => ends,
                 (false, true) => ends.min(idle),
                 (false, false) => idle,
             };
-            if until <= now {
-                return now < idle && now < lost;
+            if until <= Instant::now() {
+                return until == ends;
             }
             tokio::select! { () = self.changed.notified() => {}, () = tokio::time::sleep_until(until.into()) => {} }
         }
         false
+    }
+
+    /// Lets nothing more be issued under it, and returns when what is on its way is back, or it is lost at `lost`.
+    async fn ends(&self, lost: Instant) {
+        self.is_ending.set(true);
+        while self.is_under_way.get() && !matches!(&*self.state.borrow(), State::Fenced) && Instant::now() < lost {
+            tokio::select! { () = self.changed.notified() => {}, () = tokio::time::sleep_until(lost.into()) => {} }
+        }
     }
 }
 
@@ -304,21 +317,30 @@ async fn take_a_turn(desk: Rc<Inner>, turns: Turns, coupon: Id, turn: Rc<Turn>) 
         Some(Answer::Got(grant)) => {
             *turn.state.borrow_mut() = State::Held(Arc::new(Fence { field: grant.field(), token: grant.token }));
             desk.bell.ring();
-            let mut began = Instant::now();
-            let mut left = limits::COUPON_TURNS_MAX;
-            while turn.over(began, turns).await && left > 0 {
+            let since = Instant::now();
+            let (mut began, mut count) = (since, 1);
+            while turn.over(since, began, turns).await && count < limits::COUPON_TURNS_MAX {
                 // Meanwhile it is issued on.
                 let asked = Instant::now();
-                (began, left) = if desk.locks.keep(&grant, turns.lease).await { (asked, left - 1) } else { (began, 0) };
+                if !desk.locks.keep(&grant, turns.lease).await {
+                    break;
+                }
+                (began, count) = (asked, count + 1);
             }
+            turn.ends(began + turns.lease).await;
             end(grant, &turn);
+            if count == limits::COUPON_TURNS_MAX {
+                tokio::time::sleep(limits::LOCK_STAY_OUT).await;
+            }
         }
         // There is nothing to hold it for, and nothing is left in Redis by asking. The script says that the coupon is absent; should it be there by
         // then, it sends the issues back, as nobody holds the lock by that name.
         Some(Answer::Refused(Refusal::NoCoupon)) => {
             *turn.state.borrow_mut() = State::Held(Arc::new(Fence { field: "-".to_owned(), token: 0 }));
             desk.bell.ring();
-            turn.over(Instant::now(), turns).await;
+            let since = Instant::now();
+            turn.over(since, since, turns).await;
+            turn.ends(since + turns.lease).await;
             *turn.state.borrow_mut() = State::Waiting;
         }
         Some(Answer::Refused(Refusal::NotALock(_))) => refuse(&desk, &turn, State::NotALock).await,

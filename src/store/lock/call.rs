@@ -209,18 +209,18 @@ impl Inner {
         holds.iter().map(|_| Ok(words.integer().map_err(|error| refused(&error))? == 1)).collect()
     }
 
-    /// Lets it last so long from now on, and says how many listen on its channel; `None` where it is not held under this token.
-    pub(super) async fn keep(&self, name: &LockName, token: u64, lease: Duration, until: Instant) -> Result<Option<u64>, Refusal> {
+    /// Lets it last so long from now on if no more than `ours` listen on its channel. `false` where they do, or it is not held under this token.
+    pub(super) async fn keep(&self, name: &LockName, token: u64, lease: Duration, ours: bool, until: Instant) -> Result<bool, Refusal> {
         let keys = [keys::lock(name), keys::lock_owner(name), keys::lock_channel(name)];
-        let (token, lease, keep) = (token.to_string(), millis(lease).to_string(), limits::LOCK_NOTE.as_millis().to_string());
+        let (token, lease, ours) = (token.to_string(), millis(lease).to_string(), u8::from(ours).to_string());
+        let keep = limits::LOCK_NOTE.as_millis().to_string();
         let mut words = self
             .call(&script::LOCK_KEEP, &keys, &self.op(), until, |node| {
                 let deadline = node.time_at(Instant::now() + limits::LOCK_CALL_WITHIN).to_string();
-                [&deadline, &node.epoch.installation, &token, &lease, &keep].map(|arg| arg.clone().into_bytes()).into()
+                [&deadline, &node.epoch.installation, &token, &lease, &keep, &ours].map(|arg| arg.clone().into_bytes()).into()
             })
             .await?;
-        let read = |words: &mut Words| if words.text()? == "kept" { number(words).map(Some) } else { Ok::<_, Error>(None) };
-        read(&mut words).map_err(|error| refused(&error))
+        words.text().map(|word| word == "kept").map_err(|error| refused(&error))
     }
 
     /// Counts those of these that ended by their leases. What was released, through whichever sidecar, did not.
