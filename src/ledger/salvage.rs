@@ -141,7 +141,7 @@ async fn save_in(
                 undone.push((*one, REFUSED.to_owned()));
                 continue;
             }
-            Told::Moves { operation, fits } => (operation, *fits),
+            Told::Moves { operation, fits } => (&**operation, *fits),
             Told::Undone(why) => {
                 undone.push((*one, why.clone()));
                 continue;
@@ -213,7 +213,7 @@ fn taken_over(partition: u32, epoch: u64) -> Error {
 /// What a change comes to by now.
 enum Told {
     /// It moves what it says. Whether the stock permits that.
-    Moves { operation: Operation, fits: bool },
+    Moves { operation: Box<Operation>, fits: bool },
     /// It is an order's, which is as was answered.
     Already,
     /// It is an order's, and cannot be made: why.
@@ -251,7 +251,7 @@ impl Shelf {
     /// What it comes to; the differences of a SET and a DELETE, which a copy does not know, included.
     fn told(&mut self, answered: &Answered) -> Told {
         let mut told = answered.operation.clone();
-        let Effect::Stock { kind, items, detail } = &mut told.effect else { return Told::Moves { operation: told, fits: true } };
+        let Effect::Stock { kind, items, detail } = &mut told.effect else { return Told::Moves { operation: Box::new(told), fits: true } };
         let made = detail.order.as_deref_mut().map_or(Made::Now, |order| self.orders.make(answered, *kind, items, order));
         match made {
             Made::Now => {}
@@ -283,7 +283,7 @@ impl Shelf {
             }
             self.stock.insert(item.product.clone(), after);
         }
-        Told::Moves { operation: told, fits }
+        Told::Moves { operation: Box::new(told), fits }
     }
 
     /// Adds what the operation changes. Errors with why it is owed instead; then only its ledger rows are added.
