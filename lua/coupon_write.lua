@@ -4,26 +4,26 @@
 -- include: guard, outbox, requests
 -- returns: {'ok', op, now, n before, word, values, word, values, ...}, or a refusal of the guard
 --
--- KEYS goes on with lock, info and users of each coupon, then the buckets of request ids. batch is msgpack
--- {holder of each coupon, users of each coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total,
--- peruser, start, end (0: none), whether Postgres is known not to have it either, alter with total, start, end (false: as it is) and, like delete, whether
--- an issue of the same client stands in front of it, init with total, peruser,
--- start, end, issued, used, serial, whether it is deleted, {user, lines, ...}, and 0 where that is all of it, -1 where it is a piece, which is
--- kept aside for a minute, else how many users were given so before; correct and adopt with n, round, and by how
--- much total, issued, used and serial move, freeze with the reason, thaw with nothing, keep with a serial, the others with the serial (0: the one that fits), the
--- order (=<order>, - for none) and false, or of what was answered before Redis lost its data up to which serial Postgres knows who has it: then it
--- is decided as if it were then, an issue has its serial of then, and the order of an unuse is that of the redemption that it takes back, '' where
--- there is none that it may; and whether an alter or delete of the same client stands in front of it that
--- has an issue in front of it. An issue without a request, of which there are most, is only its coupon and its text,
--- without a table around them. The users of a coupon are those of its operations, in their order. A user's field holds one line a coupon of theirs, by serial: serial,
--- state, issued at, order. What was revoked is nobody's any more.
--- The holder is the field in the coupon's lock that its issues go by, which has to be there; '': the lock is elided, and they go ahead only
--- while nobody holds it.
--- Words: 'more' and of how many issues behind one that was accepted: each has the next serial and one less left. 'ok', to alter with remaining, to the others with serial, remaining; create 'exists'; alter 'few' issued · 'order';
--- issue 'already' serial · 'soldout' · 'early' start · 'ended' end · 'locked' holder, remaining ms · 'fenced'; what comes behind one of the last two and is of its
--- user, or of its client and of no user, 'behind'; all behind an init of several parts 'loading'; use 'already' serial · 'none' · 'ended';
--- unuse 'unused' · 'none'; revoke 'used' serial · 'none'; correct, adopt and what is done again 'moved'; keep 'exists'; all of them 'absent' · 'deleted' ·
--- 'corrupt' · 'frozen' reason · 'known' text · 'stale' · 'ahead' · 'full'.
+-- KEYS goes on with lock, info and users of each coupon, then the buckets of request ids. batch is msgpack {holder of each coupon, users of each
+-- coupon, operations}; an operation is {kind, text, coupon, request or false, ...}: create goes on with total, peruser, start, end (0: none),
+-- whether Postgres is known not to have it either, alter with total, start, end (false: as it is) and, like delete, whether an issue of the same
+-- client stands in front of it, init with total, peruser, start, end, issued, used, serial, whether it is deleted, {user, lines, ...}, and 0 where
+-- that is all of it, -1 where it is a piece, which is kept aside for a minute, else how many users were given so before; correct and adopt with n,
+-- round, and by how much total, issued, used and serial move, freeze with the reason, thaw with nothing, keep with a serial, the others with the
+-- serial (0: the one that fits), the order (=<order>, - for none) and false, or of what was answered before Redis lost its data up to which serial
+-- Postgres knows who has it: then it is decided as if it were then, an issue has its serial of then, and the order of an unuse is that of the
+-- redemption that it takes back, '' where there is none that it may; and whether an alter or delete of the same client stands in front of it that
+-- has an issue in front of it. An issue without a request, of which there are most, is only its coupon and its text, without a table around them.
+-- The users of a coupon are those of its operations, in their order. A user's field holds one line a coupon of theirs, by serial: serial, state,
+-- issued at, order. What was revoked is nobody's any more.
+-- The holder is the field in the coupon's lock that its issues go by, which has to be there; '': the lock is elided, and they go ahead only while
+-- nobody holds it.
+-- Words: 'more' and of how many issues behind one that was accepted: each has the next serial and one less left. 'ok', to alter with remaining, to
+-- the others with serial, remaining; create 'exists'; alter 'few' issued · 'order'; issue 'already' serial · 'soldout' · 'early' start · 'ended'
+-- end · 'locked' holder, remaining ms · 'fenced'; what comes behind one of the last two and is of its user, or of its client and of no user,
+-- 'behind'; all behind an init of several parts 'loading'; use 'already' serial · 'none' · 'ended'; unuse 'unused' · 'none'; revoke 'used' serial
+-- · 'none'; correct, adopt and what is done again 'moved'; keep 'exists'; all of them 'absent' · 'deleted' · 'corrupt' · 'frozen' reason · 'known'
+-- text · 'stale' · 'ahead' · 'full'.
 local FIXED = 2
 window, generation = tonumber(window), tonumber(generation)
 

@@ -309,6 +309,12 @@ impl Operation {
         items.iter().map(|item| item.product.as_str())
     }
 
+    /// What it makes of an order.
+    pub fn order(&self) -> Option<&OrderChange> {
+        let Effect::Stock { detail, .. } = &self.effect else { return None };
+        detail.order.as_deref()
+    }
+
     /// The order that it begins.
     pub fn begun_order(&self) -> Option<&str> {
         self.order_where(|kind| matches!(kind, StockKind::Reserve | StockKind::Sell))
@@ -321,13 +327,12 @@ impl Operation {
 
     /// Whether it is of an order that was held before it.
     pub fn was_held(&self) -> bool {
-        let Effect::Stock { detail, .. } = &self.effect else { return false };
-        detail.order.as_ref().is_some_and(|order| order.from == Some(OrderState::Held))
+        self.order().is_some_and(|order| order.from == Some(OrderState::Held))
     }
 
     fn order_where(&self, is_so: impl Fn(StockKind) -> bool) -> Option<&str> {
         match &self.effect {
-            Effect::Stock { kind, detail, .. } if is_so(*kind) => Some(&detail.order.as_deref()?.order),
+            Effect::Stock { kind, .. } if is_so(*kind) => Some(&self.order()?.order),
             _ => None,
         }
     }

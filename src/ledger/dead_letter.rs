@@ -144,13 +144,7 @@ async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, pa
     for balanced in try_to_balance(connection, std::iter::once(operation)).await? {
         frozen.remove(balanced.as_str());
     }
-    // The row may be such that no update of it is taken at all.
-    let mut savepoint = connection.begin().await?;
-    match write::freeze_products(&mut savepoint, &frozen).await {
-        Ok(()) => savepoint.commit().await?,
-        Err(Error::Data(_)) => savepoint.rollback().await?,
-        Err(error) => return Err(error),
-    }
+    write::try_to_freeze(connection, &frozen).await?;
     Ok(refused.len() + of_orders)
 }
 
@@ -287,8 +281,9 @@ pub async fn frozen(connection: &mut PgConnection, partition: u32, after: i64) -
     Ok(frozen.bind(id(partition)).bind(after).bind(limit).fetch_all(connection).await?)
 }
 
-/// Applies a dead letter after all, and removes it. One that Redis has moved by moves Postgres alone; any other moves Postgres as another
-/// program would, so that Redis follows through the inbox.
+/// Applies a dead letter after all, and removes it. One that Redis has moved by moves Postgres alone. Of the others what is of an order or a
+/// coupon is handed over, to be made in Redis as a whole; the rest moves Postgres as another program would, so that Redis follows through the
+/// inbox.
 pub async fn retry(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
     let mut transaction = connection.begin().await?;
     match retry_in(&mut transaction, letter).await {
@@ -336,7 +331,7 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
             salvage::hand_over_again(connection, &op, k).await?;
             return Ok(Settled::Done);
         }
-        if line.contains(" coupon.") {
+        if decoded.as_ref().is_ok_and(|operation| operation.coupon().is_some()) {
             return Ok(Settled::Failed("Redis no longer has it: drop it, and do it anew".into()));
         }
     }
@@ -438,10 +433,7 @@ async fn hold_partition(connection: &mut PgConnection, letter: i64) -> Result<()
 
 /// Whether it can only be made as a whole, in Redis: what is of an order or a coupon.
 fn is_made_in_redis(operation: &Operation) -> bool {
-    match &operation.effect {
-        Effect::Stock { detail, .. } => detail.order.is_some(),
-        Effect::Coupon { .. } => true,
-    }
+    operation.order().is_some() || operation.coupon().is_some()
 }
 
 /// Removes what else is left of a change of which nothing is written: it is made, or given up, as a whole.

@@ -9,7 +9,7 @@ use sqlx::PgConnection;
 
 use super::salvage::Answered;
 use super::{Error, order};
-use crate::domain::change::{Effect, Item, StockKind};
+use crate::domain::change::{Item, StockKind};
 use crate::domain::{Order, OrderChange, OrderState};
 
 /// See the module.
@@ -25,8 +25,8 @@ pub(super) enum Made {
     Now,
     /// The order is as was answered.
     Before,
-    /// This order has become something else: nothing moves, and it is owed.
-    TooLate(String),
+    /// The order has become something else: nothing moves, and it is owed.
+    TooLate,
 }
 
 impl OrderShelf {
@@ -46,10 +46,9 @@ impl OrderShelf {
 
     /// Makes a change here, and tells it and its items what the order is by now.
     pub fn make(&mut self, answered: &Answered, kind: StockKind, items: &mut Vec<Item>, change: &mut OrderChange) -> Made {
-        let begins = matches!(kind, StockKind::Reserve | StockKind::Sell);
         let known = self.orders.get_mut(&change.order);
         // What was held by then is not what had long been over.
-        let may_be_another = begins || answered.operation.was_held();
+        let may_be_another = answered.operation.begun_order().is_some() || answered.operation.was_held();
         let known = known.filter(|(known, changed_ms)| !may_be_another || !order::is_forgotten(known.state, *changed_ms, answered.at_ms));
         let Some((known, changed_ms)) = known else { return self.make_of_none(answered, kind, items, change) };
         let is_overtaken = matches!(kind, StockKind::Extend | StockKind::Expire) && known.position > answered.origin;
@@ -59,7 +58,7 @@ impl OrderShelf {
             if known.state.is_as_after(kind) || kind == StockKind::Expire {
                 return Made::Before;
             }
-            return Made::TooLate(change.order.clone());
+            return Made::TooLate;
         };
         change.from = Some(known.state);
         let units: Vec<i64> = known.items.iter().map(|(_, units)| *units).collect();
@@ -90,7 +89,7 @@ impl OrderShelf {
                 items.clear();
             }
             StockKind::Expire => return Made::Before,
-            _ => return Made::TooLate(change.order.clone()),
+            _ => return Made::TooLate,
         }
         let Some(state) = OrderState::after(kind) else { return Made::Now };
         let taken = items.iter().map(|item| item.product.clone()).zip(change.units.iter().copied()).collect();
@@ -102,8 +101,5 @@ impl OrderShelf {
 
 /// The order that a change is of.
 pub(super) fn of(answered: &Answered) -> Option<&str> {
-    match &answered.operation.effect {
-        Effect::Stock { detail, .. } => Some(&detail.order.as_deref()?.order),
-        Effect::Coupon { .. } => None,
-    }
+    answered.operation.order().map(|change| change.order.as_str())
 }

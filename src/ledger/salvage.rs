@@ -50,7 +50,7 @@ impl Answered {
 pub struct Saved {
     /// Written.
     pub saved: usize,
-    /// Written, but what they took is no longer there: parked as dead letters.
+    /// Parked as dead letters: what they took is no longer there, what they are of an order cannot be made, or Postgres refuses their data.
     pub owed: usize,
     /// Had their effect already.
     pub known: usize,
@@ -256,7 +256,10 @@ impl Shelf {
         match made {
             Made::Now => {}
             Made::Before => return Told::Already,
-            Made::TooLate(order) => return Told::Undone(format!("order '{order}' cannot become that any more")),
+            Made::TooLate => {
+                let order = order_shelf::of(answered).unwrap_or_default();
+                return Told::Undone(format!("order '{order}' cannot become that any more"));
+            }
         }
         let before = |item: &Item| self.stock.get(&item.product).copied().flatten();
         let replaces = matches!(kind, StockKind::Set | StockKind::Delete);
@@ -358,12 +361,8 @@ async fn owe_undone(connection: &mut PgConnection, partition: u32, undone: &[(&A
     });
     let owed: Vec<_> = owed.collect();
     park(connection, partition, &owed).await?;
-    sqlx::query("UPDATE holdfast.stock SET frozen = $2 WHERE product_id = ANY($1) AND frozen IS NULL")
-        .bind(undone.iter().flat_map(|(one, _)| one.operation.products()).collect::<Vec<_>>())
-        .bind(OWED)
-        .execute(connection)
-        .await?;
-    Ok(())
+    let frozen = undone.iter().flat_map(|(one, _)| one.operation.products()).map(|product| (product, Some(OWED))).collect();
+    write::try_to_freeze(connection, &frozen).await
 }
 
 /// Parks what is owed: Redis no longer has moved by it.
@@ -714,7 +713,16 @@ mod tests {
         // Each is handed over again, or given up, with all of its products.
         let settled = dead_letter::retry(connection, letters[1].3).await.unwrap();
         assert!(matches!(&settled, Settled::Failed(why) if why.contains("frozen")), "{settled:?}");
-        execute(connection, "UPDATE holdfast.stock SET frozen = NULL").await;
+        // What not even this row can be told is owed all the same.
+        execute(
+            connection,
+            "ALTER TABLE holdfast.stock DROP CONSTRAINT low; UPDATE holdfast.stock SET frozen = NULL WHERE product_id = 'a';
+             ALTER TABLE holdfast.stock ADD CONSTRAINT none CHECK (product_id = 'b') NOT VALID",
+        )
+        .await;
+        let stuck = answered("i:stock:4", 8, "0 reserve order=stuck expires=9 | a -11 0");
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &[stuck]).await.unwrap(), Saved { saved: 0, owed: 1, known: 0 });
+        execute(connection, "ALTER TABLE holdfast.stock DROP CONSTRAINT none; UPDATE holdfast.stock SET frozen = NULL").await;
         for (letter, settled) in [(1, Settled::Done), (2, Settled::Unknown)] {
             assert_eq!(dead_letter::retry(connection, letters[letter].3).await.unwrap(), settled);
         }

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::PgConnection;
+use sqlx::{Connection, PgConnection};
 
 use super::changes::{Changes, Lifecycle, Place, StockLine};
 use super::{Error, coupon_write, inbox, order, partition, to_bigint};
@@ -204,6 +204,17 @@ pub(super) async fn freeze_products(connection: &mut PgConnection, frozen: &BTre
         .bind(frozen.values().copied().collect::<Vec<_>>())
         .execute(connection)
         .await?;
+    }
+    Ok(())
+}
+
+/// The same where a row may be such that no update of it is taken at all: then none of them is frozen here.
+pub(super) async fn try_to_freeze(connection: &mut PgConnection, frozen: &BTreeMap<&str, Option<&str>>) -> Result<(), Error> {
+    let mut savepoint = connection.begin().await?;
+    match freeze_products(&mut savepoint, frozen).await {
+        Ok(()) => savepoint.commit().await?,
+        Err(Error::Data(_)) => savepoint.rollback().await?,
+        Err(error) => return Err(error),
     }
     Ok(())
 }

@@ -2,8 +2,9 @@
 //!
 //! A turn begins with the first issue that comes, waits in the line of the lock as any client of this sidecar does, and ends after
 //! `lock.max_turn_ms`, or when nothing was issued for a moment. Where nobody waits for the lock then, another turn follows it without a release,
-//! a bounded number of times; then it is left free for a moment, for those who only try now and then. It may end early without our knowing, where this process was stopped for
-//! longer than the lease: every issue carries the token, and the script refuses one under which the lock is not held any more.
+//! a bounded number of times; then it is left free for a moment, for those who only try now and then. It may end early without our knowing, where
+//! this process was stopped for longer than the lease: every issue carries the token, and the script refuses one under which the lock is not held
+//! any more.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
