@@ -130,6 +130,23 @@ impl Grant {
         self.taken = true;
     }
 
+    /// Releases it. Returns once Redis has done that, or it is not known whether it has.
+    pub async fn give_back(mut self) {
+        if let Some(released) = self.let_go() {
+            _ = released.await;
+        }
+    }
+
+    /// Begins to release it, where there is something to release. What is returned is told when that is over.
+    fn let_go(&mut self) -> Option<oneshot::Receiver<()>> {
+        if std::mem::replace(&mut self.taken, true) || (self.noted && !self.lasts()) {
+            return None;
+        }
+        // Whether or not Redis can be told, nobody is there to renew it for.
+        self.locks.0.holds.renew_no_more(self.token);
+        Some(self.locks.0.release_soon(self.name.clone(), self.token))
+    }
+
     /// The holder's field in the lock's key.
     pub fn field(&self) -> String {
         format!("{}:{}", self.locks.0.link.installation(), self.token)
@@ -143,11 +160,7 @@ impl Grant {
 
 impl Drop for Grant {
     fn drop(&mut self) {
-        if !self.taken && (!self.noted || self.lasts()) {
-            // Whether or not Redis can be told, nobody is there to renew it for.
-            self.locks.0.holds.renew_no_more(self.token);
-            self.locks.0.release_soon(self.name.clone(), self.token);
-        }
+        self.let_go();
     }
 }
 
@@ -549,7 +562,10 @@ impl Inner {
 
     /// Gives a lock to whom it was won for, or back where they have gone.
     fn grant(self: &Arc<Self>, name: &LockName, waiter: Option<Waiter>, token: u64, lease: Duration, sent: Instant, by: By) {
-        let Some(waiter) = waiter else { return self.release_soon(name.clone(), token) };
+        let Some(waiter) = waiter else {
+            self.release_soon(name.clone(), token);
+            return;
+        };
         let lost = self.holds.add(name, token, sent, lease, waiter.session.then_some(&self.settings));
         counter!("holdfast_lock_acquired_total", "by" => by.label()).increment(1);
         if !matches!(by, By::Free | By::Again) {
@@ -590,9 +606,14 @@ impl Inner {
         }
     }
 
-    fn release_soon(self: &Arc<Self>, name: LockName, token: u64) {
-        let inner = Arc::clone(self);
-        self.spawn(async move { _ = inner.release(name, token, None).await });
+    /// What is returned is told when that is over.
+    fn release_soon(self: &Arc<Self>, name: LockName, token: u64) -> oneshot::Receiver<()> {
+        let (inner, (over, is_over)) = (Arc::clone(self), oneshot::channel());
+        self.spawn(async move {
+            _ = inner.release(name, token, None).await;
+            _ = over.send(());
+        });
+        is_over
     }
 
     /// Finds out whether a release of which nothing is known has passed the lock on: it is its heir's, or given back where they have gone. Until
@@ -826,6 +847,7 @@ mod tests {
     use super::*;
     use crate::domain::lock::Epoch;
     use crate::ledger::testing::RedisServer;
+    use crate::store::{Connection, keys};
 
     const LEASE: Duration = Duration::from_secs(60);
 
@@ -886,6 +908,52 @@ mod tests {
         assert!(locks.0.lines().contains_key(&name), "its line is forgotten with its channel");
         locks.0.forget(vec![name.clone()]).await;
         assert!(locks.0.lines().is_empty() && !locks.0.subscriber.wants(&name));
+    }
+
+    #[tokio::test]
+    async fn a_lock_is_kept_only_while_it_is_held_and_nobody_waits_for_it() {
+        let (server, locks) = without_messages();
+        let mut redis = Connection::open(&server.url()).await.unwrap();
+        let name = LockName::of(Id::from("l")).unwrap();
+        let grant = got(locks.acquire(Ask { of_the_server: true, ..ask(&name) })).await;
+        let remaining = async || locks.check(&name, grant.token, LEASE).await.unwrap().unwrap();
+        assert!(locks.keep(&grant, 2 * LEASE).await);
+        let kept = remaining().await;
+        assert!(kept > 60_000, "{kept}");
+        // Somebody listens elsewhere.
+        let mut other = std::net::TcpStream::connect(("127.0.0.1", server.port())).unwrap();
+        let mut said = [0; 4];
+        std::io::Write::write_all(&mut other, format!("SUBSCRIBE {}\r\n", keys::lock_channel(&name)).as_bytes()).unwrap();
+        std::io::Read::read_exact(&mut other, &mut said).unwrap();
+        assert!(!locks.keep(&grant, 9 * LEASE).await);
+        drop(other);
+        while !locks.keep(&grant, 3 * LEASE).await {}
+        assert!((120_001..=180_000).contains(&remaining().await), "those that were refused changed nothing");
+        // Somebody waits here.
+        let waiting = locks.acquire(ask(&name));
+        assert!(!locks.keep(&grant, 9 * LEASE).await);
+        drop(waiting);
+        while locks.0.lines().get(&name).is_some_and(|line| line.contending) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(locks.keep(&grant, 4 * LEASE).await);
+        // Redis hangs: it may have been kept, and is released.
+        let signal =
+            |name: &str| assert!(std::process::Command::new("kill").args([name, &server.pid().to_string()]).status().unwrap().success());
+        signal("-STOP");
+        assert!(!locks.keep(&grant, Duration::from_millis(200)).await);
+        signal("-CONT");
+        assert!(locks.keep(&grant, LEASE).await, "it is still held");
+        // It is lost.
+        redis.send(redis::cmd("DEL").arg(keys::lock(&name))).await.unwrap();
+        assert!(!locks.keep(&grant, LEASE).await);
+        let token = grant.token;
+        grant.give_back().await;
+        let next = got(locks.acquire(ask(&name))).await;
+        assert!(next.token > token);
+        let token = next.token;
+        next.give_back().await;
+        assert_eq!(locks.check(&name, token, LEASE).await, Ok(None), "it is released by then");
     }
 
     #[tokio::test]

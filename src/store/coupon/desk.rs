@@ -20,7 +20,7 @@ use super::CouponOp;
 use crate::domain::{Id, LockName};
 use crate::limits;
 use crate::store::lane::{Bell, Desk};
-use crate::store::lock::{Answer, Ask, Grant, Locks, Refusal};
+use crate::store::lock::{Answer, Ask, Locks, Refusal};
 
 /// How the locks of coupons are held.
 #[derive(Clone, Copy)]
@@ -329,8 +329,12 @@ async fn take_a_turn(desk: Rc<Inner>, turns: Turns, coupon: Id, turn: Rc<Turn>) 
                 (began, count) = (asked, count + 1);
             }
             turn.ends(began + turns.lease).await;
-            end(grant, &turn);
-            if count == limits::COUPON_TURNS_MAX {
+            let fenced = matches!(&*turn.state.borrow(), State::Fenced);
+            *turn.state.borrow_mut() = State::Waiting;
+            if fenced {
+                grant.lost();
+            } else if count == limits::COUPON_TURNS_MAX {
+                grant.give_back().await;
                 tokio::time::sleep(limits::LOCK_STAY_OUT).await;
             }
         }
@@ -352,15 +356,6 @@ async fn take_a_turn(desk: Rc<Inner>, turns: Turns, coupon: Id, turn: Rc<Turn>) 
     }
     desk.coupons.borrow_mut().remove(&coupon);
     desk.bell.ring();
-}
-
-/// Gives the lock back, for which others may wait; where it was lost there is nothing to give.
-fn end(grant: Grant, turn: &Turn) {
-    let fenced = matches!(&*turn.state.borrow(), State::Fenced);
-    *turn.state.borrow_mut() = State::Waiting;
-    if fenced {
-        grant.lost();
-    }
 }
 
 /// Lets what waits know, and those that come for a moment.
