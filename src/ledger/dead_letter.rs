@@ -144,7 +144,7 @@ async fn park(connection: &mut PgConnection, partition: u32, mark: InboxMark, pa
     for balanced in try_to_balance(connection, std::iter::once(operation)).await? {
         frozen.remove(balanced.as_str());
     }
-    write::try_to_freeze(connection, &frozen).await?;
+    write::try_to_freeze(connection, frozen).await?;
     Ok(refused.len() + of_orders)
 }
 
@@ -282,8 +282,8 @@ pub async fn frozen(connection: &mut PgConnection, partition: u32, after: i64) -
 }
 
 /// Applies a dead letter after all, and removes it. One that Redis has moved by moves Postgres alone. Of the others what is of an order or a
-/// coupon is handed over, to be made in Redis as a whole; the rest moves Postgres as another program would, so that Redis follows through the
-/// inbox.
+/// coupon, and of which nothing is written, is handed over, to be made in Redis as a whole; a coupon's of which something is answers that it has
+/// to be done anew; the rest moves Postgres as another program would, so that Redis follows through the inbox.
 pub async fn retry(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
     let mut transaction = connection.begin().await?;
     match retry_in(&mut transaction, letter).await {

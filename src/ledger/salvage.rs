@@ -362,7 +362,7 @@ async fn owe_undone(connection: &mut PgConnection, partition: u32, undone: &[(&A
     let owed: Vec<_> = owed.collect();
     park(connection, partition, &owed).await?;
     let frozen = undone.iter().flat_map(|(one, _)| one.operation.products()).map(|product| (product, Some(OWED))).collect();
-    write::try_to_freeze(connection, &frozen).await
+    write::try_to_freeze(connection, frozen).await
 }
 
 /// Parks what is owed: Redis no longer has moved by it.
@@ -716,12 +716,16 @@ mod tests {
         // What not even this row can be told is owed all the same.
         execute(
             connection,
-            "ALTER TABLE holdfast.stock DROP CONSTRAINT low; UPDATE holdfast.stock SET frozen = NULL WHERE product_id = 'a';
+            "ALTER TABLE holdfast.stock DROP CONSTRAINT low; UPDATE holdfast.stock SET frozen = NULL;
              ALTER TABLE holdfast.stock ADD CONSTRAINT none CHECK (product_id = 'b') NOT VALID",
         )
         .await;
-        let stuck = answered("i:stock:4", 8, "0 reserve order=stuck expires=9 | a -11 0");
-        assert_eq!(save(connection, 0, 1, WINDOW_MS, &[stuck]).await.unwrap(), Saved { saved: 0, owed: 1, known: 0 });
+        let stuck = [
+            answered("i:stock:4", 8, "0 reserve order=stuck expires=9 | a -11 0"),
+            answered("i:stock:4", 9, "1 reserve order=more expires=9 | b -11 0"),
+        ];
+        assert_eq!(save(connection, 0, 1, WINDOW_MS, &stuck).await.unwrap(), Saved { saved: 0, owed: 2, known: 0 });
+        assert_eq!(rows::<(i64, i64, bool)>(connection, stock).await, [(10, 0, false), (9, 1, true)]);
         execute(connection, "ALTER TABLE holdfast.stock DROP CONSTRAINT none; UPDATE holdfast.stock SET frozen = NULL").await;
         for (letter, settled) in [(1, Settled::Done), (2, Settled::Unknown)] {
             assert_eq!(dead_letter::retry(connection, letters[letter].3).await.unwrap(), settled);

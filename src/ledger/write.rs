@@ -208,13 +208,24 @@ pub(super) async fn freeze_products(connection: &mut PgConnection, frozen: &BTre
     Ok(())
 }
 
-/// The same where a row may be such that no update of it is taken at all: then none of them is frozen here.
-pub(super) async fn try_to_freeze(connection: &mut PgConnection, frozen: &BTreeMap<&str, Option<&str>>) -> Result<(), Error> {
-    let mut savepoint = connection.begin().await?;
-    match freeze_products(&mut savepoint, frozen).await {
-        Ok(()) => savepoint.commit().await?,
-        Err(Error::Data(_)) => savepoint.rollback().await?,
-        Err(error) => return Err(error),
+/// The same where a row may be such that no update of it is taken at all: the others are frozen.
+pub(super) async fn try_to_freeze(connection: &mut PgConnection, frozen: BTreeMap<&str, Option<&str>>) -> Result<(), Error> {
+    let mut tries = vec![frozen];
+    while let Some(some) = tries.pop() {
+        let mut savepoint = connection.begin().await?;
+        match freeze_products(&mut savepoint, &some).await {
+            Ok(()) => savepoint.commit().await?,
+            Err(Error::Data(_)) if some.len() > 1 => {
+                savepoint.rollback().await?;
+                tries.extend(some.into_iter().map(|one| BTreeMap::from([one])));
+            }
+            Err(Error::Data(error)) => {
+                savepoint.rollback().await?;
+                let product = some.keys().next();
+                tracing::warn!(product, error, "postgres takes no update of this product, not even that it is frozen: it goes on selling");
+            }
+            Err(error) => return Err(error),
+        }
     }
     Ok(())
 }

@@ -130,7 +130,7 @@ impl Grant {
         self.taken = true;
     }
 
-    /// Releases it. Returns once Redis has done that, or it is not known whether it has.
+    /// Releases it. Returns once Redis has done that, or will not, or it is not known whether it has. Dropped, it goes on.
     pub async fn give_back(mut self) {
         if let Some(released) = self.let_go() {
             _ = released.await;
@@ -844,6 +844,8 @@ fn millis(duration: Duration) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use super::*;
     use crate::domain::lock::Epoch;
     use crate::ledger::testing::RedisServer;
@@ -941,8 +943,21 @@ mod tests {
         let signal =
             |name: &str| assert!(std::process::Command::new("kill").args([name, &server.pid().to_string()]).status().unwrap().success());
         signal("-STOP");
-        assert!(!locks.keep(&grant, Duration::from_millis(200)).await);
-        signal("-CONT");
+        assert!(!locks.keep(&grant, Duration::from_secs(2)).await);
+        // Somebody begins to wait here while Redis is asked.
+        {
+            let mut keeping = pin!(locks.keep(&grant, LEASE));
+            tokio::select! {
+                kept = &mut keeping => panic!("{kept}"),
+                () = tokio::time::sleep(Duration::from_millis(50)) => {}
+            }
+            let _waiting = locks.acquire(ask(&name));
+            signal("-CONT");
+            assert!(!keeping.await);
+        }
+        while locks.0.lines().get(&name).is_some_and(|line| line.contending) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         assert!(locks.keep(&grant, LEASE).await, "it is still held");
         // It is lost.
         redis.send(redis::cmd("DEL").arg(keys::lock(&name))).await.unwrap();

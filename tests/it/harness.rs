@@ -447,11 +447,7 @@ impl Stack {
 
     /// The same with these flags of the sidecar.
     pub fn with_settings(flags: &[&str]) -> Self {
-        let (redis, postgres) = (RedisServer::start(), Database::new(false));
-        let sidecar = Sidecar::with_settings(&redis.url(), &postgres.url, flags);
-        let stack = Self { sidecar, redis, postgres };
-        stack.wait_until_ready();
-        stack
+        Self::over(Database::new(false), flags)
     }
 
     fn with(postgres: Database, reply_within_ms: u32) -> Self {

@@ -334,7 +334,8 @@ async fn take_a_turn(desk: Rc<Inner>, turns: Turns, coupon: Id, turn: Rc<Turn>) 
             if fenced {
                 grant.lost();
             } else if count == limits::COUPON_TURNS_MAX {
-                grant.give_back().await;
+                // A shutdown does not wait for longer than anything that is held.
+                _ = tokio::time::timeout(turns.lease, grant.give_back()).await;
                 tokio::time::sleep(limits::LOCK_STAY_OUT).await;
             }
         }
