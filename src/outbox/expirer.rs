@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use metrics::counter;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use super::retry::Trouble;
@@ -23,6 +24,9 @@ use crate::store::partition::State;
 use crate::store::stock::{Action, Items, Looked, StockOp, StockOutcome};
 use crate::store::{Connection, Partition};
 
+/// Orders with what Postgres has of them.
+type Overdue = Vec<(Id, Looked)>;
+
 /// See the module.
 pub struct Expirer {
     partition: Arc<Partition>,
@@ -32,8 +36,12 @@ pub struct Expirer {
     redis: Option<Connection>,
     /// Those that cannot expire, since a key of theirs is not what it should be, and stay due.
     stuck: HashSet<Id>,
-    looked: Instant,
+    /// When it was last looked in Postgres.
+    looked: Option<Instant>,
+    /// Looks there. Nothing that is due waits for it.
+    looking: Option<AbortOnDropHandle<Result<Overdue, String>>>,
     trouble: Trouble,
+    trouble_looking: Trouble,
 }
 
 impl Expirer {
@@ -45,8 +53,10 @@ impl Expirer {
             instance: instance.to_owned(),
             redis: None,
             stuck: HashSet::new(),
-            looked: Instant::now(),
+            looked: None,
+            looking: None,
             trouble: Trouble::new("expiring orders"),
+            trouble_looking: Trouble::new("looking for orders that were held for too long"),
         }
     }
 
@@ -85,10 +95,12 @@ impl Expirer {
         let orders: Vec<_> = orders.map(|order| (order, Looked::NotYet)).collect();
         let is_full = orders.len() == EXPIRE_AT_ONCE;
         let expired = self.expire(orders).await;
-        if self.looked.elapsed() >= OVERDUE_EVERY {
-            self.looked = Instant::now();
+        self.expire_overdue().await;
+        if self.looking.is_none() && self.looked.is_none_or(|looked| looked.elapsed() >= OVERDUE_EVERY) {
+            self.looked = Some(Instant::now());
             self.stuck.clear();
-            self.expire_overdue(now_ms).await?;
+            let overdue = overdue(Arc::clone(&self.partition), self.postgres_url.clone(), now_ms);
+            self.looking = Some(AbortOnDropHandle::new(tokio::spawn(overdue)));
         }
         Ok(is_full && expired > 0)
     }
@@ -121,30 +133,40 @@ impl Expirer {
         expired
     }
 
-    async fn expire_overdue(&mut self, now_ms: i64) -> Result<(), String> {
-        if !self.partition.ledger_up() {
-            return Ok(());
+    /// Expires what has been found in Postgres, if it has been looked there.
+    async fn expire_overdue(&mut self) {
+        let Some(looking) = self.looking.take_if(|looking| looking.is_finished()) else { return };
+        match looking.await.unwrap_or_else(|error| Err(error.to_string())) {
+            Ok(orders) => {
+                self.trouble_looking.over(self.partition.id);
+                if !orders.is_empty() {
+                    let (found, expired) = (orders.len(), self.expire(orders).await);
+                    warn!(partition = self.partition.id, found, expired, "orders were held in postgres long after their time");
+                }
+            }
+            Err(why) => _ = self.trouble_looking.failed(self.partition.id, &why),
         }
-        // What became of an order in Redis may be forgotten there before Postgres has heard of it.
-        let head = self.partition.head().n;
-        let applied = async { self.partition.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
-        if !tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false) {
-            return Ok(());
-        }
-        let (url, id) = (self.postgres_url.clone(), self.partition.id);
-        let limit = i64::try_from(EXPIRE_AT_ONCE).unwrap_or(i64::MAX);
-        let reading = async {
-            let mut postgres = ledger::connect(&url).await?;
-            order::overdue(&mut postgres, id, now_ms - OVERDUE_AFTER_MS, limit).await
-        };
-        let rows = tokio::time::timeout(LEDGER_SILENCE_MAX, reading).await.map_err(|_| "Postgres does not answer".to_owned())?;
-        let rows = rows.map_err(|error| error.to_string())?;
-        let order = |row: order::OrderRow| Ok((Id::from(row.order.as_str()), Looked::Found(row.order()?)));
-        let orders = rows.into_iter().map(order).collect::<Result<Vec<_>, ledger::Error>>().map_err(|error| error.to_string())?;
-        if !orders.is_empty() {
-            let (found, expired) = (orders.len(), self.expire(orders).await);
-            warn!(partition = id, found, expired, "orders were held in postgres long after their time");
-        }
-        Ok(())
     }
+}
+
+/// What Postgres holds long after its time; nothing where Postgres is away, or has not heard of everything yet.
+async fn overdue(partition: Arc<Partition>, postgres_url: String, now_ms: i64) -> Result<Overdue, String> {
+    if !partition.ledger_up() {
+        return Ok(Vec::new());
+    }
+    // What became of an order in Redis may be forgotten there before Postgres has heard of it.
+    let head = partition.head().n;
+    let applied = async { partition.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
+    if !tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false) {
+        return Ok(Vec::new());
+    }
+    let limit = i64::try_from(EXPIRE_AT_ONCE).unwrap_or(i64::MAX);
+    let reading = async {
+        let mut postgres = ledger::connect(&postgres_url).await?;
+        order::overdue(&mut postgres, partition.id, now_ms - OVERDUE_AFTER_MS, limit).await
+    };
+    let rows = tokio::time::timeout(LEDGER_SILENCE_MAX, reading).await.map_err(|_| "Postgres does not answer".to_owned())?;
+    let rows = rows.map_err(|error| error.to_string())?;
+    let order = |row: order::OrderRow| Ok((Id::from(row.order.as_str()), Looked::Found(row.order()?)));
+    rows.into_iter().map(order).collect::<Result<_, ledger::Error>>().map_err(|error| error.to_string())
 }

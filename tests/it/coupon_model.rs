@@ -1,13 +1,11 @@
 //! Every COUPON command in random sequences, against a plain model: each reply, and what Redis and Postgres hold in the end.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use crate::harness::{Client, Stack};
+use crate::harness::{Client, Stack, now_ms, scanned, seed};
 
-/// Year 3000, in Unix ms.
-const FAR: i64 = 32_503_680_000_000;
-/// Long past, in Unix ms.
-const PAST: i64 = 1_000;
+/// Between what is long past and what is far away, in Unix ms.
+const NOW: i64 = 1_900_000_000_000;
 
 /// So many commands later other coupons come into play: some of them are deleted early.
 const COUPONS_CHANGE_AFTER: u64 = 60;
@@ -17,11 +15,13 @@ const USERS: [&str; 4] = ["ann", "bob", "cid", "dan"];
 struct Random {
     state: u64,
     commands: u64,
+    /// In Unix ms; where it is given, coupons begin and end about then.
+    now: Option<i64>,
 }
 
 impl Random {
     fn new(seed: u64) -> Self {
-        Self { state: seed, commands: 0 }
+        Self { state: seed, commands: 0, now: None }
     }
 
     fn below(&mut self, bound: u64) -> u64 {
@@ -35,6 +35,18 @@ impl Random {
         all[usize::try_from(self.below(all.len() as u64)).unwrap()]
     }
 
+    /// When a coupon begins or ends soon.
+    fn soon(&mut self) -> Option<String> {
+        let now = self.now.filter(|_| self.below(2) == 0)?;
+        let mut time = || now + i64::try_from(self.below(40)).unwrap();
+        let (start, end) = (time(), time());
+        Some(match self.below(3) {
+            0 => format!(" START {start}"),
+            1 => format!(" END {end}"),
+            _ => format!(" START {start} END {}", start + 1 + (end - now)),
+        })
+    }
+
     /// A random command.
     fn command(&mut self) -> String {
         self.commands += 1;
@@ -43,11 +55,14 @@ impl Random {
         let serial = if self.below(3) == 0 { format!(" SERIAL {}", 1 + self.below(12)) } else { String::new() };
         match self.below(40) {
             0..4 => {
-                let time = self.of(&["", " START 1000", " END 32503680000000", " START 32503680000000"]);
-                format!("COUPON.CREATE {coupon} {} PERUSER {}{time}", 1 + self.below(12), 1 + self.below(3))
+                let time = self.of(&["", " START 1000", " END 32503680000000", " START 32503680000000"]).to_owned();
+                let time = self.soon().unwrap_or(time);
+                let per_user = if self.below(4) == 0 { String::new() } else { format!(" PERUSER {}", 1 + self.below(3)) };
+                format!("COUPON.CREATE {coupon} {}{per_user}{time}", 1 + self.below(12))
             }
             4..6 => {
                 let time = self.of(&["", " END 0 START 0", " END 1000", " START 32503680000000", " END 0", " END 32503680000000"]);
+                let time = self.soon().unwrap_or_else(|| time.to_owned());
                 let total = if time.is_empty() || self.below(2) == 0 { format!(" TOTAL {}", 1 + self.below(15)) } else { String::new() };
                 format!("COUPON.ALTER {coupon}{total}{time}")
             }
@@ -90,11 +105,15 @@ impl Coupon {
         (self.total - self.issued()).max(0)
     }
 
-    fn state(&self) -> &'static str {
+    fn has_ended(&self, now: i64) -> bool {
+        self.end > 0 && self.end <= now
+    }
+
+    fn state(&self, now: i64) -> &'static str {
         match self {
             _ if self.deleted => "deleted",
-            _ if self.start == FAR => "notstarted",
-            _ if self.end == PAST => "ended",
+            _ if self.start > now => "notstarted",
+            _ if self.has_ended(now) => "ended",
             _ if self.remaining() == 0 => "soldout",
             _ => "open",
         }
@@ -123,6 +142,10 @@ enum Expected {
 
 impl Model {
     fn apply(&mut self, command: &str) -> Expected {
+        self.apply_at(command, NOW)
+    }
+
+    fn apply_at(&mut self, command: &str, now: i64) -> Expected {
         let words: Vec<&str> = command.split(' ').collect();
         let (name, id) = (words[0], words[1]);
         let option = |name: &str| words.iter().position(|word| *word == name).map(|at| words[at + 1]);
@@ -135,7 +158,7 @@ impl Model {
             }
             let coupon = Coupon {
                 total: words[2].parse().unwrap(),
-                per_user: usize::try_from(number("PERUSER").unwrap()).unwrap(),
+                per_user: usize::try_from(number("PERUSER").unwrap_or(1)).unwrap(),
                 start: number("START").unwrap_or(0),
                 end: number("END").unwrap_or(0),
                 ..Coupon::default()
@@ -155,7 +178,7 @@ impl Model {
                     coupon.per_user,
                     time(coupon.start),
                     time(coupon.end),
-                    coupon.state()
+                    coupon.state(now)
                 )
             });
             return said(shown.unwrap_or_else(|| "nil".into()));
@@ -183,7 +206,7 @@ impl Model {
             (coupon.total, coupon.start, coupon.end) = (total.unwrap_or(coupon.total), start, end);
             return Expected::Done("[OK".into());
         }
-        let (user, serial, ended) = (words[2], number("SERIAL"), coupon.end == PAST);
+        let (user, serial, ended) = (words[2], number("SERIAL"), coupon.has_ended(now));
         let theirs = coupon.of(user, serial);
         let unused = || theirs.iter().filter(|(_, used)| !used).map(|(serial, _)| *serial);
         let used = || theirs.iter().filter(|(_, used)| *used).map(|(serial, _)| *serial);
@@ -195,8 +218,8 @@ impl Model {
                 };
                 said(format!("[{}]", theirs.iter().map(one).collect::<Vec<_>>().join(", ")))
             }
-            "COUPON.ISSUE" if coupon.start == FAR => said(format!("[NOTSTARTED, {FAR}]")),
-            "COUPON.ISSUE" if ended => said(format!("[ENDED, {PAST}]")),
+            "COUPON.ISSUE" if coupon.start > now => said(format!("[NOTSTARTED, {}]", coupon.start)),
+            "COUPON.ISSUE" if ended => said(format!("[ENDED, {}]", coupon.end)),
             "COUPON.ISSUE" if theirs.len() >= coupon.per_user => said(format!("[ALREADY, {}]", theirs[theirs.len() - 1].0)),
             "COUPON.ISSUE" if coupon.remaining() == 0 => said("[SOLDOUT]".into()),
             "COUPON.ISSUE" => {
@@ -205,7 +228,7 @@ impl Model {
                 Expected::Done(format!("[ISSUED, {}, {}", coupon.serial, coupon.remaining()))
             }
             "COUPON.USE" => match (unused().next(), used().next_back()) {
-                (Some(_), _) if ended => said(format!("[ENDED, {PAST}]")),
+                (Some(_), _) if ended => said(format!("[ENDED, {}]", coupon.end)),
                 (Some(serial), _) => {
                     coupon.held.insert(serial, (user.into(), true, option("ORDER").map(String::from)));
                     Expected::Done(format!("[USED, {serial}"))
@@ -241,11 +264,25 @@ impl Model {
         there.map(|(id, coupon)| (id.clone(), coupon.remaining())).collect()
     }
 
-    /// Whether that is its reply to a command that changes nothing now.
-    fn would_say(&self, command: &str, reply: &str) -> bool {
+    /// What a command comes to at the times of a round at which that may differ, with the coupon as it is then.
+    fn outcomes(&self, command: &str, (from, to): (i64, i64)) -> Vec<(Expected, Option<Coupon>)> {
         let id = command.split(' ').nth(1).unwrap();
-        let alone = self.coupons.get(id).map(|coupon| (id.to_owned(), coupon.clone()));
-        Self { coupons: alone.into_iter().collect() }.apply(command) == Expected::Said(reply.to_owned())
+        let coupon = self.coupons.get(id);
+        let turns = coupon.map_or([from, to], |coupon| [coupon.start.clamp(from, to), coupon.end.clamp(from, to)]);
+        let outcome = |now| {
+            let mut alone = Self { coupons: coupon.map(|coupon| (id.to_owned(), coupon.clone())).into_iter().collect() };
+            let expected = alone.apply_at(command, now);
+            (expected, alone.coupons.remove(id))
+        };
+        [from, turns[0], turns[1], to].map(outcome).into()
+    }
+
+    /// Whether that is its reply to a command that changes nothing in this round.
+    fn would_say(&self, command: &str, reply: &str, round: (i64, i64)) -> bool {
+        if let Some(coupon) = command.strip_prefix("COUPON.SCAN ") {
+            return self.coupons.get(coupon).is_some_and(|coupon| !coupon.deleted && coupon.remaining().to_string() == reply);
+        }
+        self.outcomes(command, round).iter().any(|(expected, _)| *expected == Expected::Said(reply.to_owned()))
     }
 }
 
@@ -403,26 +440,33 @@ fn placed(reply: &str) -> Option<((u64, u64), String)> {
 }
 
 /// Eight clients send a command each and wait for all replies: a round. What was accepted has a position: in that order the model has to
-/// say the same. A refusal or a read has to be what it says at some point of its round.
+/// say the same, at some time of its round. A refusal or a read has to be what it says at some point of its round. Coupons begin and end in
+/// between.
 #[test]
 fn every_reply_of_clients_at_once_is_the_models_though_sidecars_are_killed() {
     let mut stack = Stack::start();
     let mut clients: Vec<Client> = (0..8).map(|_| stack.connect()).collect();
-    let (mut model, mut random) = (Model::default(), Random::new(0x0dd0_5eed_cafe_f00d));
+    let (mut model, mut random) = (Model::default(), Random::new(seed(0x0dd0_5eed_cafe_f00d)));
     let mut answered: HashMap<String, String> = HashMap::new();
     let (mut named, mut at, mut kills) = (Vec::<String>::new(), (0, 0), 0);
     for round in 0..steps() / clients.len() {
         let dies = round % KILL_EVERY == KILL_EVERY - 1;
         let mut batch: Vec<String> = Vec::new();
+        let from = now_ms();
+        random.now = Some(from);
         for _ in &clients {
             let command = random.command();
             batch.push(match random.below(12) {
+                _ if random.below(200) == 0 => "COUPON.SCAN 0 COUNT 1000".to_owned(),
                 0 if !named.is_empty() => named[usize::try_from(random.below(named.len() as u64)).unwrap()].clone(),
                 _ if is_read(&command) => command,
                 chance if dies || chance < 6 => format!("{command} ACK redis REQUEST m-{round}-{}", batch.len()),
+                _ if random.below(60) == 0 => command,
                 _ => format!("{command} ACK redis"),
             });
         }
+        let is_scanned = batch.iter().any(|command| command.starts_with("COUPON.SCAN"));
+        let before = if is_scanned { model.scanned() } else { BTreeMap::new() };
         for (client, command) in clients.iter_mut().zip(&batch) {
             client.send(&command.split(' ').collect::<Vec<_>>());
         }
@@ -440,15 +484,22 @@ fn every_reply_of_clients_at_once_is_the_models_though_sidecars_are_killed() {
                 }
             }
         }
+        let times = (from, now_ms());
         let mut accepted = BTreeMap::new();
-        let mut others = Vec::new();
+        let (mut others, mut scans): (Vec<(String, String)>, Vec<BTreeSet<String>>) = (Vec::new(), Vec::new());
         for (command, reply) in batch.iter().zip(&replies) {
+            if command.starts_with("COUPON.SCAN") {
+                let (cursor, found) = scanned(reply).unwrap_or_else(|| panic!("{reply}"));
+                others.extend(found.iter().map(|(coupon, remaining)| (format!("COUPON.SCAN {coupon}"), remaining.to_string())));
+                scans.extend((cursor == "0").then(|| found.into_iter().map(|(coupon, _)| coupon).collect()));
+                continue;
+            }
             let (plain, request) = match command.split_once(" ACK redis") {
                 Some((plain, request)) => (plain, request.strip_prefix(" REQUEST ")),
                 None => (command.as_str(), None),
             };
             let Some((place, said)) = placed(reply).filter(|_| !is_read(plain)) else {
-                others.push((plain, without_times(reply)));
+                others.push((plain.to_owned(), without_times(reply)));
                 continue;
             };
             if let Some(request) = request {
@@ -468,12 +519,22 @@ fn every_reply_of_clients_at_once_is_the_models_though_sidecars_are_killed() {
         for (place, (command, said)) in accepted {
             assert!(place > at, "round {round}: {command} at {place:?} after {at:?}");
             assert!(place.0 > at.0 || place.1 == at.1 + 1, "round {round}: nobody was told of what is between {at:?} and {place:?}");
-            others.retain(|(other, reply)| !model.would_say(other, reply));
-            assert_eq!(model.apply(command), Expected::Done(said), "round {round}, {place:?}: {command}");
+            others.retain(|(other, reply)| !model.would_say(other, reply, times));
+            let outcomes = model.outcomes(command, times);
+            let said = Expected::Done(said);
+            let Some((_, coupon)) = outcomes.iter().find(|(expected, _)| *expected == said) else {
+                panic!("round {round}, {place:?}: {command}: {said:?}, expected one of {outcomes:?}");
+            };
+            model.coupons.extend(coupon.clone().map(|coupon| (command.split(' ').nth(1).unwrap().to_owned(), coupon)));
             at = place;
         }
-        others.retain(|(other, reply)| !model.would_say(other, reply));
+        others.retain(|(other, reply)| !model.would_say(other, reply, times));
         assert!(others.is_empty(), "round {round}: at no point of it {others:?}");
+        let after = if scans.is_empty() { BTreeMap::new() } else { model.scanned() };
+        for found in scans {
+            let all = before.keys().filter(|coupon| after.contains_key(*coupon));
+            all.for_each(|coupon| assert!(found.contains(coupon), "round {round}: {coupon} was there all the time, and is not found"));
+        }
     }
     println!("{} changes, {} coupons, {kills} kills", at.1, model.coupons.len());
     both_sides_are_as(&model, &stack);

@@ -9,7 +9,7 @@ use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use redis::{Connection, ConnectionLike as _, Value};
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection};
@@ -494,6 +494,16 @@ impl Stack {
             client.field("HOLDFAST.STATUS", "applied").split('-').nth(1) == Some(&position)
         });
     }
+}
+
+/// By this process's clock, in Unix ms.
+pub fn now_ms() -> i64 {
+    i64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap()
+}
+
+/// What random numbers begin with: this, unless `HOLDFAST_TEST_SEED` says otherwise.
+pub fn seed(usual: u64) -> u64 {
+    std::env::var("HOLDFAST_TEST_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(usual)
 }
 
 /// Waits until it is so.
