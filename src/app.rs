@@ -25,8 +25,8 @@ use uuid::Uuid;
 use crate::bulk::{self, Imported};
 use crate::command::info::Section;
 use crate::command::table::TABLE;
-use crate::command::{Backend, Commands, Context, Drain, SlowLog, Stats, passthrough};
-use crate::config::{Config, CouponLock, LedgerDetail, Passthrough, Prefer};
+use crate::command::{Ack, Backend, Commands, Context, Drain, SlowLog, Stats, passthrough};
+use crate::config::{self, Config, CouponLock, LedgerDetail, Passthrough, Prefer};
 use crate::domain::event::Event;
 use crate::domain::{Grain, Side};
 use crate::ledger;
@@ -336,6 +336,14 @@ fn threads(config: &Config) -> usize {
 }
 
 /// The commands that this server has.
+fn ack(ack: config::Ack) -> Ack {
+    match ack {
+        config::Ack::Redis => Ack::Redis,
+        config::Ack::Replica => Ack::Replica,
+        config::Ack::Postgres => Ack::Postgres,
+    }
+}
+
 fn commands(config: &Config) -> Commands {
     match config.passthrough {
         Passthrough::Off => Commands::new(TABLE),
@@ -475,7 +483,8 @@ impl FrontThread {
         let context = Context::new(Rc::new(commands(&config)), registry, stats, backend);
         let passing = (config.passthrough == Passthrough::ReadOnly)
             .then(|| Rc::new(Reads::passing(redis_url, limits::PASSED_WITHIN, limits::PASSED_REPLY_MAX)));
-        let cx = Rc::new(Context { users, bounds, guesses, subscribers, slow, drain, passing, ..context });
+        let acks_set = TABLE.iter().filter_map(|spec| Some((spec.name, ack(config.ack(spec.name)?)))).collect();
+        let cx = Rc::new(Context { users, bounds, guesses, subscribers, slow, drain, passing, acks_set, ..context });
         spawn_local(Rc::clone(&cx.heartbeat).beat());
         cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));
         let (partition, locks) = (Arc::clone(&cx.backend.partition), cx.backend.locks.clone());

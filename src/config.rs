@@ -51,6 +51,8 @@ pub struct Config {
     pub outbox: Outbox,
     pub ledger: Ledger,
     pub idempotency: Idempotency,
+    /// By command, as its settings name it.
+    pub ack: BTreeMap<String, Ack>,
     pub stock: Stock,
     pub coupon: Coupon,
     pub lock: Lock,
@@ -180,6 +182,34 @@ pub enum LedgerDetail {
 pub struct Idempotency {
     #[serde(rename = "window_ms", deserialize_with = "milliseconds")]
     pub window: Duration,
+}
+
+/// What a change's reply waits for where its client does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Ack {
+    Redis,
+    Replica,
+    Postgres,
+}
+
+impl Ack {
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Redis => "redis",
+            Self::Replica => "replica",
+            Self::Postgres => "postgres",
+        }
+    }
+}
+
+impl Config {
+    /// What a command's reply waits for where its client does not say, if it was set otherwise than by default.
+    pub fn ack(&self, command: &str) -> Option<Ack> {
+        let name = command.to_ascii_lowercase().replace('.', "_");
+        let setting = SETTINGS.iter().find(|setting| setting.section_and_name() == ("ack", &name))?;
+        self.ack.get(&name).copied().filter(|ack| ack.word() != setting.default)
+    }
 }
 
 /// The section `[stock]`.

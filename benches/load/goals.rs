@@ -44,6 +44,7 @@ pub const GOALS: &[Goal] = &[
     at_most("import-1m", 120.0, "s", "1,000,000 products imported"),
     at_least("connections-10k", 0.75, RATIO, "10,000 connections / one, with pipeline"),
     at_most("reserve-cost", 3.0, RATIO, "Redis CPU, RESERVE of 5 products / DECR ORDER of one, of 10,000"),
+    at_most("reserve-cost-alone", 3.0, RATIO, "Redis CPU, RESERVE of 5 products / DECR of one, each alone"),
     at_most("expire-100k", 10.0, "s", "100,000 due orders expire"),
     at_most("expire-p99", 20.0, "ms", "p99 of STOCK.DECR meanwhile"),
     at_least("relay-alone", 100_000.0, "/s", "relay alone, one product"),

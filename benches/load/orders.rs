@@ -42,7 +42,7 @@ pub fn reserve(slug: &str, stage: &Stage, report: &mut Report) -> Option<()> {
     report.ratio(slug, all[0].ratio(&all[1], |sample| sample.redis));
     let one_by_one = in_turns(stage, rounds(stage).1, Relay::Held, &alone)?;
     report.rounds("reserve-cost, alone", &one_by_one);
-    report.comparison("Redis CPU, RESERVE of 5 / DECR of one, each alone", one_by_one[0].ratio(&one_by_one[1], |sample| sample.redis));
+    report.ratio("reserve-cost-alone", one_by_one[0].ratio(&one_by_one[1], |sample| sample.redis));
     report.comparison("Redis CPU, RESERVE of 5 / DECR REQUEST of one, summed", all[0].ratio(&all[2], |sample| sample.redis));
     report.comparison("Redis CPU, RESERVE of 5 / DECR of one, summed", all[0].ratio(&all[3], |sample| sample.redis));
     Some(())

@@ -26,10 +26,13 @@ pub struct Confirmation {
 }
 
 impl Confirmation {
-    /// From ACK and TIMEOUT, else the command's default. Errors with the reply where it is known beforehand that it cannot be had.
+    /// From ACK and TIMEOUT, else the command's default, unless another was set. Errors with the reply where it is known beforehand that it cannot be had.
     pub fn of(call: &Call<'_>, default: Ack) -> Result<Self, Reply> {
         let (args, backend) = (&call.args, &call.cx.backend);
         let partition = &backend.partition;
+        let set = &call.cx.acks_set;
+        // Mostly none is, and each change comes here.
+        let default = if set.is_empty() { default } else { set.get(args.spec().name).copied().unwrap_or(default) };
         let ack = args.ack().unwrap_or(default);
         let otherwise = if default == Ack::Postgres { limits::ACK_POSTGRES_WITHIN } else { limits::ACK_WITHIN };
         let asked = args.timeout_ms().and_then(|ms| u64::try_from(ms).ok()).map(Duration::from_millis);

@@ -42,6 +42,7 @@ pub mod table;
 
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -152,6 +153,8 @@ pub struct Context {
     /// What INFO shows besides its own sections.
     pub sections: RefCell<Vec<info::Section>>,
     pub backend: Backend,
+    /// What replies wait for whose clients do not say, by command, where that was set otherwise than the command has it.
+    pub acks_set: HashMap<&'static str, Ack>,
     /// What reads the backing Redis for people, where that is on.
     pub passing: Option<Rc<Reads>>,
 }
@@ -178,6 +181,7 @@ impl Context {
             settings: RefCell::new(server::settings()),
             sections: RefCell::new(Vec::new()),
             backend,
+            acks_set: HashMap::new(),
             passing: None,
         }
     }

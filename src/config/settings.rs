@@ -45,6 +45,11 @@ pub enum Kind {
     LogFilter,
 }
 
+/// What a command's reply waits for. The name behind the section is the command's, with `_` for its dot.
+const fn ack(key: &'static str, default: &'static str, doc: &'static str) -> Setting {
+    Setting { key, kind: Kind::Choice(&["redis", "replica", "postgres"]), default, doc }
+}
+
 /// Every setting, those without a section first, as TOML wants them.
 pub const SETTINGS: &[Setting] = &[
     Setting { key: "listen", kind: Kind::Address, default: "127.0.0.1:6380", doc: "Where Redis clients connect." },
@@ -253,6 +258,22 @@ pub const SETTINGS: &[Setting] = &[
         default: "600000",
         doc: "How long a REQUEST id and its reply are remembered.",
     },
+    ack("ack.stock_set", "postgres", "What a reply to `STOCK.SET` waits for whose client says no ACK."),
+    ack("ack.stock_del", "postgres", "What a reply to `STOCK.DEL` waits for whose client says no ACK."),
+    ack("ack.stock_incr", "redis", "What a reply to `STOCK.INCR` waits for whose client says no ACK."),
+    ack("ack.stock_decr", "redis", "What a reply to `STOCK.DECR` waits for whose client says no ACK."),
+    ack("ack.stock_reserve", "redis", "What a reply to `STOCK.RESERVE` waits for whose client says no ACK."),
+    ack("ack.stock_confirm", "redis", "What a reply to `STOCK.CONFIRM` waits for whose client says no ACK."),
+    ack("ack.stock_cancel", "postgres", "What a reply to `STOCK.CANCEL` waits for whose client says no ACK."),
+    ack("ack.stock_extend", "redis", "What a reply to `STOCK.EXTEND` waits for whose client says no ACK."),
+    ack("ack.stock_unfreeze", "postgres", "What a reply to `STOCK.UNFREEZE` waits for whose client says no ACK."),
+    ack("ack.coupon_create", "postgres", "What a reply to `COUPON.CREATE` waits for whose client says no ACK."),
+    ack("ack.coupon_alter", "postgres", "What a reply to `COUPON.ALTER` waits for whose client says no ACK."),
+    ack("ack.coupon_issue", "redis", "What a reply to `COUPON.ISSUE` waits for whose client says no ACK."),
+    ack("ack.coupon_use", "redis", "What a reply to `COUPON.USE` waits for whose client says no ACK."),
+    ack("ack.coupon_unuse", "redis", "What a reply to `COUPON.UNUSE` waits for whose client says no ACK."),
+    ack("ack.coupon_revoke", "postgres", "What a reply to `COUPON.REVOKE` waits for whose client says no ACK."),
+    ack("ack.coupon_del", "postgres", "What a reply to `COUPON.DEL` waits for whose client says no ACK."),
     Setting {
         key: "stock.sold_out_ms",
         kind: Kind::Milliseconds(0, limits::SOLD_OUT_MAX_MS),

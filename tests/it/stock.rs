@@ -1,5 +1,7 @@
 //! STOCK: the contract, command by command.
 
+use std::process::Command;
+
 use crate::harness::Stack;
 
 #[test]
@@ -217,4 +219,54 @@ fn a_product_that_appears_in_postgres_is_not_created_over() {
     stack.postgres.value("INSERT INTO holdfast.stock (product_id, available) VALUES ('x', 50) RETURNING 1");
     client.ok("STOCK.SET x 100");
     assert_eq!(stack.postgres.value("SELECT available FROM holdfast.stock WHERE product_id = 'x'"), "100");
+}
+
+/// Each command that changes something, as its setting names it, in an order in which all are accepted.
+const CHANGES: [(&str, &str); 16] = [
+    ("stock_set", "STOCK.SET a 10"),
+    ("stock_incr", "STOCK.INCR a 1"),
+    ("stock_decr", "STOCK.DECR a 1"),
+    ("stock_reserve", "STOCK.RESERVE o 600000 a 1"),
+    ("stock_extend", "STOCK.EXTEND o 700000"),
+    ("stock_confirm", "STOCK.CONFIRM o"),
+    ("stock_cancel", "STOCK.CANCEL o"),
+    ("stock_unfreeze", "STOCK.UNFREEZE a"),
+    ("stock_del", "STOCK.DEL a"),
+    ("coupon_create", "COUPON.CREATE c 5"),
+    ("coupon_alter", "COUPON.ALTER c TOTAL 6"),
+    ("coupon_issue", "COUPON.ISSUE c u"),
+    ("coupon_use", "COUPON.USE c u"),
+    ("coupon_unuse", "COUPON.UNUSE c u"),
+    ("coupon_revoke", "COUPON.REVOKE c u"),
+    ("coupon_del", "COUPON.DEL c"),
+];
+
+#[test]
+fn a_reply_whose_client_says_no_ack_waits_for_what_the_commands_setting_says() {
+    let flag = |name: &str| format!("--ack-{}", name.replace('_', "-"));
+    let shown = |flags: &[String]| -> Vec<String> {
+        let output = Command::new(env!("CARGO_BIN_EXE_holdfast")).arg("print-config").args(flags).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let section: Vec<&str> = text.split("[ack]").nth(1).unwrap().split('[').next().unwrap().lines().collect();
+        let value = |name: &str| section.iter().find_map(|line| line.strip_prefix(&format!("{name} = \""))?.split('"').next());
+        CHANGES.iter().map(|(name, _)| value(name).unwrap_or_else(|| panic!("no {name} in {text}")).to_owned()).collect()
+    };
+    let usual = shown(&[]);
+    let other = |ack: &String| if ack == "redis" { "postgres" } else { "redis" }.to_owned();
+    let swapped = CHANGES.iter().zip(&usual).flat_map(|((name, _), ack)| [flag(name), other(ack)]).collect();
+    for flags in [Vec::new(), swapped] {
+        let stack =
+            Stack::with_settings(&[&["--reply-within-ms", "20000"], &*flags.iter().map(String::as_str).collect::<Vec<_>>()].concat());
+        let mut client = stack.connect();
+        let waited_for = stack.postgres.holding("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE", || {
+            let waits = |(_, command): &(&str, &str)| {
+                let reply = client.ask(&format!("{command} TIMEOUT 20"));
+                let is_pending = reply.starts_with("-PENDING ");
+                assert!(is_pending || reply.starts_with('['), "{command}: {reply}");
+                if is_pending { "postgres" } else { "redis" }.to_owned()
+            };
+            CHANGES.iter().map(waits).collect::<Vec<_>>()
+        });
+        assert_eq!(waited_for, shown(&flags), "{CHANGES:?}");
+    }
 }
