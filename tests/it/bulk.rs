@@ -177,14 +177,46 @@ fn an_audit_names_what_the_ledgers_do_not_explain() {
     stack.wait_until_applied();
     assert_eq!(audit(&stack), ("3 products and 1 coupons, 0 of them differ\n".into(), Some(0)), "also what other programs changed");
     let all = text(&holdfast(&stack, &["audit", "--all"]).output().unwrap().stdout);
-    assert!(all.contains("ok: product a: available 9 held 2\n"), "{all}");
+    assert!(all.contains("ok: product a: available 9 held 2 held by orders 2\n"), "{all}");
     other.tamper("UPDATE holdfast.stock SET available = available - 1 WHERE product_id = 'a'");
     other.tamper("UPDATE holdfast.coupon_issue SET state = 'issued', used_at = NULL WHERE serial = 1");
     let (said, code) = audit(&stack);
     assert_eq!(code, Some(1));
-    assert!(said.contains("differs: product a: available 8, but 9 by the ledger held 2\n"), "{said}");
+    assert!(said.contains("differs: product a: available 8, but 9 by the ledger held 2 held by orders 2\n"), "{said}");
     assert!(said.contains("differs: coupon c: total 4 issued 1 used 1 issued to users 1 used by users 0, but 1 by the ledger\n"), "{said}");
     assert!(said.ends_with("3 products and 1 coupons, 2 of them differ\n"), "{said}");
+}
+
+#[test]
+fn an_audit_names_orders_that_hold_something_else_than_their_products_say() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    client.ok("STOCK.SET b 10");
+    assert!(client.ask("STOCK.RESERVE o 600000 a 2 b 1").starts_with("[HELD, "));
+    assert!(client.ask("STOCK.RESERVE p 600000 a 3").starts_with("[HELD, "));
+    client.ok("STOCK.DEL b");
+    stack.wait_until_applied();
+    assert_eq!(audit(&stack), ("2 products and 0 coupons, 0 of them differ\n".into(), Some(0)), "also of a product that was deleted");
+    let mut other = Program::new(&stack.postgres);
+    let mut tampered = |change: &str, undo: &str, differ: &[&str]| {
+        other.tamper(&format!("UPDATE holdfast.stock_order SET {change} WHERE order_id = 'o'"));
+        let (said, code) = audit(&stack);
+        let mut lines: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("differs: product ")).collect();
+        lines.sort_unstable();
+        assert_eq!((lines.as_slice(), code), (differ, Some(1)), "{change}");
+        other.tamper(&format!("UPDATE holdfast.stock_order SET {undo} WHERE order_id = 'o'"));
+    };
+    let a = |units: i64| format!("a: available 5 held 5 held by orders {units}, but 5 by the ledger");
+    let b = |units: i64| format!("b: available 0 held 1 held by orders {units}, but 1 by the ledger");
+    tampered("state = 'confirmed'", "state = 'held'", &[&a(3), &b(0)]);
+    tampered("units = '{4,1}'", "units = '{2,1}'", &[&a(7)]);
+    tampered("products = '{b,a}'", "products = '{a,b}'", &[&a(4), &b(2)]);
+    assert_eq!(audit(&stack).1, Some(0));
+    for order in ["o", "p"] {
+        assert!(client.ask(&format!("STOCK.CANCEL {order}")).starts_with("[CANCELLED, "));
+    }
+    assert_eq!(audit(&stack).1, Some(0));
 }
 
 #[test]
