@@ -43,9 +43,9 @@ const WITHIN: Duration = Duration::from_secs(20);
 pub struct Imported {
     /// Lines whose products were set, by this run.
     pub set: u64,
-    /// Lines that had been done before this run.
+    /// Lines that had been done before this run, and were not refused.
     pub before: u64,
-    /// Lines that were refused; each was named on standard error.
+    /// Lines that were refused, also those that an earlier run came to; each was named on standard error.
     pub refused: u64,
 }
 
@@ -300,9 +300,14 @@ impl Feed {
         while self.read < self.begun.lines
             && let Some((number, line)) = self.next_line()?
         {
-            // Its product has been set, and may not come again; what was refused was said then.
-            _ = self.row(number, &line);
-            self.done.before += 1;
+            // Its product has been set, and may not come again. What was refused is named again: this run reports on the whole file.
+            match self.row(number, &line) {
+                Ok(_) => self.done.before += 1,
+                Err(why) => {
+                    self.under_way.refuse(number, why);
+                    self.tell();
+                }
+            }
             self.under_way.passed.set(number);
         }
         let last = self.begun.lines + IMPORT_AHEAD as u64;

@@ -1,7 +1,8 @@
 //! Works out of the ledgers what there has to be, and compares it with what there is: all at one moment, page by page.
 //!
 //! A product has as many units as its ledger rows moved, without those that are owed (dead letters), and with what moved it beside the
-//! ledgers, which `holdfast.outside` adds up. A coupon likewise. Kinds of changes make no difference.
+//! ledgers, which `holdfast.outside` adds up. A coupon likewise. Kinds of changes make no difference. What is held, and what is issued, also
+//! stands in rows of its own, those of the orders and of the users: they have to come to the same.
 
 use std::collections::HashMap;
 
@@ -52,6 +53,15 @@ impl std::fmt::Display for Account {
 const PARKED: &str = "SELECT d.product_id, sum(d.delta) AS units FROM holdfast.dead_letter d WHERE d.product_id IS NOT NULL AND (d.in_redis \
      OR EXISTS (SELECT 1 FROM holdfast.stock_ledger k WHERE k.op = d.op AND k.k = d.k AND k.i = d.i)) GROUP BY d.product_id";
 
+/// The units that orders hold of each product. An id that was used again is the order that it is of last.
+const OF_ORDERS: &str = "SELECT p.product_id, sum(p.units) AS units FROM holdfast.stock_order q \
+     CROSS JOIN LATERAL unnest(q.products, q.units) AS p (product_id, units) WHERE q.state = 'held' AND NOT EXISTS (SELECT 1 \
+     FROM holdfast.stock_order later WHERE later.order_id = q.order_id AND (later.epoch, later.n) > (q.epoch, q.n)) GROUP BY p.product_id";
+
+/// The products of orders whose own rows are owed: what is held of them moved all the same.
+const ORDERS_PARKED: &str = "SELECT DISTINCT k.product_id FROM holdfast.dead_letter d \
+     JOIN holdfast.stock_ledger k ON k.op = d.op AND k.k = d.k WHERE d.product_id IS NULL";
+
 /// One audit: a moment of Postgres.
 pub struct Audit<'c> {
     transaction: Transaction<'c, Postgres>,
@@ -83,16 +93,17 @@ impl<'c> Audit<'c> {
         Ok(sqlx::query(AssertSqlSafe(fetch)).persistent(false).fetch_all(&mut *self.transaction).await?)
     }
 
-    /// Every product that there is or that the ledger knows.
+    /// Every product that there is, or that the ledger or an order knows.
     pub async fn products(&mut self) -> Result<Pages, Error> {
         let query = format!(
-            "SELECT coalesce(s.product_id, l.product_id), coalesce(s.available, 0), \
+            "SELECT product_id, coalesce(s.available, 0), \
              (coalesce(l.available, 0) + coalesce(o.available, 0) - coalesce(d.units, 0))::bigint, coalesce(s.held, 0), \
-             (coalesce(l.held, 0) + coalesce(o.held, 0))::bigint \
+             coalesce(l.held, 0)::bigint, coalesce(o.held, 0), coalesce(q.units, 0)::bigint, r.product_id IS NOT NULL \
              FROM holdfast.stock s FULL JOIN (SELECT product_id, sum(pg_delta) AS available, sum(held_delta) AS held \
              FROM holdfast.stock_ledger WHERE product_id <> '' GROUP BY product_id) l USING (product_id) \
-             LEFT JOIN holdfast.outside o ON o.kind = 'product' AND o.id = coalesce(s.product_id, l.product_id) \
-             LEFT JOIN ({PARKED}) d ON d.product_id = coalesce(s.product_id, l.product_id)"
+             FULL JOIN ({OF_ORDERS}) q USING (product_id) \
+             LEFT JOIN holdfast.outside o ON o.kind = 'product' AND o.id = product_id \
+             LEFT JOIN ({PARKED}) d USING (product_id) LEFT JOIN ({ORDERS_PARKED}) r USING (product_id)"
         );
         self.open("audited_products", &query).await
     }
@@ -101,10 +112,16 @@ impl<'c> Audit<'c> {
     pub async fn next_products(&mut self, pages: &Pages) -> Result<Vec<Account>, Error> {
         let rows = self.fetch(pages).await?;
         let account = |row: PgRow| {
-            let (id, available, by_ledger, held, held_by_ledger): (String, i64, i64, i64, i64) = FromRow::from_row(&row)?;
+            type Columns = (String, i64, i64, i64, i64, i64, i64, bool);
+            let (id, available, by_ledger, held, moved, outside, of_orders, is_parked): Columns = FromRow::from_row(&row)?;
+            let held_by_ledger = moved + outside;
+            // Who changes what is held by hand, or removes the product, leaves the orders as they are. And where an order's row is owed,
+            // the ledger has moved without it.
+            let of_orders_explained = if is_parked || of_orders == moved { of_orders } else { held_by_ledger };
             let numbers = vec![
                 Number { name: "available", found: available, explained: by_ledger },
                 Number { name: "held", found: held, explained: held_by_ledger },
+                Number { name: "held by orders", found: of_orders, explained: of_orders_explained },
             ];
             Ok(Account { what: "product", id, numbers })
         };
@@ -157,11 +174,13 @@ impl<'c> Audit<'c> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::Position;
-    use crate::domain::change::Operation;
+    use crate::domain::change::{Entry, Operation};
+    use crate::domain::{Position, Settled};
     use crate::ledger::adopt::{Adoption, Coupon, Issued};
+    use crate::ledger::dead_letter::apply_parking;
     use crate::ledger::salvage::{self, Answered};
     use crate::ledger::testing::{database, execute, number_of};
+    use crate::ledger::{apply, partition};
 
     async fn differing(connection: &mut PgConnection) -> Vec<String> {
         let mut audit = Audit::take(connection).await.unwrap();
@@ -200,11 +219,59 @@ mod tests {
         assert_eq!(
             differing(connection).await,
             [
-                "product a: available 6, but 5 by the ledger held 1, but 0 by the ledger",
+                "product a: available 6, but 5 by the ledger held 1, but 0 by the ledger held by orders 0",
                 "coupon x: total 4 issued 1, but 0 by the ledger used 0 issued to users 0, but 1 by the ledger used by users 0",
             ]
         );
     }
+
+    /// The entry after `n` changes, each in a batch of its own.
+    fn entry(n: u64, line: &str) -> Entry {
+        let prev = if n == 0 { partition::NO_OP.to_owned() } else { format!("i:stock:{n}") };
+        let op = format!("i:stock:{}", n + 1);
+        Entry { last: Position::new(1, n + 1), first_n: n + 1, prev, op, at_ms: 7, operations: vec![Operation::decode(line).unwrap()] }
+    }
+
+    #[tokio::test]
+    async fn what_orders_hold_is_counted_in_them_and_no_false_alarm_is_given_of_what_is_owed_or_gone() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        for (n, line) in (0..).zip(["set | a 10 10", "reserve order=o expires=9 | a -3 7", "cancel order=o from=held units=3 | a 3 10"]) {
+            apply(connection, 0, &[entry(n, &format!("0 {line}"))]).await.unwrap();
+        }
+        // The id is used again.
+        apply(connection, 0, &[entry(3, "0 reserve order=o expires=9 | a -2 8")]).await.unwrap();
+        assert_eq!(differing(connection).await, [""; 0]);
+        let is_named = ["product a: available 8 held 2 held by orders 5, but 2 by the ledger"];
+        execute(connection, "UPDATE holdfast.stock_order SET units = '{5}' WHERE n = 4").await;
+        assert_eq!(differing(connection).await, is_named);
+        execute(connection, "UPDATE holdfast.stock_order SET units = '{2}' WHERE n = 4; UPDATE holdfast.stock_order SET state = 'held'")
+            .await;
+        assert_eq!(differing(connection).await, [""; 0], "only the last of an id is the order");
+        execute(connection, "INSERT INTO holdfast.stock_order SELECT 'made up', 1, 9, 0, 'held', 9, '{ghost}', '{3}', 1, 9, now(), now()")
+            .await;
+        assert_eq!(differing(connection).await, ["product ghost: available 0 held 0 held by orders 3, but 0 by the ledger"]);
+        execute(connection, "DELETE FROM holdfast.stock_order WHERE order_id = 'made up'").await;
+        // Postgres takes the units and not the order.
+        execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (order_id <> 'refused')").await;
+        assert_eq!(apply_parking(connection, 0, &entry(4, "0 reserve order=refused expires=9 | a -1 7")).await.unwrap().1, 1);
+        assert_eq!(number_of(connection, "SELECT held FROM holdfast.stock").await, 3);
+        assert_eq!(differing(connection).await, [""; 0], "it is owed");
+        let letter = number_of(connection, "SELECT id FROM holdfast.dead_letter").await;
+        assert_eq!(dead_letter::discard(connection, letter).await.unwrap(), Settled::Done);
+        assert_eq!(differing(connection).await, ["product a: available 7 held 3 held by orders 2, but 3 by the ledger"], "it is given up");
+        execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none").await;
+        apply(connection, 0, &[entry(5, "0 cancel order=refused from=held units=1 | a 1 8")]).await.unwrap();
+        assert_eq!(differing(connection).await, [""; 0]);
+        // What another program does to the product does nothing to its orders.
+        execute(connection, "UPDATE holdfast.stock SET held = 7").await;
+        assert_eq!(differing(connection).await, [""; 0]);
+        execute(connection, "DELETE FROM holdfast.stock").await;
+        assert_eq!(differing(connection).await, [""; 0]);
+        execute(connection, "UPDATE holdfast.stock_order SET state = 'expired'").await;
+        assert_eq!(differing(connection).await, [""; 0], "and nothing is held of what is gone");
+    }
+
     #[tokio::test]
     async fn what_is_owed_to_a_coupon_is_no_gap_when_redis_is_taken_over() {
         let mut database = database().await;

@@ -76,9 +76,13 @@ fn a_file_is_imported_line_by_line_and_what_is_refused_is_named() {
     assert_eq!(client.ask("STOCK.GET a"), "50", "what was exported is what there is");
 }
 
-fn kill(mut child: Child) {
-    child.kill().unwrap();
-    child.wait().unwrap();
+fn kill(stack: &Stack, mut import: Child) {
+    import.kill().unwrap();
+    import.wait().unwrap();
+    // Postgres may take a moment to see that it is gone, and until then another is refused.
+    let locks = "SELECT count(*) FROM pg_locks l JOIN pg_database d ON d.oid = l.database \
+                 WHERE d.datname = current_database() AND l.locktype = 'advisory' AND l.objsubid = 1";
+    wait_until("its session has ended", || stack.postgres.value(locks) == "0");
 }
 
 /// Waits until there are so many products in Redis.
@@ -97,7 +101,7 @@ fn an_import_that_is_killed_goes_on_and_sets_nothing_twice_while_others_sell() {
     for at in [1_000, 9_000] {
         let import = holdfast(&stack, &["import", csv.path()]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         wait_for_products(&stack, at);
-        kill(import);
+        kill(&stack, import);
     }
     // Sold between two runs: what is set a second time would give these units back.
     let mut client = stack.connect();
@@ -117,6 +121,39 @@ fn an_import_that_is_killed_goes_on_and_sets_nothing_twice_while_others_sell() {
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock_ledger WHERE kind = 'set'"), PRODUCTS.to_string(), "each once");
     assert_eq!(client.ask("STOCK.SYNC DRYRUN"), "[]");
     assert_eq!(audit(&stack).1, Some(0));
+}
+
+#[test]
+fn an_import_that_goes_on_names_what_it_refused_before_it_was_killed() {
+    const PRODUCTS: usize = 20_000;
+    let stack = Stack::start();
+    stack.connect().ok("STOCK.SET last 1");
+    let mut content = String::from("product,available\nbad id,1\nc,-1\np-0,100\np-0,1\n");
+    (1..PRODUCTS).for_each(|i| writeln!(content, "p-{i},{}", 100 + i % 7).unwrap());
+    content += "last,2\n";
+    let csv = Csv::new("refused", &content);
+    let noted = || stack.postgres.column("SELECT lines || ' ' || (done_at IS NULL) FROM holdfast.import");
+    // While the last product cannot be set, the import does not end, and is killed where it has noted some lines.
+    stack.postgres.holding("BEGIN; SELECT FROM holdfast.stock WHERE product_id = 'last' FOR UPDATE", || {
+        let import = holdfast(&stack, &["import", csv.path()]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        wait_until("a place behind the refused lines is noted", || {
+            noted().first().is_some_and(|noted| noted.split(' ').next().unwrap().parse::<usize>().unwrap() > 5)
+        });
+        kill(&stack, import);
+    });
+    assert!(noted()[0].ends_with(" true"), "it has not ended: {:?}", noted());
+    let Output { status, stdout, stderr } = holdfast(&stack, &["import", csv.path()]).output().unwrap();
+    let (out, err) = (text(&stdout), text(&stderr));
+    assert_eq!(status.code(), Some(1), "{out} {err}");
+    assert!(out.contains("3 lines refused") && out.contains("lines were done before"), "{out}");
+    for line in ["line 2: invalid product id", "line 3: invalid available '-1'", "line 5: product 'p-0' stands in line 4 already"] {
+        assert_eq!(err.matches(line).count(), 1, "{line}: {err}");
+    }
+    stack.wait_until_applied();
+    let set = "SELECT count(*) || ' ' || count(DISTINCT product_id) FROM holdfast.stock_ledger WHERE kind = 'set' AND product_id <> 'last'";
+    assert_eq!(stack.postgres.value(set), format!("{PRODUCTS} {PRODUCTS}"), "each once");
+    let sum: usize = (0..PRODUCTS).map(|i| 100 + i % 7).sum();
+    assert_eq!(stack.postgres.value("SELECT sum(available) FROM holdfast.stock"), (sum + 2).to_string());
 }
 
 #[test]
@@ -140,14 +177,46 @@ fn an_audit_names_what_the_ledgers_do_not_explain() {
     stack.wait_until_applied();
     assert_eq!(audit(&stack), ("3 products and 1 coupons, 0 of them differ\n".into(), Some(0)), "also what other programs changed");
     let all = text(&holdfast(&stack, &["audit", "--all"]).output().unwrap().stdout);
-    assert!(all.contains("ok: product a: available 9 held 2\n"), "{all}");
+    assert!(all.contains("ok: product a: available 9 held 2 held by orders 2\n"), "{all}");
     other.tamper("UPDATE holdfast.stock SET available = available - 1 WHERE product_id = 'a'");
     other.tamper("UPDATE holdfast.coupon_issue SET state = 'issued', used_at = NULL WHERE serial = 1");
     let (said, code) = audit(&stack);
     assert_eq!(code, Some(1));
-    assert!(said.contains("differs: product a: available 8, but 9 by the ledger held 2\n"), "{said}");
+    assert!(said.contains("differs: product a: available 8, but 9 by the ledger held 2 held by orders 2\n"), "{said}");
     assert!(said.contains("differs: coupon c: total 4 issued 1 used 1 issued to users 1 used by users 0, but 1 by the ledger\n"), "{said}");
     assert!(said.ends_with("3 products and 1 coupons, 2 of them differ\n"), "{said}");
+}
+
+#[test]
+fn an_audit_names_orders_that_hold_something_else_than_their_products_say() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    client.ok("STOCK.SET b 10");
+    assert!(client.ask("STOCK.RESERVE o 600000 a 2 b 1").starts_with("[HELD, "));
+    assert!(client.ask("STOCK.RESERVE p 600000 a 3").starts_with("[HELD, "));
+    client.ok("STOCK.DEL b");
+    stack.wait_until_applied();
+    assert_eq!(audit(&stack), ("2 products and 0 coupons, 0 of them differ\n".into(), Some(0)), "also of a product that was deleted");
+    let mut other = Program::new(&stack.postgres);
+    let mut tampered = |change: &str, undo: &str, differ: &[&str]| {
+        other.tamper(&format!("UPDATE holdfast.stock_order SET {change} WHERE order_id = 'o'"));
+        let (said, code) = audit(&stack);
+        let mut lines: Vec<&str> = said.lines().filter_map(|line| line.strip_prefix("differs: product ")).collect();
+        lines.sort_unstable();
+        assert_eq!((lines.as_slice(), code), (differ, Some(1)), "{change}");
+        other.tamper(&format!("UPDATE holdfast.stock_order SET {undo} WHERE order_id = 'o'"));
+    };
+    let a = |units: i64| format!("a: available 5 held 5 held by orders {units}, but 5 by the ledger");
+    let b = |units: i64| format!("b: available 0 held 1 held by orders {units}, but 1 by the ledger");
+    tampered("state = 'confirmed'", "state = 'held'", &[&a(3), &b(0)]);
+    tampered("units = '{4,1}'", "units = '{2,1}'", &[&a(7)]);
+    tampered("products = '{b,a}'", "products = '{a,b}'", &[&a(4), &b(2)]);
+    assert_eq!(audit(&stack).1, Some(0));
+    for order in ["o", "p"] {
+        assert!(client.ask(&format!("STOCK.CANCEL {order}")).starts_with("[CANCELLED, "));
+    }
+    assert_eq!(audit(&stack).1, Some(0));
 }
 
 #[test]
