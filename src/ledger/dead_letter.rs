@@ -304,15 +304,15 @@ pub async fn retry(connection: &mut PgConnection, letter: i64) -> Result<Settled
 
 async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled, Error> {
     hold_partition(connection, letter).await?;
-    type Columns = (i64, i64, i32, String, i32, Option<String>, i64, bool, String, i64);
+    type Columns = (i64, i64, i32, String, i32, Option<String>, i64, bool, String, i64, i32);
     let found: Option<Columns> = sqlx::query_as(
         "DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING epoch, n, i, op, k, product_id, delta, in_redis, line, \
-         (extract(epoch FROM at) * 1000)::bigint",
+         (extract(epoch FROM at) * 1000)::bigint, partition",
     )
     .bind(letter)
     .fetch_optional(&mut *connection)
     .await?;
-    let Some((epoch, n, i, op, k, product, delta, in_redis, line, at_ms)) = found else { return Ok(Settled::Unknown) };
+    let Some((epoch, n, i, op, k, product, delta, in_redis, line, at_ms, partition)) = found else { return Ok(Settled::Unknown) };
     let decoded = Operation::decode(&line);
     if !in_redis && decoded.as_ref().is_ok_and(is_made_in_redis) {
         // It comes here from there.
@@ -345,6 +345,19 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
     }
     sqlx::query("SELECT set_config('holdfast.writer', 'holdfast', true)").execute(&mut *connection).await?;
     let mut operation = decoded.map_err(|malformed| Error::Data(malformed.to_string()))?;
+    let last = Position::new(from_bigint(epoch), from_bigint(n));
+    if let (None, Some(change)) = (&product, operation.order()) {
+        // The order's own row, unless the order has gone on.
+        let has_gone_on =
+            "SELECT EXISTS (SELECT 1 FROM holdfast.stock_order WHERE order_id = $1 AND (changed_epoch, changed_n) >= ($2, $3))";
+        let has_gone_on = sqlx::query_scalar(has_gone_on).bind(&change.order).bind(epoch).bind(n);
+        if !has_gone_on.fetch_one(&mut *connection).await? {
+            let entry = Entry { last, first_n: last.n, prev: partition::NO_OP.into(), op, at_ms, operations: vec![operation] };
+            let changes = Changes::gather([&entry], &Created::default())?;
+            write::orders(connection, u32::try_from(partition).unwrap_or_default(), &changes).await?;
+        }
+        return Ok(Settled::Done);
+    }
     if let Effect::Stock { items, detail, .. } = &mut operation.effect {
         // Only its own line, by what is owed; what the creation of a product would come to is in that already.
         let at = usize::try_from(i).unwrap_or_default();
@@ -359,7 +372,6 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
         // A person says that it is to be: under whose token it came does not matter any more.
         stepped.token = None;
     }
-    let last = Position::new(from_bigint(epoch), from_bigint(n));
     let entry = Entry { last, first_n: last.n, prev: partition::NO_OP.into(), op, at_ms, operations: vec![operation] };
     write::moves(connection, &Changes::gather([&entry], &Created::default())?).await?;
     if let [Operation { effect: Effect::Coupon { coupon, change: CouponChange::Create(_) }, .. }] = entry.operations.as_slice() {
@@ -543,6 +555,28 @@ mod tests {
         let frozen = frozen(&mut database.connection, 0, 0).await.unwrap();
         assert_eq!(frozen.iter().map(|(_, product)| product.as_str()).collect::<Vec<_>>(), ["a", "ghost"]);
         assert_eq!(count(&mut database.connection, 0).await.unwrap(), 3);
+    }
+
+    #[tokio::test]
+    async fn an_orders_own_row_is_written_by_a_retry_unless_the_order_has_gone_on() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        apply(connection, 0, &[entry(0, 0, &["0 set | a 10 10"])]).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (state <> 'held')").await;
+        let begun = entry(1, 1, &["0 reserve order=o expires=9 | a -1 9", "1 reserve order=gone expires=9 | a -2 7"]);
+        assert_eq!(apply_parking(connection, 0, &begun).await.unwrap().1, 2);
+        apply(connection, 0, &[entry(3, 2, &["0 cancel order=gone from=held units=2 | a 2 9"])]).await.unwrap();
+        let letters: Vec<(i64,)> = rows(connection, "SELECT id FROM holdfast.dead_letter ORDER BY id").await;
+        let refused = retry(connection, letters[0].0).await.unwrap();
+        assert!(matches!(&refused, Settled::Failed(why) if why.contains("none")), "{refused:?}");
+        execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none").await;
+        for letter in letters {
+            assert_eq!(retry(connection, letter.0).await.unwrap(), Settled::Done);
+        }
+        let orders = "SELECT order_id, state, units[1] FROM holdfast.stock_order ORDER BY order_id";
+        let expected = [("gone".to_owned(), "cancelled".to_owned(), 2), ("o".to_owned(), "held".to_owned(), 1)];
+        assert_eq!(rows::<(String, String, i64)>(connection, orders).await, expected);
+        assert_eq!(number_of(connection, "SELECT available * 100 + held FROM holdfast.stock").await, 901);
     }
 
     #[tokio::test]
