@@ -26,7 +26,7 @@ use crate::bulk::{self, Imported};
 use crate::command::info::Section;
 use crate::command::table::TABLE;
 use crate::command::{Ack, Backend, Commands, Context, Drain, SlowLog, Stats, passthrough};
-use crate::config::{self, Config, CouponLock, LedgerDetail, Passthrough, Prefer};
+use crate::config::{Config, CouponLock, LedgerDetail, Passthrough, Prefer};
 use crate::domain::event::Event;
 use crate::domain::{Grain, Side};
 use crate::ledger;
@@ -336,14 +336,6 @@ fn threads(config: &Config) -> usize {
 }
 
 /// The commands that this server has.
-fn ack(ack: config::Ack) -> Ack {
-    match ack {
-        config::Ack::Redis => Ack::Redis,
-        config::Ack::Replica => Ack::Replica,
-        config::Ack::Postgres => Ack::Postgres,
-    }
-}
-
 fn commands(config: &Config) -> Commands {
     match config.passthrough {
         Passthrough::Off => Commands::new(TABLE),
@@ -483,7 +475,7 @@ impl FrontThread {
         let context = Context::new(Rc::new(commands(&config)), registry, stats, backend);
         let passing = (config.passthrough == Passthrough::ReadOnly)
             .then(|| Rc::new(Reads::passing(redis_url, limits::PASSED_WITHIN, limits::PASSED_REPLY_MAX)));
-        let acks_set = TABLE.iter().filter_map(|spec| Some((spec.name, ack(config.ack(spec.name)?)))).collect();
+        let acks_set = TABLE.iter().filter_map(|spec| Some((spec.name, Ack::of_word(config.ack(spec.name)?)))).collect();
         let cx = Rc::new(Context { users, bounds, guesses, subscribers, slow, drain, passing, acks_set, ..context });
         spawn_local(Rc::clone(&cx.heartbeat).beat());
         cx.settings.borrow_mut().push(("port", config.listen.port().to_string()));

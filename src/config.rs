@@ -52,7 +52,7 @@ pub struct Config {
     pub ledger: Ledger,
     pub idempotency: Idempotency,
     /// By command, as its settings name it.
-    pub ack: BTreeMap<String, Ack>,
+    pub ack: BTreeMap<String, String>,
     pub stock: Stock,
     pub coupon: Coupon,
     pub lock: Lock,
@@ -184,31 +184,12 @@ pub struct Idempotency {
     pub window: Duration,
 }
 
-/// What a change's reply waits for where its client does not say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Ack {
-    Redis,
-    Replica,
-    Postgres,
-}
-
-impl Ack {
-    const fn word(self) -> &'static str {
-        match self {
-            Self::Redis => "redis",
-            Self::Replica => "replica",
-            Self::Postgres => "postgres",
-        }
-    }
-}
-
 impl Config {
-    /// What a command's reply waits for where its client does not say, if it was set otherwise than by default.
-    pub fn ack(&self, command: &str) -> Option<Ack> {
+    /// What a command's reply waits for where its client says no ACK, in the words of ACK, if it was set otherwise than by default.
+    pub fn ack(&self, command: &str) -> Option<&str> {
         let name = command.to_ascii_lowercase().replace('.', "_");
         let setting = SETTINGS.iter().find(|setting| setting.section_and_name() == ("ack", &name))?;
-        self.ack.get(&name).copied().filter(|ack| ack.word() != setting.default)
+        self.ack.get(&name).map(String::as_str).filter(|ack| *ack != setting.default)
     }
 }
 

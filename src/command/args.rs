@@ -15,6 +15,17 @@ pub enum Ack {
     Postgres,
 }
 
+impl Ack {
+    /// From one of its words.
+    pub fn of_word(word: &str) -> Self {
+        match word {
+            "redis" => Self::Redis,
+            "replica" => Self::Replica,
+            _ => Self::Postgres,
+        }
+    }
+}
+
 /// Where one declared argument was found.
 #[derive(Clone, Copy, Debug, Default)]
 struct Found {
@@ -307,11 +318,7 @@ impl Args {
         let (index, found) = self.given(self.spec.at.ack)?;
         let Kind::Word(words) = self.spec.args[index].kind else { return None };
         let word = words.get(usize::try_from(found.integer).ok()?)?;
-        Some(match *word {
-            "redis" => Ack::Redis,
-            "replica" => Ack::Replica,
-            _ => Ack::Postgres,
-        })
+        Some(Ack::of_word(word))
     }
 
     /// How many ms the reply may wait for that, if the client said.

@@ -26,7 +26,8 @@ pub struct Confirmation {
 }
 
 impl Confirmation {
-    /// From ACK and TIMEOUT, else the command's default, unless another was set. Errors with the reply where it is known beforehand that it cannot be had.
+    /// From ACK and TIMEOUT, else the command's default, unless another was set. Errors with the reply where it is known beforehand that it
+    /// cannot be had.
     pub fn of(call: &Call<'_>, default: Ack) -> Result<Self, Reply> {
         let (args, backend) = (&call.args, &call.cx.backend);
         let partition = &backend.partition;

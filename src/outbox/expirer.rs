@@ -136,6 +136,10 @@ impl Expirer {
     /// Expires what has been found in Postgres, if it has been looked there.
     async fn expire_overdue(&mut self) {
         let Some(looking) = self.looking.take_if(|looking| looking.is_finished()) else { return };
+        // Another sidecar may have expired since what was found before it had the right to, and Redis may have forgotten that by now.
+        if self.looked.is_none_or(|looked| looked.elapsed() >= OVERDUE_EVERY) {
+            return;
+        }
         match looking.await.unwrap_or_else(|error| Err(error.to_string())) {
             Ok(orders) => {
                 self.trouble_looking.over(self.partition.id);
@@ -169,4 +173,34 @@ async fn overdue(partition: Arc<Partition>, postgres_url: String, now_ms: i64) -
     let rows = rows.map_err(|error| error.to_string())?;
     let order = |row: order::OrderRow| Ok((Id::from(row.order.as_str()), Looked::Found(row.order()?)));
     rows.into_iter().map(order).collect::<Result<_, ledger::Error>>().map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::{Order, OrderState, Position};
+
+    #[tokio::test]
+    async fn what_was_found_long_ago_expires_nothing() {
+        let (partition, receivers) = Partition::new(0, 1 << 20);
+        let mut changes = receivers.changes;
+        let mut expirer = Expirer::new(Arc::new(partition), "redis://127.0.0.1:1", "postgres://127.0.0.1:1", "i");
+        let items = vec![("a".to_owned(), 1)];
+        let order = Order { state: OrderState::Held, expires_ms: 1, items, position: Position::new(1, 1) };
+        let now = Instant::now();
+        for (looked, is_expired) in [(now, true), (now.checked_sub(OVERDUE_EVERY).unwrap(), false)] {
+            let found = vec![(Id::from("o"), Looked::Found(order.clone()))];
+            let looking = tokio::spawn(async { Ok(found) });
+            while !looking.is_finished() {
+                tokio::task::yield_now().await;
+            }
+            (expirer.looked, expirer.looking) = (Some(looked), Some(AbortOnDropHandle::new(looking)));
+            // Nobody carries it out.
+            let asked =
+                async { tokio::time::timeout(Duration::from_millis(200), changes.recv()).await.is_ok_and(|change| change.is_some()) };
+            let (asked, ()) = tokio::join!(asked, expirer.expire_overdue());
+            assert_eq!(asked, is_expired);
+            assert!(expirer.looking.is_none());
+        }
+    }
 }

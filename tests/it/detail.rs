@@ -6,11 +6,9 @@ use std::process::Command;
 
 use crate::harness::{Sidecar, Stack, wait_until};
 use crate::proxy::Proxy;
+use crate::rebuild::RELAYS_WAIT;
 
 const BATCH: &[&str] = &["--reply-within-ms", "20000", "--ledger-detail", "batch"];
-
-/// While this is held nothing reaches Postgres.
-const RELAYS_WAIT: &str = "BEGIN; SELECT * FROM holdfast.partition FOR UPDATE";
 
 /// A reply to a command over one product: its first word, what was available, and its position.
 #[derive(Clone, Debug, PartialEq, Eq)]

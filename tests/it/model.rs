@@ -12,6 +12,7 @@ use proptest::prelude::Rng as _;
 use proptest::test_runner::{RngAlgorithm, TestRng};
 
 use crate::harness::{Client, Sidecar, Stack, now_ms, scanned, seed, wait_until};
+use crate::reconcile::NEVER;
 
 const CLIENTS: usize = 8;
 const PRODUCTS: [&str; 5] = ["a", "b", "c", "d", "e"];
@@ -21,9 +22,6 @@ const KILL_EVERY: usize = 400;
 const TAMPER_EVERY: usize = 800;
 /// More than is corrected without a person.
 const TOO_MANY: i64 = 500;
-/// The reconciler would be faster than the SYNC that is to find it.
-const SETTINGS: &[&str] =
-    &["--reply-within-ms", "20000", "--reconcile-sync-every-ms", "86400000", "--reconcile-initialise-every-ms", "86400000"];
 
 /// How many commands; `HOLDFAST_TEST_STEPS` says otherwise.
 fn steps() -> usize {
@@ -526,7 +524,7 @@ fn run(stack: &mut Stack) -> Vec<Step> {
         }
         if dies {
             stack.sidecar.kill();
-            stack.sidecar = Sidecar::with_settings(&stack.redis.url(), &stack.postgres.url, SETTINGS);
+            stack.sidecar = Sidecar::with_settings(&stack.redis.url(), &stack.postgres.url, NEVER);
             stack.wait_until_ready();
         }
         let mut replies: Vec<String> = clients.iter_mut().map(Client::receive).collect();
@@ -594,7 +592,7 @@ fn check_history(step: &Step, past: &[(Place, String)], next_round: Place, in_po
 
 #[test]
 fn every_reply_is_the_models() {
-    let mut stack = Stack::with_settings(SETTINGS);
+    let mut stack = Stack::with_settings(NEVER);
     let steps = run(&mut stack);
     wait_until_quiet(&stack);
     // Where each accepted command took effect, and where orders expired. An order that is confirmed again is answered where it became so,

@@ -10,7 +10,7 @@ use crate::harness::{Stack, wait_until};
 const LOADING: &str = "-";
 
 /// While this is held nothing reaches Postgres.
-const RELAYS_WAIT: &str = "BEGIN; SELECT * FROM holdfast.partition FOR UPDATE";
+pub const RELAYS_WAIT: &str = "BEGIN; SELECT * FROM holdfast.partition FOR UPDATE";
 
 #[test]
 fn an_emptied_redis_is_filled_from_postgres_and_goes_on() {

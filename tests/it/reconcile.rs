@@ -15,7 +15,7 @@ const EVERY_SECOND: &[&str] =
     &["--reply-within-ms", "20000", "--reconcile-sync-every-ms", "1000", "--reconcile-initialise-every-ms", "1000"];
 
 /// The reconciler only when it is asked.
-const NEVER: &[&str] =
+pub const NEVER: &[&str] =
     &["--reply-within-ms", "20000", "--reconcile-sync-every-ms", "86400000", "--reconcile-initialise-every-ms", "86400000"];
 
 /// What no trigger sees.

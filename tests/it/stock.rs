@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use crate::harness::Stack;
+use crate::rebuild::RELAYS_WAIT;
 
 #[test]
 fn a_product_is_set_sold_restocked_and_deleted_in_redis_and_in_postgres() {
@@ -258,7 +259,7 @@ fn a_reply_whose_client_says_no_ack_waits_for_what_the_commands_setting_says() {
         let stack =
             Stack::with_settings(&[&["--reply-within-ms", "20000"], &*flags.iter().map(String::as_str).collect::<Vec<_>>()].concat());
         let mut client = stack.connect();
-        let waited_for = stack.postgres.holding("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE", || {
+        let waited_for = stack.postgres.holding(RELAYS_WAIT, || {
             let waits = |(_, command): &(&str, &str)| {
                 let reply = client.ask(&format!("{command} TIMEOUT 20"));
                 let is_pending = reply.starts_with("-PENDING ");
