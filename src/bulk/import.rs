@@ -45,7 +45,7 @@ pub struct Imported {
     pub set: u64,
     /// Lines that had been done before this run, and were not refused.
     pub before: u64,
-    /// Lines that were refused, also those that an earlier run came to; each was named on standard error.
+    /// Lines that were refused, also by an earlier run; each was named on standard error.
     pub refused: u64,
 }
 
@@ -140,6 +140,8 @@ struct UnderWay {
     in_lane: Cell<usize>,
     again: RefCell<Vec<(u64, StockOp)>>,
     refused: RefCell<Vec<(u64, String)>>,
+    /// Those that Redis has refused, until that is noted: what is wrong with the others is seen in the file.
+    refused_by_redis: RefCell<Vec<i64>>,
     failed: RefCell<Option<String>>,
     wake: Notify,
 }
@@ -156,6 +158,11 @@ impl UnderWay {
         self.settle(line, Flight::Over);
         self.refused.borrow_mut().push((line, why));
     }
+
+    fn refuse_by_redis(&self, line: u64, why: String) {
+        self.refuse(line, why);
+        self.refused_by_redis.borrow_mut().extend(i64::try_from(line));
+    }
 }
 
 /// Waits for what becomes of a line.
@@ -170,9 +177,9 @@ impl Waiter<Stock> for Line {
         under_way.in_lane.set(under_way.in_lane.get() - 1);
         match result {
             Ok(StockOutcome::Done { position, .. }) => under_way.settle(self.number, Flight::Set(position)),
-            Ok(StockOutcome::Frozen { reason, .. }) => under_way.refuse(self.number, format!("the product is frozen: {reason}")),
+            Ok(StockOutcome::Frozen { reason, .. }) => under_way.refuse_by_redis(self.number, format!("the product is frozen: {reason}")),
             Ok(StockOutcome::Corrupt { .. }) => {
-                under_way.refuse(self.number, "the product's key in Redis holds something that is no number of units".to_owned());
+                under_way.refuse_by_redis(self.number, "the product's key in Redis holds something that is no number of units".to_owned());
             }
             Err(Failure::TryAgain(_) | Failure::Loading(_) | Failure::Crowded) => {
                 under_way.again.borrow_mut().push((self.number, op.clone()));
@@ -297,11 +304,17 @@ impl Feed {
 
     /// Passes over what an earlier run has done.
     async fn pass_over(&mut self) -> Result<(), String> {
+        let refused: HashSet<u64> = self.begun.refused.iter().filter_map(|line| u64::try_from(*line).ok()).collect();
         while self.read < self.begun.lines
             && let Some((number, line)) = self.next_line()?
         {
             // Its product has been set, and may not come again. What was refused is named again: this run reports on the whole file.
             match self.row(number, &line) {
+                Ok(Some(row)) if refused.contains(&number) => {
+                    let why = format!("product '{}' was refused when this import was begun, and is not set: STOCK.SET it", row.product);
+                    self.under_way.refuse(number, why);
+                    self.tell();
+                }
                 Ok(_) => self.done.before += 1,
                 Err(why) => {
                     self.under_way.refuse(number, why);
@@ -437,7 +450,8 @@ impl Feed {
 
     async fn note(&mut self, done: bool) -> Result<(), String> {
         let lines = self.under_way.passed.get();
-        let noting = ledger::import::reached(&mut self.postgres, &self.digest, lines, done);
+        let refused = self.under_way.refused_by_redis.take();
+        let noting = ledger::import::reached(&mut self.postgres, &self.digest, lines, &refused, done);
         noting.await.map_err(|error| format!("{error}; run it again, and it goes on"))?;
         self.noted = lines;
         Ok(())

@@ -13,6 +13,8 @@ pub struct Begun {
     pub lines: u64,
     /// The processes that wrote what stands behind it.
     pub instances: Vec<String>,
+    /// The lines before it that Redis refused: their products were not set.
+    pub refused: Vec<i64>,
 }
 
 /// Begins with the file of this digest, or goes on with it: `instance` will write, for as long as this connection lasts. One that was finished
@@ -25,34 +27,38 @@ pub async fn begin(connection: &mut PgConnection, digest: &str, name: &str, inst
     if !is_ours {
         return Err(Error::Unfit("another process imports this file: wait until it has ended".to_owned()));
     }
-    let begun: Option<(i64, Vec<String>)> =
-        sqlx::query_as("SELECT lines, instances FROM holdfast.import WHERE digest = $1 AND done_at IS NULL")
+    let begun: Option<(i64, Vec<String>, Vec<i64>)> =
+        sqlx::query_as("SELECT lines, instances, refused FROM holdfast.import WHERE digest = $1 AND done_at IS NULL")
             .bind(digest)
             .fetch_optional(&mut *connection)
             .await?;
-    let (lines, instances) = begun.unwrap_or_default();
+    let (lines, instances, mut refused) = begun.unwrap_or_default();
+    // What stands behind is tried again.
+    refused.retain(|line| *line <= lines);
     let mut all = instances.clone();
     all.push(instance.to_owned());
     sqlx::query(
         "INSERT INTO holdfast.import (digest, name, instances) VALUES ($1, $2, $3) \
-         ON CONFLICT (digest) DO UPDATE SET name = $2, instances = $3, lines = $4, done_at = NULL, \
+         ON CONFLICT (digest) DO UPDATE SET name = $2, instances = $3, lines = $4, refused = $5, done_at = NULL, \
          started_at = CASE WHEN $4 = 0 THEN now() ELSE import.started_at END",
     )
     .bind(digest)
     .bind(name)
     .bind(&all)
     .bind(lines)
+    .bind(&refused)
     .execute(connection)
     .await?;
-    Ok(Begun { lines: from_bigint(lines), instances })
+    Ok(Begun { lines: from_bigint(lines), instances, refused })
 }
 
-/// Notes that everything up to this line is here, and whether that is all.
-pub async fn reached(connection: &mut PgConnection, digest: &str, lines: u64, done: bool) -> Result<(), Error> {
-    sqlx::query("UPDATE holdfast.import SET lines = $2, done_at = CASE WHEN $3 THEN now() END WHERE digest = $1")
+/// Notes that everything up to this line is here but for these lines, which Redis has refused since the last note, and whether that is all.
+pub async fn reached(connection: &mut PgConnection, digest: &str, lines: u64, refused: &[i64], done: bool) -> Result<(), Error> {
+    sqlx::query("UPDATE holdfast.import SET lines = $2, refused = refused || $4, done_at = CASE WHEN $3 THEN now() END WHERE digest = $1")
         .bind(digest)
         .bind(to_bigint(lines))
         .bind(done)
+        .bind(refused)
         .execute(connection)
         .await?;
     Ok(())

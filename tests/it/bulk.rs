@@ -128,7 +128,8 @@ fn an_import_that_goes_on_names_what_it_refused_before_it_was_killed() {
     const PRODUCTS: usize = 20_000;
     let stack = Stack::start();
     stack.connect().ok("STOCK.SET last 1");
-    let mut content = String::from("product,available\nbad id,1\nc,-1\np-0,100\np-0,1\n");
+    stack.backing().ask("HSET stock:product:stuck what is");
+    let mut content = String::from("product,available\nbad id,1\nc,-1\np-0,100\np-0,1\nstuck,5\n");
     (1..PRODUCTS).for_each(|i| writeln!(content, "p-{i},{}", 100 + i % 7).unwrap());
     content += "last,2\n";
     let csv = Csv::new("refused", &content);
@@ -137,7 +138,7 @@ fn an_import_that_goes_on_names_what_it_refused_before_it_was_killed() {
     stack.postgres.holding("BEGIN; SELECT FROM holdfast.stock WHERE product_id = 'last' FOR UPDATE", || {
         let import = holdfast(&stack, &["import", csv.path()]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         wait_until("a place behind the refused lines is noted", || {
-            noted().first().is_some_and(|noted| noted.split(' ').next().unwrap().parse::<usize>().unwrap() > 5)
+            noted().first().is_some_and(|noted| noted.split(' ').next().unwrap().parse::<usize>().unwrap() > 6)
         });
         kill(&stack, import);
     });
@@ -145,8 +146,13 @@ fn an_import_that_goes_on_names_what_it_refused_before_it_was_killed() {
     let Output { status, stdout, stderr } = holdfast(&stack, &["import", csv.path()]).output().unwrap();
     let (out, err) = (text(&stdout), text(&stderr));
     assert_eq!(status.code(), Some(1), "{out} {err}");
-    assert!(out.contains("3 lines refused") && out.contains("lines were done before"), "{out}");
-    for line in ["line 2: invalid product id", "line 3: invalid available '-1'", "line 5: product 'p-0' stands in line 4 already"] {
+    assert!(out.contains("4 lines refused") && out.contains("lines were done before"), "{out}");
+    for line in [
+        "line 2: invalid product id",
+        "line 3: invalid available '-1'",
+        "line 5: product 'p-0' stands in line 4 already",
+        "line 6: product 'stuck' was refused when this import was begun",
+    ] {
         assert_eq!(err.matches(line).count(), 1, "{line}: {err}");
     }
     stack.wait_until_applied();
