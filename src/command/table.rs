@@ -153,6 +153,7 @@ mod tests {
     use super::*;
     use crate::command::args::Args;
     use crate::command::spec::{Arg, Presence};
+    use crate::config::{SETTINGS, Setting};
     use crate::limits::SPEC_ARGS_MAX;
 
     #[test]
@@ -170,6 +171,21 @@ mod tests {
                 assert!(sub.name.starts_with(&format!("{name}|")) && sub.subcommands.is_empty(), "{}", sub.name);
             }
         }
+    }
+
+    #[test]
+    fn every_command_with_an_ack_has_a_setting_for_its_default_and_no_other_has() {
+        let named = |name: &str| name.to_ascii_lowercase().replace('.', "_");
+        let mut commands: Vec<_> = TABLE.iter().filter(|spec| spec.at.ack.is_some()).map(|spec| named(spec.name)).collect();
+        let mut settings: Vec<_> = SETTINGS
+            .iter()
+            .map(Setting::section_and_name)
+            .filter(|(section, _)| *section == "ack")
+            .map(|(_, name)| name.to_owned())
+            .collect();
+        commands.sort();
+        settings.sort();
+        assert_eq!(commands, settings);
     }
 
     #[test]

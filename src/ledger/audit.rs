@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Connection, FromRow, PgConnection, Postgres, Row as _, Transaction};
 
+use super::order::{AS_IT_STANDS, STATE};
 use super::{Error, dead_letter};
 use crate::limits::REFILL_PAGE;
 
@@ -53,14 +54,18 @@ impl std::fmt::Display for Account {
 const PARKED: &str = "SELECT d.product_id, sum(d.delta) AS units FROM holdfast.dead_letter d WHERE d.product_id IS NOT NULL AND (d.in_redis \
      OR EXISTS (SELECT 1 FROM holdfast.stock_ledger k WHERE k.op = d.op AND k.k = d.k AND k.i = d.i)) GROUP BY d.product_id";
 
-/// The units that orders hold of each product. An id that was used again is the order that it is of last.
-const OF_ORDERS: &str = "SELECT p.product_id, sum(p.units) AS units FROM holdfast.stock_order q \
-     CROSS JOIN LATERAL unnest(q.products, q.units) AS p (product_id, units) WHERE q.state = 'held' AND NOT EXISTS (SELECT 1 \
-     FROM holdfast.stock_order later WHERE later.order_id = q.order_id AND (later.epoch, later.n) > (q.epoch, q.n)) GROUP BY p.product_id";
+/// The units that orders hold of each product.
+fn of_orders() -> String {
+    format!(
+        "SELECT p.product_id, sum(p.units) AS units FROM (SELECT o.products, o.units {AS_IT_STANDS} AND o.state = 'held' AND {STATE} = 'held') q \
+         CROSS JOIN LATERAL unnest(q.products, q.units) AS p (product_id, units) GROUP BY p.product_id"
+    )
+}
 
-/// The products of orders whose own rows are owed: what is held of them moved all the same.
+/// The products of orders that have no rows of their own, since those are owed: what is held of them moved all the same.
 const ORDERS_PARKED: &str = "SELECT DISTINCT k.product_id FROM holdfast.dead_letter d \
-     JOIN holdfast.stock_ledger k ON k.op = d.op AND k.k = d.k WHERE d.product_id IS NULL";
+     JOIN holdfast.stock_ledger k ON k.op = d.op AND k.k = d.k WHERE d.product_id IS NULL AND k.kind = 'reserve' AND NOT EXISTS (SELECT 1 \
+     FROM holdfast.stock_order o WHERE o.order_id = k.order_id AND (o.epoch, o.n) >= (k.epoch, k.n))";
 
 /// One audit: a moment of Postgres.
 pub struct Audit<'c> {
@@ -95,13 +100,14 @@ impl<'c> Audit<'c> {
 
     /// Every product that there is, or that the ledger or an order knows.
     pub async fn products(&mut self) -> Result<Pages, Error> {
+        let of_orders = of_orders();
         let query = format!(
             "SELECT product_id, coalesce(s.available, 0), \
              (coalesce(l.available, 0) + coalesce(o.available, 0) - coalesce(d.units, 0))::bigint, coalesce(s.held, 0), \
              coalesce(l.held, 0)::bigint, coalesce(o.held, 0), coalesce(q.units, 0)::bigint, r.product_id IS NOT NULL \
              FROM holdfast.stock s FULL JOIN (SELECT product_id, sum(pg_delta) AS available, sum(held_delta) AS held \
              FROM holdfast.stock_ledger WHERE product_id <> '' GROUP BY product_id) l USING (product_id) \
-             FULL JOIN ({OF_ORDERS}) q USING (product_id) \
+             FULL JOIN ({of_orders}) q USING (product_id) \
              LEFT JOIN holdfast.outside o ON o.kind = 'product' AND o.id = product_id \
              LEFT JOIN ({PARKED}) d USING (product_id) LEFT JOIN ({ORDERS_PARKED}) r USING (product_id)"
         );

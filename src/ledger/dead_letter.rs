@@ -307,7 +307,8 @@ async fn retry_in(connection: &mut PgConnection, letter: i64) -> Result<Settled,
     type Columns = (i64, i64, i32, String, i32, Option<String>, i64, bool, String, i64, i32);
     let found: Option<Columns> = sqlx::query_as(
         "DELETE FROM holdfast.dead_letter WHERE id = $1 RETURNING epoch, n, i, op, k, product_id, delta, in_redis, line, \
-         (extract(epoch FROM at) * 1000)::bigint, partition",
+         (extract(epoch FROM coalesce((SELECT max(l.at) FROM holdfast.stock_ledger l WHERE l.op = dead_letter.op AND l.k = dead_letter.k), at)) \
+         * 1000)::bigint, partition",
     )
     .bind(letter)
     .fetch_optional(&mut *connection)
@@ -505,9 +506,11 @@ async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settle
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::OrderState;
     use crate::domain::coupon::Counts;
+    use crate::ledger::refill::Snapshot;
     use crate::ledger::testing::{Database, database, execute, number_of, rows};
-    use crate::ledger::{apply, coupon};
+    use crate::ledger::{apply, coupon, order};
 
     /// The entry after `n` changes in `entries` batches.
     fn entry(n: u64, entries: u64, lines: &[&str]) -> Entry {
@@ -577,6 +580,66 @@ mod tests {
         let expected = [("gone".to_owned(), "cancelled".to_owned(), 2), ("o".to_owned(), "held".to_owned(), 1)];
         assert_eq!(rows::<(String, String, i64)>(connection, orders).await, expected);
         assert_eq!(number_of(connection, "SELECT available * 100 + held FROM holdfast.stock").await, 901);
+    }
+
+    /// Order, state and until when it is held of each order that is read.
+    fn as_read(orders: Vec<order::OrderRow>) -> Vec<(String, OrderState, i64)> {
+        let mut orders: Vec<_> = orders.into_iter().map(|row| (row.order.clone(), row.order().unwrap())).collect();
+        orders.sort_by(|a, b| a.0.cmp(&b.0));
+        orders.into_iter().map(|(id, order)| (id, order.state, order.expires_ms)).collect()
+    }
+
+    #[tokio::test]
+    async fn an_order_whose_row_has_refused_a_change_is_what_the_ledger_says() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let reserved = "0 reserve order=sold expires=9 | a -1 9, 1 reserve order=back expires=9 | a -1 8, 2 reserve order=later expires=9 | a -1 7, \
+                        3 reserve order=again expires=9 | a -1 6";
+        apply(connection, 0, &[entry(0, 0, &["0 set | a 10 10"]), entry(1, 1, &reserved.split(", ").collect::<Vec<_>>())]).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (state = 'held' AND expires_ms = 9)").await;
+        let refused = [
+            "0 reserve order=both expires=9 | a -1 5",
+            "1 confirm order=sold from=held units=1 | a 0 5",
+            "2 cancel order=back from=held units=1 | a 1 6",
+            "3 extend order=later expires=99 from=held units=1 | a 0 6",
+            "4 confirm order=both from=held units=1 | a 0 6",
+            "5 confirm order=again from=held units=1 | a 0 6",
+            "6 reserve order=again expires=99 | a -1 5",
+        ];
+        execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT no_both CHECK (order_id <> 'both')").await;
+        assert_eq!(apply_parking(connection, 0, &entry(5, 2, &refused)).await.unwrap().1, 7);
+        let ids = ["sold", "back", "later", "both", "again"].map(str::to_owned);
+        let stand = |order: &str, state, expires_ms| (order.to_owned(), state, expires_ms);
+        let [back, later, sold] = [("back", OrderState::Cancelled, 9), ("later", OrderState::Held, 99), ("sold", OrderState::Confirmed, 9)]
+            .map(|(order, state, expires_ms)| stand(order, state, expires_ms));
+        let expected = [back.clone(), later.clone(), sold.clone()];
+        assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), expected);
+        assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), [], "nothing is given back twice");
+        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), [later.clone()]);
+        let mut snapshot = Snapshot::take(connection, 0).await.unwrap();
+        let pages = snapshot.orders().await.unwrap();
+        // What ended years ago Redis has forgotten.
+        assert_eq!(as_read(snapshot.next(&pages).await.unwrap()), [later]);
+        drop(snapshot);
+
+        // What is retried first is its beginning: it is not held again.
+        execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none, DROP CONSTRAINT no_both").await;
+        let letters: Vec<(i64,)> =
+            rows(connection, "SELECT id FROM holdfast.dead_letter WHERE line LIKE '%order=both %' ORDER BY id").await;
+        let both = [stand("both", OrderState::Confirmed, 9)];
+        for letter in letters {
+            assert_eq!(retry(connection, letter.0).await.unwrap(), Settled::Done);
+            assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), []);
+            assert_eq!(as_read(order::load(connection, &ids[3..4]).await.unwrap()), both);
+        }
+        // Of an id that is another order by now, the first's row stays as it is, and is nobody's.
+        let letters: Vec<(i64,)> =
+            rows(connection, "SELECT id FROM holdfast.dead_letter WHERE line LIKE '%order=again %' ORDER BY id DESC").await;
+        for letter in letters {
+            assert_eq!(retry(connection, letter.0).await.unwrap(), Settled::Done);
+        }
+        assert_eq!(as_read(order::load(connection, &ids[4..]).await.unwrap()), [stand("again", OrderState::Held, 99)]);
+        assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), []);
     }
 
     #[tokio::test]

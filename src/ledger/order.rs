@@ -210,22 +210,46 @@ pub fn is_forgotten(state: OrderState, changed_ms: i64, at_ms: i64) -> bool {
     state != OrderState::Held && changed_ms < at_ms.saturating_sub(ORDER_KEPT_MS)
 }
 
-/// The columns of an [`OrderRow`].
-pub(super) const COLUMNS: &str = "order_id, state, coalesce(expires_ms, 0) AS expires_ms, products, units, changed_epoch, changed_n, \
-     (extract(epoch FROM changed_at) * 1000)::bigint AS changed_at_ms";
+/// What an order is, of rows from [`AS_IT_STANDS`].
+pub(super) const STATE: &str =
+    "CASE said.kind WHEN 'confirm' THEN 'confirmed' WHEN 'cancel' THEN 'cancelled' WHEN 'expire' THEN 'expired' ELSE o.state END";
+
+/// Until when it is held, of rows from [`AS_IT_STANDS`].
+const EXPIRES_MS: &str = "coalesce(said.expires_ms, o.expires_ms, 0)";
+
+/// When it became that, of rows from [`AS_IT_STANDS`].
+pub(super) const CHANGED_AT: &str = "coalesce(said.at, o.changed_at)";
+
+/// Each order's last row, `o`, with what the ledger has `said` of the order since: a row that has refused a change, which then lies among the
+/// dead letters, is not what the order is. Whose row was overtaken by an order of the same id that has none is left out: nothing is known of it.
+/// What a rebuild took over from Redis counts from then on, whatever the ledger said before. To be followed by conditions on `o`.
+pub(super) const AS_IT_STANDS: &str = "FROM holdfast.stock_order o LEFT JOIN LATERAL (SELECT l.kind, l.expires_ms, l.at, \
+     coalesce(l.origin_epoch, l.epoch) AS epoch, coalesce(l.origin_n, l.n) AS n FROM holdfast.stock_ledger l \
+     WHERE l.order_id = o.order_id AND (l.epoch, l.n) >= (o.epoch, o.n) ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS said \
+     ON (said.epoch, said.n) > (o.changed_epoch, o.changed_n) AND said.at >= o.changed_at \
+     WHERE NOT EXISTS (SELECT 1 FROM holdfast.stock_order later WHERE later.order_id = o.order_id AND (later.epoch, later.n) > (o.epoch, o.n)) \
+     AND coalesce(said.kind, '') NOT IN ('reserve', 'sell')";
+
+/// The columns of an [`OrderRow`], of rows from [`AS_IT_STANDS`].
+pub(super) fn columns() -> String {
+    format!(
+        "o.order_id, {STATE} AS state, {EXPIRES_MS} AS expires_ms, o.products, o.units, coalesce(said.epoch, o.changed_epoch) AS changed_epoch, \
+         coalesce(said.n, o.changed_n) AS changed_n, (extract(epoch FROM {CHANGED_AT}) * 1000)::bigint AS changed_at_ms"
+    )
+}
 
 /// Reads orders as they stand, in no particular order; those that are unknown are left out.
 pub async fn load(connection: &mut PgConnection, orders: &[String]) -> Result<Vec<OrderRow>, Error> {
-    let query = format!(
-        "SELECT DISTINCT ON (order_id) {COLUMNS} FROM holdfast.stock_order WHERE order_id = ANY($1) ORDER BY order_id, epoch DESC, n DESC"
-    );
+    let query = format!("SELECT {} {AS_IT_STANDS} AND o.order_id = ANY($1)", columns());
     Ok(sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(orders).fetch_all(connection).await?)
 }
 
 /// The orders that are held here although their time passed before `before_ms` (Unix ms), at most `limit`: Redis has lost sight of them.
 pub async fn overdue(connection: &mut PgConnection, partition: u32, before_ms: i64, limit: i64) -> Result<Vec<OrderRow>, Error> {
     let query = format!(
-        "SELECT {COLUMNS} FROM holdfast.stock_order WHERE state = 'held' AND expires_ms < $2 AND partition = $1 ORDER BY expires_ms LIMIT $3"
+        "SELECT {} {AS_IT_STANDS} AND o.state = 'held' AND {STATE} = 'held' AND o.expires_ms < $2 AND {EXPIRES_MS} < $2 \
+         AND o.partition = $1 ORDER BY o.expires_ms LIMIT $3",
+        columns()
     );
     let rows = sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(partition::id(partition)).bind(before_ms).bind(limit);
     Ok(rows.fetch_all(connection).await?)

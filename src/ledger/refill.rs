@@ -6,7 +6,7 @@ use std::marker::PhantomData;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Connection, FromRow, PgConnection, Postgres, Transaction};
 
-use super::order::{COLUMNS as ORDER_COLUMNS, OrderRow};
+use super::order::{self, OrderRow};
 use super::{Error, from_bigint, partition};
 use crate::domain::{InboxMark, Position};
 use crate::limits::REFILL_PAGE;
@@ -167,8 +167,12 @@ impl<'c> Snapshot<'c> {
     /// Every order that is held or has become what it is lately, as it stands.
     pub async fn orders(&mut self) -> Result<Pages<OrderRow>, Error> {
         let query = format!(
-            "SELECT DISTINCT ON (order_id) {ORDER_COLUMNS} FROM holdfast.stock_order \
-             WHERE state = 'held' OR changed_at > now() - interval '24 hours' ORDER BY order_id, epoch DESC, n DESC"
+            "SELECT {} {} AND (o.state = 'held' OR o.changed_at > now() - interval '24 hours') \
+             AND ({} = 'held' OR {} > now() - interval '24 hours')",
+            order::columns(),
+            order::AS_IT_STANDS,
+            order::STATE,
+            order::CHANGED_AT
         );
         self.open("orders", &query).await
     }

@@ -16,9 +16,7 @@ use super::retry::Trouble;
 use crate::domain::Id;
 use crate::domain::change::StockKind;
 use crate::ledger::{self, order};
-use crate::limits::{
-    EXPIRE_AT_ONCE, EXPIRE_EVERY, LEDGER_SILENCE_MAX, LOAD_WITHIN, OUTBOX_ANSWER_TIMEOUT, OVERDUE_AFTER_MS, OVERDUE_EVERY,
-};
+use crate::limits::{EXPIRE_AT_ONCE, EXPIRE_EVERY, LEDGER_SILENCE_MAX, OUTBOX_ANSWER_TIMEOUT, OVERDUE_AFTER_MS, OVERDUE_EVERY};
 use crate::store::expiry::{self, Due};
 use crate::store::partition::State;
 use crate::store::stock::{Action, Items, Looked, StockOp, StockOutcome};
@@ -39,7 +37,7 @@ pub struct Expirer {
     /// When it was last looked in Postgres.
     looked: Option<Instant>,
     /// Looks there. Nothing that is due waits for it.
-    looking: Option<AbortOnDropHandle<Result<Overdue, String>>>,
+    looking: Option<AbortOnDropHandle<Result<Option<Overdue>, String>>>,
     trouble: Trouble,
     trouble_looking: Trouble,
 }
@@ -96,7 +94,7 @@ impl Expirer {
         let is_full = orders.len() == EXPIRE_AT_ONCE;
         let expired = self.expire(orders).await;
         self.expire_overdue().await;
-        if self.looking.is_none() && self.looked.is_none_or(|looked| looked.elapsed() >= OVERDUE_EVERY) {
+        if self.looking.is_none() && self.partition.ledger_up() && self.looked.is_none_or(|looked| looked.elapsed() >= OVERDUE_EVERY) {
             self.looked = Some(Instant::now());
             self.stuck.clear();
             let overdue = overdue(Arc::clone(&self.partition), self.postgres_url.clone(), now_ms);
@@ -141,7 +139,8 @@ impl Expirer {
             return;
         }
         match looking.await.unwrap_or_else(|error| Err(error.to_string())) {
-            Ok(orders) => {
+            Ok(None) => {}
+            Ok(Some(orders)) => {
                 self.trouble_looking.over(self.partition.id);
                 if !orders.is_empty() {
                     let (found, expired) = (orders.len(), self.expire(orders).await);
@@ -153,16 +152,11 @@ impl Expirer {
     }
 }
 
-/// What Postgres holds long after its time; nothing where Postgres is away, or has not heard of everything yet.
-async fn overdue(partition: Arc<Partition>, postgres_url: String, now_ms: i64) -> Result<Overdue, String> {
-    if !partition.ledger_up() {
-        return Ok(Vec::new());
-    }
-    // What became of an order in Redis may be forgotten there before Postgres has heard of it.
-    let head = partition.head().n;
-    let applied = async { partition.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
-    if !tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false) {
-        return Ok(Vec::new());
+/// What Postgres holds long after its time; `None` where it does not hear of everything in time: what became of an order may be forgotten in Redis
+/// before Postgres knows.
+async fn overdue(partition: Arc<Partition>, postgres_url: String, now_ms: i64) -> Result<Option<Overdue>, String> {
+    if !partition.has_reached_postgres().await {
+        return Ok(None);
     }
     let limit = i64::try_from(EXPIRE_AT_ONCE).unwrap_or(i64::MAX);
     let reading = async {
@@ -172,7 +166,7 @@ async fn overdue(partition: Arc<Partition>, postgres_url: String, now_ms: i64) -
     let rows = tokio::time::timeout(LEDGER_SILENCE_MAX, reading).await.map_err(|_| "Postgres does not answer".to_owned())?;
     let rows = rows.map_err(|error| error.to_string())?;
     let order = |row: order::OrderRow| Ok((Id::from(row.order.as_str()), Looked::Found(row.order()?)));
-    rows.into_iter().map(order).collect::<Result<_, ledger::Error>>().map_err(|error| error.to_string())
+    rows.into_iter().map(order).collect::<Result<_, ledger::Error>>().map(Some).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
@@ -190,7 +184,7 @@ mod tests {
         let now = Instant::now();
         for (looked, is_expired) in [(now, true), (now.checked_sub(OVERDUE_EVERY).unwrap(), false)] {
             let found = vec![(Id::from("o"), Looked::Found(order.clone()))];
-            let looking = tokio::spawn(async { Ok(found) });
+            let looking = tokio::spawn(async { Ok(Some(found)) });
             while !looking.is_finished() {
                 tokio::task::yield_now().await;
             }

@@ -146,7 +146,7 @@ impl TakeUp<'_> {
                     let said = self.keep_in_redis(&highest).await;
                     // Whom it was issued to in between Postgres knows then.
                     if matches!(said.as_slice(), [Some(CouponOutcome::Done { .. } | CouponOutcome::Exists)])
-                        && has_reached_postgres(partition).await
+                        && partition.has_reached_postgres().await
                     {
                         serials.kept.insert(coupon.clone());
                     }
@@ -171,7 +171,7 @@ impl TakeUp<'_> {
                 *said = self.keep_in_redis(std::slice::from_ref(of)).await.pop().flatten();
             }
         }
-        if !has_reached_postgres(self.partition).await {
+        if !self.partition.has_reached_postgres().await {
             return Ok(None);
         }
         let (kept, absent): (Vec<_>, Vec<_>) =
@@ -291,18 +291,6 @@ fn issued(answered: &Answered) -> Option<(&str, i64)> {
     }
 }
 
-/// Waits until Postgres has what Redis has decided by now, whoever asked for it. `false` where that takes too long.
-async fn has_reached_postgres(partition: &Partition) -> bool {
-    // With any answer Redis says how many changes there are.
-    let look = StockOp::new(stock::Action::Read, vec![(Id::from("any"), 0)]);
-    if partition.change(look).await.is_err() {
-        return false;
-    }
-    let head = partition.head().n;
-    let applied = async { partition.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
-    tokio::time::timeout(LOAD_WITHIN, applied).await.unwrap_or(false)
-}
-
 /// Whether what an order was given has come to nothing by what ended it. What was paid does not expire: that end is another reservation's.
 fn comes_to_nothing(operation: &Operation, end: Option<StockKind>) -> bool {
     let is_paid = matches!(operation.effect, Effect::Stock { kind: StockKind::Confirm | StockKind::Sell, .. });
@@ -358,7 +346,7 @@ async fn coupon_done_again(
         && ledger::coupon::is_issued(postgres, op.coupon.as_str(), *serial).await?
     {
         // By its own client, just now?
-        if !has_reached_postgres(partition).await {
+        if !partition.has_reached_postgres().await {
             return Ok(Done::Unknown);
         }
         let known = salvage::known(postgres, partition.id, window_ms, std::slice::from_ref(answered)).await?;
@@ -368,7 +356,7 @@ async fn coupon_done_again(
     let (mut redeemed_for, mut takes_none_back) = (None, false);
     if let Action::Step { step: CouponStep::Unuse, serial: Some(serial), .. } = &op.action {
         // The redemption may have been done again just now.
-        if !has_reached_postgres(partition).await {
+        if !partition.has_reached_postgres().await {
             return Ok(Done::Unknown);
         }
         let order = ledger::coupon::redeemed_before(postgres, partition.id, op.coupon.as_str(), *serial, answered.origin).await?;
@@ -389,7 +377,7 @@ async fn coupon_done_again(
         let mut redeemed = ledger::coupon::used_for(postgres, op.coupon.as_str(), *serial).await?;
         if redeemed.is_none() {
             // Postgres does not know yet by which, or refuses to.
-            if !has_reached_postgres(partition).await {
+            if !partition.has_reached_postgres().await {
                 return Ok(Done::Unknown);
             }
             redeemed = ledger::coupon::used_for(postgres, op.coupon.as_str(), *serial).await?;

@@ -11,7 +11,7 @@ use super::copies::Copies;
 use super::coupon::{CouponOp, CouponOutcome};
 use super::lane::Failure;
 use super::sold_out::SoldOut;
-use super::stock::{StockOp, StockOutcome};
+use super::stock::{Action, StockOp, StockOutcome};
 use crate::domain::change::Recorded;
 use crate::domain::coupon::CouponTerms;
 use crate::domain::history::PastChange;
@@ -294,6 +294,18 @@ impl Partition {
         let (answer, answered) = oneshot::channel();
         self.changes.send(ServerChange::Stock { op, answer }).await.map_err(|_| gone())?;
         Ok(answered)
+    }
+
+    /// Waits until Postgres has what Redis has decided by now, whoever asked for it. `false` where that takes too long.
+    pub async fn has_reached_postgres(&self) -> bool {
+        // With any answer Redis says how many changes there are.
+        let look = StockOp::new(Action::Read, vec![(Id::from("any"), 0)]);
+        if self.change(look).await.is_err() {
+            return false;
+        }
+        let head = self.head().n;
+        let applied = async { self.applied.subscribe().wait_for(|applied| applied.n >= head).await.is_ok() };
+        tokio::time::timeout(limits::LOAD_WITHIN, applied).await.unwrap_or(false)
     }
 
     /// [`Partition::change`] of a coupon.

@@ -126,7 +126,7 @@ fn units_come_back_by_themselves_also_after_a_restart() {
     assert_eq!(client.ask("STOCK.RESERVE o 200 a 1"), "[EXISTS, expired]");
 
     // It is there again before that is due.
-    assert!(held(&client.ask("STOCK.RESERVE p 8000 a 4")));
+    assert!(held(&client.ask("STOCK.RESERVE p 12000 a 4")));
     stack.sidecar.kill();
     stack.restart_sidecar();
     // Nobody asks for anything.
@@ -136,6 +136,38 @@ fn units_come_back_by_themselves_also_after_a_restart() {
     assert!(latest(&stack) < 1_000);
     assert_eq!(stack.postgres.value("SELECT available || ' ' || held FROM holdfast.stock"), "10 0");
     assert_eq!(stack.backing().ask("EXISTS stock:held stock:expiry"), "0");
+}
+
+#[test]
+fn what_redis_has_lost_sight_of_expires_by_postgres_once_and_what_is_sold_stays_sold() {
+    let mut stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    for order in ["lost", "sold", "long"] {
+        assert!(held(&client.ask(&format!("STOCK.RESERVE {order} {LONG} a 2"))));
+    }
+    stack.wait_until_applied();
+    // Postgres takes that it is sold, and not the order's own row.
+    stack.postgres.execute("ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (state <> 'confirmed')");
+    assert!(client.ask("STOCK.CONFIRM sold").starts_with("[CONFIRMED, "));
+    wait_until("it is parked", || stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter") == "1");
+    stack.wait_until_applied();
+    stack.sidecar.kill();
+    stack.backing().ask("DEL stock:order:lost stock:order:sold");
+    stack.backing().ask("ZREM stock:expiry lost");
+    stack.postgres.execute(
+        "UPDATE holdfast.stock_order SET expires_ms = extract(epoch FROM now() - interval '2 minutes') * 1000 WHERE order_id <> 'long'",
+    );
+    stack.restart_sidecar();
+    let expired = "SELECT coalesce(string_agg(order_id, ' '), '') FROM holdfast.stock_ledger WHERE kind = 'expire'";
+    wait_until("what was found has expired", || stack.postgres.value(expired) == "lost");
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value(expired), "lost");
+    assert_eq!(stack.postgres.value("SELECT available || ' ' || held FROM holdfast.stock"), "6 2");
+    let mut client = stack.connect();
+    assert_eq!(client.ask("STOCK.GET a"), "6");
+    assert!(client.ask("STOCK.ORDER sold").contains("state, confirmed"));
+    assert!(client.ask("STOCK.ORDER long").contains("state, held"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! STOCK: the contract, command by command.
 
 use std::process::Command;
+use std::time::Duration;
 
 use crate::harness::Stack;
 use crate::rebuild::RELAYS_WAIT;
@@ -270,4 +271,21 @@ fn a_reply_whose_client_says_no_ack_waits_for_what_the_commands_setting_says() {
         });
         assert_eq!(waited_for, shown(&flags), "{CHANGES:?}");
     }
+}
+
+#[test]
+fn a_reply_that_waits_for_postgres_by_its_setting_waits_as_long_as_others_that_do() {
+    let stack = Stack::with_settings(&["--ack-stock-decr", "postgres"]);
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    let (sent, answered) = std::sync::mpsc::channel();
+    let waiting = stack.postgres.holding(RELAYS_WAIT, || {
+        let waiting = std::thread::spawn(move || sent.send(client.ask("STOCK.DECR a 1")));
+        // Five times as long as a reply that waits for Redis by default.
+        assert!(answered.recv_timeout(Duration::from_millis(500)).is_err(), "it still waits");
+        waiting
+    });
+    let reply = answered.recv_timeout(Duration::from_secs(30)).unwrap();
+    waiting.join().unwrap().unwrap();
+    assert!(reply.starts_with("[OK, 9, "), "{reply}");
 }
