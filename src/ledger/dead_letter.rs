@@ -615,7 +615,7 @@ mod tests {
         let expected = [back.clone(), later.clone(), sold.clone()];
         assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), expected);
         assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), [], "nothing is given back twice");
-        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), [later.clone()]);
+        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), std::slice::from_ref(&later));
         let mut snapshot = Snapshot::take(connection, 0).await.unwrap();
         let pages = snapshot.orders().await.unwrap();
         // What ended years ago Redis has forgotten.
