@@ -507,6 +507,9 @@ pub const HEADER_MAX: usize = 32;
 /// Bytes asked for in one read: the least for an idle connection, doubled up to the most while reads come back full.
 pub const READ_MIN: usize = 4 << 10;
 pub const READ_MAX: usize = 64 << 10;
+/// Read buffers of the least size that a thread keeps for whoever reads next: a quarter of a MiB. As many connections as have nothing under way and then
+/// read in one turn are served by them; to allocate one costs as much as to read what a request of a few words is.
+pub const READ_BUFFERS_KEPT_MAX: usize = 64;
 
 /// Of the time that an operation has, the part that a connection is not read for after a refusal for want of time. A refusal costs little beside
 /// reading and writing for it alone: so several are read at once.

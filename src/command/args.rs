@@ -48,13 +48,23 @@ pub struct Args {
 impl Args {
     /// Matches the words, name included; errors with the error reply's text.
     pub fn parse(spec: &'static Spec, words: Request) -> Result<Self, String> {
-        let mut args = Self { spec, words, found: [Found::default(); SPEC_ARGS_MAX], groups: 0 };
-        if !arity_fits(spec, args.words.len()) {
-            return Err(wrong_arity(spec));
-        }
-        let after = args.match_positional()?;
-        args.match_options(after)?;
+        let mut args = Self::unmatched(spec, words);
+        args.match_words()?;
         Ok(args)
+    }
+
+    /// The words, name included, before they are matched: none of the arguments is there.
+    pub(super) fn unmatched(spec: &'static Spec, words: Request) -> Self {
+        Self { spec, words, found: [Found::default(); SPEC_ARGS_MAX], groups: 0 }
+    }
+
+    /// Matches them, where they are: [`Args::parse`] without moving it. Once only.
+    pub(super) fn match_words(&mut self) -> Result<(), String> {
+        if !arity_fits(self.spec, self.words.len()) {
+            return Err(wrong_arity(self.spec));
+        }
+        let after = self.match_positional()?;
+        self.match_options(after)
     }
 
     /// Matches the positional arguments and returns the place behind them.
@@ -208,11 +218,6 @@ impl Args {
     /// Every word of the request, the command's name first.
     pub fn words(&self) -> &Request {
         &self.words
-    }
-
-    /// The same, to be sent once more.
-    pub fn into_words(self) -> Request {
-        self.words
     }
 
     /// The word behind the command's name and subcommand at `index`, as the client sent it.

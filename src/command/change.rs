@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::ack::AckQueue;
 use super::args::{Ack, Args};
+use super::backend::Backend;
 use super::{Call, Context};
 use crate::domain::Position;
 use crate::limits;
@@ -21,8 +21,6 @@ pub const ACK_POSTGRES: Ack = Ack::Postgres;
 pub struct Confirmation {
     ack: Ack,
     timeout: Duration,
-    /// When the reply is due whatever it waited for before, such as a look into Postgres.
-    latest: Instant,
 }
 
 impl Confirmation {
@@ -40,8 +38,7 @@ impl Confirmation {
         if ack == Ack::Postgres && !partition.ledger_up() && partition.live_epoch().is_some() {
             return Err(Reply::error("TRYAGAIN Postgres cannot be reached, so ACK postgres cannot be given; nothing was changed"));
         }
-        let timeout = asked.unwrap_or(otherwise);
-        Ok(Self { ack, timeout, latest: call.arrived + backend.within + timeout })
+        Ok(Self { ack, timeout: asked.unwrap_or(otherwise) })
     }
 
     /// How long it may wait for Postgres.
@@ -49,13 +46,15 @@ impl Confirmation {
         if self.ack == Ack::Postgres { self.timeout } else { Duration::ZERO }
     }
 
-    /// Sends the reply of a change that Redis has at `position`, as soon as it is confirmed as asked.
-    pub fn confirm(self, acks: &AckQueue, position: Position, ticket: Ticket, reply: Reply) {
-        let timeout = || self.timeout.min(self.latest.saturating_duration_since(Instant::now()));
+    /// Sends the reply of a change that came at `arrived` and that Redis has at `position`, as soon as it is confirmed as asked.
+    pub fn confirm(self, backend: &Backend, arrived: Instant, position: Position, ticket: Ticket, reply: Reply) {
+        // Whatever it waited for before, such as a look into Postgres, it is due by then.
+        let latest = || arrived + backend.within + self.timeout;
+        let timeout = || self.timeout.min(latest().saturating_duration_since(Instant::now()));
         match self.ack {
             Ack::Redis => ticket.complete(reply),
-            Ack::Replica => acks.replicas.wait(position, timeout(), ticket, reply),
-            Ack::Postgres => acks.wait(position, timeout(), ticket, reply),
+            Ack::Replica => backend.acks.replicas.wait(position, timeout(), ticket, reply),
+            Ack::Postgres => backend.acks.wait(position, timeout(), ticket, reply),
         }
     }
 }

@@ -329,7 +329,7 @@ impl ClientWaiter {
             ))),
         };
         match outcome {
-            Ok((position, reply)) => self.confirmation.confirm(&self.cx.backend.acks, position, self.ticket, reply),
+            Ok((position, reply)) => self.confirmation.confirm(&self.cx.backend, self.arrived, position, self.ticket, reply),
             Err(reply) => self.ticket.complete(reply),
         }
     }

@@ -49,6 +49,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use tokio_util::sync::CancellationToken;
 
 pub use args::{Ack, Args};
@@ -155,6 +156,8 @@ pub struct Context {
     pub backend: Backend,
     /// What replies wait for whose clients do not say, by command, where that was set otherwise than the command has it.
     pub acks_set: HashMap<&'static str, Ack>,
+    /// Read buffers that nobody has, for whoever reads next.
+    pub read_buffers: RefCell<Vec<BytesMut>>,
     /// What reads the backing Redis for people, where that is on.
     pub passing: Option<Rc<Reads>>,
 }
@@ -182,6 +185,7 @@ impl Context {
             sections: RefCell::new(Vec::new()),
             backend,
             acks_set: HashMap::new(),
+            read_buffers: RefCell::default(),
             passing: None,
         }
     }
@@ -262,22 +266,24 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
     let stamp = Stamp { tag: index, due, ..stamp };
     pipeline.stamp(stamp);
     session.last_command = spec.name;
-    let (mut words, mut needed) = (None, None);
-    let step = match check(cx, session, index, spec, request) {
+    let mut needed = None;
+    let mut call = Call { cx, session: &mut *session, args: Args::unmatched(spec, request), arrived, pipeline };
+    let step = match check(&mut call, index) {
         Err(error) => Step::Reply(Reply::error(error)),
-        Ok((run, args)) => {
-            let mut call = Call { cx, session: &mut *session, args, arrived, pipeline };
+        Ok(run) => {
             let step = run(&mut call);
             if matches!(step, Step::Wait(_) | Step::CloseAfter(_)) && call.session.authenticated {
                 needed = Some(Box::new(rights::Needed::by(index, spec, &call.args)));
             }
-            words = Some(call.args.into_words());
             step
         }
     };
+    let Call { session, args, .. } = &mut call;
     // HELLO and CLIENT REPLY decide about their own reply.
     let silent = if session.replies == replies { silent } else { session.replies != Replies::On };
-    pipeline.stamp(Stamp { protocol: session.protocol, silent, ..stamp });
+    if (session.protocol, silent) != (stamp.protocol, stamp.silent) {
+        pipeline.stamp(Stamp { protocol: session.protocol, silent, ..stamp });
+    }
     // One that has gone is not to keep its place until a wrong password is answered.
     let is_stranger = !session.authenticated;
     match step {
@@ -299,22 +305,18 @@ pub fn dispatch(cx: &Rc<Context>, session: &mut Session, pipeline: &Rc<Pipeline>
         Step::Again(waiting) => {
             session.replies = asked;
             // What was read with it is not to stay in memory as long as it waits.
-            return words.map_or(After::Next, |words| After::Again(words.detached(), waiting));
+            return After::Again(args.words().detached(), waiting);
         }
     }
     After::Next
 }
 
-/// Everything that can refuse a command before it runs.
-fn check(
-    cx: &Context,
-    session: &Session,
-    number: usize,
-    spec: &'static Spec,
-    request: Request,
-) -> Result<(Handler, Args), Cow<'static, str>> {
+/// Everything that can refuse a command before it runs. Matches its arguments.
+fn check(call: &mut Call<'_>, number: usize) -> Result<Handler, Cow<'static, str>> {
+    let Call { cx, session, args, .. } = call;
+    let spec = args.spec();
     let run = spec.run.ok_or_else(|| args::wrong_arity(spec))?;
-    if !args::arity_fits(spec, request.len()) {
+    if !args::arity_fits(spec, args.words().len()) {
         return Err(args::wrong_arity(spec).into());
     }
     if !session.authenticated && !spec.is(spec::NOAUTH) {
@@ -336,18 +338,18 @@ fn check(
     {
         return Err(refusal.into());
     }
-    let args = Args::parse(spec, request)?;
+    args.match_words()?;
     if restricted {
-        rights::may_touch(session, spec, &args)?;
+        rights::may_touch(session, spec, args)?;
     }
     if spec.is(spec::ADMIN) {
-        rights::audit(session, spec, &args);
+        rights::audit(session, spec, args);
     }
     // One that has waited for its turn was shown as it came.
     if cx.subscribers.hub().has_monitors() && session.turn.is_none() {
         pubsub::show(cx, session, spec, args.words());
     }
-    Ok((run, args))
+    Ok(run)
 }
 
 /// Whether the name is the start of an HTTP request. A web page can make a browser POST to a port on the reader's own machine; what
@@ -377,7 +379,6 @@ pub fn cut(bytes: &[u8], bytes_max: usize) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use bytes::BytesMut;
 
     /// A client without a socket: sends requests, reads the bytes of their replies.
     pub(crate) struct Wire {

@@ -345,7 +345,7 @@ impl ClientWaiter {
             Ok(refusal) => Err(refused(op, &refusal)),
         };
         match outcome {
-            Ok((confirmation, position, reply)) => confirmation.confirm(&self.cx.backend.acks, position, self.ticket, reply),
+            Ok((confirmation, position, reply)) => confirmation.confirm(&self.cx.backend, self.arrived, position, self.ticket, reply),
             Err(reply) => self.ticket.complete(reply),
         }
     }

@@ -271,9 +271,12 @@ impl Entry {
         let (Some(first_n), Some(prev), Some(op), Some(at_ms), Some(changes)) = (first, prev, op, at, changes) else {
             return malformed(format!("{last}: a field is missing"));
         };
-        let mut running = Running { values: HashMap::default(), before: before.split(' ') };
-        let operation = |line| Operation::decode_words(line, Some(&mut running)).map_or_else(|| malformed(format!("line {line:?}")), Ok);
-        let operations = changes.split('\n').map(operation).collect::<Result<Vec<_>, _>>()?;
+        let mut running = Running { values: HashMap::default(), before: text::words(before) };
+        let mut operations = Vec::with_capacity(changes.bytes().filter(|byte| *byte == b'\n').count() + 1);
+        for line in changes.split('\n') {
+            let Some(operation) = Operation::decode_words(line, Some(&mut running)) else { return malformed(format!("line {line:?}")) };
+            operations.push(operation);
+        }
         let count = operations.iter().map(Operation::count).sum();
         if first_n == 0 || first_n.checked_add(count) != last.n.checked_add(1) {
             return malformed(format!("{last}: {count} operations from {first_n}"));
@@ -378,7 +381,7 @@ impl Operation {
 
     /// `running`: what is available after the lines before it, where the line does not say it itself.
     fn decode_words<'a>(line: &'a str, mut running: Option<&mut Running<'a>>) -> Option<Self> {
-        let mut words = line.split(' ');
+        let mut words = text::words(line);
         let k = words.next()?.parse().ok()?;
         let kind = words.next()?;
         let mut named = Named::default();
@@ -410,17 +413,21 @@ impl Operation {
                 if items.is_empty() != is_tombstone || !runs.as_deref().is_none_or(sums_up) {
                     return None;
                 }
-                let detail = Detail {
-                    low: named.number("low"),
-                    created: named.number("new").is_some(),
-                    gone: named.number("gone").is_some(),
-                    mark: named.find("inbox").map_or(Some(None), |mark| InboxMark::parse(mark).map(Some))?,
-                    pg: named.number("pg"),
-                    held: named.number("held"),
-                    reason: named.find("reason").map(text::unescape),
-                    short: named.number("short"),
-                    order,
-                    runs,
+                let detail = if named.0.is_empty() {
+                    Detail { order, runs, ..Detail::default() }
+                } else {
+                    Detail {
+                        low: named.number("low"),
+                        created: named.number("new").is_some(),
+                        gone: named.number("gone").is_some(),
+                        mark: named.find("inbox").map_or(Some(None), |mark| InboxMark::parse(mark).map(Some))?,
+                        pg: named.number("pg"),
+                        held: named.number("held"),
+                        reason: named.find("reason").map(text::unescape),
+                        short: named.number("short"),
+                        order,
+                        runs,
+                    }
                 };
                 Effect::Stock { kind, items, detail }
             }
@@ -491,7 +498,7 @@ impl std::fmt::Display for Detail {
 struct Running<'a> {
     values: HashMap<&'a str, i64, foldhash::fast::RandomState>,
     /// Of the products that are yet to be mentioned.
-    before: std::str::Split<'a, char>,
+    before: text::Words<'a>,
 }
 
 impl<'a> Running<'a> {

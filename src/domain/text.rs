@@ -2,6 +2,29 @@
 
 use std::fmt::Write as _;
 
+/// The words between single spaces. They are short: `str::split` takes longer to begin to look for each than to find it.
+pub fn words(line: &str) -> Words<'_> {
+    Words(Some(line))
+}
+
+/// See [`words`]. What is not looked through yet.
+#[derive(Clone, Debug)]
+pub struct Words<'a>(Option<&'a str>);
+
+impl<'a> Iterator for Words<'a> {
+    type Item = &'a str;
+
+    fn next(&mut self) -> Option<&'a str> {
+        let rest = self.0?;
+        let (word, rest) = match rest.bytes().position(|byte| byte == b' ') {
+            Some(at) => (&rest[..at], Some(&rest[at + 1..])),
+            None => (rest, None),
+        };
+        self.0 = rest;
+        Some(word)
+    }
+}
+
 /// Writes bytes outside `!`..`~`, and `%` itself, as `%XX`.
 pub fn escape(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
@@ -43,6 +66,13 @@ pub fn unescape_bytes(text: &str) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_are_those_of_split() {
+        for line in ["", " ", "a", "a b", " a  상품 b ", "0 decr | sku-1 -1 9"] {
+            assert_eq!(words(line).collect::<Vec<_>>(), line.split(' ').collect::<Vec<_>>());
+        }
+    }
 
     #[test]
     fn escaping_leaves_one_printable_word_and_can_be_undone() {

@@ -186,6 +186,11 @@ impl Pipeline {
         self.state.borrow().overrun
     }
 
+    /// Whether [`Pipeline::pop_ready`] has something.
+    pub fn is_ready(&self) -> bool {
+        self.state.borrow().is_ready()
+    }
+
     /// Waits until [`Pipeline::pop_ready`] has something.
     pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.poll(cx, State::is_ready)

@@ -191,17 +191,19 @@ impl Reader {
         (at <= limits.bytes_max).then_some((at, places))
     }
 
-    /// Gives memory back that the beginning of a request does not need: all of it where there is none. Of a read that brought many requests and one
-    /// byte more, that byte would keep the whole.
-    pub fn release(&mut self) {
+    /// Gives memory back that the beginning of a request does not need: all of it where there is none, and returns that if no request has any of it.
+    /// Of a read that brought many requests and one byte more, that byte would keep the whole.
+    pub fn release(&mut self) -> Option<BytesMut> {
         if self.buffer.is_empty() {
             if self.buffer.capacity() > 0 || self.is_cut {
-                *self = Self { walk: self.walk, ..Self::default() };
+                let Self { mut buffer, .. } = std::mem::replace(self, Self { walk: self.walk, ..Self::default() });
+                return buffer.try_reclaim(READ_MIN).then_some(buffer);
             }
         } else if self.is_cut || self.buffer.capacity() > 2 * self.buffer.len() + READ_MIN {
             self.buffer = BytesMut::from(&self.buffer[..]);
             self.is_cut = false;
         }
+        None
     }
 
     /// The number in the header at `at`, if it is one, and the place behind it; `None` where it is not complete.

@@ -33,7 +33,7 @@ use crate::session::guesses::Waited;
 
 /// Serves one client until it leaves, is told to, or breaks the protocol.
 pub async fn run(stream: Stream, session: Session, cx: Rc<Context>) {
-    let stopped = Some(Box::pin(session.client.stop.clone().cancelled_owned()));
+    let stopped = Some(Stop { awaited: Box::pin(session.client.stop.clone().cancelled_owned()), is_awaited: false });
     let mut connection = Connection {
         stream,
         session,
@@ -92,8 +92,15 @@ struct Connection {
     again: Option<Box<Again>>,
     phase: Phase,
     /// `None` once it has been noticed.
-    stopped: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    stopped: Option<Stop>,
     clock: Clock,
+}
+
+/// That the client is to be served no more.
+struct Stop {
+    awaited: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// Whether it wakes this task: to look is then cheaper than to ask it again.
+    is_awaited: bool,
 }
 
 /// A request that is dispatched once more, with what came of waiting for its turn.
@@ -124,15 +131,20 @@ impl Connection {
 
     /// Dispatches the requests that were read, as far as there is room, and no more than is fair to the other connections.
     fn dispatch_turn(&mut self) {
+        if !(self.session.renew() && self.waiting.as_ref().is_none_or(|waiting| waiting.is_permitted_to(self.session.user()))) {
+            self.close("user_changed");
+            return;
+        }
+        if self.input.len() == 0 && self.again.is_none() && !self.input.ended {
+            self.input.backlog = false;
+            self.settle_input();
+            return;
+        }
         let arrived = Instant::now();
         let mut dispatched = 0;
         let refused = self.cx.refused_early.count();
         let was_known = self.session.authenticated;
         self.input.backlog = true;
-        if !(self.session.renew() && self.waiting.as_ref().is_none_or(|waiting| waiting.is_permitted_to(self.session.user()))) {
-            self.close("user_changed");
-            return;
-        }
         if let Some(again) = self.again.take_if(|again| again.waited.is_some())
             && self.phase == Phase::Open
         {
@@ -228,9 +240,12 @@ impl Connection {
         self.phase == Phase::Gone || (self.phase == Phase::Ending && self.pipeline.in_flight() == 0 && !self.output.is_unsent(&self.stream))
     }
 
-    /// Gives buffers back before what may be a long wait.
+    /// Gives buffers back before what may be a long wait. What requests under way were read into is theirs, too, and is kept for the next ones until
+    /// they are over.
     fn release_memory(&mut self) {
-        self.input.release();
+        if self.waits_for_one() || self.pipeline.in_flight() == 0 || !self.input.is_small() {
+            self.input.release();
+        }
         self.pipeline.shrink();
         self.output.release();
     }
@@ -249,6 +264,10 @@ impl Connection {
 
     /// Waits for anything that gives the next turn something to do.
     fn poll_event(&mut self, cx: &mut TaskContext<'_>) -> Poll<()> {
+        // All else is asked about right after these are written: then there are none, or more than the client takes.
+        if self.output.len() <= self.output_max() && self.pipeline.is_ready() {
+            return Poll::Ready(());
+        }
         self.session.client.waits(cx.waker());
         let mut event = self.poll_stop(cx);
         // What was held back, and is not any more.
@@ -271,7 +290,12 @@ impl Connection {
     /// A shutdown lets what is in flight finish, a kill does not.
     fn poll_stop(&mut self, cx: &mut TaskContext<'_>) -> bool {
         let Some(stopped) = &mut self.stopped else { return false };
-        if stopped.as_mut().poll(cx).is_pending() {
+        let is_over = match stopped.is_awaited {
+            true => self.session.client.stop.is_cancelled(),
+            false => stopped.awaited.as_mut().poll(cx).is_ready(),
+        };
+        stopped.is_awaited = true;
+        if !is_over {
             return false;
         }
         self.stopped = None;

@@ -9,6 +9,7 @@ use super::partition::EndedEpoch;
 use super::requests::Request;
 use super::stock::{Action, StockOp};
 use crate::domain::change::{Detail, Effect, Item, Operation, Remembered, StockKind};
+use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 use crate::domain::{Id, Position};
 use crate::limits;
 use crate::sabotage::breaks;
@@ -51,54 +52,139 @@ pub struct Copy {
     pub note: Note,
 }
 
-/// Operations that give or take units of one product and carry no REQUEST: by far the most, so they are kept close together.
+/// Ids of the operations of a batch, one after the other.
 #[derive(Debug, Default)]
-pub struct Parts {
+struct Names(String);
+
+/// Where one of them stands.
+#[derive(Clone, Copy, Debug)]
+struct Name {
+    at: u32,
+    len: u16,
+}
+
+impl Names {
+    fn push(&mut self, id: &Id) -> Name {
+        let at = u32::try_from(self.0.len()).unwrap_or(u32::MAX);
+        self.0.push_str(id.as_str());
+        Name { at, len: u16::try_from(id.as_str().len()).unwrap_or(u16::MAX) }
+    }
+
+    fn get(&self, name: Name) -> &str {
+        let at = name.at as usize;
+        self.0.get(at..at + usize::from(name.len)).unwrap_or_default()
+    }
+
+    /// One that is mostly the `last` once more: a hot one is named once, not once an operation.
+    fn push_again(&mut self, id: &Id, last: Option<Name>) -> Name {
+        last.filter(|last| self.get(*last) == id.as_str()).unwrap_or_else(|| self.push(id))
+    }
+}
+
+/// No batch has as many operations as an `u16` can say.
+fn small(k: u32) -> u16 {
+    u16::try_from(k).unwrap_or(u16::MAX)
+}
+
+/// Operations that are by far the most, and are kept close together: those that give or take units of one product and carry no REQUEST, and
+/// issues of coupons without one. All of a batch have one epoch.
+#[derive(Debug, Default)]
+pub struct Small {
     epoch: u64,
     /// The newest of their positions: what was decided one by one may stand behind what was summed.
     newest: u64,
-    /// The products' ids, one after the other.
-    names: String,
+    names: Names,
     parts: Vec<Part>,
+    issues: Vec<Issue>,
+    /// For how many there is to be room when the first comes.
+    room: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Part {
     n: u64,
     delta: i64,
-    /// Where its product stands in the names.
-    name_at: u32,
-    name_len: u16,
+    product: Name,
     k: u16,
 }
 
-impl Parts {
-    /// Takes in the operation at place `k` of its batch, which moved `product` by `delta`. All of them have one epoch.
-    pub fn push(&mut self, k: u32, product: &Id, delta: i64, position: Position) {
-        let small = |len: usize| u16::try_from(len).unwrap_or(u16::MAX);
+#[derive(Clone, Copy, Debug)]
+struct Issue {
+    n: u64,
+    serial: i64,
+    remaining: i64,
+    coupon: Name,
+    user: Name,
+    k: u16,
+}
+
+impl Small {
+    fn saw(&mut self, position: Position) {
         self.epoch = position.epoch;
         self.newest = self.newest.max(position.n);
-        // A hot product is named once, not once an operation.
-        let (name_at, name_len) = match self.parts.last() {
-            Some(last) if self.name(last) == product.as_str() => (last.name_at, last.name_len),
-            _ => {
-                let at = u32::try_from(self.names.len()).unwrap_or(u32::MAX);
-                self.names.push_str(product.as_str());
-                (at, small(product.as_str().len()))
-            }
+    }
+
+    /// Takes in the operation at place `k` of its batch, which moved `product` by `delta`.
+    pub fn moved(&mut self, k: u32, product: &Id, delta: i64, position: Position) {
+        self.saw(position);
+        if self.parts.is_empty() {
+            self.parts.reserve(self.room);
+        }
+        let product = self.names.push_again(product, self.parts.last().map(|last| last.product));
+        self.parts.push(Part { n: position.n, delta, product, k: small(k) });
+    }
+
+    /// Takes in the issue at place `k` of its batch, of `coupon` to `user`, as it was answered.
+    pub fn issued(&mut self, k: u32, coupon: &Id, user: &Id, note: &Note) {
+        self.saw(note.position);
+        if self.issues.is_empty() {
+            self.issues.reserve(self.room);
+            self.names.0.reserve(coupon.as_str().len() + self.room * user.as_str().len());
+        }
+        let coupon = self.names.push_again(coupon, self.issues.last().map(|last| last.coupon));
+        let (user, Note { position, serial, remaining, .. }) = (self.names.push(user), note);
+        self.issues.push(Issue { n: position.n, serial: *serial, remaining: *remaining, coupon, user, k: small(k) });
+    }
+
+    fn len(&self) -> usize {
+        self.parts.len() + self.issues.len()
+    }
+
+    fn positions(&self) -> impl Iterator<Item = Position> {
+        let all = self.parts.iter().map(|part| part.n).chain(self.issues.iter().map(|issue| issue.n));
+        all.map(|n| Position::new(self.epoch, n))
+    }
+
+    fn last(&self) -> Position {
+        Position::new(self.epoch, self.newest)
+    }
+
+    fn bytes(&self) -> usize {
+        self.names.0.capacity() + self.parts.capacity() * size_of::<Part>() + self.issues.capacity() * size_of::<Issue>()
+    }
+
+    fn shrink(&mut self) {
+        self.names.0.shrink_to_fit();
+        self.parts.shrink_to_fit();
+        self.issues.shrink_to_fit();
+    }
+
+    fn operations(&self, wanted: impl Fn(Position) -> bool) -> impl Iterator<Item = (Position, Operation)> {
+        let told = |k: u16, effect| Operation { k: k.into(), remembered: None, effect };
+        let part = move |part: &Part| {
+            let kind = if part.delta < 0 { StockKind::Decr } else { StockKind::Incr };
+            let items = vec![Item { product: self.names.get(part.product).to_owned(), delta: part.delta, available: 0 }];
+            (part.n, told(part.k, Effect::Stock { kind, items, detail: Detail::default() }))
         };
-        self.parts.push(Part { n: position.n, delta, name_at, name_len, k: small(k as usize) });
-    }
-
-    fn name(&self, part: &Part) -> &str {
-        let at = part.name_at as usize;
-        self.names.get(at..at + usize::from(part.name_len)).unwrap_or_default()
-    }
-
-    fn operation(&self, part: &Part) -> Operation {
-        let kind = if part.delta < 0 { StockKind::Decr } else { StockKind::Incr };
-        let items = vec![Item { product: self.name(part).to_owned(), delta: part.delta, available: 0 }];
-        Operation { k: part.k.into(), remembered: None, effect: Effect::Stock { kind, items, detail: Detail::default() } }
+        let issue = move |issue: &Issue| {
+            let Issue { serial, remaining, .. } = *issue;
+            let user = self.names.get(issue.user).to_owned();
+            let change = CouponChange::Step(Stepped { step: CouponStep::Issue, user, serial, order: None, token: None, remaining });
+            (issue.n, told(issue.k, Effect::Coupon { coupon: self.names.get(issue.coupon).to_owned(), change }))
+        };
+        let at = |n| Position::new(self.epoch, n);
+        let (parts, issues) = (self.parts.iter().map(part), self.issues.iter().map(issue));
+        parts.chain(issues).map(move |(n, operation)| (at(n), operation)).filter(move |(position, _)| wanted(*position))
     }
 }
 
@@ -109,41 +195,36 @@ pub struct CopiedBatch {
     pub op: String,
     /// When, by Redis's clock, in Unix ms.
     pub at_ms: i64,
-    pub parts: Parts,
+    pub small: Small,
     pub copies: Vec<Copy>,
 }
 
 impl CopiedBatch {
-    pub fn new(op: String, at_ms: i64) -> Self {
-        Self { op, at_ms, parts: Parts::default(), copies: Vec::new() }
+    /// Of a batch of about so many operations.
+    pub fn new(op: String, at_ms: i64, operations: usize) -> Self {
+        Self { op, at_ms, small: Small { room: operations, ..Small::default() }, copies: Vec::new() }
     }
 
     fn len(&self) -> usize {
-        self.parts.parts.len() + self.copies.len()
+        self.small.len() + self.copies.len()
     }
 
     fn positions(&self) -> impl Iterator<Item = Position> {
-        let parts = self.parts.parts.iter().map(|part| Position::new(self.parts.epoch, part.n));
-        parts.chain(self.copies.iter().map(|copy| copy.note.position))
+        self.small.positions().chain(self.copies.iter().map(|copy| copy.note.position))
     }
 
     fn last(&self) -> Position {
         let copies = self.copies.iter().map(|copy| copy.note.position).max();
-        copies.unwrap_or_default().max(Position::new(self.parts.epoch, self.parts.newest))
+        copies.unwrap_or_default().max(self.small.last())
     }
 
     fn bytes(&self) -> usize {
-        let parts = self.parts.names.capacity() + self.parts.parts.capacity() * size_of::<Part>();
-        size_of::<Self>() + self.op.len() + parts + self.copies.iter().map(Copy::bytes).sum::<usize>()
+        size_of::<Self>() + self.op.len() + self.small.bytes() + self.copies.iter().map(Copy::bytes).sum::<usize>()
     }
 
     fn salvage(&self, wanted: &impl Fn(Position) -> bool, all: &mut Vec<Salvaged>) {
-        for part in &self.parts.parts {
-            let origin = Position::new(self.parts.epoch, part.n);
-            if wanted(origin) {
-                all.push(Salvaged { op: self.op.clone(), origin, at_ms: self.at_ms, operation: self.parts.operation(part) });
-            }
-        }
+        let small = self.small.operations(wanted);
+        all.extend(small.map(|(origin, operation)| Salvaged { op: self.op.clone(), origin, at_ms: self.at_ms, operation }));
         all.extend(self.copies.iter().filter(|copy| wanted(copy.note.position)).map(|copy| copy.salvage(self)));
     }
 }
@@ -211,8 +292,7 @@ impl Copies {
         if batch.len() == 0 || breaks("no-copies") {
             return;
         }
-        batch.parts.names.shrink_to_fit();
-        batch.parts.parts.shrink_to_fit();
+        batch.small.shrink();
         batch.copies.shrink_to_fit();
         let mut batches = self.batches();
         self.resized(self.bytes() + batch.bytes());
@@ -341,7 +421,7 @@ mod tests {
             kept: Kept::Stock(StockOp::new(Action::Change(StockKind::Decr), vec![(Id::from("a"), 2)])),
             note: Note::at(Position::new(epoch, first_n + u64::from(k))),
         });
-        CopiedBatch { copies: copies.collect(), ..CopiedBatch::new(op.into(), 7) }
+        CopiedBatch { copies: copies.collect(), ..CopiedBatch::new(op.into(), 7, 0) }
     }
 
     #[test]
@@ -360,9 +440,9 @@ mod tests {
     #[test]
     fn operations_on_one_product_are_kept_close_together_and_told_like_others() {
         let copies = Copies::new(1 << 20);
-        let mut sold = CopiedBatch::new("i:stock:1".into(), 7);
+        let mut sold = CopiedBatch::new("i:stock:1".into(), 7, 3);
         for (k, product, delta) in [(0, "a", -2), (2, "a", -1), (3, "b", 4)] {
-            sold.parts.push(k, &Id::from(product), delta, Position::new(1, 5 + u64::from(k)));
+            sold.small.moved(k, &Id::from(product), delta, Position::new(1, 5 + u64::from(k)));
         }
         let bytes = sold.bytes();
         copies.keep(sold);
@@ -374,6 +454,25 @@ mod tests {
         copies.forget(Position::new(1, 8), &[]);
         assert_eq!((copies.len(), copies.bytes()), (0, 0));
         assert!(bytes < size_of::<CopiedBatch>() + 200, "{bytes}");
+    }
+
+    #[test]
+    fn issues_are_kept_close_together_and_told_like_others() {
+        let copies = Copies::new(1 << 20);
+        let mut issued = CopiedBatch::new("i:coupon:1".into(), 7, 3);
+        for (k, coupon, user, serial) in [(0, "c", "u", 1), (2, "c", "v", 2), (3, "d", "u", 1)] {
+            let note = Note { serial, remaining: 9 - serial, ..Note::at(Position::new(1, 5 + u64::from(k))) };
+            issued.small.issued(k, &Id::from(coupon), &Id::from(user), &note);
+        }
+        let bytes = issued.bytes();
+        copies.keep(issued);
+        assert_eq!((copies.len(), copies.ops()), (3, vec![("i:coupon:1".to_owned(), Position::new(1, 8))]));
+        let told: Vec<_> = copies.before_epoch(2, |position| position.n > 5).iter().map(|told| told.operation.to_string()).collect();
+        assert_eq!(
+            told,
+            ["2 coupon.issue coupon=c user=v serial=2 remaining=7 |", "3 coupon.issue coupon=d user=u serial=1 remaining=8 |"]
+        );
+        assert!(bytes < size_of::<CopiedBatch>() + 300, "{bytes}");
     }
 
     #[test]

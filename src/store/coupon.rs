@@ -109,12 +109,12 @@ impl Action {
     }
 
     /// The same in memory of its own.
-    fn detached(self) -> Self {
+    fn detached(&self) -> Self {
         match self {
             Self::Step { step, user, serial, order } => {
-                Self::Step { step, user: user.detached(), serial, order: order.map(|order| order.detached()) }
+                Self::Step { step: *step, user: user.detached(), serial: *serial, order: order.as_ref().map(Id::detached) }
             }
-            other => other,
+            other => other.clone(),
         }
     }
 
@@ -418,7 +418,10 @@ impl Family for Coupon {
             }
             Ok(verdict)
         };
-        let all = ops.map(&mut read).collect::<Result<_, _>>()?;
+        let mut all = Vec::with_capacity(ops.size_hint().0);
+        for op in ops {
+            all.push(read(op)?);
+        }
         if more == 0 { Ok(all) } else { Err(Error::Unexpected("more issues than there were".to_owned())) }
     }
 
@@ -435,8 +438,11 @@ impl Family for Coupon {
         Some(Note { serial, remaining, ..Note::at(position) })
     }
 
-    fn keep(batch: &mut CopiedBatch, k: u32, op: CouponOp, note: Note) {
-        let op = CouponOp::new(op.coupon.detached(), op.action.detached(), op.request.map(Request::detached));
+    fn keep(batch: &mut CopiedBatch, k: u32, op: &CouponOp, note: Note) {
+        if let (Action::Step { step: CouponStep::Issue, user, .. }, None) = (&op.action, &op.request) {
+            return batch.small.issued(k, &op.coupon, user, &note);
+        }
+        let op = CouponOp::new(op.coupon.detached(), op.action.detached(), op.request.as_ref().map(Request::detached));
         batch.copies.push(Copy { k, kept: Kept::Coupon(op), note });
     }
 

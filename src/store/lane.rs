@@ -238,7 +238,7 @@ pub trait Family: 'static {
     /// What a copy of the operation has to know of its outcome; `None` where Postgres has nothing to be told of it that it could lose.
     fn note(op: &Self::Op, outcome: &Self::Outcome) -> Option<Note>;
     /// Keeps a copy of the operation at place `k` in that of its batch, in memory of its own.
-    fn keep(batch: &mut CopiedBatch, k: u32, op: Self::Op, note: Note);
+    fn keep(batch: &mut CopiedBatch, k: u32, op: &Self::Op, note: Note);
     /// The outcome of an operation that was accepted by a batch whose answer got lost, from its line in the outbox.
     fn replayed(op: &Self::Op, line: &Operation, position: Position) -> Option<Self::Outcome>;
     /// Whether a change in the ledger is what the operation asks for, as far as the ledger says.
@@ -303,14 +303,14 @@ impl<F: Family, W: Waiter<F>> Queued<F, W> {
         }
     }
 
-    /// Gives it back where it has to come behind another one; `None` if it was.
-    fn unless_taken_back(mut self) -> Option<Self> {
-        match self.waiter.take_if(|waiter| waiter.comes_behind(&self.op)) {
-            None => Some(self),
-            Some(waiter) => {
-                waiter.take_back(self.op);
-                None
-            }
+    /// Whether it has to come behind another one, and is to be taken back.
+    fn comes_behind(&self) -> bool {
+        self.waiter.as_ref().is_some_and(|waiter| waiter.comes_behind(&self.op))
+    }
+
+    fn take_back(self) {
+        if let Some(waiter) = self.waiter {
+            waiter.take_back(self.op);
         }
     }
 
@@ -350,6 +350,8 @@ pub struct Lane<F: Family, W: Waiter<F>> {
     window_ms: i64,
     within: Duration,
     queue: RefCell<VecDeque<Queued<F, W>>>,
+    /// The memory of a batch that is over.
+    spare: Cell<VecDeque<Queued<F, W>>>,
     /// What has to wait, by its [`Queued::place`]. It goes in front of the queue, and does not count as part of it.
     parked: RefCell<VecDeque<Queued<F, W>>>,
     /// Whether not all that is parked was asked about yet, for want of room in a batch.
@@ -386,6 +388,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             window_ms,
             within,
             queue: RefCell::default(),
+            spare: Cell::default(),
             parked: RefCell::default(),
             more_to_ask: Cell::new(false),
             arrivals: Cell::new(0),
@@ -434,11 +437,14 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         let mut queue = self.queue.borrow_mut();
         F::goes(&self.partition.sold_out, &op, deadline);
         // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
-        let at = queue.iter().rposition(|queued| queued.deadline <= deadline).map_or(0, |before| before + 1);
         let turning = F::may_turn_all(&op).then(|| Turning::count(&self.turning));
         let number = self.arrivals.get() + 1;
         self.arrivals.set(number);
-        queue.insert(at, Queued { op, waiter: Some(waiter), deadline, number, again: None, _turning: turning });
+        let queued = Queued { op, waiter: Some(waiter), deadline, number, again: None, _turning: turning };
+        match queue.iter().rposition(|before| before.deadline <= deadline).map_or(0, |before| before + 1) {
+            back if back == queue.len() => queue.push_back(queued),
+            at => queue.insert(at, queued),
+        }
         if queue.len() == 1 {
             self.bell.work.notify_one();
         }
@@ -888,7 +894,7 @@ mod tests {
             op.client = 1;
             lane.submit(op, Instant::now(), Untold);
         };
-        let next = || lane.next_batch(1, "run").map_or_else(Vec::new, |sent| sent.operations);
+        let next = || lane.next_batch(1, "run").map_or_else(Vec::new, |sent| Vec::from(sent.operations));
         let names =
             |batch: &[Queued<Coupon, Untold>]| -> Vec<String> { batch.iter().map(|queued| format!("{:?}", queued.op.action)).collect() };
         let send_back = |batch: Vec<Queued<Coupon, Untold>>| {
@@ -987,8 +993,8 @@ mod tests {
         let decr = || op(Action::Change(StockKind::Decr));
         let partition = Arc::new(Partition::new(0, 1).0);
         let note = Note::at(Position::new(1, 1));
-        let mut sold = CopiedBatch::new("i:stock:1".into(), 7);
-        Stock::keep(&mut sold, 0, decr(), note);
+        let mut sold = CopiedBatch::new("i:stock:1".into(), 7, 1);
+        Stock::keep(&mut sold, 0, &decr(), note);
         partition.copies.keep(sold);
         let lane = Lane::<Stock, Told>::new(partition, "redis://127.0.0.1:1", "i:stock".into(), 600_000, Duration::from_secs(60), ());
         *lane.gate.borrow_mut() = Gate::Open;

@@ -34,8 +34,8 @@ impl Request {
     }
 
     /// The same in memory of its own.
-    pub fn detached(self) -> Self {
-        Self { id: self.id.detached(), ..self }
+    pub fn detached(&self) -> Self {
+        Self { id: self.id.detached(), digest: self.digest.clone(), alone: self.alone }
     }
 
     /// The id's own time in Unix ms, at least 1; 0 where it has none.

@@ -460,11 +460,13 @@ impl Family for Stock {
         positions: &mut Positions,
     ) -> Result<Vec<Verdict<StockOutcome>>, Error> {
         let mut worked = Worked::read(plan, ops.clone(), words, positions)?;
-        let verdict = |(k, op)| match plan.is_summed(k) {
-            true => Ok(Verdict::Decided(worked.next(plan, op))),
-            false => decided(op, words, positions),
-        };
-        let verdicts = ops.enumerate().map(verdict).collect::<Result<_, _>>()?;
+        let mut verdicts = Vec::with_capacity(ops.size_hint().0);
+        for (k, op) in ops.enumerate() {
+            verdicts.push(match plan.is_summed(k) {
+                true => Verdict::Decided(worked.next(plan, op)),
+                false => decided(op, words, positions)?,
+            });
+        }
         worked.check()?;
         Ok(verdicts)
     }
@@ -480,16 +482,17 @@ impl Family for Stock {
         }
     }
 
-    fn keep(batch: &mut CopiedBatch, k: u32, op: StockOp, note: Note) {
-        if let Some((product, delta)) = sums::part(&op) {
-            return batch.parts.push(k, product, delta, note.position);
+    fn keep(batch: &mut CopiedBatch, k: u32, op: &StockOp, note: Note) {
+        if let Some((product, delta)) = sums::part(op) {
+            return batch.small.moved(k, product, delta, note.position);
         }
         if let Some(line) = note.line.clone() {
             return batch.copies.push(Copy { k, kept: Kept::Line(line), note: Note { line: None, ..note } });
         }
         let items = op.items.iter().map(|(product, quantity)| (product.detached(), *quantity)).collect();
-        let request = op.request.map(|request| Box::new(request.detached()));
-        batch.copies.push(Copy { k, kept: Kept::Stock(StockOp { items, request, ..op }), note });
+        let request = op.request.as_deref().map(|request| Box::new(request.detached()));
+        let op = StockOp { action: op.action, items, low: op.low, request, upkeep: op.upkeep.clone(), order: op.order.clone() };
+        batch.copies.push(Copy { k, kept: Kept::Stock(op), note });
     }
 
     fn replayed(op: &StockOp, line: &Operation, position: Position) -> Option<StockOutcome> {
@@ -619,8 +622,9 @@ mod tests {
         let mut op = StockOp::new(Action::Change(StockKind::Decr), vec![(Id::parse(buffer.slice(..3)).unwrap(), 1)]);
         op.request = Some(Box::new(request));
         let note = Note::at(Position::new(1, 1));
-        let mut batch = CopiedBatch::new("i:stock:1".into(), 7);
-        Stock::keep(&mut batch, 0, op, note);
+        let mut batch = CopiedBatch::new("i:stock:1".into(), 7, 1);
+        Stock::keep(&mut batch, 0, &op, note);
+        drop(op);
         assert!(buffer.is_unique());
     }
 

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::time::Sleep;
 
 use crate::command::Context as Shared;
-use crate::limits::{INPUT_ALWAYS_MAX, INPUT_STRANGER_MAX, READ_MAX, READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART};
+use crate::limits::{INPUT_ALWAYS_MAX, INPUT_STRANGER_MAX, READ_BUFFERS_KEPT_MAX, READ_MAX, READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART};
 use crate::resp::{Limits, ProtocolError, Reader, Request};
 use crate::server::stream::Stream;
 
@@ -126,10 +126,16 @@ impl Input {
             self.read_size = self.read_size.min(READ_MIN);
         }
         let buffer = &mut self.reader.buffer;
+        if buffer.capacity() == 0
+            && self.read_size <= READ_MIN
+            && let Some(kept) = self.shared.read_buffers.borrow_mut().pop()
+        {
+            *buffer = kept;
+        }
         buffer.reserve(self.read_size);
         match stream.poll_read(cx, buffer, self.read_size) {
             Poll::Pending => {
-                self.reader.release();
+                self.release();
                 Poll::Pending
             }
             Poll::Ready(Ok(0)) => {
@@ -180,7 +186,19 @@ impl Input {
 
     /// Gives memory back that is not in use.
     pub fn release(&mut self) {
-        self.reader.release();
+        if let Some(buffer) = self.reader.release()
+            && buffer.capacity() <= 2 * READ_MIN
+        {
+            let mut kept = self.shared.read_buffers.borrow_mut();
+            if kept.len() < READ_BUFFERS_KEPT_MAX {
+                kept.push(buffer);
+            }
+        }
+    }
+
+    /// Whether it has no more than one read of the least size, so that it may keep it for as long as its requests are under way.
+    pub fn is_small(&self) -> bool {
+        self.reader.buffer.is_empty() && self.reader.buffer.capacity() <= READ_MIN
     }
 }
 

@@ -1,6 +1,6 @@
 //! A lane's batches: made, sent, and their answers read.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -31,7 +31,7 @@ pub(super) struct Sent<F: Family, W> {
     made: Instant,
     /// When it was sent last.
     pub(super) since: Instant,
-    pub(super) operations: Vec<Queued<F, W>>,
+    pub(super) operations: VecDeque<Queued<F, W>>,
 }
 
 /// The keys that every script of a lane is told before those of its batch: meta and the outbox.
@@ -39,7 +39,9 @@ const FRAME_KEYS: usize = 2;
 
 /// A batch that is being made.
 struct Batch<F: Family, W> {
-    operations: Vec<Queued<F, W>>,
+    operations: VecDeque<Queued<F, W>>,
+    /// How many have been admitted, some of which may still be where they waited.
+    count: usize,
     keys: usize,
     bytes: usize,
 }
@@ -48,14 +50,32 @@ impl<F: Family, W> Batch<F, W> {
     /// Whether one more of this [`Family::weight`] fits.
     fn has_room_for(&self, (keys, bytes): (usize, usize)) -> bool {
         let within_bounds = self.keys + keys <= limits::BATCH_KEYS_MAX && self.bytes + bytes <= limits::BATCH_BYTES_MAX;
-        self.operations.is_empty() || (within_bounds && self.operations.len() < limits::BATCH_OPERATIONS_MAX)
+        self.count == 0 || (within_bounds && self.count < limits::BATCH_OPERATIONS_MAX)
     }
 
-    fn push(&mut self, queued: Queued<F, W>, (keys, bytes): (usize, usize)) {
+    /// Counts one more.
+    fn admit(&mut self, (keys, bytes): (usize, usize)) {
+        self.count += 1;
         self.keys += keys;
         self.bytes += bytes;
-        self.operations.push(queued);
     }
+
+    /// Takes the first `count` of the queue. They are large: where those are all, they are not moved one by one.
+    fn take(&mut self, queue: &mut VecDeque<Queued<F, W>>, count: usize) {
+        if count == queue.len() && self.operations.is_empty() {
+            std::mem::swap(&mut self.operations, queue);
+        } else {
+            self.operations.extend(queue.drain(..count));
+        }
+    }
+}
+
+/// Why one of the queue does not go.
+enum Stays {
+    /// It comes behind another one of its client, which is not in the queue.
+    Behind,
+    /// It has to wait; why.
+    Waits(Rc<str>),
 }
 
 type Verb = fn(&Script, &[&str], &[&[u8]]) -> redis::Cmd;
@@ -88,16 +108,16 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     }
 
     /// Takes what goes next, and parks what has to wait; `None` where nothing may go.
-    fn take_next(&self) -> Option<Vec<Queued<F, W>>> {
+    fn take_next(&self) -> Option<VecDeque<Queued<F, W>>> {
         self.desk.returned();
-        let most = self.queued().min(limits::BATCH_OPERATIONS_MAX);
-        let mut batch = Batch { operations: Vec::with_capacity(most), keys: 0, bytes: 0 };
+        let mut batch = Batch { operations: self.spare.take(), count: 0, keys: 0, bytes: 0 };
         self.take_parked(&mut batch);
         // What comes later may come behind what is still to be asked about.
         if !self.more_to_ask.get() {
             self.take_queued(&mut batch);
         }
         if batch.operations.is_empty() {
+            self.spare(batch.operations);
             self.pace.rests();
             return None;
         }
@@ -130,7 +150,10 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 continue;
             }
             match self.desk.admit(&mut queued.op) {
-                Ok(()) => batch.push(queued, weight),
+                Ok(()) => {
+                    batch.admit(weight);
+                    batch.operations.push_back(queued);
+                }
                 Err(reason) => {
                     queued.again = Some(reason);
                     some_wait = true;
@@ -149,18 +172,29 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
     /// Takes as much of the queue as fits the batch.
     fn take_queued(&self, batch: &mut Batch<F, W>) {
         loop {
-            let (queued, weight) = {
-                let mut queue = self.queue.borrow_mut();
-                let Some(weight) = queue.front().map(|queued| F::weight(&queued.op)).filter(|weight| batch.has_room_for(*weight)) else {
-                    return;
+            let mut queue = self.queue.borrow_mut();
+            let (mut goes, mut stays) = (0, None);
+            for queued in queue.iter_mut() {
+                let weight = F::weight(&queued.op);
+                if !batch.has_room_for(weight) {
+                    break;
+                }
+                stays = match queued.comes_behind() {
+                    true => Some(Stays::Behind),
+                    false => self.desk.admit(&mut queued.op).err().map(Stays::Waits),
                 };
-                let Some(queued) = queue.pop_front() else { return };
-                (queued, weight)
-            };
-            let Some(mut queued) = queued.unless_taken_back() else { continue };
-            match self.desk.admit(&mut queued.op) {
-                Ok(()) => batch.push(queued, weight),
-                Err(reason) => self.try_again(queued, reason, self.desk.retry_after()),
+                if stays.is_some() {
+                    break;
+                }
+                batch.admit(weight);
+                goes += 1;
+            }
+            batch.take(&mut queue, goes);
+            let Some((stays, queued)) = stays.and_then(|stays| Some((stays, queue.pop_front()?))) else { return };
+            drop(queue);
+            match stays {
+                Stays::Behind => queued.take_back(),
+                Stays::Waits(reason) => self.try_again(queued, reason, self.desk.retry_after()),
             }
         }
     }
@@ -344,18 +378,44 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             self.partition.saw(newest);
         }
         // What is finished here is written to its client later, on this thread: by then the copies are kept.
-        let mut copies = CopiedBatch::new(self.op(sent.counter), now_ms);
-        let mut later = Vec::new();
-        for (k, (mut queued, verdict)) in (0..).zip(sent.operations.into_iter().zip(verdicts)) {
-            match verdict {
-                Verdict::Decided(outcome) => {
-                    F::learn(&self.partition.sold_out, &queued.op, &outcome, sent.made);
-                    let note = F::note(&queued.op, &outcome);
-                    queued.finish(Ok(outcome));
-                    if let Some(note) = note {
-                        F::keep(&mut copies, k, queued.op, note);
-                    }
+        let mut copies = CopiedBatch::new(self.op(sent.counter), now_ms, sent.operations.len());
+        let mut undecided = Vec::new();
+        for (k, (queued, verdict)) in (0..).zip(sent.operations.iter_mut().zip(verdicts)) {
+            if let Verdict::Decided(outcome) = verdict {
+                F::learn(&self.partition.sold_out, &queued.op, &outcome, sent.made);
+                let note = F::note(&queued.op, &outcome);
+                queued.finish(Ok(outcome));
+                if let Some(note) = note {
+                    F::keep(&mut copies, k, &queued.op, note);
                 }
+            } else {
+                undecided.push((k, verdict));
+            }
+        }
+        self.partition.copies.keep(copies);
+        if undecided.is_empty() {
+            self.spare(sent.operations);
+        } else {
+            self.undecided(sent.operations, undecided);
+        }
+        Ok(())
+    }
+
+    /// Keeps the memory of a batch for the next one.
+    fn spare(&self, mut operations: VecDeque<Queued<F, W>>) {
+        operations.clear();
+        if operations.capacity() <= 2 * limits::BATCH_OPERATIONS_MAX {
+            self.spare.set(operations);
+        }
+    }
+
+    /// Sees to it that those of a batch are tried again which were not decided, by their places in it.
+    fn undecided(&self, operations: VecDeque<Queued<F, W>>, undecided: Vec<(u32, Verdict<F::Outcome>)>) {
+        let (mut undecided, mut later) = (undecided.into_iter().peekable(), Vec::new());
+        for (k, mut queued) in (0..).zip(operations) {
+            let Some((_, verdict)) = undecided.next_if(|(at, _)| *at == k) else { continue };
+            match verdict {
+                Verdict::Decided(_) => {}
                 Verdict::Again(reason) => self.try_again(queued, reason.into(), limits::LOCKED_RETRY_AFTER),
                 Verdict::Later(reason) => {
                     queued.again = Some(reason.into());
@@ -374,13 +434,11 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
                 }
             }
         }
-        self.partition.copies.keep(copies);
         self.put_back(later);
-        Ok(())
     }
 
     /// Puts in front of the queue what goes with the next batch, but for what nobody waits for any more.
-    fn put_back(&self, operations: Vec<Queued<F, W>>) {
+    fn put_back(&self, operations: impl IntoIterator<Item = Queued<F, W>, IntoIter: DoubleEndedIterator>) {
         let mut queue = self.queue.borrow_mut();
         operations.into_iter().rev().filter(|queued| queued.waiter.is_some()).for_each(|queued| queue.push_front(queued));
     }
@@ -402,7 +460,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             value => Some(stream::entry(value)?),
         };
         let (op, at_ms) = (self.op(sent.counter), entry.as_ref().map_or(0, |entry| entry.at_ms));
-        let mut copies = CopiedBatch::new(op, at_ms);
+        let mut copies = CopiedBatch::new(op, at_ms, sent.operations.len());
         let mut granted: HashMap<u32, (u64, Operation)> =
             entry.iter().flat_map(Entry::each).map(|(n, operation)| (operation.k, (n, operation))).collect();
         for (k, mut queued) in (0..).zip(sent.operations) {
@@ -413,7 +471,7 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
             let note: Option<Note> = outcome.as_ref().and_then(|outcome| F::note(&queued.op, outcome));
             queued.finish(outcome.ok_or_else(|| Failure::TryAgain("the answer was lost; nothing was changed".into())));
             if let Some(note) = note {
-                F::keep(&mut copies, k, queued.op, note);
+                F::keep(&mut copies, k, &queued.op, note);
             }
         }
         if let Some(entry) = entry {
