@@ -684,7 +684,8 @@ pub const EXPIRE_EVERY: Duration = Duration::from_millis(250);
 pub const EXPIRE_LEASE_MS: i64 = 600;
 /// How many orders expire at once: a batch takes Redis some milliseconds, which others wait for.
 pub const EXPIRE_AT_ONCE: usize = 200;
-/// How often Postgres is asked for orders that are held there long after their time, and after how long that is.
+/// How often Postgres is asked for orders that are held there long after their time, and those are tried again that could not expire; and after how
+/// long that is.
 pub const OVERDUE_EVERY: Duration = Duration::from_secs(60);
 pub const OVERDUE_AFTER_MS: i64 = 60_000;
 

@@ -136,7 +136,7 @@ impl<'c> Adoption<'c> {
 
     /// Takes over orders, by id. The ledger needs no row for them: what they hold is part of the products.
     pub async fn orders(&mut self, orders: &[(String, Order)]) -> Result<(), Error> {
-        order::adopt(&mut self.transaction, self.partition, orders).await?;
+        order::adopt(&mut self.transaction, self.partition, self.epoch, orders).await?;
         self.held.extend(orders.iter().filter(|(_, order)| order.state == OrderState::Held).map(|(id, _)| id.clone()));
         Ok(())
     }
@@ -226,7 +226,7 @@ impl<'c> Adoption<'c> {
     /// Ends it: Postgres has everything; no other order holds anything any more. Returns the position, and the op there, under which Redis is to be opened.
     pub async fn end(mut self) -> Result<(Position, String), Error> {
         let (applied, last_op) = (Position::new(self.epoch, self.n), format!("rebuild:{}", self.epoch));
-        order::expire_all_but(&mut self.transaction, self.partition, &self.held).await?;
+        order::expire_all_but(&mut self.transaction, self.partition, self.epoch, &self.held).await?;
         apply::end_epochs(&mut self.transaction, self.partition, Position::new(0, self.n), self.epoch).await?;
         partition::advance(&mut self.transaction, self.partition, applied, &last_op, Some(crate::domain::InboxMark::default())).await?;
         sqlx::query("UPDATE holdfast.partition SET owner = NULL, lease_until = NULL WHERE id = $1")

@@ -506,8 +506,8 @@ async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settle
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::domain::OrderState;
     use crate::domain::coupon::Counts;
+    use crate::domain::{Order, OrderState};
     use crate::ledger::refill::Snapshot;
     use crate::ledger::testing::{Database, database, execute, number_of, rows};
     use crate::ledger::{apply, coupon, order};
@@ -582,9 +582,9 @@ mod tests {
         assert_eq!(number_of(connection, "SELECT available * 100 + held FROM holdfast.stock").await, 901);
     }
 
-    /// Order, state and until when it is held of each order that is read.
+    /// Order, state and until when it is held of each order that can be read.
     fn as_read(orders: Vec<order::OrderRow>) -> Vec<(String, OrderState, i64)> {
-        let mut orders: Vec<_> = orders.into_iter().map(|row| (row.order.clone(), row.order().unwrap())).collect();
+        let mut orders: Vec<_> = orders.into_iter().filter_map(|row| Some((row.order.clone(), row.order().ok()?))).collect();
         orders.sort_by(|a, b| a.0.cmp(&b.0));
         orders.into_iter().map(|(id, order)| (id, order.state, order.expires_ms)).collect()
     }
@@ -612,8 +612,10 @@ mod tests {
         let stand = |order: &str, state, expires_ms| (order.to_owned(), state, expires_ms);
         let [back, later, sold] = [("back", OrderState::Cancelled, 9), ("later", OrderState::Held, 99), ("sold", OrderState::Confirmed, 9)]
             .map(|(order, state, expires_ms)| stand(order, state, expires_ms));
-        let expected = [back.clone(), later.clone(), sold.clone()];
-        assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), expected);
+        let read = order::load(connection, &ids).await.unwrap();
+        let unread: Vec<_> = read.iter().filter(|row| row.order().is_err()).map(|row| row.order.as_str()).collect();
+        assert_eq!(unread.len(), 2, "not what has no row: {unread:?}");
+        assert_eq!(as_read(read), [back, later.clone(), sold]);
         assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), [], "nothing is given back twice");
         assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), std::slice::from_ref(&later));
         let mut snapshot = Snapshot::take(connection, 0).await.unwrap();
@@ -640,6 +642,78 @@ mod tests {
         }
         assert_eq!(as_read(order::load(connection, &ids[4..]).await.unwrap()), [stand("again", OrderState::Held, 99)]);
         assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), []);
+    }
+
+    #[tokio::test]
+    async fn an_order_whose_beginning_was_refused_is_not_the_one_before_it() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let ids = ["x", "y"].map(str::to_owned);
+        let lines = [
+            "0 set | a 10 10",
+            "1 set | b 10 10",
+            "2 reserve order=x expires=9 | a -1 9",
+            "3 expire order=x from=held units=1 | a 1 10",
+            "4 reserve order=y expires=9 | a -1 9",
+            "5 expire order=y from=held units=1 | a 1 10",
+        ];
+        apply(connection, 0, &[entry(0, 0, &lines)]).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (products <> '{b}')").await;
+        let again = [
+            "0 reserve order=x expires=99 | b -1 9",
+            "1 reserve order=y expires=99 | b -2 7",
+            "2 confirm order=x from=held units=1 | b 0 7",
+        ];
+        assert_eq!(apply_parking(connection, 0, &entry(6, 1, &again)).await.unwrap().1, 3);
+        let unread = order::load(connection, &ids).await.unwrap();
+        assert!(unread.len() == 2 && unread.iter().all(|row| row.order().is_err()), "{unread:?}");
+        assert_eq!(order::overdue(connection, 0, 1_000, 10).await.unwrap(), []);
+        let mut snapshot = Snapshot::take(connection, 0).await.unwrap();
+        let pages = snapshot.orders().await.unwrap();
+        assert_eq!(as_read(snapshot.next(&pages).await.unwrap()), []);
+        drop(snapshot);
+
+        execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none").await;
+        // What comes behind it begins a row of its own.
+        apply(connection, 0, &[entry(9, 2, &["0 extend order=y expires=199 from=held units=2 | b 0 7"])]).await.unwrap();
+        let letters: Vec<(i64,)> = rows(connection, "SELECT id FROM holdfast.dead_letter ORDER BY id").await;
+        for letter in letters {
+            assert_eq!(retry(connection, letter.0).await.unwrap(), Settled::Done);
+        }
+        let read = order::load(connection, &ids).await.unwrap();
+        assert!(read.iter().all(|row| row.order().unwrap().items[0].0 == "b"), "{read:?}");
+        let stand = |order: &str, state, expires_ms| (order.to_owned(), state, expires_ms);
+        assert_eq!(as_read(read), [stand("x", OrderState::Confirmed, 99), stand("y", OrderState::Held, 199)]);
+        let first = "SELECT string_agg(state, ' ') FROM holdfast.stock_order WHERE products = '{a}'";
+        assert_eq!(rows::<(String,)>(connection, first).await, [("expired expired".to_owned(),)]);
+    }
+
+    #[tokio::test]
+    async fn what_is_taken_over_from_redis_counts_whatever_the_ledger_said_before() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let lines = [
+            "0 set | a 10 10",
+            "1 reserve order=held expires=9 | a -1 9",
+            "2 reserve order=sold expires=9 | a -1 8",
+            "3 reserve order=gone expires=9 | a -1 7",
+        ];
+        apply(connection, 0, &[entry(0, 0, &lines)]).await.unwrap();
+        execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (state <> 'confirmed')").await;
+        let sold = ["0 confirm order=held from=held units=1 | a 0 7", "1 confirm order=sold from=held units=1 | a 0 7"];
+        assert_eq!(apply_parking(connection, 0, &entry(4, 1, &sold)).await.unwrap().1, 2);
+        // Redis has lost that the first is sold, and has forgotten the second, which was over.
+        let items = vec![("a".to_owned(), 1)];
+        let held = Order { state: OrderState::Held, expires_ms: 9, items, position: Position::new(1, 2) };
+        order::adopt(connection, 0, 2, &[("held".to_owned(), held)]).await.unwrap();
+        order::expire_all_but(connection, 0, 2, &["held".to_owned()]).await.unwrap();
+        let stand = |order: &str, state| (order.to_owned(), state, 9);
+        let ids = ["held", "sold", "gone"].map(str::to_owned);
+        assert_eq!(
+            as_read(order::load(connection, &ids).await.unwrap()),
+            [stand("gone", OrderState::Expired), stand("held", OrderState::Held), stand("sold", OrderState::Confirmed)]
+        );
+        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), [stand("held", OrderState::Held)]);
     }
 
     #[tokio::test]

@@ -54,13 +54,9 @@ pub async fn begin(connection: &mut PgConnection, digest: &str, name: &str, inst
 
 /// Notes that everything up to this line is here but for these lines, which Redis has refused since the last note, and whether that is all.
 pub async fn reached(connection: &mut PgConnection, digest: &str, lines: u64, refused: &[i64], done: bool) -> Result<(), Error> {
-    sqlx::query("UPDATE holdfast.import SET lines = $2, refused = refused || $4, done_at = CASE WHEN $3 THEN now() END WHERE digest = $1")
-        .bind(digest)
-        .bind(to_bigint(lines))
-        .bind(done)
-        .bind(refused)
-        .execute(connection)
-        .await?;
+    let query = "UPDATE holdfast.import SET lines = $2, done_at = CASE WHEN $3 THEN now() END, \
+                 refused = CASE WHEN cardinality($4::bigint[]) > 0 THEN refused || $4 ELSE refused END WHERE digest = $1";
+    sqlx::query(query).bind(digest).bind(to_bigint(lines)).bind(done).bind(refused).execute(connection).await?;
     Ok(())
 }
 

@@ -78,15 +78,17 @@ pub(super) async fn write(connection: &mut PgConnection, partition: u32, orders:
     insert(connection, partition, &begun).await
 }
 
-/// Returns those that are not here.
+/// Returns those that are not here. Nor is one behind whose last row another of its id was begun, which that row refused.
 async fn update(connection: &mut PgConnection, moved: &[&OrderMove<'_>]) -> Result<Vec<String>, Error> {
     let updated: Vec<String> = sqlx::query_scalar(
         "UPDATE holdfast.stock_order AS o SET state = m.state, expires_ms = coalesce(m.expires_ms, o.expires_ms), \
          changed_epoch = m.epoch, changed_n = m.n, changed_at = timestamptz 'epoch' + m.at_ms * interval '1 millisecond' \
-         FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[]) \
-         AS m (order_id, state, expires_ms, epoch, n, at_ms) CROSS JOIN LATERAL (SELECT l.epoch, l.n FROM holdfast.stock_order l \
+         FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[]) \
+         AS m (order_id, state, expires_ms, epoch, n, at_ms, place_epoch, place_n) CROSS JOIN LATERAL (SELECT l.epoch, l.n FROM holdfast.stock_order l \
          WHERE l.order_id = m.order_id ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS last \
-         WHERE o.order_id = m.order_id AND o.epoch = last.epoch AND o.n = last.n RETURNING o.order_id",
+         WHERE o.order_id = m.order_id AND o.epoch = last.epoch AND o.n = last.n AND NOT EXISTS (SELECT 1 FROM holdfast.stock_ledger b \
+         WHERE b.order_id = m.order_id AND (b.epoch, b.n) > (o.epoch, o.n) AND (b.epoch, b.n) < (m.place_epoch, m.place_n) \
+         AND b.epoch >= coalesce(o.adopted_epoch, 0) AND b.kind IN ('reserve', 'sell')) RETURNING o.order_id",
     )
     .bind(moved.iter().map(|order| order.order).collect::<Vec<_>>())
     .bind(moved.iter().map(|order| order.state.as_str()).collect::<Vec<_>>())
@@ -94,6 +96,8 @@ async fn update(connection: &mut PgConnection, moved: &[&OrderMove<'_>]) -> Resu
     .bind(moved.iter().map(|order| to_bigint(order.changed.epoch)).collect::<Vec<_>>())
     .bind(moved.iter().map(|order| to_bigint(order.changed.n)).collect::<Vec<_>>())
     .bind(moved.iter().map(|order| order.changed_ms).collect::<Vec<_>>())
+    .bind(moved.iter().map(|order| to_bigint(order.place.0)).collect::<Vec<_>>())
+    .bind(moved.iter().map(|order| to_bigint(order.place.1)).collect::<Vec<_>>())
     .fetch_all(connection)
     .await?;
     if updated.len() == moved.len() {
@@ -135,8 +139,8 @@ async fn insert(connection: &mut PgConnection, partition: u32, begun: &[&OrderMo
     Ok(())
 }
 
-/// Makes the last row of each order say what Redis says; an order that is not here begins with the position of its last change.
-pub(super) async fn adopt(connection: &mut PgConnection, partition: u32, orders: &[(String, Order)]) -> Result<(), Error> {
+/// Makes the last row of each order say what Redis says, under `epoch`; an order that is not here begins with the position of its last change.
+pub(super) async fn adopt(connection: &mut PgConnection, partition: u32, epoch: u64, orders: &[(String, Order)]) -> Result<(), Error> {
     let joined = |of: fn(&(String, i64)) -> String| {
         orders.iter().map(|(_, order)| order.items.iter().map(of).collect::<Vec<_>>().join(" ")).collect::<Vec<_>>()
     };
@@ -147,11 +151,12 @@ pub(super) async fn adopt(connection: &mut PgConnection, partition: u32, orders:
            AS r (order_id, state, expires_ms, products, units, epoch, n) LEFT JOIN LATERAL (SELECT l.epoch, l.n FROM holdfast.stock_order l \
            WHERE l.order_id = r.order_id ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS last ON true), \
          known AS (UPDATE holdfast.stock_order AS o SET state = r.state, expires_ms = r.expires_ms, products = r.products, units = r.units, \
-           changed_epoch = r.epoch, changed_n = r.n, changed_at = now() FROM r WHERE o.order_id = r.order_id AND o.epoch = r.last_epoch \
-           AND o.n = r.last_n AND (o.changed_epoch, o.changed_n) IS DISTINCT FROM (r.epoch, r.n)) \
+           changed_epoch = r.epoch, changed_n = r.n, adopted_epoch = $9, \
+           changed_at = CASE WHEN (o.changed_epoch, o.changed_n) = (r.epoch, r.n) THEN o.changed_at ELSE now() END \
+           FROM r WHERE o.order_id = r.order_id AND o.epoch = r.last_epoch AND o.n = r.last_n) \
          INSERT INTO holdfast.stock_order (order_id, epoch, n, partition, state, expires_ms, products, units, changed_epoch, changed_n, \
-           created_at, changed_at) SELECT order_id, epoch, n, $1, state, expires_ms, products, units, epoch, n, now(), now() FROM r \
-           WHERE last_n IS NULL",
+           created_at, changed_at, adopted_epoch) SELECT order_id, epoch, n, $1, state, expires_ms, products, units, epoch, n, now(), now(), $9 \
+           FROM r WHERE last_n IS NULL",
     )
     .bind(partition::id(partition))
     .bind(orders.iter().map(|(id, _)| id.as_str()).collect::<Vec<_>>())
@@ -161,21 +166,21 @@ pub(super) async fn adopt(connection: &mut PgConnection, partition: u32, orders:
     .bind(joined(|(_, units)| units.to_string()))
     .bind(orders.iter().map(|(_, order)| to_bigint(order.position.epoch)).collect::<Vec<_>>())
     .bind(orders.iter().map(|(_, order)| to_bigint(order.position.n)).collect::<Vec<_>>())
+    .bind(to_bigint(epoch))
     .execute(connection)
     .await?;
     Ok(())
 }
 
-/// Orders that hold units here and not in Redis are over: whoever has the units now, Redis says.
-pub(super) async fn expire_all_but(connection: &mut PgConnection, partition: u32, held: &[String]) -> Result<(), Error> {
-    sqlx::query(
-        "UPDATE holdfast.stock_order SET state = 'expired', changed_at = now() WHERE state = 'held' AND partition = $1 \
-         AND NOT EXISTS (SELECT 1 FROM unnest($2::text[]) AS k (id) WHERE k.id = order_id)",
-    )
-    .bind(partition::id(partition))
-    .bind(held)
-    .execute(connection)
-    .await?;
+/// Orders that hold units here and not in Redis are over, under `epoch`: whoever has the units now, Redis says.
+pub(super) async fn expire_all_but(connection: &mut PgConnection, partition: u32, epoch: u64, held: &[String]) -> Result<(), Error> {
+    let query = format!(
+        "UPDATE holdfast.stock_order SET state = 'expired', changed_at = now(), adopted_epoch = $3 WHERE (order_id, epoch, n) IN (SELECT \
+         o.order_id, o.epoch, o.n {AS_IT_STANDS} AND o.state = 'held' AND {STATE} = 'held' AND o.partition = $1 \
+         AND NOT EXISTS (SELECT 1 FROM unnest($2::text[]) AS k (id) WHERE k.id = o.order_id))"
+    );
+    let expiring = sqlx::query(sqlx::AssertSqlSafe(query)).bind(partition::id(partition)).bind(held).bind(to_bigint(epoch));
+    expiring.execute(connection).await?;
     Ok(())
 }
 
@@ -184,7 +189,8 @@ pub(super) async fn expire_all_but(connection: &mut PgConnection, partition: u32
 pub struct OrderRow {
     #[sqlx(rename = "order_id")]
     pub order: String,
-    state: String,
+    /// `None`: it was begun, and its row refused that.
+    state: Option<String>,
     expires_ms: i64,
     products: Vec<String>,
     units: Vec<i64>,
@@ -195,9 +201,15 @@ pub struct OrderRow {
 }
 
 impl OrderRow {
-    /// The order. Errors with [`Error::Unfit`] where somebody has written an unknown state.
+    /// The order. Errors with [`Error::Unfit`] where its own row is among the dead letters, or somebody has written an unknown state.
     pub fn order(&self) -> Result<Order, Error> {
-        let state = OrderState::parse(&self.state).ok_or_else(|| Error::Unfit(format!("holdfast.stock_order: state {:?}", self.state)))?;
+        let Some(state) = &self.state else {
+            return Err(Error::Unfit(format!(
+                "order '{}' has no row, since postgres refused it: see HOLDFAST.DEADLETTER LIST",
+                self.order
+            )));
+        };
+        let state = OrderState::parse(state).ok_or_else(|| Error::Unfit(format!("holdfast.stock_order: state {state:?}")))?;
         let items = self.products.iter().cloned().zip(self.units.iter().copied()).collect();
         let position = Position::new(from_bigint(self.changed_epoch), from_bigint(self.changed_n));
         Ok(Order { state, expires_ms: self.expires_ms, items, position })
@@ -221,14 +233,15 @@ const EXPIRES_MS: &str = "coalesce(said.expires_ms, o.expires_ms, 0)";
 pub(super) const CHANGED_AT: &str = "coalesce(said.at, o.changed_at)";
 
 /// Each order's last row, `o`, with what the ledger has `said` of the order since: a row that has refused a change, which then lies among the
-/// dead letters, is not what the order is. Whose row was overtaken by an order of the same id that has none is left out: nothing is known of it.
-/// What a rebuild took over from Redis counts from then on, whatever the ledger said before. To be followed by conditions on `o`.
+/// dead letters, is not what the order is. What a rebuild took over from Redis counts from then on. Left out is a row behind which an order of the
+/// same id was begun that has none. To be followed by conditions on `o`.
 pub(super) const AS_IT_STANDS: &str = "FROM holdfast.stock_order o LEFT JOIN LATERAL (SELECT l.kind, l.expires_ms, l.at, \
      coalesce(l.origin_epoch, l.epoch) AS epoch, coalesce(l.origin_n, l.n) AS n FROM holdfast.stock_ledger l \
-     WHERE l.order_id = o.order_id AND (l.epoch, l.n) >= (o.epoch, o.n) ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS said \
-     ON (said.epoch, said.n) > (o.changed_epoch, o.changed_n) AND said.at >= o.changed_at \
+     WHERE l.order_id = o.order_id AND (l.epoch, l.n) >= (o.epoch, o.n) AND l.epoch >= coalesce(o.adopted_epoch, 0) \
+     ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS said ON (said.epoch, said.n) > (o.changed_epoch, o.changed_n) \
      WHERE NOT EXISTS (SELECT 1 FROM holdfast.stock_order later WHERE later.order_id = o.order_id AND (later.epoch, later.n) > (o.epoch, o.n)) \
-     AND coalesce(said.kind, '') NOT IN ('reserve', 'sell')";
+     AND NOT EXISTS (SELECT 1 FROM holdfast.stock_ledger begun WHERE begun.order_id = o.order_id AND (begun.epoch, begun.n) > (o.epoch, o.n) \
+     AND begun.epoch >= coalesce(o.adopted_epoch, 0) AND begun.kind IN ('reserve', 'sell'))";
 
 /// The columns of an [`OrderRow`], of rows from [`AS_IT_STANDS`].
 pub(super) fn columns() -> String {
@@ -238,9 +251,16 @@ pub(super) fn columns() -> String {
     )
 }
 
-/// Reads orders as they stand, in no particular order; those that are unknown are left out.
+/// Reads orders as they stand, in no particular order; those that are unknown are left out. Of one whose own row was refused it is said that it
+/// cannot be read.
 pub async fn load(connection: &mut PgConnection, orders: &[String]) -> Result<Vec<OrderRow>, Error> {
-    let query = format!("SELECT {} {AS_IT_STANDS} AND o.order_id = ANY($1)", columns());
+    let query = format!(
+        "SELECT {} {AS_IT_STANDS} AND o.order_id = ANY($1) UNION ALL \
+         SELECT DISTINCT l.order_id, NULL, 0::bigint, '{{}}'::text[], '{{}}'::bigint[], 0::bigint, 0::bigint, 0::bigint \
+         FROM holdfast.stock_ledger l WHERE l.order_id = ANY($1) AND l.kind IN ('reserve', 'sell') AND NOT EXISTS (SELECT 1 \
+         FROM holdfast.stock_order o WHERE o.order_id = l.order_id AND ((o.epoch, o.n) >= (l.epoch, l.n) OR o.adopted_epoch > l.epoch))",
+        columns()
+    );
     Ok(sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(orders).fetch_all(connection).await?)
 }
 

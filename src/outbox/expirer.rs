@@ -34,6 +34,8 @@ pub struct Expirer {
     redis: Option<Connection>,
     /// Those that cannot expire, since a key of theirs is not what it should be, and stay due.
     stuck: HashSet<Id>,
+    /// When those were last tried again.
+    unstuck: Instant,
     /// When it was last looked in Postgres.
     looked: Option<Instant>,
     /// Looks there. Nothing that is due waits for it.
@@ -51,6 +53,7 @@ impl Expirer {
             instance: instance.to_owned(),
             redis: None,
             stuck: HashSet::new(),
+            unstuck: Instant::now(),
             looked: None,
             looking: None,
             trouble: Trouble::new("expiring orders"),
@@ -94,9 +97,12 @@ impl Expirer {
         let is_full = orders.len() == EXPIRE_AT_ONCE;
         let expired = self.expire(orders).await;
         self.expire_overdue().await;
+        if self.unstuck.elapsed() >= OVERDUE_EVERY {
+            self.unstuck = Instant::now();
+            self.stuck.clear();
+        }
         if self.looking.is_none() && self.partition.ledger_up() && self.looked.is_none_or(|looked| looked.elapsed() >= OVERDUE_EVERY) {
             self.looked = Some(Instant::now());
-            self.stuck.clear();
             let overdue = overdue(Arc::clone(&self.partition), self.postgres_url.clone(), now_ms);
             self.looking = Some(AbortOnDropHandle::new(tokio::spawn(overdue)));
         }

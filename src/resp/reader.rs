@@ -76,15 +76,28 @@ pub struct Reader {
     found: Places,
     /// Whether the buffer's memory reaches further than it shows: requests, or what was skipped, lie before it.
     is_cut: bool,
+    /// Whether the buffer may have more memory than one read of the least size takes, whatever it still shows of it.
+    is_large: bool,
 }
 
 impl Default for Reader {
     fn default() -> Self {
-        Self { buffer: BytesMut::new(), walk: Walk::Start, found: Places::new(), is_cut: false }
+        Self { buffer: BytesMut::new(), walk: Walk::Start, found: Places::new(), is_cut: false, is_large: false }
     }
 }
 
 impl Reader {
+    /// Makes room in the buffer for so many bytes more.
+    pub fn reserve(&mut self, bytes: usize) {
+        self.is_large |= bytes > READ_MIN || !self.buffer.is_empty();
+        self.buffer.reserve(bytes);
+    }
+
+    /// Whether it has nothing but the memory of one read of the least size, if that.
+    pub fn is_small(&self) -> bool {
+        self.buffer.is_empty() && !self.is_large
+    }
+
     /// Takes the next complete request; `None` until more is read. After an error the reader is not to be used again.
     pub fn next(&mut self, limits: Limits) -> Result<Option<Request>, ProtocolError> {
         loop {
@@ -191,17 +204,18 @@ impl Reader {
         (at <= limits.bytes_max).then_some((at, places))
     }
 
-    /// Gives memory back that the beginning of a request does not need: all of it where there is none, and returns that if no request has any of it.
+    /// Gives memory back that the beginning of a request does not need: all of it where there is none, and returns that if it is
+    /// small and no request has any of it.
     /// Of a read that brought many requests and one byte more, that byte would keep the whole.
     pub fn release(&mut self) -> Option<BytesMut> {
         if self.buffer.is_empty() {
             if self.buffer.capacity() > 0 || self.is_cut {
-                let Self { mut buffer, .. } = std::mem::replace(self, Self { walk: self.walk, ..Self::default() });
-                return buffer.try_reclaim(READ_MIN).then_some(buffer);
+                let Self { mut buffer, is_large, .. } = std::mem::replace(self, Self { walk: self.walk, ..Self::default() });
+                return (!is_large && buffer.try_reclaim(READ_MIN)).then_some(buffer);
             }
         } else if self.is_cut || self.buffer.capacity() > 2 * self.buffer.len() + READ_MIN {
             self.buffer = BytesMut::from(&self.buffer[..]);
-            self.is_cut = false;
+            (self.is_cut, self.is_large) = (false, self.buffer.len() > READ_MIN);
         }
         None
     }
@@ -381,6 +395,29 @@ mod tests {
             reader.release();
             assert_eq!(reader.buffer.capacity(), 0);
         }
+    }
+
+    #[test]
+    fn memory_that_no_request_has_is_given_back_as_a_whole() {
+        let mut reader = Reader::default();
+        reader.reserve(READ_MIN);
+        reader.buffer.extend_from_slice(b"*1\r\n$4\r\nPING\r\n");
+        let start = reader.buffer.as_ptr();
+        let request = reader.next(Limits::KNOWN).unwrap().unwrap();
+        drop(request);
+        let given = reader.release().unwrap();
+        assert!(given.is_empty() && given.capacity() >= READ_MIN && given.as_ptr() == start && reader.buffer.capacity() == 0);
+        reader.buffer = given;
+        reader.buffer.extend_from_slice(b"*1\r\n$4\r\nPING\r\n");
+        let request = reader.next(Limits::KNOWN).unwrap().unwrap();
+        assert!(reader.is_small() && reader.release().is_none() && request.shares_memory_with_none(), "the request has it");
+        // Of much memory no more than that is shown.
+        reader.reserve(8 * READ_MIN);
+        reader.buffer.extend_from_slice(&b"PING\r\n".repeat(7 * READ_MIN / 6));
+        while reader.next(Limits::KNOWN).unwrap().is_some() {}
+        assert!(!reader.is_small() && (READ_MIN..2 * READ_MIN).contains(&reader.buffer.capacity()));
+        assert!(reader.release().is_none());
+        assert!(reader.is_small());
     }
 
     #[test]

@@ -192,6 +192,9 @@ impl Encoder {
     }
 
     fn header(&mut self, kind: u8, len: usize) {
+        if let Ok(digit @ 0..=9) = u8::try_from(len) {
+            return self.0.extend_from_slice(&[kind, b'0' + digit, b'\r', b'\n']);
+        }
         self.0.push(kind);
         self.0.extend_from_slice(itoa::Buffer::new().format(len).as_bytes());
         self.0.extend_from_slice(b"\r\n");

@@ -136,7 +136,7 @@ impl Connection {
             return;
         }
         if self.input.len() == 0 && self.again.is_none() && !self.input.ended {
-            self.input.backlog = false;
+            self.input.backlog = !self.has_room();
             self.settle_input();
             return;
         }

@@ -125,15 +125,14 @@ impl Input {
         if !is_known || ahead {
             self.read_size = self.read_size.min(READ_MIN);
         }
-        let buffer = &mut self.reader.buffer;
-        if buffer.capacity() == 0
+        if self.reader.buffer.capacity() == 0
             && self.read_size <= READ_MIN
             && let Some(kept) = self.shared.read_buffers.borrow_mut().pop()
         {
-            *buffer = kept;
+            self.reader.buffer = kept;
         }
-        buffer.reserve(self.read_size);
-        match stream.poll_read(cx, buffer, self.read_size) {
+        self.reader.reserve(self.read_size);
+        match stream.poll_read(cx, &mut self.reader.buffer, self.read_size) {
             Poll::Pending => {
                 self.release();
                 Poll::Pending
@@ -186,9 +185,7 @@ impl Input {
 
     /// Gives memory back that is not in use.
     pub fn release(&mut self) {
-        if let Some(buffer) = self.reader.release()
-            && buffer.capacity() <= 2 * READ_MIN
-        {
+        if let Some(buffer) = self.reader.release() {
             let mut kept = self.shared.read_buffers.borrow_mut();
             if kept.len() < READ_BUFFERS_KEPT_MAX {
                 kept.push(buffer);
@@ -198,7 +195,7 @@ impl Input {
 
     /// Whether it has no more than one read of the least size, so that it may keep it for as long as its requests are under way.
     pub fn is_small(&self) -> bool {
-        self.reader.buffer.is_empty() && self.reader.buffer.capacity() <= READ_MIN
+        self.reader.is_small()
     }
 }
 

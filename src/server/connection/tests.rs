@@ -16,8 +16,8 @@ use crate::command::spec::{BLOCKING, Spec, integer, text};
 use crate::command::{Backend, Commands, Handler, Stats, Step, client, connection, pubsub};
 use crate::limits::{
     GUESSES_FREE, IN_FLIGHT_MAX, INPUT_ALWAYS_MAX, INPUT_STRANGER_MAX, INPUT_TOGETHER_MAX, OUTPUT_SOFT_MAX, OUTPUT_STRANGER_MAX,
-    OUTPUT_TOGETHER_MAX, PATTERN_TAILS_EACH_MAX, PATTERNS_MAX, PATTERNS_TOGETHER_MAX, READ_MIN, REFUSED_READ_MAX, REFUSED_REST_PART,
-    TLS_INCOMPLETE_MAX, TURN_COMMANDS_MAX,
+    OUTPUT_TOGETHER_MAX, PATTERN_TAILS_EACH_MAX, PATTERNS_MAX, PATTERNS_TOGETHER_MAX, READ_BUFFERS_KEPT_MAX, READ_MIN, REFUSED_READ_MAX,
+    REFUSED_REST_PART, TLS_INCOMPLETE_MAX, TURN_COMMANDS_MAX,
 };
 use crate::resp::Ticket;
 use crate::session::client::HeldBack;
@@ -199,6 +199,37 @@ async fn replies_keep_the_order_of_requests_however_they_are_found() {
         let mut other = TcpStream::connect(server.address).await.unwrap();
         talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
         expect(&mut stream, "$1\r\na\r\n+PONG\r\n").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn read_buffers_are_passed_on_and_only_some_are_kept() {
+    const CLIENTS: usize = READ_BUFFERS_KEPT_MAX + 10;
+    served(2 * CLIENTS, async |server| {
+        let kept = || server.cx.read_buffers.borrow().len();
+        let mut clients = Vec::new();
+        for _ in 0..CLIENTS {
+            let mut stream = TcpStream::connect(server.address).await.unwrap();
+            talk(&mut stream, b"PING\r\n", "+PONG\r\n").await;
+            clients.push(stream);
+        }
+        until(|| kept() == 1).await;
+        // Requests under way have theirs, and give it back once they are over.
+        for stream in &mut clients {
+            stream.write_all(b"T.HOLD 0123456789\r\n").await.unwrap();
+        }
+        until(|| HELD.with_borrow(Vec::len) == CLIENTS).await;
+        assert_eq!(kept(), 0);
+        let mut other = TcpStream::connect(server.address).await.unwrap();
+        talk(&mut other, b"T.FREE\r\n", "+OK\r\n").await;
+        for stream in &mut clients {
+            expect(stream, "$10\r\n0123456789\r\n").await;
+        }
+        until(|| kept() == READ_BUFFERS_KEPT_MAX).await;
+        // Nobody sees what another has sent, and who waits for long has none.
+        talk(&mut other, b"ECHO ab\r\nT.SLEEP 60000\r\n", "$2\r\nab\r\n").await;
+        until(|| kept() == READ_BUFFERS_KEPT_MAX).await;
     })
     .await;
 }
