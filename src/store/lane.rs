@@ -436,11 +436,11 @@ impl<F: Family, W: Waiter<F>> Lane<F, W> {
         }
         let mut queue = self.queue.borrow_mut();
         F::goes(&self.partition.sold_out, &op, deadline);
-        // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
         let turning = F::may_turn_all(&op).then(|| Turning::count(&self.turning));
         let number = self.arrivals.get() + 1;
         self.arrivals.set(number);
         let queued = Queued { op, waiter: Some(waiter), deadline, number, again: None, _turning: turning };
+        // By deadline, so that what is at the front ends first. Only what is tried again does not belong at the back.
         match queue.iter().rposition(|before| before.deadline <= deadline).map_or(0, |before| before + 1) {
             back if back == queue.len() => queue.push_back(queued),
             at => queue.insert(at, queued),
