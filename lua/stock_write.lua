@@ -10,8 +10,8 @@
 -- {kind, text, items, request or false, low or false, upkeep or false, order or false}: text is what its outbox line begins with, items
 -- are places in names with their quantities, order is what orders.lua says. A set that creates is marked new=1: what Postgres may have of the product gives way.
 -- upkeep is what only the server itself asks for, each about one product: init {mark, n, low or false, reason or false} ·
--- inbox {mark before, mark, row, reason} · correct and adopt {n, round, reason, units that orders hold} · freeze {reason} · unfreeze {}. Their quantities
--- have a sign.
+-- inbox {mark before, mark, row, reason} · correct and adopt {n, round, reason, units that orders hold} · freeze {n, reason} · unfreeze {}. Their
+-- quantities have a sign.
 -- Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason · 'corrupt' item ·
 -- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'; of orders 'told' line · 'stands' state, position, expires,
 -- items · 'unknown' · 'nowhere' · 'stuck' key · 'later', and so is all that is behind that.
@@ -93,12 +93,12 @@ local function refused(kind, items)
   return false
 end
 
--- Up to where Redis has the inbox, and which round of the reconciler corrected last, and when.
+-- Up to where Redis has the inbox, which round of the reconciler corrected last, and when, and when a person unfroze last.
 local function marked()
   if not marks then
-    local m = redis.call('HMGET', meta, 'inbox', 'corrected')
+    local m = redis.call('HMGET', meta, 'inbox', 'corrected', 'unfrozen')
     local n, round = string.match(m[2] or '', '^(%d+):(.*)$')
-    marks = {inbox = m[1] or '0:0', n = tonumber(n) or 0, round = round}
+    marks = {inbox = m[1] or '0:0', n = tonumber(n) or 0, round = round, unfrozen = tonumber(m[3]) or 0}
   end
   return marks
 end
@@ -124,7 +124,10 @@ local function upkeep_refused(kind, items, upkeep)
   end
   if not value then return say('absent', 1) or true end
   if reasons[i] then return say('frozen', 1, reasons[i]) or true end
-  if kind ~= 'freeze' then
+  if kind == 'freeze' then
+    -- Who has seen at n why it should be has not seen that a person has looked since.
+    if marked().unfrozen > upkeep[1] then return say('moved') or true end
+  else
     -- What was compared at n is no longer so where another round has corrected since.
     if marked().n > upkeep[1] and marked().round ~= upkeep[2] then return say('moved') or true end
     if value + quantity > TOTAL_MAX then return say('over', 1, value) or true end
@@ -155,9 +158,11 @@ local function keep(operation)
     after = before + quantity
     if upkeep[4] then shelf.held[i] = (shelf.held[i] or 0) + upkeep[4] end
   elseif kind == 'freeze' then
-    reasons[i], freezes[i] = upkeep[1], upkeep[1]
+    reasons[i], freezes[i] = upkeep[2], upkeep[2]
   elseif kind == 'unfreeze' then
     reasons[i], freezes[i] = nil, false
+    marked().unfrozen = head.n + #lines + 1
+    marks.dirty = true
   end
   if kind == 'correct' or kind == 'adopt' then
     marks.n, marks.round, marks.dirty = head.n + #lines + 1, upkeep[2], true
@@ -246,7 +251,9 @@ if next(life) then redis.call('HLEN', deleted) end
 local after = held_afterwards(shelf, held, expiry)
 append(head, lines, summed)
 keep_requests(window)
-if marks and marks.dirty then redis.call('HSET', meta, 'inbox', marks.inbox, 'corrected', whole(marks.n) .. ':' .. (marks.round or '')) end
+if marks and marks.dirty then
+  redis.call('HSET', meta, 'inbox', marks.inbox, 'corrected', whole(marks.n) .. ':' .. (marks.round or ''), 'unfrozen', whole(marks.unfrozen))
+end
 for i, reason in pairs(freezes) do
   if reason then redis.call('HSET', frozen, names[i], reason) else redis.call('HDEL', frozen, names[i]) end
 end

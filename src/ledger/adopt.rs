@@ -68,8 +68,13 @@ impl<'c> Adoption<'c> {
         };
         sqlx::raw_sql(
             "SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL statement_timeout = '60s'; \
-             LOCK TABLE holdfast.stock IN SHARE ROW EXCLUSIVE MODE; DELETE FROM holdfast.inbox; \
-             DELETE FROM holdfast.dead_letter WHERE in_redis; UPDATE holdfast.salvage SET done = true WHERE NOT done",
+             LOCK TABLE holdfast.stock IN SHARE ROW EXCLUSIVE MODE",
+        )
+        .execute(&mut *transaction)
+        .await?;
+        order::write_begun(&mut transaction).await?;
+        sqlx::raw_sql(
+            "DELETE FROM holdfast.inbox; DELETE FROM holdfast.dead_letter WHERE in_redis; UPDATE holdfast.salvage SET done = true WHERE NOT done",
         )
         .execute(&mut *transaction)
         .await?;

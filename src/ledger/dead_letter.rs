@@ -269,13 +269,29 @@ pub async fn count(connection: &mut PgConnection, partition: u32) -> Result<u64,
     Ok(from_bigint(count.fetch_one(connection).await?))
 }
 
-/// The products of dead letters behind `after` that no person has unfrozen since, each with the id of its newest; in the order of those,
-/// a bounded number.
-pub async fn frozen(connection: &mut PgConnection, partition: u32, after: i64) -> Result<Vec<(i64, String)>, Error> {
+/// A product that is frozen for a dead letter.
+#[derive(Debug, sqlx::FromRow)]
+pub struct Frozen {
+    pub product: String,
+    /// The newest of its dead letters.
+    pub letter: i64,
+    n: i64,
+}
+
+impl Frozen {
+    /// Up to where the outbox had been applied by then.
+    pub fn n(&self) -> u64 {
+        from_bigint(self.n)
+    }
+}
+
+/// The products of dead letters behind `after` that no person has unfrozen since, in the order of their newest, a bounded number.
+pub async fn frozen(connection: &mut PgConnection, partition: u32, after: i64) -> Result<Vec<Frozen>, Error> {
     let frozen = sqlx::query_as(
-        "SELECT max(d.id), d.product_id FROM holdfast.dead_letter d LEFT JOIN holdfast.stock s USING (product_id) \
+        "SELECT d.product_id AS product, max(d.id) AS letter, p.applied_n AS n FROM holdfast.dead_letter d \
+         JOIN holdfast.partition p ON p.id = d.partition LEFT JOIN holdfast.stock s USING (product_id) \
          WHERE d.partition = $1 AND d.id > $2 AND d.product_id IS NOT NULL AND (s.product_id IS NULL OR s.frozen IS NOT NULL) \
-         GROUP BY d.product_id ORDER BY 1 LIMIT $3",
+         GROUP BY d.product_id, p.applied_n ORDER BY letter LIMIT $3",
     );
     let limit = i64::try_from(limits::DEAD_LETTERS_FROZEN_AT_ONCE).unwrap_or(i64::MAX);
     Ok(frozen.bind(id(partition)).bind(after).bind(limit).fetch_all(connection).await?)
@@ -396,8 +412,8 @@ pub(super) async fn balance_ended<'a>(
         "WITH letters AS (SELECT id, kind, product_id, epoch, n, substring(line FROM ' order=([^ ]+) ') AS of \
            FROM holdfast.dead_letter WHERE in_redis AND product_id IS NOT NULL AND kind IN ('reserve', 'sell', 'cancel', 'expire') \
            AND substring(line FROM ' order=([^ ]+) ') = ANY($1)), \
-         begun AS (SELECT * FROM letters l WHERE kind IN ('reserve', 'sell') AND NOT EXISTS (SELECT 1 FROM holdfast.stock_order later \
-           WHERE later.order_id = l.of AND (later.epoch, later.n) > (l.epoch, l.n))), \
+         begun AS (SELECT * FROM letters l WHERE kind IN ('reserve', 'sell') AND NOT EXISTS (SELECT 1 FROM holdfast.stock_ledger later \
+           WHERE later.order_id = l.of AND (later.epoch, later.n) > (l.epoch, l.n) AND later.kind IN ('reserve', 'sell'))), \
          ended AS (SELECT l.* FROM letters l JOIN begun b ON l.of = b.of AND l.product_id = b.product_id AND (l.epoch, l.n) > (b.epoch, b.n) \
            WHERE l.kind IN ('cancel', 'expire')), \
          gone AS (DELETE FROM holdfast.dead_letter d USING (SELECT id FROM begun UNION SELECT id FROM ended) AS a WHERE d.id = a.id \
@@ -482,12 +498,14 @@ async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settle
             .await?;
     let Some((product, delta, in_redis, op, k, i, line)) = found else { return Ok(Settled::Unknown) };
     let decoded = Operation::decode(&line).ok();
-    let begun = decoded.as_ref().and_then(Operation::begun_order).filter(|_| in_redis && product.is_some());
-    if let Some(order) = begun {
+    if let Some(order) = decoded.as_ref().and_then(Operation::begun_order).filter(|_| in_redis) {
         // Redis would get the units now, and has got them, or gets them once more, by its end.
-        return Ok(Settled::Failed(format!(
-            "order '{order}' has taken these units: RETRY it, or STOCK.CANCEL the order, which settles this, too"
-        )));
+        let why = if product.is_some() {
+            "has taken these units: RETRY it, or STOCK.CANCEL the order, which settles this, too"
+        } else {
+            "is known by this alone: RETRY it, which also settles what is over"
+        };
+        return Ok(Settled::Failed(format!("order '{order}' {why}")));
     }
     if !in_redis && decoded.as_ref().is_some_and(is_made_in_redis) && salvage::is_undone(connection, &op, k).await? {
         remove_rest(connection, &op, k).await?;
@@ -556,7 +574,7 @@ mod tests {
         let next = entry(8, 2, &["0 decr | b -1 6"]);
         assert_eq!(apply(&mut database.connection, 0, &[next]).await.unwrap().operations, 1);
         let frozen = frozen(&mut database.connection, 0, 0).await.unwrap();
-        assert_eq!(frozen.iter().map(|(_, product)| product.as_str()).collect::<Vec<_>>(), ["a", "ghost"]);
+        assert_eq!(frozen.iter().map(|frozen| frozen.product.as_str()).collect::<Vec<_>>(), ["a", "ghost"]);
         assert_eq!(count(&mut database.connection, 0).await.unwrap(), 3);
     }
 
@@ -582,9 +600,9 @@ mod tests {
         assert_eq!(number_of(connection, "SELECT available * 100 + held FROM holdfast.stock").await, 901);
     }
 
-    /// Order, state and until when it is held of each order that can be read.
+    /// Order, state and until when it is held of each order.
     fn as_read(orders: Vec<order::OrderRow>) -> Vec<(String, OrderState, i64)> {
-        let mut orders: Vec<_> = orders.into_iter().filter_map(|row| Some((row.order.clone(), row.order().ok()?))).collect();
+        let mut orders: Vec<_> = orders.into_iter().map(|row| (row.order.clone(), row.order().unwrap())).collect();
         orders.sort_by(|a, b| a.0.cmp(&b.0));
         orders.into_iter().map(|(id, order)| (id, order.state, order.expires_ms)).collect()
     }
@@ -612,27 +630,26 @@ mod tests {
         let stand = |order: &str, state, expires_ms| (order.to_owned(), state, expires_ms);
         let [back, later, sold] = [("back", OrderState::Cancelled, 9), ("later", OrderState::Held, 99), ("sold", OrderState::Confirmed, 9)]
             .map(|(order, state, expires_ms)| stand(order, state, expires_ms));
-        let read = order::load(connection, &ids).await.unwrap();
-        let unread: Vec<_> = read.iter().filter(|row| row.order().is_err()).map(|row| row.order.as_str()).collect();
-        assert_eq!(unread.len(), 2, "not what has no row: {unread:?}");
-        assert_eq!(as_read(read), [back, later.clone(), sold]);
+        let [again, both] = [stand("again", OrderState::Held, 99), stand("both", OrderState::Confirmed, 9)];
+        let all = [again.clone(), back, both.clone(), later.clone(), sold];
+        assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), all);
         assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), [], "nothing is given back twice");
-        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), std::slice::from_ref(&later));
+        let held = [again, later];
+        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), held);
         let mut snapshot = Snapshot::take(connection, 0).await.unwrap();
         let pages = snapshot.orders().await.unwrap();
         // What ended years ago Redis has forgotten.
-        assert_eq!(as_read(snapshot.next(&pages).await.unwrap()), [later]);
+        assert_eq!(as_read(snapshot.next(&pages).await.unwrap()), held);
         drop(snapshot);
 
         // What is retried first is its beginning: it is not held again.
         execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none, DROP CONSTRAINT no_both").await;
         let letters: Vec<(i64,)> =
             rows(connection, "SELECT id FROM holdfast.dead_letter WHERE line LIKE '%order=both %' ORDER BY id").await;
-        let both = [stand("both", OrderState::Confirmed, 9)];
         for letter in letters {
             assert_eq!(retry(connection, letter.0).await.unwrap(), Settled::Done);
             assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), []);
-            assert_eq!(as_read(order::load(connection, &ids[3..4]).await.unwrap()), both);
+            assert_eq!(as_read(order::load(connection, &ids[3..4]).await.unwrap()), std::slice::from_ref(&both));
         }
         // Of an id that is another order by now, the first's row stays as it is, and is nobody's.
         let letters: Vec<(i64,)> =
@@ -649,43 +666,67 @@ mod tests {
         let mut database = database().await;
         let connection = &mut database.connection;
         let ids = ["x", "y"].map(str::to_owned);
-        let lines = [
-            "0 set | a 10 10",
-            "1 set | b 10 10",
-            "2 reserve order=x expires=9 | a -1 9",
-            "3 expire order=x from=held units=1 | a 1 10",
-            "4 reserve order=y expires=9 | a -1 9",
-            "5 expire order=y from=held units=1 | a 1 10",
-        ];
+        let lines = ["0 set | a 10 10", "1 set | b 10 10", "2 reserve order=x expires=9 | a -1 9", "3 reserve order=y expires=9 | a -1 8"];
         apply(connection, 0, &[entry(0, 0, &lines)]).await.unwrap();
-        execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (products <> '{b}')").await;
+        execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (state = 'held' AND products <> '{b}')").await;
+        // The rows of the first stay held.
         let again = [
-            "0 reserve order=x expires=99 | b -1 9",
-            "1 reserve order=y expires=99 | b -2 7",
-            "2 confirm order=x from=held units=1 | b 0 7",
+            "0 expire order=x from=held units=1 | a 1 9",
+            "1 expire order=y from=held units=1 | a 1 10",
+            "2 reserve order=x expires=99 | b -1 9",
+            "3 sell order=y | b -2 7",
+            "4 extend order=x expires=199 from=held units=1 | b 0 7",
         ];
-        assert_eq!(apply_parking(connection, 0, &entry(6, 1, &again)).await.unwrap().1, 3);
-        let unread = order::load(connection, &ids).await.unwrap();
-        assert!(unread.len() == 2 && unread.iter().all(|row| row.order().is_err()), "{unread:?}");
-        assert_eq!(order::overdue(connection, 0, 1_000, 10).await.unwrap(), []);
+        assert_eq!(apply_parking(connection, 0, &entry(4, 1, &again)).await.unwrap().1, 5);
+        let stand = |order: &str, state, expires_ms| (order.to_owned(), state, expires_ms);
+        let (x, y) = (stand("x", OrderState::Held, 199), stand("y", OrderState::Confirmed, 0));
+        let now = [x.clone(), y.clone()];
+        let read = order::load(connection, &ids).await.unwrap();
+        for (row, units) in read.iter().map(|row| (row, if row.order == "x" { 1 } else { 2 })) {
+            assert_eq!(row.order().unwrap().items, [("b".to_owned(), units)]);
+        }
+        assert_eq!(as_read(read), now);
+        assert_eq!(as_read(order::overdue(connection, 0, 200, 10).await.unwrap()), std::slice::from_ref(&x));
+        assert_eq!(order::overdue(connection, 0, 199, 10).await.unwrap(), []);
         let mut snapshot = Snapshot::take(connection, 0).await.unwrap();
         let pages = snapshot.orders().await.unwrap();
-        assert_eq!(as_read(snapshot.next(&pages).await.unwrap()), []);
+        assert_eq!(as_read(snapshot.next(&pages).await.unwrap()), std::slice::from_ref(&x));
         drop(snapshot);
+        // What it is known by is not given up.
+        let letters: Vec<(i64,)> = rows(connection, "SELECT id FROM holdfast.dead_letter ORDER BY id").await;
+        for begun in &letters[2..4] {
+            let refused = discard(connection, begun.0).await.unwrap();
+            assert!(matches!(&refused, Settled::Failed(why) if why.contains("RETRY")), "{refused:?}");
+        }
 
         execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none").await;
         // What comes behind it begins a row of its own.
-        apply(connection, 0, &[entry(9, 2, &["0 extend order=y expires=199 from=held units=2 | b 0 7"])]).await.unwrap();
-        let letters: Vec<(i64,)> = rows(connection, "SELECT id FROM holdfast.dead_letter ORDER BY id").await;
+        apply(connection, 0, &[entry(9, 2, &["0 cancel order=y from=confirmed units=2 | b 2 9"])]).await.unwrap();
+        let now = [x, stand("y", OrderState::Cancelled, 0)];
+        assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), now);
         for letter in letters {
             assert_eq!(retry(connection, letter.0).await.unwrap(), Settled::Done);
+            assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), now);
         }
-        let read = order::load(connection, &ids).await.unwrap();
-        assert!(read.iter().all(|row| row.order().unwrap().items[0].0 == "b"), "{read:?}");
-        let stand = |order: &str, state, expires_ms| (order.to_owned(), state, expires_ms);
-        assert_eq!(as_read(read), [stand("x", OrderState::Confirmed, 99), stand("y", OrderState::Held, 199)]);
-        let first = "SELECT string_agg(state, ' ') FROM holdfast.stock_order WHERE products = '{a}'";
-        assert_eq!(rows::<(String,)>(connection, first).await, [("expired expired".to_owned(),)]);
+        let first = "SELECT string_agg(state, ' ' ORDER BY order_id) FROM holdfast.stock_order WHERE products = '{a}'";
+        // Whose last is nobody's any more stays as it is.
+        assert_eq!(rows::<(String,)>(connection, first).await, [("expired held".to_owned(),)]);
+    }
+
+    #[tokio::test]
+    async fn what_an_order_took_is_balanced_by_its_end_though_neither_has_a_row() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        let first = ["0 set | a 10 10", "1 reserve order=x expires=9 | a -1 9", "2 expire order=x from=held units=1 | a 1 10"];
+        apply(connection, 0, &[entry(0, 0, &first)]).await.unwrap();
+        let refuse = "ALTER TABLE holdfast.stock ADD CONSTRAINT ten CHECK (available >= 10); \
+                      ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (state <> 'held')";
+        execute(connection, refuse).await;
+        assert_eq!(apply_parking(connection, 0, &entry(3, 1, &["0 reserve order=x expires=99 | a -3 7"])).await.unwrap().1, 2);
+        apply_parking(connection, 0, &entry(4, 2, &["0 cancel order=x from=held units=3 | a 3 10"])).await.unwrap();
+        let left = "SELECT coalesce(product_id, '') FROM holdfast.dead_letter";
+        assert_eq!(rows::<(String,)>(connection, left).await, [(String::new(),)]);
+        assert_eq!(number_of(connection, "SELECT available * 100 + held FROM holdfast.stock").await, 1_000);
     }
 
     #[tokio::test]
@@ -700,20 +741,30 @@ mod tests {
         ];
         apply(connection, 0, &[entry(0, 0, &lines)]).await.unwrap();
         execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (state <> 'confirmed')").await;
-        let sold = ["0 confirm order=held from=held units=1 | a 0 7", "1 confirm order=sold from=held units=1 | a 0 7"];
-        assert_eq!(apply_parking(connection, 0, &entry(4, 1, &sold)).await.unwrap().1, 2);
-        // Redis has lost that the first is sold, and has forgotten the second, which was over.
-        let items = vec![("a".to_owned(), 1)];
-        let held = Order { state: OrderState::Held, expires_ms: 9, items, position: Position::new(1, 2) };
-        order::adopt(connection, 0, 2, &[("held".to_owned(), held)]).await.unwrap();
+        let sold = [
+            "0 confirm order=held from=held units=1 | a 0 7",
+            "1 confirm order=sold from=held units=1 | a 0 7",
+            "2 sell order=forgotten | a -1 6",
+            "3 sell order=known | a -2 4",
+        ];
+        assert_eq!(apply_parking(connection, 0, &entry(4, 1, &sold)).await.unwrap().1, 4);
+        execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none").await;
+        // Redis has lost that the first is sold, and has forgotten what was over.
+        order::write_begun(connection).await.unwrap();
+        execute(connection, "DELETE FROM holdfast.dead_letter").await;
+        let order =
+            |state, expires_ms, units, n| Order { state, expires_ms, items: vec![("a".to_owned(), units)], position: Position::new(1, n) };
+        let [held, known] = [order(OrderState::Held, 9, 1, 2), order(OrderState::Confirmed, 0, 2, 8)];
+        order::adopt(connection, 0, 2, &[("held".to_owned(), held), ("known".to_owned(), known)]).await.unwrap();
         order::expire_all_but(connection, 0, 2, &["held".to_owned()]).await.unwrap();
-        let stand = |order: &str, state| (order.to_owned(), state, 9);
-        let ids = ["held", "sold", "gone"].map(str::to_owned);
-        assert_eq!(
-            as_read(order::load(connection, &ids).await.unwrap()),
-            [stand("gone", OrderState::Expired), stand("held", OrderState::Held), stand("sold", OrderState::Confirmed)]
-        );
-        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), [stand("held", OrderState::Held)]);
+        let stand = |(order, state, expires_ms): (&str, _, _)| (order.to_owned(), state, expires_ms);
+        let ids = ["held", "sold", "gone", "forgotten", "known"].map(str::to_owned);
+        use OrderState::{Confirmed, Expired, Held};
+        let expected =
+            [("forgotten", Confirmed, 0), ("gone", Expired, 9), ("held", Held, 9), ("known", Confirmed, 0), ("sold", Confirmed, 9)];
+        assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), expected.map(stand));
+        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), [stand(expected[2])]);
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.stock_order").await, 5);
     }
 
     #[tokio::test]

@@ -139,6 +139,19 @@ async fn insert(connection: &mut PgConnection, partition: u32, begun: &[&OrderMo
     Ok(())
 }
 
+/// Writes the rows of orders whose beginnings are among the dead letters, as they stand: those are given up.
+pub(super) async fn write_begun(connection: &mut PgConnection) -> Result<(), Error> {
+    let query = format!(
+        "INSERT INTO holdfast.stock_order (order_id, epoch, n, partition, products, units, created_at, state, expires_ms, changed_epoch, \
+         changed_n, changed_at) SELECT o.order_id, o.epoch, o.n, o.partition, o.products, o.units, o.changed_at, {STATE}, \
+         coalesce(said.expires_ms, o.expires_ms), coalesce(said.epoch, o.changed_epoch), coalesce(said.n, o.changed_n), {CHANGED_AT} \
+         {AS_IT_STANDS} AND NOT EXISTS (SELECT 1 FROM holdfast.stock_order r WHERE r.order_id = o.order_id AND r.epoch = o.epoch AND r.n = o.n) \
+         AND o.order_id IN (SELECT l.order_id FROM holdfast.dead_letter d JOIN holdfast.stock_ledger l ON l.op = d.op AND l.k = d.k)"
+    );
+    sqlx::query(sqlx::AssertSqlSafe(query)).execute(connection).await?;
+    Ok(())
+}
+
 /// Makes the last row of each order say what Redis says, under `epoch`; an order that is not here begins with the position of its last change.
 pub(super) async fn adopt(connection: &mut PgConnection, partition: u32, epoch: u64, orders: &[(String, Order)]) -> Result<(), Error> {
     let joined = |of: fn(&(String, i64)) -> String| {
@@ -189,8 +202,7 @@ pub(super) async fn expire_all_but(connection: &mut PgConnection, partition: u32
 pub struct OrderRow {
     #[sqlx(rename = "order_id")]
     pub order: String,
-    /// `None`: it was begun, and its row refused that.
-    state: Option<String>,
+    state: String,
     expires_ms: i64,
     products: Vec<String>,
     units: Vec<i64>,
@@ -201,15 +213,9 @@ pub struct OrderRow {
 }
 
 impl OrderRow {
-    /// The order. Errors with [`Error::Unfit`] where its own row is among the dead letters, or somebody has written an unknown state.
+    /// The order. Errors with [`Error::Unfit`] where somebody has written an unknown state.
     pub fn order(&self) -> Result<Order, Error> {
-        let Some(state) = &self.state else {
-            return Err(Error::Unfit(format!(
-                "order '{}' has no row, since postgres refused it: see HOLDFAST.DEADLETTER LIST",
-                self.order
-            )));
-        };
-        let state = OrderState::parse(state).ok_or_else(|| Error::Unfit(format!("holdfast.stock_order: state {state:?}")))?;
+        let state = OrderState::parse(&self.state).ok_or_else(|| Error::Unfit(format!("holdfast.stock_order: state {:?}", self.state)))?;
         let items = self.products.iter().cloned().zip(self.units.iter().copied()).collect();
         let position = Position::new(from_bigint(self.changed_epoch), from_bigint(self.changed_n));
         Ok(Order { state, expires_ms: self.expires_ms, items, position })
@@ -233,10 +239,16 @@ const EXPIRES_MS: &str = "coalesce(said.expires_ms, o.expires_ms, 0)";
 pub(super) const CHANGED_AT: &str = "coalesce(said.at, o.changed_at)";
 
 /// Each order's last row, `o`, with what the ledger has `said` of the order since: a row that has refused a change, which then lies among the
-/// dead letters, is not what the order is. What a rebuild took over from Redis counts from then on. Left out is a row behind which an order of the
-/// same id was begun that has none. To be followed by conditions on `o`.
-pub(super) const AS_IT_STANDS: &str = "FROM holdfast.stock_order o LEFT JOIN LATERAL (SELECT l.kind, l.expires_ms, l.at, \
-     coalesce(l.origin_epoch, l.epoch) AS epoch, coalesce(l.origin_n, l.n) AS n FROM holdfast.stock_ledger l \
+/// dead letters, is not what the order is. One whose beginning lies there has for its row what the ledger says of that. What a rebuild took over
+/// from Redis counts from then on. Left out is a row behind which an order of the same id was begun. To be followed by conditions on `o`.
+pub(super) const AS_IT_STANDS: &str = "FROM (SELECT order_id, epoch, n, partition, state, expires_ms, products, units, changed_epoch, changed_n, \
+     changed_at, adopted_epoch FROM holdfast.stock_order UNION ALL \
+     SELECT b.order_id, b.epoch, b.n, b.partition, CASE b.kind WHEN 'reserve' THEN 'held' ELSE 'confirmed' END, max(b.expires_ms), \
+     array_agg(b.product_id ORDER BY b.i), array_agg(-b.redis_delta ORDER BY b.i), coalesce(b.origin_epoch, b.epoch), \
+     coalesce(b.origin_n, b.n), max(b.at), NULL FROM holdfast.dead_letter d JOIN holdfast.stock_ledger b ON b.partition = d.partition \
+     AND b.epoch = d.epoch AND b.n = d.n AND b.op = d.op AND b.k = d.k WHERE d.product_id IS NULL AND b.kind IN ('reserve', 'sell') \
+     GROUP BY b.order_id, b.epoch, b.n, b.partition, b.kind, b.origin_epoch, b.origin_n) AS o LEFT JOIN LATERAL \
+     (SELECT l.kind, l.expires_ms, l.at, coalesce(l.origin_epoch, l.epoch) AS epoch, coalesce(l.origin_n, l.n) AS n FROM holdfast.stock_ledger l \
      WHERE l.order_id = o.order_id AND (l.epoch, l.n) >= (o.epoch, o.n) AND l.epoch >= coalesce(o.adopted_epoch, 0) \
      ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS said ON (said.epoch, said.n) > (o.changed_epoch, o.changed_n) \
      WHERE NOT EXISTS (SELECT 1 FROM holdfast.stock_order later WHERE later.order_id = o.order_id AND (later.epoch, later.n) > (o.epoch, o.n)) \
@@ -251,16 +263,9 @@ pub(super) fn columns() -> String {
     )
 }
 
-/// Reads orders as they stand, in no particular order; those that are unknown are left out. Of one whose own row was refused it is said that it
-/// cannot be read.
+/// Reads orders as they stand, in no particular order; those that are unknown are left out.
 pub async fn load(connection: &mut PgConnection, orders: &[String]) -> Result<Vec<OrderRow>, Error> {
-    let query = format!(
-        "SELECT {} {AS_IT_STANDS} AND o.order_id = ANY($1) UNION ALL \
-         SELECT DISTINCT l.order_id, NULL, 0::bigint, '{{}}'::text[], '{{}}'::bigint[], 0::bigint, 0::bigint, 0::bigint \
-         FROM holdfast.stock_ledger l WHERE l.order_id = ANY($1) AND l.kind IN ('reserve', 'sell') AND NOT EXISTS (SELECT 1 \
-         FROM holdfast.stock_order o WHERE o.order_id = l.order_id AND ((o.epoch, o.n) >= (l.epoch, l.n) OR o.adopted_epoch > l.epoch))",
-        columns()
-    );
+    let query = format!("SELECT {} {AS_IT_STANDS} AND o.order_id = ANY($1)", columns());
     Ok(sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(orders).fetch_all(connection).await?)
 }
 

@@ -80,13 +80,14 @@ impl Clerk {
             .await?;
         self.partition.set_dead_letters(count);
         gauge!("holdfast_dead_letters", "partition" => self.partition.id.to_string()).set(count as f64);
-        for (letter, product) in frozen {
-            let freeze = StockOp::upkeep(Id::from(product.as_str()), 0, Upkeep::Freeze { reason: dead_letter::FROZEN.to_owned() });
+        for frozen in frozen {
+            let freeze = Upkeep::Freeze { n: frozen.n(), reason: dead_letter::FROZEN.to_owned() };
+            let freeze = StockOp::upkeep(Id::from(frozen.product.as_str()), 0, freeze);
             match self.partition.change(freeze).await {
                 Ok(
                     StockOutcome::Done { .. } | StockOutcome::Frozen { .. } | StockOutcome::Absent { .. } | StockOutcome::Corrupt { .. },
-                ) => self.frozen_up_to = letter,
-                // It is found again.
+                ) => self.frozen_up_to = frozen.letter,
+                // It is found again, unless it was unfrozen.
                 _ => break,
             }
         }

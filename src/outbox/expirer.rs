@@ -94,8 +94,10 @@ impl Expirer {
         let Some(Due { now_ms, orders }) = due else { return Ok(false) };
         let orders = orders.into_iter().filter(|order| !self.stuck.contains(order)).take(EXPIRE_AT_ONCE);
         let orders: Vec<_> = orders.map(|order| (order, Looked::NotYet)).collect();
-        let is_full = orders.len() == EXPIRE_AT_ONCE;
+        let (is_full, stuck) = (orders.len() == EXPIRE_AT_ONCE, self.stuck.len());
         let expired = self.expire(orders).await;
+        // Those that are stuck are the longest due: what stands behind them does not wait for all of them.
+        let has_advanced = expired > 0 || self.stuck.len() > stuck;
         self.expire_overdue().await;
         if self.unstuck.elapsed() >= OVERDUE_EVERY {
             self.unstuck = Instant::now();
@@ -106,7 +108,7 @@ impl Expirer {
             let overdue = overdue(Arc::clone(&self.partition), self.postgres_url.clone(), now_ms);
             self.looking = Some(AbortOnDropHandle::new(tokio::spawn(overdue)));
         }
-        Ok(is_full && expired > 0)
+        Ok(is_full && has_advanced)
     }
 
     /// Returns how many have expired.
@@ -119,20 +121,22 @@ impl Expirer {
             op
         };
         let outcomes = self.partition.change_all(orders.iter().map(op).collect()).await;
-        let mut expired = 0;
+        let (mut expired, mut broken) = (0, Vec::new());
         for ((order, looked), outcome) in orders.into_iter().zip(outcomes) {
             match outcome {
                 Ok(StockOutcome::Told { .. }) => expired += 1,
-                Ok(StockOutcome::Stuck { key }) => {
-                    warn!(partition = self.partition.id, %order, key, "an order cannot expire: its key holds what does not belong there");
-                    self.stuck.insert(order);
-                }
+                Ok(StockOutcome::Stuck { key }) => broken.push((order, key)),
                 // Nothing is known of an order that is listed: the list is what is wrong.
                 Ok(StockOutcome::Unknown) if looked == Looked::NotYet => _ = self.stuck.insert(order),
                 // A client was faster; or it is found again.
                 Ok(_) | Err(_) => {}
             }
         }
+        if let Some((order, key)) = broken.first() {
+            let orders = broken.len();
+            warn!(partition = self.partition.id, orders, %order, key, "orders cannot expire: their keys hold what does not belong there");
+        }
+        self.stuck.extend(broken.into_iter().map(|(order, _)| order));
         counter!("holdfast_orders_expired_total", "partition" => self.partition.id.to_string()).increment(expired as u64);
         expired
     }

@@ -238,10 +238,7 @@ impl TakeUp<'_> {
             None => Done::Refused(String::new()),
             Some(Again::Stock(mut op)) => {
                 if let Some(of) = &mut op.order {
-                    match looked(postgres, &answered.operation, &of.order, answered.at_ms).await? {
-                        Ok(known) => of.looked = known,
-                        Err(why) => return Ok(Done::Refused(format!(": {why}"))),
-                    }
+                    of.looked = looked(postgres, &answered.operation, &of.order, answered.at_ms).await?;
                 }
                 match partition.change(op).await {
                     Ok(StockOutcome::Done { .. }) => Done::AsAnswered,
@@ -300,22 +297,13 @@ fn comes_to_nothing(operation: &Operation, end: Option<StockKind>) -> bool {
     end == Some(StockKind::Cancel) || end.is_some() && !is_paid
 }
 
-/// What Postgres has of an order, for a Redis that has none, or why that cannot be read. One that was forgotten when it began anew, or was held, is
-/// another.
-async fn looked(
-    postgres: &mut PgConnection,
-    operation: &Operation,
-    order: &Id,
-    at_ms: i64,
-) -> Result<Result<Looked, ledger::Error>, ledger::Error> {
-    let Some(row) = ledger::order::load(postgres, &[order.to_string()]).await?.pop() else { return Ok(Ok(Looked::Nowhere)) };
-    let order = match row.order() {
-        Ok(order) => order,
-        Err(unread) => return Ok(Err(unread)),
-    };
+/// What Postgres has of an order, for a Redis that has none. One that was forgotten when it began anew, or was held, is another.
+async fn looked(postgres: &mut PgConnection, operation: &Operation, order: &Id, at_ms: i64) -> Result<Looked, ledger::Error> {
+    let Some(row) = ledger::order::load(postgres, &[order.to_string()]).await?.pop() else { return Ok(Looked::Nowhere) };
+    let order = row.order()?;
     let may_be_another = operation.begun_order().is_some() || operation.was_held();
     let is_another = may_be_another && ledger::order::is_forgotten(order.state, row.changed_at_ms, at_ms);
-    Ok(Ok(if is_another { Looked::Nowhere } else { Looked::Found(order) }))
+    Ok(if is_another { Looked::Nowhere } else { Looked::Found(order) })
 }
 
 /// What became of something that was done again.

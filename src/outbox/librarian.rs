@@ -76,23 +76,12 @@ impl Librarian {
         }
         let ids: Vec<String> = orders.iter().map(|(order, ..)| order.clone()).collect();
         let rows = self.within(limits::LOAD_WITHIN, async |connection, _| order::load(connection, &ids).await).await?;
-        let mut unread = Ok(());
-        let mut read = |row: order::OrderRow| match row.order() {
-            Ok(order) => (row.order, Some(order)),
-            Err(error) => {
-                unread = Err(error);
-                (row.order, None)
-            }
-        };
-        let found: HashMap<String, Option<Order>> = rows.into_iter().map(&mut read).collect();
+        let read = |row: order::OrderRow| Ok((row.order.clone(), row.order()?));
+        let found = rows.into_iter().map(read).collect::<Result<HashMap<String, Order>, Error>>()?;
         for (order, _, answer) in orders {
-            match found.get(&order) {
-                // Of what cannot be read only its own callers are not answered.
-                Some(None) => {}
-                known => _ = answer.send(known.cloned().flatten()),
-            }
+            _ = answer.send(found.get(&order).cloned());
         }
-        unread
+        Ok(())
     }
 
     /// Works on Postgres. A connection that did not answer is given up with what was under way on it.

@@ -119,7 +119,7 @@ impl Finding {
             Side::Redis if small && stored.saturating_add(drift) >= 0 => {
                 (StockOp::upkeep(product, 0, Upkeep::Adopt { n: at.n, round, pg: drift }), Remedy::Corrected)
             }
-            _ => (StockOp::upkeep(product, 0, Upkeep::Freeze { reason: self.reason(settings.auto_limit) }), Remedy::Frozen),
+            _ => (StockOp::upkeep(product, 0, Upkeep::Freeze { n: at.n, reason: self.reason(settings.auto_limit) }), Remedy::Frozen),
         })
     }
 }

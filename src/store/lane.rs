@@ -999,7 +999,7 @@ mod tests {
         let lane = Lane::<Stock, Told>::new(partition, "redis://127.0.0.1:1", "i:stock".into(), 600_000, Duration::from_secs(60), ());
         *lane.gate.borrow_mut() = Gate::Open;
         let told = Told::default();
-        lane.submit(StockOp::upkeep(Id::from("a"), 0, Upkeep::Freeze { reason: "r".into() }), Instant::now(), told.clone());
+        lane.submit(StockOp::upkeep(Id::from("a"), 0, Upkeep::Freeze { n: 0, reason: "r".into() }), Instant::now(), told.clone());
         lane.submit(op(Action::Read), Instant::now(), told.clone());
         assert_eq!((lane.queued(), told.0.borrow().len()), (2, 0));
         lane.submit(decr(), Instant::now(), told.clone());

@@ -134,8 +134,9 @@ pub enum Upkeep {
         round: String,
         pg: i64,
     },
-    /// The product takes no more changes until a person has looked.
+    /// The product takes no more changes until a person has looked. Refused where one has unfrozen any since `n`, where the reason was seen.
     Freeze {
+        n: u64,
         reason: String,
     },
     Unfreeze,
@@ -198,7 +199,7 @@ impl Upkeep {
             Self::Correct { n: at, round, reason } => batch.array(3).integer(n(at)).text(round).text(reason),
             Self::Hold { n: at, round, units } => batch.array(4).integer(n(at)).text(round).no().integer(*units),
             Self::Adopt { n: at, round, .. } => batch.array(2).integer(n(at)).text(round),
-            Self::Freeze { reason } => batch.array(1).text(reason),
+            Self::Freeze { n: at, reason } => batch.array(2).integer(n(at)).text(reason),
             Self::Unfreeze => batch.array(0),
         };
     }
@@ -212,7 +213,7 @@ impl Upkeep {
             }
             Self::Adopt { pg, .. } => write!(line, " pg={pg}"),
             Self::Hold { units, .. } => write!(line, " held={units}"),
-            Self::Correct { reason, .. } | Self::Freeze { reason } => write!(line, " reason={}", text::escape(reason.as_bytes())),
+            Self::Correct { reason, .. } | Self::Freeze { reason, .. } => write!(line, " reason={}", text::escape(reason.as_bytes())),
             Self::Init { .. } | Self::Unfreeze => Ok(()),
         };
     }
@@ -758,5 +759,37 @@ mod tests {
         assert_eq!(run(vec![init(3)]).await, [false]);
         assert_eq!(run(vec![init(4)]).await, [true]);
         assert_eq!(run(vec![init(5)]).await, [false], "it is there");
+    }
+
+    #[tokio::test]
+    async fn whoever_has_not_seen_that_a_product_was_unfrozen_does_not_freeze_one() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        meta::attach(&mut connection, None, 1).await.unwrap();
+        let set = |product: &str| StockOp::new(Action::Change(StockKind::Set), vec![(Id::from(product), 7)]);
+        let freeze = |product: &str, n| StockOp::upkeep(Id::from(product), 0, Upkeep::Freeze { n, reason: "r".into() });
+        let unfreeze = || StockOp::upkeep(Id::from("a"), 0, Upkeep::Unfreeze);
+        let mut counter = 0;
+        let mut run = async |ops: Vec<StockOp>| {
+            counter += 1;
+            let (word, mut words) = run_batch(&mut connection, &ops, counter, false).await;
+            assert_eq!(word, "ok");
+            (0..2).for_each(|_| _ = words.raw().unwrap());
+            let word = |_: &StockOp| {
+                let word = words.text().unwrap();
+                if word != "moved" {
+                    words.raw().unwrap();
+                }
+                word
+            };
+            ops.iter().map(word).collect::<Vec<_>>()
+        };
+        // n: 1 to 4, in one batch.
+        assert_eq!(run(vec![set("a"), set("b"), freeze("a", 2), unfreeze(), freeze("a", 3)]).await, ["ok", "ok", "ok", "ok", "moved"]);
+        assert_eq!(run(vec![freeze("a", 3), freeze("b", 3)]).await, ["moved", "moved"]);
+        // 5 to 7.
+        assert_eq!(run(vec![freeze("a", 4)]).await, ["ok"]);
+        assert_eq!(run(vec![unfreeze(), freeze("a", 5)]).await, ["ok", "moved"]);
+        assert_eq!(run(vec![freeze("b", 6)]).await, ["ok"]);
     }
 }

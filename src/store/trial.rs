@@ -77,7 +77,7 @@ impl Trial<'_> {
             of(StockKind::Decr, &[(&b, 1)]),
             of_order(StockKind::Reserve, 1_000, &[(&a, 1)]),
             of_order(StockKind::Extend, 1_000, &[]),
-            StockOp::upkeep(a.clone(), 0, Upkeep::Freeze { reason: "r".to_owned() }),
+            StockOp::upkeep(a.clone(), 0, Upkeep::Freeze { n: 0, reason: "r".to_owned() }),
         ])
         .await?;
         let confirm = of_order(StockKind::Confirm, 0, &[]);

@@ -124,6 +124,32 @@ fn a_dead_letter_is_retried_or_dropped() {
 }
 
 #[test]
+fn what_a_person_has_unfrozen_is_not_frozen_again_by_what_postgres_does_not_know_yet() {
+    let stack = Stack::start();
+    let (mut client, mut program) = (stack.connect(), Program::new(&stack.postgres));
+    client.ok("STOCK.SET a 10");
+    program.tamper("UPDATE holdfast.stock SET available = 2");
+    client.ok("STOCK.DECR a 5");
+    stack.wait_until_applied();
+    until_frozen(&mut client, "a");
+    stack.wait_until_applied();
+    stack.postgres.holding("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE", || {
+        client.ok("STOCK.UNFREEZE a ACK redis");
+        // When the second is counted, what the first came to is over.
+        for letters in ["2", "3"] {
+            program.run(
+                "INSERT INTO holdfast.dead_letter (partition, epoch, n, i, op, k, product_id, kind, delta, in_redis, reason, line) \
+                 SELECT partition, epoch, n, i, op, k, product_id, kind, 0, in_redis, reason, line FROM holdfast.dead_letter LIMIT 1",
+            );
+            wait_until("it is counted", || client.ask("HOLDFAST.STATUS").contains(&format!("dead_letters, {letters}")));
+        }
+        assert_eq!(client.field("STOCK.INFO a", "frozen"), "nil");
+    });
+    assert!(client.ask("STOCK.DECR a 1 ACK postgres TIMEOUT 20000").starts_with("[OK, 4, "));
+    assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock WHERE frozen IS NOT NULL"), "0");
+}
+
+#[test]
 fn a_product_made_by_hand_in_redis_holds_nothing_up() {
     let stack = Stack::start();
     let mut client = stack.connect();

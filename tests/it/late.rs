@@ -370,7 +370,7 @@ fn what_is_owed_to_an_order_is_made_as_a_whole_once_it_can_be() {
     let frozen = late.client.ask(&format!("HOLDFAST.DEADLETTER RETRY {first}"));
     assert!(frozen.starts_with("[FAILED, product 'a' is frozen"), "{frozen}");
     wait_until("Redis is told", || late.client.field("STOCK.INFO a", "frozen").starts_with("Postgres refused"));
-    again(&mut late.client, &["STOCK.UNFREEZE a ACK postgres", "STOCK.SET a 20 ACK postgres"]);
+    again(&mut late.client, &["STOCK.UNFREEZE a ACK postgres TIMEOUT 20000", "STOCK.SET a 20 ACK postgres TIMEOUT 20000"]);
     for order in ["open", "paid", "paid", "over"] {
         let letter = letter(&late, order);
         assert_eq!(late.client.ask(&format!("HOLDFAST.DEADLETTER RETRY {letter}")), "[OK]", "{order}");

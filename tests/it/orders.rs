@@ -171,6 +171,45 @@ fn what_redis_has_lost_sight_of_expires_by_postgres_once_and_what_is_sold_stays_
 }
 
 #[test]
+fn an_order_whose_row_postgres_refuses_is_an_order_all_the_same() {
+    let stack = Stack::start();
+    let mut client = stack.connect();
+    client.ok("STOCK.SET a 10");
+    stack.postgres.execute("ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (state = 'cancelled')");
+    assert!(held(&client.ask(&format!("STOCK.RESERVE back {LONG} a 2"))));
+    assert!(held(&client.ask(&format!("STOCK.RESERVE paid {LONG} a 3"))));
+    assert!(held(&client.ask(&format!("STOCK.RESERVE open {LONG} a 1"))));
+    assert!(client.ask("STOCK.CONFIRM paid").starts_with("[CONFIRMED, "));
+    client.ok("STOCK.DECR a 1 ORDER sold");
+    wait_until("they are parked", || stack.postgres.value("SELECT count(*) FROM holdfast.dead_letter") == "5");
+    stack.postgres.holding("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE", || {
+        assert!(client.ask("STOCK.CANCEL back ACK redis").starts_with("[CANCELLED, "));
+        stack.backing().ask("FLUSHALL");
+    });
+    assert_eq!(client.until_not("STOCK.GET a", "-"), "5");
+    assert_eq!(client.ask("STOCK.GET a"), "5");
+    for (order, state) in [("back", "cancelled"), ("paid", "confirmed"), ("sold", "confirmed"), ("open", "held")] {
+        assert!(client.ask(&format!("STOCK.ORDER {order}")).contains(&format!("state, {state}")), "{order}");
+    }
+    assert!(!held(&client.ask(&format!("STOCK.RESERVE paid {LONG} a 3"))), "it has taken its units");
+    assert!(client.ask("STOCK.CANCEL sold").starts_with("[CANCELLED, "));
+    stack.backing().ask("DEL stock:order:paid");
+    assert!(client.ask("STOCK.ORDER paid").contains("state, confirmed"), "as Postgres has it");
+    stack.wait_until_applied();
+    assert_eq!(stack.postgres.value("SELECT available || ' ' || held FROM holdfast.stock"), "6 1");
+    let (said, code) = audit(&stack);
+    assert_eq!(code, Some(0), "{said}");
+    stack.postgres.execute("ALTER TABLE holdfast.stock_order DROP CONSTRAINT none");
+    for letter in stack.postgres.column("SELECT id FROM holdfast.dead_letter ORDER BY id") {
+        assert_eq!(client.ask(&format!("HOLDFAST.DEADLETTER RETRY {letter}")), "[OK]");
+        let (said, code) = audit(&stack);
+        assert_eq!(code, Some(0), "{said}");
+    }
+    let rows = "SELECT order_id || ' ' || state FROM holdfast.stock_order ORDER BY 1";
+    assert_eq!(stack.postgres.column(rows), ["back cancelled", "open held", "paid confirmed", "sold cancelled"]);
+}
+
+#[test]
 fn nothing_that_is_due_waits_for_postgres() {
     let mut stack = Stack::start();
     stack.connect().ok("STOCK.SET a 100");
@@ -425,6 +464,13 @@ fn a_key_that_is_no_order_stops_only_its_own() {
     stack.backing().ask("ZADD stock:expiry 1 odd");
     assert!(held(&client.ask("STOCK.RESERVE o 100 a 2")));
     client.until("STOCK.GET a", "10");
+    // As many as would take ten seconds if it paused between them.
+    let many = "for i = 1, 8000 do redis.call('ZADD',KEYS[1],2,'odd'..i) redis.call('SET',KEYS[2]..i,'x') end";
+    stack.backing().ask_words(&["EVAL", many, "2", "stock:expiry", "stock:order:odd"]);
+    assert!(held(&client.ask("STOCK.RESERVE p 100 a 2")));
+    client.until("STOCK.GET a", "10");
+    stack.wait_until_applied();
+    assert!(latest(&stack) < 5_000);
 }
 
 /// What became of an order, as its client was told.
