@@ -131,7 +131,7 @@ fn what_a_person_has_unfrozen_is_not_frozen_again_by_what_postgres_does_not_know
     program.tamper("UPDATE holdfast.stock SET available = 2");
     client.ok("STOCK.DECR a 5");
     stack.wait_until_applied();
-    until_frozen(&mut client, "a");
+    wait_until("it is frozen", || client.field("STOCK.INFO a", "frozen") != "nil");
     stack.wait_until_applied();
     stack.postgres.holding("BEGIN; SELECT * FROM holdfast.partition FOR UPDATE", || {
         client.ok("STOCK.UNFREEZE a ACK redis");
@@ -145,7 +145,8 @@ fn what_a_person_has_unfrozen_is_not_frozen_again_by_what_postgres_does_not_know
         }
         assert_eq!(client.field("STOCK.INFO a", "frozen"), "nil");
     });
-    assert!(client.ask("STOCK.DECR a 1 ACK postgres TIMEOUT 20000").starts_with("[OK, 4, "));
+    let sold = client.ask("STOCK.DECR a 1 ACK postgres TIMEOUT 20000");
+    assert!(sold.starts_with("[OK, 4, "), "{sold}");
     assert_eq!(stack.postgres.value("SELECT count(*) FROM holdfast.stock WHERE frozen IS NOT NULL"), "0");
 }
 
