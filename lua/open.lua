@@ -5,5 +5,5 @@
 local found = redis.call('HMGET', meta, 'epoch', 'state')
 if found[1] ~= epoch or found[2] ~= 'rebuild' then return 'moved' end
 redis.call('HSET', meta, 'run', run, 'state', 'live', 'n', n, 'last', last, 'id', id, 'inbox', inbox)
-redis.call('HSET', meta, 'corrected', n .. ':', 'unfrozen', n)
+redis.call('HSET', meta, 'corrected', n .. ':')
 return 'ok'

@@ -1,5 +1,5 @@
 -- Decides a batch of STOCK operations, in order, and appends what it accepted to the outbox.
--- keys: meta, outbox, frozen, low, deleted, held, expiry, products...
+-- keys: meta, outbox, frozen, low, deleted, held, expiry, unfrozen, products...
 -- args: epoch, run, seen, deadline, lane, counter, resend, window, generation, batch
 -- include: guard, outbox, requests, chunks, sums
 -- returns: {'ok', op, now, n before, answer of sums or '', a reason a frozen product of sums, word, values, word, values, ...}, or a refusal of the guard
@@ -15,7 +15,7 @@
 -- Words: 'ok' and one value an item · 'short' item, available · 'absent' item · 'frozen' item, reason · 'corrupt' item ·
 -- 'over' item, available · 'moved' · 'known' text · 'stale' · 'ahead' · 'full'; of orders 'told' line · 'stands' state, position, expires,
 -- items · 'unknown' · 'nowhere' · 'stuck' key · 'later', and so is all that is behind that.
-local FIXED = 7
+local FIXED = 8
 window, generation = tonumber(window), tonumber(generation)
 
 local head, refusal = enter(meta, outbox, epoch, run, seen, deadline, lane, counter, resend)
@@ -69,7 +69,9 @@ if #names > 0 then
   if is_any_frozen then reasons = redis.call('HMGET', frozen, unpack(names)) end
 end
 
-local lines, lows, life, freezes = {}, {}, {}, {}
+local lines, lows, life, freezes, thaws = {}, {}, {}, {}, {}
+-- By place: the position at which a person unfroze it last, where that was asked for.
+local thawed = {}
 local shelf = {names = names, values = values, dirty = dirty, held = {}, keys = {}, set = set, settled = 0}
 for i = 1, #names do shelf.keys[i] = KEYS[place + i] end
 local marks
@@ -93,14 +95,20 @@ local function refused(kind, items)
   return false
 end
 
--- Up to where Redis has the inbox, which round of the reconciler corrected last, and when, and when a person unfroze last.
+-- Up to where Redis has the inbox, and which round of the reconciler corrected last, and when.
 local function marked()
   if not marks then
-    local m = redis.call('HMGET', meta, 'inbox', 'corrected', 'unfrozen')
+    local m = redis.call('HMGET', meta, 'inbox', 'corrected')
     local n, round = string.match(m[2] or '', '^(%d+):(.*)$')
-    marks = {inbox = m[1] or '0:0', n = tonumber(n) or 0, round = round, unfrozen = tonumber(m[3]) or 0}
+    marks = {inbox = m[1] or '0:0', n = tonumber(n) or 0, round = round}
   end
   return marks
+end
+
+-- Whether a person has unfrozen it since n: who saw then why it should be frozen has not seen that a person has looked.
+local function is_unfrozen_since(i, n)
+  if thawed[i] == nil then thawed[i] = tonumber(redis.call('HGET', unfrozen, names[i]) or 0) end
+  return thawed[i] > n
 end
 
 local function upkeep_refused(kind, items, upkeep)
@@ -116,6 +124,7 @@ local function upkeep_refused(kind, items, upkeep)
     local gone = redis.call('HGET', deleted, names[i])
     if value or life[i] == 'deleted' or (gone and tonumber(gone) >= upkeep[2]) then return say('absent', 1) or true end
     if quantity > TOTAL_MAX then return say('over', 1, 0) or true end
+    if upkeep[4] and is_unfrozen_since(i, upkeep[2]) then return say('moved') or true end
     return false
   end
   if kind == 'unfreeze' then
@@ -125,8 +134,7 @@ local function upkeep_refused(kind, items, upkeep)
   if not value then return say('absent', 1) or true end
   if reasons[i] then return say('frozen', 1, reasons[i]) or true end
   if kind == 'freeze' then
-    -- Who has seen at n why it should be has not seen that a person has looked since.
-    if marked().unfrozen > upkeep[1] then return say('moved') or true end
+    if is_unfrozen_since(i, upkeep[1]) then return say('moved') or true end
   else
     -- What was compared at n is no longer so where another round has corrected since.
     if marked().n > upkeep[1] and marked().round ~= upkeep[2] then return say('moved') or true end
@@ -161,8 +169,7 @@ local function keep(operation)
     reasons[i], freezes[i] = upkeep[2], upkeep[2]
   elseif kind == 'unfreeze' then
     reasons[i], freezes[i] = nil, false
-    marked().unfrozen = head.n + #lines + 1
-    marks.dirty = true
+    thawed[i], thaws[i] = head.n + #lines + 1, true
   end
   if kind == 'correct' or kind == 'adopt' then
     marks.n, marks.round, marks.dirty = head.n + #lines + 1, upkeep[2], true
@@ -248,15 +255,15 @@ end
 -- A hash of another type must fail before the first write, not after it.
 if next(lows) then redis.call('HLEN', low) end
 if next(life) then redis.call('HLEN', deleted) end
+if next(thaws) then redis.call('HLEN', unfrozen) end
 local after = held_afterwards(shelf, held, expiry)
 append(head, lines, summed)
 keep_requests(window)
-if marks and marks.dirty then
-  redis.call('HSET', meta, 'inbox', marks.inbox, 'corrected', whole(marks.n) .. ':' .. (marks.round or ''), 'unfrozen', whole(marks.unfrozen))
-end
+if marks and marks.dirty then redis.call('HSET', meta, 'inbox', marks.inbox, 'corrected', whole(marks.n) .. ':' .. (marks.round or '')) end
 for i, reason in pairs(freezes) do
   if reason then redis.call('HSET', frozen, names[i], reason) else redis.call('HDEL', frozen, names[i]) end
 end
+for i in pairs(thaws) do redis.call('HSET', unfrozen, names[i], whole(thawed[i])) end
 local gone = {}
 for i in pairs(dirty) do
   if values[i] then

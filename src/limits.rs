@@ -326,9 +326,9 @@ pub const SWEEP_EVERY: Duration = Duration::from_secs(60);
 /// it by `holdfast rebuild --from redis`.
 pub const DELETED_KEPT: Duration = Duration::from_secs(86_400);
 
-/// Deleted products that a sweep looks at in one go, and how many goes it has: what an hour of deletions at full speed leaves is looked at in
+/// Products that a sweep looks at in one go which were deleted, or unfrozen, and how many goes it has for the deleted: what an hour of deletions at full speed leaves is looked at in
 /// an hour.
-pub const SWEEP_DELETED: usize = 1_000;
+pub const SWEEP_NOTED: usize = 1_000;
 pub const SWEEP_DELETED_GOES: usize = 50;
 
 /// How many stretches of time back a sweep looks for buckets of REQUEST ids: what a stop of a quarter of an hour left. Older ones go by their
@@ -684,8 +684,9 @@ pub const EXPIRE_EVERY: Duration = Duration::from_millis(250);
 pub const EXPIRE_LEASE_MS: i64 = 600;
 /// How many orders expire at once: a batch takes Redis some milliseconds, which others wait for.
 pub const EXPIRE_AT_ONCE: usize = 200;
-/// How often Postgres is asked for orders that are held there long after their time, and those are tried again that could not expire; and after how
-/// long that is.
+/// After how long one is tried again that cannot expire, in ms: a key of it is not what it should be, and waits for a person.
+pub const STUCK_FOR_MS: i64 = 60_000;
+/// How often Postgres is asked for orders that are held there long after their time, and after how long that is.
 pub const OVERDUE_EVERY: Duration = Duration::from_secs(60);
 pub const OVERDUE_AFTER_MS: i64 = 60_000;
 

@@ -58,6 +58,13 @@ pub struct Adoption<'c> {
     owed: HashMap<String, [i64; 3]>,
 }
 
+/// Finds out, before anything is given up, whether Postgres takes the rows of orders that lie among the dead letters. Errors with why not.
+pub async fn rehearse(connection: &mut PgConnection) -> Result<(), Error> {
+    let mut transaction = connection.begin().await?;
+    order::write_begun(&mut transaction).await?;
+    Ok(transaction.rollback().await?)
+}
+
 impl<'c> Adoption<'c> {
     /// Begins, under `epoch`, which must be the partition's. `n` is the newest change of Redis. Whatever other programs changed in Postgres
     /// and Redis has not been told is given up; so is what was owed or handed over when the backup was made. Nobody changes the stock meanwhile.

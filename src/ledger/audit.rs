@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, Connection, FromRow, PgConnection, Postgres, Row as _, Transaction};
 
-use super::order::{AS_IT_STANDS, STATE};
+use super::order::{STATE, as_it_stands};
 use super::{Error, dead_letter};
 use crate::limits::REFILL_PAGE;
 
@@ -57,8 +57,9 @@ const PARKED: &str = "SELECT d.product_id, sum(d.delta) AS units FROM holdfast.d
 /// The units that orders hold of each product.
 fn of_orders() -> String {
     format!(
-        "SELECT p.product_id, sum(p.units) AS units FROM (SELECT o.products, o.units {AS_IT_STANDS} AND o.state = 'held' AND {STATE} = 'held') q \
-         CROSS JOIN LATERAL unnest(q.products, q.units) AS p (product_id, units) GROUP BY p.product_id"
+        "SELECT p.product_id, sum(p.units) AS units FROM (SELECT o.products, o.units {} AND o.state = 'held' AND {STATE} = 'held') q \
+         CROSS JOIN LATERAL unnest(q.products, q.units) AS p (product_id, units) GROUP BY p.product_id",
+        as_it_stands()
     )
 }
 

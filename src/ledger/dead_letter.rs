@@ -13,7 +13,7 @@ use super::partition::{self, id};
 use super::{Error, coupon_write, from_bigint, inbox, outside, salvage, to_bigint, write};
 use crate::domain::change::{Effect, Entry, Item, Operation};
 use crate::domain::coupon::CouponChange;
-use crate::domain::{DeadLetter, InboxMark, Position, Settled};
+use crate::domain::{DeadLetter, InboxMark, OrderChange, Position, Settled};
 use crate::limits;
 
 /// Why a product is frozen that has a dead letter.
@@ -498,7 +498,8 @@ async fn discard_in(connection: &mut PgConnection, letter: i64) -> Result<Settle
             .await?;
     let Some((product, delta, in_redis, op, k, i, line)) = found else { return Ok(Settled::Unknown) };
     let decoded = Operation::decode(&line).ok();
-    if let Some(order) = decoded.as_ref().and_then(Operation::begun_order).filter(|_| in_redis) {
+    let begun = decoded.as_ref().and_then(Operation::order).filter(|change| in_redis && change.from.is_none());
+    if let Some(OrderChange { order, .. }) = begun {
         // Redis would get the units now, and has got them, or gets them once more, by its end.
         let why = if product.is_some() {
             "has taken these units: RETRY it, or STOCK.CANCEL the order, which settles this, too"
@@ -526,6 +527,7 @@ mod tests {
     use super::*;
     use crate::domain::coupon::Counts;
     use crate::domain::{Order, OrderState};
+    use crate::ledger::adopt::{self, Adoption};
     use crate::ledger::refill::Snapshot;
     use crate::ledger::testing::{Database, database, execute, number_of, rows};
     use crate::ledger::{apply, coupon, order};
@@ -714,6 +716,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn an_order_that_was_cancelled_before_it_came_stays_so_though_its_row_was_refused() {
+        let mut database = database().await;
+        let connection = &mut database.connection;
+        execute(connection, "ALTER TABLE holdfast.stock_order ADD CONSTRAINT none CHECK (state <> 'cancelled')").await;
+        assert_eq!(apply_parking(connection, 0, &entry(0, 0, &["0 cancel order=x |"])).await.unwrap().1, 1);
+        let read = order::load(connection, &["x".to_owned()]).await.unwrap();
+        assert!(read[0].order().unwrap().items.is_empty());
+        assert_eq!(as_read(read), [("x".to_owned(), OrderState::Cancelled, 0)]);
+        let letter = number_of(connection, "SELECT id FROM holdfast.dead_letter").await;
+        assert!(matches!(discard(connection, letter).await.unwrap(), Settled::Failed(_)));
+        execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none").await;
+        assert_eq!(retry(connection, letter).await.unwrap(), Settled::Done);
+        let read = order::load(connection, &["x".to_owned()]).await.unwrap();
+        assert_eq!(as_read(read), [("x".to_owned(), OrderState::Cancelled, 0)]);
+    }
+
+    #[tokio::test]
     async fn what_an_order_took_is_balanced_by_its_end_though_neither_has_a_row() {
         let mut database = database().await;
         let connection = &mut database.connection;
@@ -748,15 +767,18 @@ mod tests {
             "3 sell order=known | a -2 4",
         ];
         assert_eq!(apply_parking(connection, 0, &entry(4, 1, &sold)).await.unwrap().1, 4);
-        execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none").await;
+        let refused = adopt::rehearse(connection).await;
+        assert!(matches!(&refused, Err(Error::Data(why)) if why.contains("none")), "{refused:?}");
+        execute(connection, "ALTER TABLE holdfast.stock_order DROP CONSTRAINT none; UPDATE holdfast.partition SET epoch = 2").await;
+        adopt::rehearse(connection).await.unwrap();
+        assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.stock_order").await, 3);
         // Redis has lost that the first is sold, and has forgotten what was over.
-        order::write_begun(connection).await.unwrap();
-        execute(connection, "DELETE FROM holdfast.dead_letter").await;
+        let mut adoption = Adoption::begin(connection, 0, 2, 8).await.unwrap();
         let order =
             |state, expires_ms, units, n| Order { state, expires_ms, items: vec![("a".to_owned(), units)], position: Position::new(1, n) };
         let [held, known] = [order(OrderState::Held, 9, 1, 2), order(OrderState::Confirmed, 0, 2, 8)];
-        order::adopt(connection, 0, 2, &[("held".to_owned(), held), ("known".to_owned(), known)]).await.unwrap();
-        order::expire_all_but(connection, 0, 2, &["held".to_owned()]).await.unwrap();
+        adoption.orders(&[("held".to_owned(), held), ("known".to_owned(), known)]).await.unwrap();
+        adoption.end().await.unwrap();
         let stand = |(order, state, expires_ms): (&str, _, _)| (order.to_owned(), state, expires_ms);
         let ids = ["held", "sold", "gone", "forgotten", "known"].map(str::to_owned);
         use OrderState::{Confirmed, Expired, Held};
@@ -765,6 +787,7 @@ mod tests {
         assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), expected.map(stand));
         assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), [stand(expected[2])]);
         assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.stock_order").await, 5);
+        assert_eq!(count(connection, 0).await.unwrap(), 0);
     }
 
     #[tokio::test]

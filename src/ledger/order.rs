@@ -145,8 +145,7 @@ pub(super) async fn write_begun(connection: &mut PgConnection) -> Result<(), Err
         "INSERT INTO holdfast.stock_order (order_id, epoch, n, partition, products, units, created_at, state, expires_ms, changed_epoch, \
          changed_n, changed_at) SELECT o.order_id, o.epoch, o.n, o.partition, o.products, o.units, o.changed_at, {STATE}, \
          coalesce(said.expires_ms, o.expires_ms), coalesce(said.epoch, o.changed_epoch), coalesce(said.n, o.changed_n), {CHANGED_AT} \
-         {AS_IT_STANDS} AND NOT EXISTS (SELECT 1 FROM holdfast.stock_order r WHERE r.order_id = o.order_id AND r.epoch = o.epoch AND r.n = o.n) \
-         AND o.order_id IN (SELECT l.order_id FROM holdfast.dead_letter d JOIN holdfast.stock_ledger l ON l.op = d.op AND l.k = d.k)"
+         FROM ({BEGUN}) AS o {SINCE}"
     );
     sqlx::query(sqlx::AssertSqlSafe(query)).execute(connection).await?;
     Ok(())
@@ -187,9 +186,10 @@ pub(super) async fn adopt(connection: &mut PgConnection, partition: u32, epoch: 
 
 /// Orders that hold units here and not in Redis are over, under `epoch`: whoever has the units now, Redis says.
 pub(super) async fn expire_all_but(connection: &mut PgConnection, partition: u32, epoch: u64, held: &[String]) -> Result<(), Error> {
+    let as_it_stands = as_it_stands();
     let query = format!(
         "UPDATE holdfast.stock_order SET state = 'expired', changed_at = now(), adopted_epoch = $3 WHERE (order_id, epoch, n) IN (SELECT \
-         o.order_id, o.epoch, o.n {AS_IT_STANDS} AND o.state = 'held' AND {STATE} = 'held' AND o.partition = $1 \
+         o.order_id, o.epoch, o.n {as_it_stands} AND o.state = 'held' AND {STATE} = 'held' AND o.partition = $1 \
          AND NOT EXISTS (SELECT 1 FROM unnest($2::text[]) AS k (id) WHERE k.id = o.order_id))"
     );
     let expiring = sqlx::query(sqlx::AssertSqlSafe(query)).bind(partition::id(partition)).bind(held).bind(to_bigint(epoch));
@@ -228,34 +228,47 @@ pub fn is_forgotten(state: OrderState, changed_ms: i64, at_ms: i64) -> bool {
     state != OrderState::Held && changed_ms < at_ms.saturating_sub(ORDER_KEPT_MS)
 }
 
-/// What an order is, of rows from [`AS_IT_STANDS`].
+/// What an order is, of rows from [`as_it_stands`].
 pub(super) const STATE: &str =
     "CASE said.kind WHEN 'confirm' THEN 'confirmed' WHEN 'cancel' THEN 'cancelled' WHEN 'expire' THEN 'expired' ELSE o.state END";
 
-/// Until when it is held, of rows from [`AS_IT_STANDS`].
+/// Until when it is held, of rows from [`as_it_stands`].
 const EXPIRES_MS: &str = "coalesce(said.expires_ms, o.expires_ms, 0)";
 
-/// When it became that, of rows from [`AS_IT_STANDS`].
+/// When it became that, of rows from [`as_it_stands`].
 pub(super) const CHANGED_AT: &str = "coalesce(said.at, o.changed_at)";
 
+/// What stands for the row of an order whose beginning is among the dead letters: what the ledger says of that. Columns as in
+/// `holdfast.stock_order`; a cancellation of an order that was not there begins one, too, without products.
+const BEGUN: &str = "SELECT b.order_id, b.epoch, b.n, b.partition, CASE b.kind WHEN 'reserve' THEN 'held' WHEN 'sell' THEN 'confirmed' \
+     ELSE 'cancelled' END AS state, max(b.expires_ms) AS expires_ms, \
+     coalesce(array_agg(b.product_id ORDER BY b.i) FILTER (WHERE b.product_id <> ''), '{}') AS products, \
+     coalesce(array_agg(-b.redis_delta ORDER BY b.i) FILTER (WHERE b.product_id <> ''), '{}') AS units, \
+     coalesce(b.origin_epoch, b.epoch) AS changed_epoch, coalesce(b.origin_n, b.n) AS changed_n, max(b.at) AS changed_at, \
+     NULL::bigint AS adopted_epoch FROM holdfast.dead_letter d JOIN holdfast.stock_ledger b ON b.order_id = substring(d.line FROM \
+     ' order=([^ ]+) ') AND b.partition = d.partition AND b.epoch = d.epoch AND b.n = d.n AND b.op = d.op AND b.k = d.k \
+     WHERE d.product_id IS NULL AND (b.kind IN ('reserve', 'sell') OR b.kind = 'cancel' AND b.product_id = '') \
+     GROUP BY b.order_id, b.epoch, b.n, b.partition, b.kind, b.origin_epoch, b.origin_n";
+
 /// Each order's last row, `o`, with what the ledger has `said` of the order since: a row that has refused a change, which then lies among the
-/// dead letters, is not what the order is. One whose beginning lies there has for its row what the ledger says of that. What a rebuild took over
-/// from Redis counts from then on. Left out is a row behind which an order of the same id was begun. To be followed by conditions on `o`.
-pub(super) const AS_IT_STANDS: &str = "FROM (SELECT order_id, epoch, n, partition, state, expires_ms, products, units, changed_epoch, changed_n, \
-     changed_at, adopted_epoch FROM holdfast.stock_order UNION ALL \
-     SELECT b.order_id, b.epoch, b.n, b.partition, CASE b.kind WHEN 'reserve' THEN 'held' ELSE 'confirmed' END, max(b.expires_ms), \
-     array_agg(b.product_id ORDER BY b.i), array_agg(-b.redis_delta ORDER BY b.i), coalesce(b.origin_epoch, b.epoch), \
-     coalesce(b.origin_n, b.n), max(b.at), NULL FROM holdfast.dead_letter d JOIN holdfast.stock_ledger b ON b.partition = d.partition \
-     AND b.epoch = d.epoch AND b.n = d.n AND b.op = d.op AND b.k = d.k WHERE d.product_id IS NULL AND b.kind IN ('reserve', 'sell') \
-     GROUP BY b.order_id, b.epoch, b.n, b.partition, b.kind, b.origin_epoch, b.origin_n) AS o LEFT JOIN LATERAL \
-     (SELECT l.kind, l.expires_ms, l.at, coalesce(l.origin_epoch, l.epoch) AS epoch, coalesce(l.origin_n, l.n) AS n FROM holdfast.stock_ledger l \
+/// dead letters, is not what the order is. For one whose beginning lies there, the ledger stands ([`BEGUN`]). What a rebuild took over from Redis
+/// counts from then on. Left out is a row behind which an order of the same id was begun. To be followed by conditions on `o`.
+pub(super) fn as_it_stands() -> String {
+    format!(
+        "FROM (SELECT order_id, epoch, n, partition, state, expires_ms, products, units, changed_epoch, changed_n, changed_at, adopted_epoch \
+         FROM holdfast.stock_order UNION ALL {BEGUN}) AS o {SINCE}"
+    )
+}
+
+const SINCE: &str = "LEFT JOIN LATERAL (SELECT l.kind, l.expires_ms, l.at, coalesce(l.origin_epoch, l.epoch) AS epoch, \
+     coalesce(l.origin_n, l.n) AS n FROM holdfast.stock_ledger l \
      WHERE l.order_id = o.order_id AND (l.epoch, l.n) >= (o.epoch, o.n) AND l.epoch >= coalesce(o.adopted_epoch, 0) \
      ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS said ON (said.epoch, said.n) > (o.changed_epoch, o.changed_n) \
      WHERE NOT EXISTS (SELECT 1 FROM holdfast.stock_order later WHERE later.order_id = o.order_id AND (later.epoch, later.n) > (o.epoch, o.n)) \
      AND NOT EXISTS (SELECT 1 FROM holdfast.stock_ledger begun WHERE begun.order_id = o.order_id AND (begun.epoch, begun.n) > (o.epoch, o.n) \
      AND begun.epoch >= coalesce(o.adopted_epoch, 0) AND begun.kind IN ('reserve', 'sell'))";
 
-/// The columns of an [`OrderRow`], of rows from [`AS_IT_STANDS`].
+/// The columns of an [`OrderRow`], of rows from [`as_it_stands`].
 pub(super) fn columns() -> String {
     format!(
         "o.order_id, {STATE} AS state, {EXPIRES_MS} AS expires_ms, o.products, o.units, coalesce(said.epoch, o.changed_epoch) AS changed_epoch, \
@@ -265,16 +278,17 @@ pub(super) fn columns() -> String {
 
 /// Reads orders as they stand, in no particular order; those that are unknown are left out.
 pub async fn load(connection: &mut PgConnection, orders: &[String]) -> Result<Vec<OrderRow>, Error> {
-    let query = format!("SELECT {} {AS_IT_STANDS} AND o.order_id = ANY($1)", columns());
+    let query = format!("SELECT {} {} AND o.order_id = ANY($1)", columns(), as_it_stands());
     Ok(sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(orders).fetch_all(connection).await?)
 }
 
 /// The orders that are held here although their time passed before `before_ms` (Unix ms), at most `limit`: Redis has lost sight of them.
 pub async fn overdue(connection: &mut PgConnection, partition: u32, before_ms: i64, limit: i64) -> Result<Vec<OrderRow>, Error> {
     let query = format!(
-        "SELECT {} {AS_IT_STANDS} AND o.state = 'held' AND {STATE} = 'held' AND o.expires_ms < $2 AND {EXPIRES_MS} < $2 \
+        "SELECT {} {} AND o.state = 'held' AND {STATE} = 'held' AND o.expires_ms < $2 AND {EXPIRES_MS} < $2 \
          AND o.partition = $1 ORDER BY o.expires_ms LIMIT $3",
-        columns()
+        columns(),
+        as_it_stands()
     );
     let rows = sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(partition::id(partition)).bind(before_ms).bind(limit);
     Ok(rows.fetch_all(connection).await?)

@@ -170,7 +170,7 @@ impl<'c> Snapshot<'c> {
             "SELECT {} {} AND (o.state = 'held' OR o.changed_at > now() - interval '24 hours') \
              AND ({} = 'held' OR {} > now() - interval '24 hours')",
             order::columns(),
-            order::AS_IT_STANDS,
+            order::as_it_stands(),
             order::STATE,
             order::CHANGED_AT
         );

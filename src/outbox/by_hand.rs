@@ -37,6 +37,7 @@ pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms:
         }
         Side::Redis => {
             let Some(found) = look.meta else { return Err("this Redis holds nothing of Holdfast's: it cannot be the right side".into()) };
+            adopt::rehearse(&mut postgres).await.map_err(|error| format!("an order's row is refused, see to that first: {error}"))?;
             let to = found.epoch.max(row.epoch) + 1;
             let taken = ledger::partition::take_epoch_to_rebuild(&mut postgres, partition.id, &row, to, redis.run_id(), &owner);
             let Some(epoch) = taken.await.map_err(|error| text(&error))? else {

@@ -3,7 +3,6 @@
 //! One sidecar does it at a time, by a lease in Redis; that an order expires once is the script's doing. What Redis has lost sight of, which
 //! can happen to an order that was saved late out of a Redis that lost its data, is found in Postgres.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,10 +12,12 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::warn;
 
 use super::retry::Trouble;
-use crate::domain::Id;
 use crate::domain::change::StockKind;
+use crate::domain::{Id, OrderState};
 use crate::ledger::{self, order};
-use crate::limits::{EXPIRE_AT_ONCE, EXPIRE_EVERY, LEDGER_SILENCE_MAX, OUTBOX_ANSWER_TIMEOUT, OVERDUE_AFTER_MS, OVERDUE_EVERY};
+use crate::limits::{
+    EXPIRE_AT_ONCE, EXPIRE_EVERY, LEDGER_SILENCE_MAX, OUTBOX_ANSWER_TIMEOUT, OVERDUE_AFTER_MS, OVERDUE_EVERY, STUCK_FOR_MS,
+};
 use crate::store::expiry::{self, Due};
 use crate::store::partition::State;
 use crate::store::stock::{Action, Items, Looked, StockOp, StockOutcome};
@@ -25,6 +26,14 @@ use crate::store::{Connection, Partition};
 /// Orders with what Postgres has of them.
 type Overdue = Vec<(Id, Looked)>;
 
+/// What became of orders that were due.
+struct Swept {
+    /// How many have expired.
+    expired: usize,
+    /// Those that do not, each with until when it is held, if that is why.
+    not: Vec<(Id, Option<i64>)>,
+}
+
 /// See the module.
 pub struct Expirer {
     partition: Arc<Partition>,
@@ -32,10 +41,6 @@ pub struct Expirer {
     postgres_url: String,
     instance: String,
     redis: Option<Connection>,
-    /// Those that cannot expire, since a key of theirs is not what it should be, and stay due.
-    stuck: HashSet<Id>,
-    /// When those were last tried again.
-    unstuck: Instant,
     /// When it was last looked in Postgres.
     looked: Option<Instant>,
     /// Looks there. Nothing that is due waits for it.
@@ -52,8 +57,6 @@ impl Expirer {
             postgres_url: postgres_url.to_owned(),
             instance: instance.to_owned(),
             redis: None,
-            stuck: HashSet::new(),
-            unstuck: Instant::now(),
             looked: None,
             looking: None,
             trouble: Trouble::new("expiring orders"),
@@ -88,21 +91,19 @@ impl Expirer {
             Some(redis) if redis.run_id() == run_id => redis,
             other => other.insert(Connection::open(&self.redis_url).await.map_err(|error| error.to_string())?),
         };
-        let asking =
-            tokio::time::timeout(OUTBOX_ANSWER_TIMEOUT, expiry::due(redis, &self.instance, EXPIRE_AT_ONCE + self.stuck.len())).await;
-        let due = asking.map_err(|_| "Redis does not answer".to_owned())?.map_err(|error| error.to_string())?;
+        let asking = tokio::time::timeout(OUTBOX_ANSWER_TIMEOUT, expiry::due(redis, &self.instance, EXPIRE_AT_ONCE));
+        let due = asking.await.map_err(|_| "Redis does not answer".to_owned())?.map_err(|error| error.to_string())?;
         let Some(Due { now_ms, orders }) = due else { return Ok(false) };
-        let orders = orders.into_iter().filter(|order| !self.stuck.contains(order)).take(EXPIRE_AT_ONCE);
-        let orders: Vec<_> = orders.map(|order| (order, Looked::NotYet)).collect();
-        let (is_full, stuck) = (orders.len() == EXPIRE_AT_ONCE, self.stuck.len());
-        let expired = self.expire(orders).await;
-        // Those that are stuck are the longest due: what stands behind them does not wait for all of them.
-        let has_advanced = expired > 0 || self.stuck.len() > stuck;
-        self.expire_overdue().await;
-        if self.unstuck.elapsed() >= OVERDUE_EVERY {
-            self.unstuck = Instant::now();
-            self.stuck.clear();
+        let orders: Vec<_> = orders.into_iter().map(|order| (order, Looked::NotYet)).collect();
+        let is_full = orders.len() == EXPIRE_AT_ONCE;
+        let Swept { expired, not } = self.expire(orders).await;
+        let has_advanced = expired > 0 || !not.is_empty();
+        let not: Vec<_> = not.into_iter().map(|(order, until)| (order, until.unwrap_or(now_ms + STUCK_FOR_MS))).collect();
+        if let (Some(redis), false) = (&mut self.redis, not.is_empty()) {
+            let postponing = tokio::time::timeout(OUTBOX_ANSWER_TIMEOUT, expiry::postpone(redis, &self.instance, &not));
+            postponing.await.map_err(|_| "Redis does not answer".to_owned())?.map_err(|error| error.to_string())?;
         }
+        self.expire_overdue().await;
         if self.looking.is_none() && self.partition.ledger_up() && self.looked.is_none_or(|looked| looked.elapsed() >= OVERDUE_EVERY) {
             self.looked = Some(Instant::now());
             let overdue = overdue(Arc::clone(&self.partition), self.postgres_url.clone(), now_ms);
@@ -111,8 +112,7 @@ impl Expirer {
         Ok(is_full && has_advanced)
     }
 
-    /// Returns how many have expired.
-    async fn expire(&mut self, orders: Vec<(Id, Looked)>) -> usize {
+    async fn expire(&mut self, orders: Vec<(Id, Looked)>) -> Swept {
         let op = |(order, looked): &(Id, Looked)| {
             let mut op = StockOp::of_order(Action::Change(StockKind::Expire), order.clone(), 0, Items::new());
             if let Some(of) = &mut op.order {
@@ -121,24 +121,29 @@ impl Expirer {
             op
         };
         let outcomes = self.partition.change_all(orders.iter().map(op).collect()).await;
-        let (mut expired, mut broken) = (0, Vec::new());
+        let (mut expired, mut not, mut broken) = (0, Vec::new(), None);
         for ((order, looked), outcome) in orders.into_iter().zip(outcomes) {
             match outcome {
                 Ok(StockOutcome::Told { .. }) => expired += 1,
-                Ok(StockOutcome::Stuck { key }) => broken.push((order, key)),
-                // Nothing is known of an order that is listed: the list is what is wrong.
-                Ok(StockOutcome::Unknown) if looked == Looked::NotYet => _ = self.stuck.insert(order),
-                // A client was faster; or it is found again.
+                Ok(StockOutcome::Stuck { key }) => {
+                    broken.get_or_insert((order.clone(), key));
+                    not.push((order, None));
+                }
+                // The list is what is wrong: nothing is known of an order that stands there, or it is held for longer, or not at all.
+                Ok(StockOutcome::Unknown) if looked == Looked::NotYet => not.push((order, None)),
+                Ok(StockOutcome::Stands(stands)) => {
+                    not.push((order, (stands.state == OrderState::Held).then_some(stands.expires_ms)));
+                }
+                // It is found again.
                 Ok(_) | Err(_) => {}
             }
         }
-        if let Some((order, key)) = broken.first() {
-            let orders = broken.len();
+        if let Some((order, key)) = broken {
+            let orders = not.len();
             warn!(partition = self.partition.id, orders, %order, key, "orders cannot expire: their keys hold what does not belong there");
         }
-        self.stuck.extend(broken.into_iter().map(|(order, _)| order));
         counter!("holdfast_orders_expired_total", "partition" => self.partition.id.to_string()).increment(expired as u64);
-        expired
+        Swept { expired, not }
     }
 
     /// Expires what has been found in Postgres, if it has been looked there.
@@ -153,7 +158,7 @@ impl Expirer {
             Ok(Some(orders)) => {
                 self.trouble_looking.over(self.partition.id);
                 if !orders.is_empty() {
-                    let (found, expired) = (orders.len(), self.expire(orders).await);
+                    let (found, expired) = (orders.len(), self.expire(orders).await.expired);
                     warn!(partition = self.partition.id, found, expired, "orders were held in postgres long after their time");
                 }
             }

@@ -1,7 +1,7 @@
 //! What this process answered, and what got lost with a Redis that another sidecar filled anew: handed over through Postgres, and taken off
 //! Redis by whoever sells.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use metrics::counter;
@@ -11,7 +11,7 @@ use crate::domain::change::{Effect, Operation, Remembered, StockKind};
 use crate::domain::coupon::{CouponChange, CouponStep, Stepped};
 use crate::domain::{Id, OrderState, Position, RequestId};
 use crate::ledger::salvage::{self, Answered, HighestSerial, Without};
-use crate::ledger::{self, PgConnection};
+use crate::ledger::{self, PgConnection, dead_letter};
 use crate::limits::{HANDOVER_COUPONS_WAIT, HANDOVER_MAX, LOAD_WITHIN, SALVAGE_CHANGES_MAX, SERVER_CHANGES_MAX};
 use crate::store::coupon::{Action, CouponOp, CouponOutcome, Known, Part, Upkeep};
 use crate::store::partition::{EndedEpoch, LoadRequest, Wanted};
@@ -72,10 +72,15 @@ pub async fn take_up(
     if !salvage::lock_handed_over(postgres, partition.id).await.map_err(text)? {
         return Ok(());
     }
-    let mut owes = false;
-    let taken_up = TakeUp { partition, window_ms, remembered_since_ms: now_ms.saturating_sub(window_ms) }.run(postgres, &mut owes).await;
-    // Not in between: what fits is taken off before its product is frozen for what does not.
-    if owes {
+    let mut owing = BTreeSet::new();
+    let taken_up = TakeUp { partition, window_ms, remembered_since_ms: now_ms.saturating_sub(window_ms) }.run(postgres, &mut owing).await;
+    // What fits is taken off before its product is frozen for what does not. What a person has unfrozen by now they had not seen.
+    let n = partition.head().n;
+    let freeze = |product| StockOp::upkeep(product, 0, stock::Upkeep::Freeze { n, reason: dead_letter::FROZEN.to_owned() });
+    let freezes: Vec<StockOp> = owing.into_iter().map(freeze).collect();
+    for freezes in freezes.chunks(SERVER_CHANGES_MAX) {
+        partition.change_all(freezes.to_vec()).await;
+        // It is looked whether they are.
         partition.parked.notify_one();
     }
     salvage::unlock_handed_over(postgres, partition.id).await.map_err(text)?;
@@ -92,8 +97,8 @@ struct TakeUp<'a> {
 }
 
 impl TakeUp<'_> {
-    /// `owes`: whether anything could not be taken off.
-    async fn run(&self, postgres: &mut PgConnection, owes: &mut bool) -> Result<(), ledger::Error> {
+    /// `owing`: the products of what could not be taken off.
+    async fn run(&self, postgres: &mut PgConnection, owing: &mut BTreeSet<Id>) -> Result<(), ledger::Error> {
         let partition = self.partition;
         let Some(mut serials) = self.keep_serials(postgres).await? else { return Ok(()) };
         salvage::pass_over_repeated(postgres, partition.id, self.window_ms, true).await?;
@@ -137,7 +142,9 @@ impl TakeUp<'_> {
                 info!(partition = partition.id, origin = %answered.origin, op = answered.op, owed, "taken up what another sidecar handed over");
                 salvage::taken_up(postgres, partition.id, &answered, owed.as_deref()).await?;
                 left -= 1;
-                *owes |= owed.is_some();
+                if owed.is_some() {
+                    owing.extend(answered.operation.products().map(Id::from));
+                }
                 // Before anybody is given a serial of it that was answered already.
                 if let Effect::Coupon { coupon, change: CouponChange::Create(_) } = &answered.operation.effect
                     && let Some(serial) = serials.highest.get(coupon)

@@ -10,7 +10,7 @@ use tracing::{debug, warn};
 use crate::ledger;
 use crate::limits::{DELETED_KEPT, SWEEP_DELETED_GOES, SWEEP_EVERY};
 use crate::store::partition::State;
-use crate::store::{Connection, Partition, sweep};
+use crate::store::{Connection, Partition, keys, sweep};
 
 /// The cursor at which a walk through deletions begins, and that it ends with.
 const FIRST: &str = "0";
@@ -27,7 +27,8 @@ pub struct Sweeper {
 impl Sweeper {
     /// Sweeps now and then until `cancel`.
     pub async fn run(self, cancel: CancellationToken) {
-        let (mut before, mut applied, mut deletions_from) = (BTreeMap::new(), 0, FIRST.to_owned());
+        let (mut before, mut applied) = (BTreeMap::new(), 0);
+        let (mut deletions_from, mut unfrozen_from) = (FIRST.to_owned(), FIRST.to_owned());
         while cancel.run_until_cancelled(tokio::time::sleep(SWEEP_EVERY)).await.is_some() {
             if !matches!(*self.partition.state.borrow(), State::Live { .. }) {
                 continue;
@@ -37,6 +38,7 @@ impl Sweeper {
                 // What Postgres had at the sweep before is known to whoever asks it now.
                 let known = std::mem::replace(&mut applied, self.partition.applied.borrow().n);
                 let deletions = self.forget_deleted(known, &mut deletions_from, SWEEP_DELETED_GOES).await?;
+                self.forget_unfrozen(known, &mut unfrozen_from).await?;
                 Ok::<_, String>((swept, deletions))
             };
             match tokio::time::timeout(SWEEP_EVERY, sweeping).await {
@@ -54,14 +56,14 @@ impl Sweeper {
         let mut postgres = ledger::connect(&self.postgres_url).await.map_err(|error| error.to_string())?;
         let mut forgotten = 0;
         for _ in 0..goes {
-            let (next, mut deleted) = sweep::deleted(&mut redis, cursor).await.map_err(|error| error.to_string())?;
+            let (next, mut deleted) = sweep::noted(&mut redis, keys::DELETED, cursor).await.map_err(|error| error.to_string())?;
             deleted.retain(|_, at| at.parse().is_ok_and(|at: u64| at <= n));
             let products: Vec<String> = deleted.keys().cloned().collect();
             let gone = ledger::stock::gone_for(&mut postgres, &products, DELETED_KEPT).await.map_err(|error| error.to_string())?;
             let gone: BTreeSet<String> = gone.into_iter().collect();
             deleted.retain(|product, _| gone.contains(product));
             if !deleted.is_empty() {
-                forgotten += sweep::forget_deleted(&mut redis, &deleted).await.map_err(|error| error.to_string())?;
+                forgotten += sweep::forget(&mut redis, keys::DELETED, &deleted).await.map_err(|error| error.to_string())?;
             }
             *cursor = next;
             if cursor == FIRST {
@@ -69,6 +71,18 @@ impl Sweeper {
             }
         }
         Ok(forgotten)
+    }
+
+    /// Has Redis forget which products were unfrozen up to n, some a sweep: who looks in Postgres sees it there.
+    async fn forget_unfrozen(&self, n: u64, cursor: &mut String) -> Result<u64, String> {
+        let mut redis = Connection::open(&self.redis_url).await.map_err(|error| error.to_string())?;
+        let (next, mut unfrozen) = sweep::noted(&mut redis, keys::UNFROZEN, cursor).await.map_err(|error| error.to_string())?;
+        unfrozen.retain(|_, at| at.parse().is_ok_and(|at: u64| at <= n));
+        *cursor = next;
+        if unfrozen.is_empty() {
+            return Ok(0);
+        }
+        sweep::forget(&mut redis, keys::UNFROZEN, &unfrozen).await.map_err(|error| error.to_string())
     }
 
     /// `before`: the lanes as the sweep before saw them. One that has moved since is alive, although Postgres has not heard of it.
@@ -95,7 +109,7 @@ impl Sweeper {
 mod tests {
     use super::*;
     use crate::ledger::testing::{RedisServer, database, execute};
-    use crate::limits::SWEEP_DELETED;
+    use crate::limits::SWEEP_NOTED;
     use crate::store::stream::testing::send;
 
     #[tokio::test]
@@ -141,9 +155,16 @@ mod tests {
         let mut cursor = FIRST.to_owned();
         assert_eq!(sweeper.forget_deleted(0, &mut cursor, 1).await.unwrap(), 0, "Postgres may not have them yet");
         assert_eq!(sweeper.forget_deleted(9, &mut cursor, 1).await.unwrap(), 3);
-        let (_, left) = sweep::deleted(&mut redis, "0").await.unwrap();
+        let (_, left) = sweep::noted(&mut redis, keys::DELETED, "0").await.unwrap();
         assert_eq!(left.into_keys().collect::<Vec<_>>(), ["again", "lately", "new", "removed-lately"]);
+
+        send(&mut redis, &["HSET", "stock:unfrozen", "a", "4", "b", "5"]).await;
+        let mut cursor = FIRST.to_owned();
+        assert_eq!(sweeper.forget_unfrozen(4, &mut cursor).await.unwrap(), 1);
+        let (_, left) = sweep::noted(&mut redis, keys::UNFROZEN, "0").await.unwrap();
+        assert_eq!(left.into_keys().collect::<Vec<_>>(), ["b"], "Postgres may not know that");
     }
+
     #[tokio::test]
     async fn each_sweep_goes_on_where_the_last_one_ended() {
         let (server, mut database) = (RedisServer::start(), database().await);
@@ -159,7 +180,7 @@ mod tests {
         let partition = Arc::new(Partition::new(0, 1 << 20).0);
         let sweeper = Sweeper { partition, redis_url: server.url(), postgres_url: database.url.clone(), window_ms: 600_000 };
         let (mut cursor, mut forgotten) = (FIRST.to_owned(), Vec::new());
-        for _ in 0..6000 / SWEEP_DELETED * 2 {
+        for _ in 0..6000 / SWEEP_NOTED * 2 {
             forgotten.push(sweeper.forget_deleted(1, &mut cursor, 1).await.unwrap());
             if cursor == FIRST {
                 break;

@@ -155,7 +155,7 @@ mod tests {
     }
 
     fn freezes(finding: &Finding, prefer: Side) -> bool {
-        matches!(repaired(finding, prefer), Some((Upkeep::Freeze { .. }, 0, Remedy::Frozen)))
+        matches!(repaired(finding, prefer), Some((Upkeep::Freeze { n: 5, .. }, 0, Remedy::Frozen)))
     }
 
     #[test]

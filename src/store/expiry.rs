@@ -1,5 +1,6 @@
 //! Which orders are to expire, and who does it.
 
+use super::pack::Pack;
 use super::words::Words;
 use super::{Connection, Error, keys, script};
 use crate::domain::Id;
@@ -12,6 +13,19 @@ pub struct Due {
     pub now_ms: i64,
     /// Orders whose time has passed, the oldest first.
     pub orders: Vec<Id>,
+}
+
+/// Has orders that are due and do not expire stand behind others, each up to a time (Unix ms, Redis's clock): whoever reads the next that are due
+/// is not given them over and over.
+pub async fn postpone(connection: &mut Connection, instance: &str, orders: &[(Id, i64)]) -> Result<(), Error> {
+    let mut packed = Pack::default();
+    packed.array(orders.len());
+    for (order, until) in orders {
+        packed.array(2).text(order.as_str()).integer(*until);
+    }
+    let arguments = [instance.as_bytes(), &packed.into_bytes()];
+    connection.run(&script::EXPIRY_POSTPONE, &[keys::SWEEPER, keys::EXPIRY], &arguments).await?;
+    Ok(())
 }
 
 /// Takes or renews the right to expire orders for `instance`, and reads the first `limit` that are due. `None` where another sidecar has the

@@ -19,6 +19,8 @@ pub const LOW: &str = "stock:low";
 pub const DELETED: &str = "stock:deleted";
 /// Sorted set: order → until when its units are held, in Unix ms.
 pub const EXPIRY: &str = "stock:expiry";
+/// Where products were unfrozen by a person last: a hash of n.
+pub const UNFROZEN: &str = "stock:unfrozen";
 /// What stands before an order's id: a hash with its state, its expiry, its items, and the position that made it so.
 pub const ORDER_PREFIX: &str = "stock:order:";
 /// Hash: epoch, run id, and the highest fencing token that this node has given out.

@@ -103,7 +103,7 @@ impl Work {
 
 /// Removes every key that is ours, but for meta, the locks of coupons and what belongs to locks. Returns how many there were.
 pub async fn clear(connection: &mut Connection, epoch: u64) -> Result<u64, Error> {
-    let fixed = [keys::OUTBOX, keys::HELD, keys::EXPIRY, keys::FROZEN, keys::LOW, keys::DELETED];
+    let fixed = [keys::OUTBOX, keys::HELD, keys::EXPIRY, keys::FROZEN, keys::LOW, keys::DELETED, keys::UNFROZEN];
     let mut removed = unlink(connection, epoch, fixed.map(String::from).to_vec()).await?;
     let ours = |key: &String| keys::REBUILT_PREFIXES.iter().any(|prefix| key.starts_with(prefix));
     let mut cursor = "0".to_owned();

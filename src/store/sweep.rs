@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use super::pack::Pack;
 use super::requests;
 use super::{Connection, Error, keys, script};
-use crate::limits::{REFILL_KEYS, SWEEP_DELETED, SWEEP_STRETCHES};
+use crate::limits::{REFILL_KEYS, SWEEP_NOTED, SWEEP_STRETCHES};
 
 /// The lanes that meta knows, as `<instance>:<lane>`, each with what it says of its last batch.
 pub async fn lanes(connection: &mut Connection) -> Result<BTreeMap<String, String>, Error> {
@@ -29,15 +29,16 @@ async fn remove(connection: &mut Connection, key: &str, as_they_were: &BTreeMap<
     Ok(redis::from_redis_value(answer).map_err(redis::RedisError::from)?)
 }
 
-/// Some of the products that are noted as deleted, from `cursor` on, each with n of that change. Returns where to go on, `0` at the end.
-pub async fn deleted(connection: &mut Connection, cursor: &str) -> Result<(String, BTreeMap<String, String>), Error> {
-    let answer = connection.send(redis::cmd("HSCAN").arg(keys::DELETED).arg(cursor).arg("COUNT").arg(SWEEP_DELETED)).await?;
+/// Some of the products that a hash notes ([`keys::DELETED`], [`keys::UNFROZEN`]), from `cursor` on, each with n of that change. Returns where to
+/// go on, `0` at the end.
+pub async fn noted(connection: &mut Connection, hash: &str, cursor: &str) -> Result<(String, BTreeMap<String, String>), Error> {
+    let answer = connection.send(redis::cmd("HSCAN").arg(hash).arg(cursor).arg("COUNT").arg(SWEEP_NOTED)).await?;
     Ok(redis::from_redis_value(answer).map_err(redis::RedisError::from)?)
 }
 
-/// Forgets deletions that still are noted so. Returns how many there were.
-pub async fn forget_deleted(connection: &mut Connection, products: &BTreeMap<String, String>) -> Result<u64, Error> {
-    remove(connection, keys::DELETED, products).await
+/// Forgets those that still are noted so. Returns how many there were.
+pub async fn forget(connection: &mut Connection, hash: &str, products: &BTreeMap<String, String>) -> Result<u64, Error> {
+    remove(connection, hash, products).await
 }
 
 /// Removes the buckets of REQUEST ids that nobody can ask for any more. Returns how many there were.
