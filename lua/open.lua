@@ -3,7 +3,7 @@
 -- args: epoch, run, n, last, id, inbox
 -- returns: 'ok', or 'moved'
 local found = redis.call('HMGET', meta, 'epoch', 'state')
-if found[1] ~= epoch or found[2] ~= 'rebuild' then return 'moved' end
+if found[1] ~= epoch or found[2] ~= 'rebuild' and found[2] ~= 'adopt' then return 'moved' end
 redis.call('HSET', meta, 'run', run, 'state', 'live', 'n', n, 'last', last, 'id', id, 'inbox', inbox)
 redis.call('HSET', meta, 'corrected', n .. ':')
 return 'ok'

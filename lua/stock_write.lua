@@ -107,7 +107,7 @@ end
 
 -- Whether a person has unfrozen it since n: who saw then why it should be frozen has not seen that a person has looked.
 local function is_unfrozen_since(i, n)
-  if thawed[i] == nil then thawed[i] = tonumber(redis.call('HGET', unfrozen, names[i]) or 0) end
+  if thawed[i] == nil then thawed[i] = tonumber(redis.call('HGET', unfrozen, names[i]) or 0) or 0 end
   return thawed[i] > n
 end
 

@@ -526,10 +526,10 @@ pub const REFUSED_READ_MAX: usize = 512;
 /// Operations that are served for each that is refused for want of time. A refusal costs a third of what an operation does, of all that works for
 /// it: so less than a tenth of the work is lost to them. Beyond it the rest is longer, up to the time that an operation has: then each connection is
 /// read once more, and may be refused.
-pub const SERVED_FOR_EACH_REFUSED: u64 = 4;
+pub const SERVED_FOR_EACH_REFUSED: i64 = 4;
 
 /// Of them, as many at once: a few milliseconds' work.
-pub const REFUSED_AT_ONCE_MAX: u64 = 4_096;
+pub const REFUSED_AT_ONCE_MAX: i64 = 4_096;
 
 /// Requests of one connection that wait for their reply. Beyond it the connection is not read, so one client cannot fill every queue.
 pub const IN_FLIGHT_MAX: usize = 1024;

@@ -22,8 +22,9 @@ use crate::wire::{command, connect_many, frame, kind_of};
 /// How long after the last request its reply may come.
 const LAST_REPLIES: Duration = Duration::from_secs(10);
 
-/// How much later a connection sends that has as much unanswered as it may: to try each time would take the machine's time from the server.
-const FULL_PAUSE: Duration = Duration::from_millis(5);
+/// How much later a connection sends that has as much unanswered as it may, which is about a second's work: a tenth of it is answered by then. To try more
+/// often would take the machine's time from the server, for a few commands each time.
+const FULL_PAUSE: Duration = Duration::from_millis(100);
 
 /// What is sent, again and again.
 #[derive(Clone)]

@@ -13,7 +13,18 @@
 local KEPT_FOR = 86400000
 -- Products that one batch settles for orders: some milliseconds, which everybody else waits for. The rest comes with the next.
 local SETTLED_MAX = 1000
+local STATES = {held = true, confirmed = true, cancelled = true, expired = true}
 local orders, moved_orders = {}, {}
+
+-- What a hash holds of an order, or 'corrupt' where that is none.
+local function order_of(state, expires, items, position)
+  expires = tonumber(expires)
+  local rest = state == 'cancelled' and items == '' and '' or items and items ~= '' and string.gsub(items .. ' ', '%S+ %d+ ', '')
+  if rest ~= '' or not STATES[state] or not expires or not string.match(position or '', '^%d+%-%d+$') then
+    return 'corrupt'
+  end
+  return {state = state, expires = expires, items = items, position = position}
+end
 
 local function order_at(order)
   local key, looked = order[1], order[4]
@@ -21,8 +32,8 @@ local function order_at(order)
     local m = redis.pcall('HMGET', KEYS[key], 'state', 'expires', 'items', 'position')
     if m.err then
       orders[key] = 'corrupt'
-    elseif m[1] then
-      orders[key] = {state = m[1], expires = tonumber(m[2]) or 0, items = m[3] or '', position = m[4] or ''}
+    elseif m[1] or m[2] or m[3] or m[4] then
+      orders[key] = order_of(unpack(m, 1, 4))
     else
       orders[key] = false
     end

@@ -5,12 +5,16 @@ use std::time::{Duration, Instant};
 
 use crate::limits::{REFUSED_AT_ONCE_MAX, SERVED_FOR_EACH_REFUSED};
 
+/// The most that is earned, or owed, in operations.
+const CREDIT_MAX: i64 = REFUSED_AT_ONCE_MAX * SERVED_FOR_EACH_REFUSED;
+
 /// A refusal takes time from what is served: so there are only so many of them for each that goes to Redis. Who comes beyond that is not
-/// looked at for a while. Where nothing is served, since Redis stands still, nothing is taken from anybody, and all are refused.
+/// looked at for a while, and what was refused all the same is worked off first. Where nothing is served, since Redis stands still, nothing is
+/// taken from anybody, and all are refused.
 pub struct Refusals {
     count: Cell<u64>,
-    /// Served operations that no refusal has been counted against.
-    credit: Cell<u64>,
+    /// Served operations that no refusal has been counted against; below 0 what has to be served for those that there were.
+    credit: Cell<i64>,
     served: Cell<u64>,
     /// When more had been served than before.
     moved: Cell<Instant>,
@@ -32,7 +36,7 @@ impl Refusals {
     /// One more; `served`: how many operations have gone to Redis up to `now`.
     pub fn add(&self, served: u64, now: Instant) {
         self.earn(served, now);
-        self.credit.set(self.credit.get().saturating_sub(SERVED_FOR_EACH_REFUSED));
+        self.credit.set((self.credit.get() - SERVED_FOR_EACH_REFUSED).max(-CREDIT_MAX));
         self.count.set(self.count.get() + 1);
     }
 
@@ -47,8 +51,8 @@ impl Refusals {
         if served != before {
             self.moved.set(now);
         }
-        let credit = self.credit.get().saturating_add(served.saturating_sub(before));
-        self.credit.set(credit.min(REFUSED_AT_ONCE_MAX * SERVED_FOR_EACH_REFUSED));
+        let more = i64::try_from(served.saturating_sub(before)).unwrap_or(i64::MAX);
+        self.credit.set(self.credit.get().saturating_add(more).min(CREDIT_MAX));
     }
 }
 
@@ -63,7 +67,7 @@ mod tests {
         let (refusals, now) = (Refusals::default(), Instant::now());
         refusals.add(0, now);
         assert!(refusals.are_spent(0, now, STILL), "nothing is served");
-        let served = 10 * SERVED_FOR_EACH_REFUSED + 1;
+        let served = u64::try_from(11 * SERVED_FOR_EACH_REFUSED).unwrap() + 1;
         refusals.add(served, now);
         let mut more = 0;
         while !refusals.are_spent(served, now, STILL) {
@@ -90,6 +94,8 @@ mod tests {
         assert!(!refusals.are_spent(1, now + STILL, STILL));
         refusals.add(2, now + STILL);
         assert!(refusals.are_spent(2, now + STILL, STILL), "it goes on");
-        assert!(!refusals.are_spent(2 + SERVED_FOR_EACH_REFUSED, now + STILL, STILL), "before anybody is refused");
+        let owed = 3 * u64::try_from(SERVED_FOR_EACH_REFUSED).unwrap();
+        assert!(refusals.are_spent(2 + owed, now + STILL, STILL), "what was refused is worked off first");
+        assert!(!refusals.are_spent(3 + owed + owed / 3, now + STILL, STILL), "before anybody is refused");
     }
 }

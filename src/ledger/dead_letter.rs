@@ -635,9 +635,13 @@ mod tests {
         let [again, both] = [stand("again", OrderState::Held, 99), stand("both", OrderState::Confirmed, 9)];
         let all = [again.clone(), back, both.clone(), later.clone(), sold];
         assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), all);
-        assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), [], "nothing is given back twice");
+        assert_eq!(order::overdue(connection, 0, 99, 0, 10).await.unwrap(), [], "nothing is given back twice");
         let held = [again, later];
-        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), held);
+        assert_eq!(as_read(order::overdue(connection, 0, 100, 0, 10).await.unwrap()), held);
+        let [first, second] = [0, 1].map(|offset| (offset, 1));
+        let mut one_by_one = order::overdue(connection, 0, 100, first.0, first.1).await.unwrap();
+        one_by_one.extend(order::overdue(connection, 0, 100, second.0, second.1).await.unwrap());
+        assert_eq!(as_read(one_by_one), held);
         let mut snapshot = Snapshot::take(connection, 0).await.unwrap();
         let pages = snapshot.orders().await.unwrap();
         // What ended years ago Redis has forgotten.
@@ -650,7 +654,7 @@ mod tests {
             rows(connection, "SELECT id FROM holdfast.dead_letter WHERE line LIKE '%order=both %' ORDER BY id").await;
         for letter in letters {
             assert_eq!(retry(connection, letter.0).await.unwrap(), Settled::Done);
-            assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), []);
+            assert_eq!(order::overdue(connection, 0, 99, 0, 10).await.unwrap(), []);
             assert_eq!(as_read(order::load(connection, &ids[3..4]).await.unwrap()), std::slice::from_ref(&both));
         }
         // Of an id that is another order by now, the first's row stays as it is, and is nobody's.
@@ -660,7 +664,7 @@ mod tests {
             assert_eq!(retry(connection, letter.0).await.unwrap(), Settled::Done);
         }
         assert_eq!(as_read(order::load(connection, &ids[4..]).await.unwrap()), [stand("again", OrderState::Held, 99)]);
-        assert_eq!(order::overdue(connection, 0, 99, 10).await.unwrap(), []);
+        assert_eq!(order::overdue(connection, 0, 99, 0, 10).await.unwrap(), []);
     }
 
     #[tokio::test]
@@ -688,8 +692,8 @@ mod tests {
             assert_eq!(row.order().unwrap().items, [("b".to_owned(), units)]);
         }
         assert_eq!(as_read(read), now);
-        assert_eq!(as_read(order::overdue(connection, 0, 200, 10).await.unwrap()), std::slice::from_ref(&x));
-        assert_eq!(order::overdue(connection, 0, 199, 10).await.unwrap(), []);
+        assert_eq!(as_read(order::overdue(connection, 0, 200, 0, 10).await.unwrap()), std::slice::from_ref(&x));
+        assert_eq!(order::overdue(connection, 0, 199, 0, 10).await.unwrap(), []);
         let mut snapshot = Snapshot::take(connection, 0).await.unwrap();
         let pages = snapshot.orders().await.unwrap();
         assert_eq!(as_read(snapshot.next(&pages).await.unwrap()), std::slice::from_ref(&x));
@@ -785,7 +789,7 @@ mod tests {
         let expected =
             [("forgotten", Confirmed, 0), ("gone", Expired, 9), ("held", Held, 9), ("known", Confirmed, 0), ("sold", Confirmed, 9)];
         assert_eq!(as_read(order::load(connection, &ids).await.unwrap()), expected.map(stand));
-        assert_eq!(as_read(order::overdue(connection, 0, 100, 10).await.unwrap()), [stand(expected[2])]);
+        assert_eq!(as_read(order::overdue(connection, 0, 100, 0, 10).await.unwrap()), [stand(expected[2])]);
         assert_eq!(number_of(connection, "SELECT count(*) FROM holdfast.stock_order").await, 5);
         assert_eq!(count(connection, 0).await.unwrap(), 0);
     }

@@ -88,7 +88,7 @@ async fn update(connection: &mut PgConnection, moved: &[&OrderMove<'_>]) -> Resu
          WHERE l.order_id = m.order_id ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS last \
          WHERE o.order_id = m.order_id AND o.epoch = last.epoch AND o.n = last.n AND NOT EXISTS (SELECT 1 FROM holdfast.stock_ledger b \
          WHERE b.order_id = m.order_id AND (b.epoch, b.n) > (o.epoch, o.n) AND (b.epoch, b.n) < (m.place_epoch, m.place_n) \
-         AND b.epoch >= coalesce(o.adopted_epoch, 0) AND b.kind IN ('reserve', 'sell')) RETURNING o.order_id",
+         AND b.epoch >= coalesce(o.adopted_epoch, 0) AND (b.kind IN ('reserve', 'sell') OR b.kind = 'cancel' AND b.product_id = '')) RETURNING o.order_id",
     )
     .bind(moved.iter().map(|order| order.order).collect::<Vec<_>>())
     .bind(moved.iter().map(|order| order.state.as_str()).collect::<Vec<_>>())
@@ -245,8 +245,8 @@ const BEGUN: &str = "SELECT b.order_id, b.epoch, b.n, b.partition, CASE b.kind W
      coalesce(array_agg(b.product_id ORDER BY b.i) FILTER (WHERE b.product_id <> ''), '{}') AS products, \
      coalesce(array_agg(-b.redis_delta ORDER BY b.i) FILTER (WHERE b.product_id <> ''), '{}') AS units, \
      coalesce(b.origin_epoch, b.epoch) AS changed_epoch, coalesce(b.origin_n, b.n) AS changed_n, max(b.at) AS changed_at, \
-     NULL::bigint AS adopted_epoch FROM holdfast.dead_letter d JOIN holdfast.stock_ledger b ON b.order_id = substring(d.line FROM \
-     ' order=([^ ]+) ') AND b.partition = d.partition AND b.epoch = d.epoch AND b.n = d.n AND b.op = d.op AND b.k = d.k \
+     NULL::bigint AS adopted_epoch FROM holdfast.dead_letter d JOIN holdfast.stock_ledger b ON b.order_id COLLATE \"default\" = \
+     substring(d.line FROM ' order=([^ ]+) ') AND b.partition = d.partition AND b.epoch = d.epoch AND b.n = d.n AND b.op = d.op AND b.k = d.k \
      WHERE d.product_id IS NULL AND (b.kind IN ('reserve', 'sell') OR b.kind = 'cancel' AND b.product_id = '') \
      GROUP BY b.order_id, b.epoch, b.n, b.partition, b.kind, b.origin_epoch, b.origin_n";
 
@@ -266,7 +266,7 @@ const SINCE: &str = "LEFT JOIN LATERAL (SELECT l.kind, l.expires_ms, l.at, coale
      ORDER BY l.epoch DESC, l.n DESC LIMIT 1) AS said ON (said.epoch, said.n) > (o.changed_epoch, o.changed_n) \
      WHERE NOT EXISTS (SELECT 1 FROM holdfast.stock_order later WHERE later.order_id = o.order_id AND (later.epoch, later.n) > (o.epoch, o.n)) \
      AND NOT EXISTS (SELECT 1 FROM holdfast.stock_ledger begun WHERE begun.order_id = o.order_id AND (begun.epoch, begun.n) > (o.epoch, o.n) \
-     AND begun.epoch >= coalesce(o.adopted_epoch, 0) AND begun.kind IN ('reserve', 'sell'))";
+     AND begun.epoch >= coalesce(o.adopted_epoch, 0) AND (begun.kind IN ('reserve', 'sell') OR begun.kind = 'cancel' AND begun.product_id = ''))";
 
 /// The columns of an [`OrderRow`], of rows from [`as_it_stands`].
 pub(super) fn columns() -> String {
@@ -282,14 +282,21 @@ pub async fn load(connection: &mut PgConnection, orders: &[String]) -> Result<Ve
     Ok(sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(orders).fetch_all(connection).await?)
 }
 
-/// The orders that are held here although their time passed before `before_ms` (Unix ms), at most `limit`: Redis has lost sight of them.
-pub async fn overdue(connection: &mut PgConnection, partition: u32, before_ms: i64, limit: i64) -> Result<Vec<OrderRow>, Error> {
+/// The orders that are held here although their time passed before `before_ms` (Unix ms), the oldest first, at most `limit` behind the first
+/// `offset`: Redis has lost sight of them.
+pub async fn overdue(
+    connection: &mut PgConnection,
+    partition: u32,
+    before_ms: i64,
+    offset: i64,
+    limit: i64,
+) -> Result<Vec<OrderRow>, Error> {
     let query = format!(
         "SELECT {} {} AND o.state = 'held' AND {STATE} = 'held' AND o.expires_ms < $2 AND {EXPIRES_MS} < $2 \
-         AND o.partition = $1 ORDER BY o.expires_ms LIMIT $3",
+         AND o.partition = $1 ORDER BY o.expires_ms OFFSET $3 LIMIT $4",
         columns(),
         as_it_stands()
     );
-    let rows = sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(partition::id(partition)).bind(before_ms).bind(limit);
+    let rows = sqlx::query_as(sqlx::AssertSqlSafe(query)).bind(partition::id(partition)).bind(before_ms).bind(offset).bind(limit);
     Ok(rows.fetch_all(connection).await?)
 }

@@ -43,7 +43,7 @@ pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms:
             let Some(epoch) = taken.await.map_err(|error| text(&error))? else {
                 return Err("a sidecar is filling Redis from Postgres, or took the partition: look at HOLDFAST.STATUS and try again".into());
             };
-            if !meta::fence(&mut redis, epoch).await.map_err(|error| text(&error))? {
+            if !meta::fence_to_adopt(&mut redis, epoch).await.map_err(|error| text(&error))? {
                 return Err("another process was faster: try again".into());
             }
             // Only now does nothing come after it.

@@ -85,9 +85,14 @@ impl Clerk {
             let freeze = StockOp::upkeep(Id::from(frozen.product.as_str()), 0, freeze);
             match self.partition.change(freeze).await {
                 Ok(
-                    StockOutcome::Done { .. } | StockOutcome::Frozen { .. } | StockOutcome::Absent { .. } | StockOutcome::Corrupt { .. },
+                    StockOutcome::Done { .. }
+                    | StockOutcome::Frozen { .. }
+                    | StockOutcome::Absent { .. }
+                    | StockOutcome::Corrupt { .. }
+                    // A person has unfrozen it since.
+                    | StockOutcome::Moved,
                 ) => self.frozen_up_to = frozen.letter,
-                // It is found again, unless it was unfrozen.
+                // It is found again.
                 _ => break,
             }
         }

@@ -43,6 +43,8 @@ pub struct Expirer {
     redis: Option<Connection>,
     /// When it was last looked in Postgres.
     looked: Option<Instant>,
+    /// How many of the oldest there could not expire: it is looked behind them.
+    passed_over: usize,
     /// Looks there. Nothing that is due waits for it.
     looking: Option<AbortOnDropHandle<Result<Option<Overdue>, String>>>,
     trouble: Trouble,
@@ -58,6 +60,7 @@ impl Expirer {
             instance: instance.to_owned(),
             redis: None,
             looked: None,
+            passed_over: 0,
             looking: None,
             trouble: Trouble::new("expiring orders"),
             trouble_looking: Trouble::new("looking for orders that were held for too long"),
@@ -106,7 +109,7 @@ impl Expirer {
         self.expire_overdue().await;
         if self.looking.is_none() && self.partition.ledger_up() && self.looked.is_none_or(|looked| looked.elapsed() >= OVERDUE_EVERY) {
             self.looked = Some(Instant::now());
-            let overdue = overdue(Arc::clone(&self.partition), self.postgres_url.clone(), now_ms);
+            let overdue = overdue(Arc::clone(&self.partition), self.postgres_url.clone(), now_ms, self.passed_over);
             self.looking = Some(AbortOnDropHandle::new(tokio::spawn(overdue)));
         }
         Ok(is_full && has_advanced)
@@ -157,8 +160,12 @@ impl Expirer {
             Ok(None) => {}
             Ok(Some(orders)) => {
                 self.trouble_looking.over(self.partition.id);
-                if !orders.is_empty() {
-                    let (found, expired) = (orders.len(), self.expire(orders).await.expired);
+                let found = orders.len();
+                if found == 0 {
+                    self.passed_over = 0;
+                } else {
+                    let expired = self.expire(orders).await.expired;
+                    self.passed_over = if found == EXPIRE_AT_ONCE { self.passed_over + found - expired } else { 0 };
                     warn!(partition = self.partition.id, found, expired, "orders were held in postgres long after their time");
                 }
             }
@@ -169,14 +176,14 @@ impl Expirer {
 
 /// What Postgres holds long after its time; `None` where it does not hear of everything in time: what became of an order may be forgotten in Redis
 /// before Postgres knows.
-async fn overdue(partition: Arc<Partition>, postgres_url: String, now_ms: i64) -> Result<Option<Overdue>, String> {
+async fn overdue(partition: Arc<Partition>, postgres_url: String, now_ms: i64, behind: usize) -> Result<Option<Overdue>, String> {
     if !partition.has_reached_postgres().await {
         return Ok(None);
     }
-    let limit = i64::try_from(EXPIRE_AT_ONCE).unwrap_or(i64::MAX);
+    let [behind, limit] = [behind, EXPIRE_AT_ONCE].map(|count| i64::try_from(count).unwrap_or(i64::MAX));
     let reading = async {
         let mut postgres = ledger::connect(&postgres_url).await?;
-        order::overdue(&mut postgres, partition.id, now_ms - OVERDUE_AFTER_MS, limit).await
+        order::overdue(&mut postgres, partition.id, now_ms - OVERDUE_AFTER_MS, behind, limit).await
     };
     let rows = tokio::time::timeout(LEDGER_SILENCE_MAX, reading).await.map_err(|_| "Postgres does not answer".to_owned())?;
     let rows = rows.map_err(|error| error.to_string())?;

@@ -80,9 +80,9 @@ pub async fn take_up(
     let freezes: Vec<StockOp> = owing.into_iter().map(freeze).collect();
     for freezes in freezes.chunks(SERVER_CHANGES_MAX) {
         partition.change_all(freezes.to_vec()).await;
-        // It is looked whether they are.
-        partition.parked.notify_one();
     }
+    // It is looked whether they are.
+    partition.parked.notify_one();
     salvage::unlock_handed_over(postgres, partition.id).await.map_err(text)?;
     taken_up.map_err(text)
 }

@@ -441,6 +441,12 @@ fn decide(row: &PartitionRow, look: &Look, run_id: &str, seen: Position) -> Find
             meta.epoch, row.epoch
         ));
     }
+    if meta.adopted {
+        return Finding::Closed(
+            "holdfast rebuild --from redis is at work, or was broken off: run it again, or say that Postgres is right with --from postgres"
+                .to_owned(),
+        );
+    }
     if let Some(oldest) = look.oldest.as_ref().filter(|oldest| oldest.first_n > row.applied.n + 1) {
         return Finding::Closed(format!(
             "the outbox in Redis begins at n {}, but Postgres has changes only up to {}: Postgres was restored from a backup, or the outbox was cut; \
@@ -493,7 +499,7 @@ mod tests {
 
     /// A Redis at n, with the outbox from behind the applied position's entry on.
     fn look(epoch: u64, run_id: &str, applied: u64, n: u64) -> Look {
-        let meta = Meta { epoch, run_id: run_id.into(), live: true, n, last: format!("op{n}") };
+        let meta = Meta { epoch, run_id: run_id.into(), live: true, adopted: false, n, last: format!("op{n}") };
         let newest = entry(n, &format!("op{n}"), "op0");
         Look {
             meta: Some(meta),

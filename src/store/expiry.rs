@@ -42,3 +42,27 @@ pub async fn due(connection: &mut Connection, instance: &str, limit: usize) -> R
     }
     Ok(Some(Due { now_ms, orders }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::testing::RedisServer;
+
+    #[tokio::test]
+    async fn what_is_postponed_is_due_later_unless_it_was_extended() {
+        let server = RedisServer::start();
+        let mut connection = Connection::open(&server.url()).await.unwrap();
+        let mut add = redis::cmd("ZADD");
+        add.arg(keys::EXPIRY).arg(&["1", "stuck", "2", "due", "99999999999999", "extended"]);
+        connection.send(&add).await.unwrap();
+        let orders = ["stuck", "extended", "gone"].map(|order| (Id::from(order), 88_888_888_888_888));
+        postpone(&mut connection, "i", &orders).await.unwrap();
+        let named = |due: Option<Due>| due.unwrap().orders.iter().map(Id::to_string).collect::<Vec<_>>();
+        assert_eq!(named(due(&mut connection, "i", 9).await.unwrap()), ["stuck", "due"], "it had no right to");
+        postpone(&mut connection, "i", &orders).await.unwrap();
+        assert_eq!(named(due(&mut connection, "i", 9).await.unwrap()), ["due"]);
+        let listed = connection.send(redis::cmd("ZRANGE").arg(keys::EXPIRY).arg(0).arg(-1).arg("WITHSCORES")).await.unwrap();
+        let listed: Vec<String> = redis::from_redis_value(listed).unwrap();
+        assert_eq!(listed, ["due", "2", "stuck", "88888888888888", "extended", "99999999999999"]);
+    }
+}

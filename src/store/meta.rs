@@ -16,6 +16,8 @@ pub struct Meta {
     pub run_id: String,
     /// Whether scripts may write.
     pub live: bool,
+    /// Whether Postgres is being made as this Redis is, or was when that broke off: nobody may fill it.
+    pub adopted: bool,
     /// n of the newest change.
     pub n: u64,
     /// The op of the newest entry, `-` before the first.
@@ -45,8 +47,8 @@ impl Look {
             value => stream::entry(value).map(Some),
         };
         let (newest, at_applied, oldest) = (entry()?, entry()?, entry()?);
-        let live = state.as_deref() == Some("live");
-        let meta = epoch.map(|epoch| Meta { epoch, run_id: run_id.unwrap_or_default(), live, n, last });
+        let [live, adopted] = ["live", ADOPT].map(|word| state.as_deref() == Some(word));
+        let meta = epoch.map(|epoch| Meta { epoch, run_id: run_id.unwrap_or_default(), live, adopted, n, last });
         Ok(Self { meta, newest, at_applied, oldest })
     }
 }
@@ -70,10 +72,21 @@ pub async fn attach(connection: &mut Connection, seen: Option<&Meta>, epoch: u64
     Ok(matches!(answer, Value::BulkString(word) if word == b"ok"))
 }
 
-/// Takes the partition for a rebuild under `epoch`: no script writes until it is opened. `false` if it is under that epoch or a later one
+const ADOPT: &str = "adopt";
+
+/// Takes the partition to fill this Redis under `epoch`: no script writes until it is opened. `false` if it is under that epoch or a later one
 /// already.
 pub async fn fence(connection: &mut Connection, epoch: u64) -> Result<bool, Error> {
-    let answer = connection.run(&script::FENCE, &[keys::META], &[epoch.to_string().as_bytes()]).await?;
+    fence_as(connection, epoch, "rebuild").await
+}
+
+/// The same to fill Postgres from this Redis, which nobody else fills until a person has said so.
+pub async fn fence_to_adopt(connection: &mut Connection, epoch: u64) -> Result<bool, Error> {
+    fence_as(connection, epoch, ADOPT).await
+}
+
+async fn fence_as(connection: &mut Connection, epoch: u64, state: &str) -> Result<bool, Error> {
+    let answer = connection.run(&script::FENCE, &[keys::META], &[epoch.to_string().as_bytes(), state.as_bytes()]).await?;
     Ok(matches!(answer, Value::BulkString(word) if word == b"ok"))
 }
 
@@ -100,7 +113,7 @@ mod tests {
         assert!(attach(&mut connection, None, 1).await.unwrap());
         assert!(!attach(&mut connection, None, 1).await.unwrap(), "there is a meta now");
         let meta = Look::at(&mut connection, Position::default()).await.unwrap().meta.unwrap();
-        assert_eq!(meta, Meta { epoch: 1, run_id: connection.run_id().into(), live: true, n: 0, last: "-".into() });
+        assert_eq!(meta, Meta { epoch: 1, run_id: connection.run_id().into(), live: true, adopted: false, n: 0, last: "-".into() });
         assert!(attach(&mut connection, Some(&meta), 2).await.unwrap());
         assert!(!attach(&mut connection, Some(&meta), 3).await.unwrap(), "the epoch has moved");
     }

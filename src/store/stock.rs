@@ -775,6 +775,7 @@ mod tests {
         let server = RedisServer::start();
         let mut connection = Connection::open(&server.url()).await.unwrap();
         meta::attach(&mut connection, None, 1).await.unwrap();
+        let mut server_side = Connection::open(&server.url()).await.unwrap();
         let set = |product: &str| StockOp::new(Action::Change(StockKind::Set), vec![(Id::from(product), 7)]);
         let freeze = |product: &str, n| StockOp::upkeep(Id::from(product), 0, Upkeep::Freeze { n, reason: "r".into() });
         let unfreeze = || StockOp::upkeep(Id::from("a"), 0, Upkeep::Unfreeze);
@@ -799,5 +800,15 @@ mod tests {
         assert_eq!(run(vec![freeze("a", 4)]).await, ["ok"]);
         assert_eq!(run(vec![unfreeze(), freeze("a", 6)]).await, ["ok", "moved"]);
         assert_eq!(run(vec![freeze("b", 7), freeze("a", 7)]).await, ["frozen", "ok"]);
+        // 9: what a first use found in Postgres before that.
+        assert_eq!(run(vec![unfreeze()]).await, ["ok"]);
+        let init = |n, frozen: Option<&str>| {
+            let frozen = frozen.map(str::to_owned);
+            StockOp::init(Id::from("a"), Found { available: 7, mark: InboxMark::default(), n, low: None, frozen })
+        };
+        let delete = redis::cmd("DEL").arg("stock:product:a").clone();
+        server_side.send(&delete).await.unwrap();
+        assert_eq!(run(vec![init(8, Some("r"))]).await, ["moved"]);
+        assert_eq!(run(vec![init(8, None)]).await, ["ok"]);
     }
 }

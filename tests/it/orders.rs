@@ -464,6 +464,13 @@ fn a_key_that_is_no_order_stops_only_its_own() {
     stack.backing().ask("ZADD stock:expiry 1 odd");
     assert!(held(&client.ask("STOCK.RESERVE o 100 a 2")));
     client.until("STOCK.GET a", "10");
+    // A hash that is no order either.
+    for fields in ["state held", "state foo expires 9 items a\t1 position 1-1", "state held expires 9 items a position 1-1", "expires 9"] {
+        stack.backing().ask("DEL stock:order:odd");
+        let words: Vec<String> = format!("HSET stock:order:odd {fields}").split(' ').map(|word| word.replace('\t', " ")).collect();
+        stack.backing().ask_words(&words);
+        assert!(client.ask("STOCK.CONFIRM odd").starts_with("-FROZEN the key 'stock:order:odd'"), "{fields}");
+    }
     // They stand behind the others then.
     let many = "for i = 1, 8000 do redis.call('ZADD',KEYS[1],2,'odd'..i) redis.call('SET',KEYS[2]..i,'x') end";
     stack.backing().ask_words(&["EVAL", many, "2", "stock:expiry", "stock:order:odd"]);
