@@ -16,11 +16,21 @@ local SETTLED_MAX = 1000
 local STATES = {held = true, confirmed = true, cancelled = true, expired = true}
 local orders, moved_orders = {}, {}
 
--- What a hash holds of an order, or 'corrupt' where that is none.
+-- Whether that is '<product> <units> ...'.
+local function are_items(text)
+  local at, rest = 1, text .. ' '
+  repeat
+    local _, to = string.find(rest, '^%S+ %d+ ', at)
+    at = to and to + 1
+  until not at or at > #rest
+  return at
+end
+
+-- What is known of an order, or 'corrupt' where that is none. Only one that was cancelled before it came has no items.
 local function order_of(state, expires, items, position)
   expires = tonumber(expires)
-  local rest = state == 'cancelled' and items == '' and '' or items and items ~= '' and string.gsub(items .. ' ', '%S+ %d+ ', '')
-  if rest ~= '' or not STATES[state] or not expires or not string.match(position or '', '^%d+%-%d+$') then
+  local is_so = items and (items == '' and state == 'cancelled' or are_items(items))
+  if not is_so or not STATES[state] or not expires or not string.match(position or '', '^%d+%-%d+$') then
     return 'corrupt'
   end
   return {state = state, expires = expires, items = items, position = position}
@@ -39,7 +49,7 @@ local function order_at(order)
     end
   end
   if not orders[key] and type(looked) == 'table' then
-    orders[key] = {state = looked[1], expires = looked[2], items = looked[3], position = looked[4]}
+    orders[key] = order_of(unpack(looked, 1, 4))
   end
   return orders[key]
 end

@@ -293,7 +293,7 @@ pub async fn overdue(
 ) -> Result<Vec<OrderRow>, Error> {
     let query = format!(
         "SELECT {} {} AND o.state = 'held' AND {STATE} = 'held' AND o.expires_ms < $2 AND {EXPIRES_MS} < $2 \
-         AND o.partition = $1 ORDER BY o.expires_ms OFFSET $3 LIMIT $4",
+         AND o.partition = $1 ORDER BY o.expires_ms, o.order_id OFFSET $3 LIMIT $4",
         columns(),
         as_it_stands()
     );

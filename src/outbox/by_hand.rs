@@ -11,7 +11,7 @@ use crate::limits::{REFILL_PAGE, RELAY_READ_ENTRIES_MAX};
 use crate::store::meta::{self, Look};
 use crate::store::stream::OutboxReader;
 use crate::store::survey::{self, Walk};
-use crate::store::{Connection, Partition, refill};
+use crate::store::{Connection, Partition};
 
 /// Makes the other side as this one is, and opens Redis under the next epoch. Sidecars may run meanwhile: they sell on afterwards.
 pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms: i64) -> Result<(), String> {
@@ -37,6 +37,9 @@ pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms:
         }
         Side::Redis => {
             let Some(found) = look.meta else { return Err("this Redis holds nothing of Holdfast's: it cannot be the right side".into()) };
+            if !found.live && !found.adopted {
+                return Err("filling this Redis was broken off, and it may lack anything: only --from postgres can be right".into());
+            }
             adopt::rehearse(&mut postgres).await.map_err(|error| format!("an order's row is refused, see to that first: {error}"))?;
             let to = found.epoch.max(row.epoch) + 1;
             let taken = ledger::partition::take_epoch_to_rebuild(&mut postgres, partition.id, &row, to, redis.run_id(), &owner);
@@ -136,7 +139,6 @@ async fn adopt(
         }
     }
     let (applied, last_op) = adoption.end().await.map_err(|error| text(&error))?;
-    refill::remove_outbox(redis, epoch).await.map_err(|error| text(&error))?;
     if !meta::open(redis, epoch, applied, &last_op, InboxMark::default()).await.map_err(|error| text(&error))? {
         return Err("another process was faster: try again".into());
     }

@@ -164,8 +164,8 @@ impl Expirer {
                 if found == 0 {
                     self.passed_over = 0;
                 } else {
-                    let expired = self.expire(orders).await.expired;
-                    self.passed_over = if found == EXPIRE_AT_ONCE { self.passed_over + found - expired } else { 0 };
+                    let Swept { expired, not } = self.expire(orders).await;
+                    self.passed_over = if found == EXPIRE_AT_ONCE { self.passed_over + not.len() } else { 0 };
                     warn!(partition = self.partition.id, found, expired, "orders were held in postgres long after their time");
                 }
             }

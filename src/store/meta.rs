@@ -96,7 +96,7 @@ pub async fn open(connection: &mut Connection, epoch: u64, applied: Position, la
     let (epoch, n, id, mark) = (epoch.to_string(), applied.n.to_string(), applied.to_string(), mark.to_string());
     let run_id = connection.run_id().to_owned();
     let args = [epoch.as_bytes(), run_id.as_bytes(), n.as_bytes(), last_op.as_bytes(), id.as_bytes(), mark.as_bytes()];
-    let answer = connection.run(&script::OPEN, &[keys::META], &args).await?;
+    let answer = connection.run(&script::OPEN, &[keys::META, keys::OUTBOX], &args).await?;
     Ok(matches!(answer, Value::BulkString(word) if word == b"ok"))
 }
 

@@ -137,11 +137,6 @@ pub async fn set_outbox_aside(connection: &mut Connection, epoch: u64) -> Result
     Ok(name)
 }
 
-/// Removes the outbox: Postgres has all of it.
-pub async fn remove_outbox(connection: &mut Connection, epoch: u64) -> Result<(), Error> {
-    unlink(connection, epoch, vec![keys::OUTBOX.to_owned()]).await.map(drop)
-}
-
 /// Sets products.
 pub async fn products(connection: &mut Connection, epoch: u64, products: &[Product]) -> Result<(), Error> {
     for products in products.chunks(REFILL_KEYS) {

@@ -125,12 +125,19 @@ async fn products(connection: &mut Connection, products: &[Id], page: &mut Page)
 async fn order(connection: &mut Connection, order: &Id) -> Result<Option<Order>, Error> {
     let asked = redis::cmd("HMGET").arg(keys::order(order)).arg(&["state", "expires", "items", "position"]).to_owned();
     let fields: Vec<Option<String>> = read(connection.send(&asked).await?)?;
-    let [Some(state), Some(expires), Some(items), Some(position)] = &fields[..] else { return Ok(None) };
-    let broken = || Error::Unexpected(format!("order '{order}' cannot be read"));
+    if fields.iter().all(Option::is_none) {
+        return Ok(None);
+    }
+    let broken = || Error::Unexpected(format!("order '{order}' cannot be read: repair its key in Redis, and run it again"));
+    let [Some(state), Some(expires), Some(items), Some(position)] = &fields[..] else { return Err(broken()) };
+    let state = OrderState::parse(state).ok_or_else(broken)?;
+    // Only one that was cancelled before it came has none.
+    let is_so =
+        |items: &Vec<(String, i64)>| items.iter().all(|(_, units)| *units >= 0) && (!items.is_empty() || state == OrderState::Cancelled);
     Ok(Some(Order {
-        state: OrderState::parse(state).ok_or_else(broken)?,
+        state,
         expires_ms: expires.parse().map_err(|_| broken())?,
-        items: Order::parse_items(items).ok_or_else(broken)?,
+        items: Order::parse_items(items).filter(is_so).ok_or_else(broken)?,
         position: Position::parse(position.as_bytes()).ok_or_else(broken)?,
     }))
 }
