@@ -37,7 +37,9 @@ pub async fn rebuild(from: Side, redis_url: &str, postgres_url: &str, window_ms:
         }
         Side::Redis => {
             let Some(found) = look.meta else { return Err("this Redis holds nothing of Holdfast's: it cannot be the right side".into()) };
-            if !found.live && !found.adopted {
+            // The outbox is what is removed first.
+            let is_whole = look.newest.as_ref().is_some_and(|newest| newest.last.n == found.n);
+            if !found.live && !found.adopted && !is_whole {
                 return Err("filling this Redis was broken off, and it may lack anything: only --from postgres can be right".into());
             }
             adopt::rehearse(&mut postgres).await.map_err(|error| format!("an order's row is refused, see to that first: {error}"))?;

@@ -209,6 +209,15 @@ fn a_rebuild_that_is_broken_off_and_begun_again_loses_nothing_of_the_outbox() {
     assert_eq!(stack.postgres.value(saved), "22", "each by name, and once");
     let (said, code) = audit(&stack);
     assert_eq!(code, Some(0), "{said}");
+    // One that lacks anything by now is not taken for the right side.
+    stack.sidecar.kill();
+    let mut backing = stack.backing();
+    backing.ask("HSET holdfast:meta state rebuild");
+    backing.ask("DEL holdfast:outbox stock:product:good");
+    let url = stack.postgres.url.clone();
+    assert!(!by_hand(&stack, &url, "redis"));
+    assert!(by_hand(&stack, &url, "postgres"));
+    assert_eq!(backing.ask("GET stock:product:good"), "80");
 }
 
 #[test]
