@@ -326,8 +326,8 @@ pub const SWEEP_EVERY: Duration = Duration::from_secs(60);
 /// it by `holdfast rebuild --from redis`.
 pub const DELETED_KEPT: Duration = Duration::from_secs(86_400);
 
-/// Products that a sweep looks at in one go which were deleted, or unfrozen, and how many goes it has for the deleted: what an hour of deletions at full speed leaves is looked at in
-/// an hour.
+/// Products that a sweep looks at in one go, of the deleted and of the unfrozen, and how many goes it has for the deleted: what an hour of
+/// deletions at full speed leaves is looked at in an hour.
 pub const SWEEP_NOTED: usize = 1_000;
 pub const SWEEP_DELETED_GOES: usize = 50;
 

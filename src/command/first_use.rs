@@ -216,7 +216,7 @@ async fn look_up(cx: &Context, product: &Id) -> bool {
         let (answer, answered) = oneshot::channel();
         cx.backend.stock.submit(StockOp::init(product.clone(), found), Instant::now(), StockWaiter::Server(answer));
         match answered.await {
-            // Another program has changed something in Postgres meanwhile, and Redis has been told.
+            // Another program has changed something in Postgres meanwhile, and Redis has been told; or a person has unfrozen it.
             Ok(Ok(StockOutcome::Moved)) => {}
             Ok(Ok(StockOutcome::Done { .. } | StockOutcome::Absent { .. })) => return true,
             _ => return false,

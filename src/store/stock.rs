@@ -100,7 +100,8 @@ impl OfOrder {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Upkeep {
     /// Gives Redis a product that only Postgres has, with its threshold and why it is frozen, as Postgres had it at `n` with the inbox up to
-    /// `mark`. Refused where Redis has the product, had it deleted since, or has the inbox up to somewhere else.
+    /// `mark`. Refused where Redis has the product, had it deleted since, or has the inbox up to somewhere else, or where it
+    /// comes frozen and a person has unfrozen it since.
     Init {
         mark: InboxMark,
         n: u64,
@@ -674,6 +675,14 @@ mod tests {
         (word, words)
     }
 
+    /// The same, of what is accepted. Returns what it says of each operation.
+    async fn accepted(connection: &mut Connection, ops: &[StockOp], counter: u32) -> Words {
+        let (word, mut words) = run_batch(connection, ops, counter, false).await;
+        assert_eq!(word, "ok");
+        (0..2).for_each(|_| _ = words.raw().unwrap());
+        words
+    }
+
     fn named(op: StockOp, id: &'static str) -> StockOp {
         let request = Request::new(RequestId::parse(Bytes::from_static(id.as_bytes())).unwrap(), "d".into());
         StockOp { request: Some(Box::new(request)), ..op }
@@ -724,8 +733,7 @@ mod tests {
         let mut cancelled = 0;
         for counter in 10..12 {
             let ops: Vec<_> = (cancelled..6).map(|n| of_order(StockKind::Cancel, n, Items::new())).collect();
-            let (_, mut words) = run_batch(&mut connection, &ops, counter, false).await;
-            (0..2).for_each(|_| _ = words.raw().unwrap());
+            let mut words = accepted(&mut connection, &ops, counter).await;
             let told: Vec<String> = ops
                 .iter()
                 .map_while(|_| {
@@ -753,9 +761,7 @@ mod tests {
         let mut counter = 0;
         let mut run = async |ops: Vec<StockOp>| {
             counter += 1;
-            let (word, mut words) = run_batch(&mut connection, &ops, counter, false).await;
-            assert_eq!(word, "ok");
-            (0..2).for_each(|_| _ = words.raw().unwrap());
+            let mut words = accepted(&mut connection, &ops, counter).await;
             // Of each a word and a number.
             ops.iter().map(|_| (words.text().unwrap(), words.integer().unwrap()).0 == "ok").collect::<Vec<_>>()
         };
@@ -782,9 +788,7 @@ mod tests {
         let mut counter = 0;
         let mut run = async |ops: Vec<StockOp>| {
             counter += 1;
-            let (word, mut words) = run_batch(&mut connection, &ops, counter, false).await;
-            assert_eq!(word, "ok");
-            (0..2).for_each(|_| _ = words.raw().unwrap());
+            let mut words = accepted(&mut connection, &ops, counter).await;
             let word = |_: &StockOp| {
                 let word = words.text().unwrap();
                 let values = [("moved", 0), ("frozen", 2)].into_iter().find(|(known, _)| *known == word).map_or(1, |(_, values)| values);
@@ -806,8 +810,7 @@ mod tests {
             let frozen = frozen.map(str::to_owned);
             StockOp::init(Id::from("a"), Found { available: 7, mark: InboxMark::default(), n, low: None, frozen })
         };
-        let delete = redis::cmd("DEL").arg("stock:product:a").clone();
-        server_side.send(&delete).await.unwrap();
+        server_side.send(redis::cmd("DEL").arg("stock:product:a")).await.unwrap();
         assert_eq!(run(vec![init(8, Some("r"))]).await, ["moved"]);
         assert_eq!(run(vec![init(8, None)]).await, ["ok"]);
     }
